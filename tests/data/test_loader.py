@@ -1,0 +1,57 @@
+"""Batches are built ahead, in order, and a fault in the thread reaches the caller."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from jax_simpo.data.loader import prefetch, step_batches
+from jax_simpo.data.packing import StepPlan, choose_row_shape
+from jax_simpo.data.pairs import PairLengths, TokenizedPair
+from jax_simpo.data.rows import RowShape
+from tests.pairs import random_pairs
+
+
+class Pairs:
+    def __init__(self, pairs: list[TokenizedPair]) -> None:
+        self._pairs = pairs
+
+    def pairs(self, indices: np.ndarray) -> list[TokenizedPair]:
+        return [self._pairs[i] for i in indices]
+
+
+def test_a_steps_micro_batches_hold_all_its_pairs_in_static_shapes() -> None:
+    pairs = random_pairs(np.random.default_rng(0), 21, 50, prompt=(3, 30), response=(2, 20))
+    plan = StepPlan(PairLengths.of(pairs), RowShape(0, 0, 0), 8, 3, seed=0)
+    plan = choose_row_shape(plan, row_length=128, max_row_length=128)
+    batches = list(step_batches(plan, Pairs(pairs), range(3)))
+    assert [b.step for b in batches] == [0, 1, 2]
+    assert [len(b.pairs) for b in batches] == [8, 8, 5]
+    for batch in batches:
+        held = np.concatenate([rows.response_pair.ravel() for rows in batch.micro_batches])
+        assert sorted(held[held >= 0]) == sorted([*range(len(batch.pairs))] * 2)
+        assert all(rows.tokens.shape == (3, 128) for rows in batch.micro_batches)
+        assert batch.chosen_tokens == sum(len(pairs[i].chosen.targets) for i in batch.pairs)
+        assert batch.computed_tokens == 3 * 128 * len(batch.micro_batches)
+        assert batch.input_tokens == plan.lengths.row_tokens(True)[batch.pairs].sum()
+
+
+def test_what_the_thread_raises_is_raised_where_it_happened() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise KeyError("lost")
+
+    ahead = prefetch(items(), 2)
+    assert next(ahead) == 1
+    with pytest.raises(KeyError, match="lost"):
+        next(ahead)
+
+
+def test_closing_early_ends_the_thread() -> None:
+    ahead = prefetch(iter(range(1000)), 2)
+    next(ahead)
+    ahead.close()
+    assert not [t for t in threading.enumerate() if t.name == "row-builder"]
