@@ -1,0 +1,201 @@
+"""The `jax-simpo` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from jax_simpo.config import TrainConfig, load_config
+from jax_simpo.errors import ConfigError, UserError
+
+if TYPE_CHECKING:  # importing jax takes seconds, which `--help` and a misspelt key need not wait for
+    from jax_simpo.data import tokenize
+    from jax_simpo.train.evaluate import PairScores
+    from jax_simpo.train.setup import Setup
+
+app = typer.Typer(
+    help="SimPO training on preference pairs, with prefix sharing and packing. Every command takes a config file and "
+    "any number of --key=value overrides (dotted for nested keys).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The config file.", show_default=False)]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="A model folder or hub id, or the number of a step of the run. Default: what the config starts from.",
+        show_default=False,
+    ),
+]
+
+
+@app.command(context_settings=OVERRIDES)
+def train(context: typer.Context, config: ConfigFile) -> None:
+    """Trains; resumes by itself when the output directory holds a checkpoint of the same run."""
+    settings, console = _begin(config, context.args)
+    from jax_simpo.train.trainer import train as run
+
+    run(settings, console)
+
+
+@app.command(context_settings=OVERRIDES)
+def score(
+    context: typer.Context,
+    config: ConfigFile,
+    split: Annotated[str, typer.Option(help="Split to score.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="JSONL file to write, one object per pair.", show_default=False)],
+    model: Model = None,
+) -> None:
+    """Writes log-probs, rewards, margin and loss of every pair of a split, in file order."""
+    settings, console = _begin(config, context.args)
+    _check_can_write(output)
+    from jax_simpo.train.evaluate import pair_records
+    from jax_simpo.train.setup import Setup
+
+    setup = Setup(settings, console, model, any_mesh=True)
+    pairs, scores = _score(setup, split)
+    with output.open("w", encoding="utf-8") as file:
+        for (_, row), record in zip(pairs.origins, pair_records(scores, setup.objective), strict=True):
+            file.write(json.dumps({"row": row, **record}) + "\n")
+    console.print(f"{len(pairs)} pairs scored: {output}")
+
+
+@app.command("eval", context_settings=OVERRIDES)
+def evaluate(
+    context: typer.Context,
+    config: ConfigFile,
+    split: Annotated[
+        str | None, typer.Option(help="Split to evaluate. Default: the config's first.", show_default=False)
+    ] = None,
+    model: Model = None,
+) -> None:
+    """Prints the evaluation metrics of a split."""
+    settings, console = _begin(config, context.args)
+    from jax_simpo.train.evaluate import evaluation_metrics
+    from jax_simpo.train.setup import Setup
+
+    if split is None:
+        if not settings.eval_splits:
+            raise ConfigError("`dataset_splits` names no split to evaluate; add one, or give --split")
+        split = settings.eval_splits[0]
+    setup = Setup(settings, console, model, any_mesh=True)
+    pairs, scores = _score(setup, split)
+    metrics = evaluation_metrics(scores, setup.objective)
+    print(json.dumps({f"eval_{name}": value for name, value in {**metrics, "pairs": len(pairs)}.items()}, indent=2))
+
+
+@app.command(context_settings=OVERRIDES)
+def export(
+    context: typer.Context,
+    config: ConfigFile,
+    output: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option(help="The number of a step, or a model folder. Default: the newest step.", show_default=False),
+    ] = None,
+) -> None:
+    """Writes a Hugging Face checkpoint from a step of the run."""
+    settings, console = _begin(config, context.args)
+    import jax
+
+    from jax_simpo.models import hf
+    from jax_simpo.train.setup import Setup, open_checkpoints
+
+    if model is None:
+        with open_checkpoints(settings) as checkpoints:
+            model = str(checkpoints.latest())
+    setup = Setup(settings, console, model, any_mesh=True)
+    with jax.set_mesh(setup.mesh):
+        dtype = settings.export_dtype or settings.dtype
+        hf.save_model(setup.load_params(), setup.model, output, dtype, tokenizer=setup.tokenizer)
+    console.print(f"{'step ' if model.isdecimal() else ''}{model} exported: {output}")
+
+
+@app.command(context_settings=OVERRIDES)
+def inspect(
+    context: typer.Context,
+    config: ConfigFile,
+    split: Annotated[
+        str | None, typer.Option(help="Split to show. Default: the first training split.", show_default=False)
+    ] = None,
+    rows: Annotated[int, typer.Option(help="How many rows to draw.", min=0)] = 2,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write texts and tokens of every pair to this file.", show_default=False),
+    ] = None,
+) -> None:
+    """Shows rows as the model sees them; loads no weights."""
+    settings, console = _begin(config, context.args)
+    from jax_simpo import inspect as inspection
+    from jax_simpo.train.setup import Setup
+
+    setup = Setup(settings, console, any_mesh=True)
+    split = settings.train_splits[0] if split is None else split
+    if json_file is None:
+        inspection.show(setup, split, rows, console)
+    else:
+        _check_can_write(json_file)
+        inspection.write_json(setup, split, json_file)
+        console.print(f"written: {json_file}")
+
+
+def _begin(path: Path, overrides: list[str]) -> tuple[TrainConfig, Console]:
+    """Reads the config and opens the console. Notes go to stderr: stdout is for results."""
+    console = Console(stderr=True)
+    settings = load_config(path, overrides)
+    for notice in settings.notices:
+        console.print(f"note: {notice}", style="yellow", markup=False)
+    return settings, console
+
+
+def _score(setup: Setup, split: str) -> tuple[tokenize.PairDataset, PairScores]:
+    import jax
+
+    from jax_simpo.train.evaluate import PAIRS_PER_PLAN, score_pairs
+    from jax_simpo.train.step import make_score_function
+
+    pairs = setup.split_pairs(split)
+    plan = setup.plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
+    setup.describe_plan(split, plan)
+    with jax.set_mesh(setup.mesh):
+        score = make_score_function(setup.forward, setup.mesh)
+        return pairs, score_pairs(score, setup.load_params(), plan, pairs, setup.mesh)
+
+
+def _check_can_write(file: Path) -> None:
+    """Fails before the work is done, not after."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}. Give another path") from error
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """A mistake of the user's is told without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
+        sys.exit(1)
+
+
+def main() -> None:
+    """Entry point of the `jax-simpo` command."""
+    with _user_errors():
+        app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Scoring pairs with a model as it stands, and the evaluation metrics made of the scores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from jax_simpo.data.loader import PairSource, step_batches
+from jax_simpo.data.packing import StepPlan
+from jax_simpo.losses import ResponseLogps
+from jax_simpo.train.step import Objective, Params, put_rows
+
+# Pairs planned together. Nothing depends on it but the fill: scoring has no optimizer step to respect.
+PAIRS_PER_PLAN = 512
+
+ScoreFunction = Callable[[Params, Any], ResponseLogps]
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Log-probs of P pairs in file order: sums over the response tokens (float32), and their number."""
+
+    chosen_sum: Float[np.ndarray, " P"]
+    chosen_length: Int[np.ndarray, " P"]
+    rejected_sum: Float[np.ndarray, " P"]
+    rejected_length: Int[np.ndarray, " P"]
+
+    @property
+    def chosen_logps(self) -> Float[np.ndarray, " P"]:
+        """Mean log-prob of the chosen response."""
+        return self.chosen_sum / self.chosen_length
+
+    @property
+    def rejected_logps(self) -> Float[np.ndarray, " P"]:
+        """Mean log-prob of the rejected response."""
+        return self.rejected_sum / self.rejected_length
+
+
+def score_pairs(
+    score: ScoreFunction, params: Params, plan: StepPlan, source: PairSource, mesh: Mesh
+) -> PairScores:
+    """Computes the log-probs of every pair of a split.
+
+    Args:
+        score: from `jax_simpo.train.step.make_score_function`.
+        params: the model's parameters on the mesh.
+        plan: a plan of the split in file order (`seed=None`).
+        source: its pairs.
+        mesh: as of `jax.set_mesh`.
+    """
+    sums = np.zeros((2, len(plan.lengths)), np.float32)
+    lengths = np.zeros((2, len(plan.lengths)), np.int64)
+    for pair, rank, logp_sum, length in _scored_slots(score, params, plan, source, mesh):
+        sums[rank, pair] = logp_sum
+        lengths[rank, pair] = length
+    return PairScores(sums[0], lengths[0], sums[1], lengths[1])
+
+
+def _scored_slots(
+    score: ScoreFunction, params: Params, plan: StepPlan, source: PairSource, mesh: Mesh
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Per micro-batch: pair, rank, sum and length of every response slot that holds one."""
+    for step in step_batches(plan, source, range(plan.steps_per_epoch)):
+        scored = [(rows, score(params, put_rows(rows.arrays(), mesh))) for rows in step.micro_batches]
+        for rows, logps in scored:
+            logp_sum, length = jax.device_get((logps.sum, logps.length))
+            held = rows.response_pair >= 0
+            pair = step.pairs[rows.response_pair[held]]
+            yield pair, rows.response_rank[held], logp_sum[held], length[held]
+
+
+def pair_records(scores: PairScores, objective: Objective) -> Iterator[dict[str, Any]]:
+    """One object per pair, in file order, with the keys that `score` writes."""
+    losses = np.asarray(objective.losses(jnp.asarray(scores.chosen_logps), jnp.asarray(scores.rejected_logps)))
+    chosen, rejected = scores.chosen_logps, scores.rejected_logps
+    for i in range(len(losses)):
+        yield {
+            "chosen_logp_sum": float(scores.chosen_sum[i]),
+            "chosen_length": int(scores.chosen_length[i]),
+            "chosen_logp": float(chosen[i]),
+            "rejected_logp_sum": float(scores.rejected_sum[i]),
+            "rejected_length": int(scores.rejected_length[i]),
+            "rejected_logp": float(rejected[i]),
+            "reward_chosen": float(objective.beta * chosen[i]),
+            "reward_rejected": float(objective.beta * rejected[i]),
+            "margin": float(objective.beta * (chosen[i] - rejected[i])),
+            "loss": float(losses[i]),
+        }
+
+
+def evaluation_metrics(scores: PairScores, objective: Objective) -> dict[str, float]:
+    """Means over all pairs, under the names of the training metrics."""
+    chosen, rejected = scores.chosen_logps.astype(np.float64), scores.rejected_logps.astype(np.float64)
+    losses = np.asarray(objective.losses(jnp.asarray(scores.chosen_logps), jnp.asarray(scores.rejected_logps)))
+    metrics = {
+        "loss": losses.mean(dtype=np.float64),
+        "rewards/chosen": objective.beta * chosen.mean(),
+        "rewards/rejected": objective.beta * rejected.mean(),
+        "rewards/accuracies": (chosen > rejected).mean(),
+        "rewards/margins": objective.beta * (chosen - rejected).mean(),
+        "logps/chosen": chosen.mean(),
+        "logps/rejected": rejected.mean(),
+    }
+    if objective.sft_weight:
+        metrics["sft_loss"] = -scores.chosen_sum.sum(dtype=np.float64) / scores.chosen_length.sum()
+        metrics["loss"] += objective.sft_weight * metrics["sft_loss"]
+    return {name: float(value) for name, value in metrics.items()}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Evaluates one split whenever asked."""
+
+    score: ScoreFunction
+    plan: StepPlan
+    source: PairSource
+    objective: Objective
+    mesh: Mesh
+
+    def run(self, params: Params) -> dict[str, float]:
+        """The split's metrics, each with the prefix `eval_`."""
+        started = time.perf_counter()
+        metrics = evaluation_metrics(score_pairs(self.score, params, self.plan, self.source, self.mesh), self.objective)
+        metrics |= {"pairs": len(self.plan.lengths), "runtime": time.perf_counter() - started}
+        return {f"eval_{name}": value for name, value in metrics.items()}

@@ -1,0 +1,89 @@
+"""What a run tells the user: `metrics.jsonl`, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends one JSON object per logged step; a resumed run first drops what it is about to write again."""
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        self.path = folder / METRICS_FILE
+        kept = [r for r in read_metrics(folder) if record_step(r) <= first_step] if first_step else []
+        rewritten = self.path.with_suffix(".tmp")
+        rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        rewritten.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Writes a record at once, so that a killed run loses none."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run so far; a last line that a killed run left half written is dropped."""
+    path = folder / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def record_step(record: Mapping[str, Any]) -> int:
+    """The step of a training or evaluation record."""
+    return record["step"] if "step" in record else record["eval_step"]
+
+
+class TrainingProgress:
+    """A bar with the step, loss, accuracy, pairs per second and the time left; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("steps", total=total_steps, completed=first_step, figures="compiling")
+        self._total = total_steps
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def show(self, step: int, record: Mapping[str, Any]) -> None:
+        """Shows a step's record."""
+        figures = (
+            f"loss {record['loss']:.4f}  accuracy {record['rewards/accuracies']:.2f}  "
+            f"{record['pairs_per_second']:.1f} pairs/s"
+        )
+        self._bar.update(self._task, completed=step, figures=figures)
+        if not self._console.is_terminal:
+            self._console.print(f"step {step}/{self._total}  {figures}")
+
+    def advance(self, step: int) -> None:
+        """Moves the bar without new figures."""
+        self._bar.update(self._task, completed=step)

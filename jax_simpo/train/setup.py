@@ -1,0 +1,210 @@
+"""From a config to the things a run is made of: mesh, tokenizer, model, pairs, plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from jax_simpo.checkpoint import Checkpoints, abstract_state
+from jax_simpo.config import TrainConfig
+from jax_simpo.data import chat, sources, tokenize
+from jax_simpo.data.packing import PackingReport, StepPlan, choose_row_shape, measure
+from jax_simpo.data.rows import RowShape
+from jax_simpo.errors import CheckpointError, ModelError
+from jax_simpo.models import hf
+from jax_simpo.models.config import ModelConfig
+from jax_simpo.models.transformer import Model
+from jax_simpo.ops.attention import resolve_implementation
+from jax_simpo.sharding import make_mesh
+from jax_simpo.train import capacity
+from jax_simpo.train.step import Forward, Objective, Params
+
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a config describes. Everything is made when it is first asked for, cheap things before dear ones.
+
+    Attributes:
+        config: the run's settings.
+        console: where notes for the user go.
+        model_choice: `--model`: a folder, or the number of a step of the run; None is the config's own start model.
+        any_mesh: ignore the config's mesh and use the devices there are (scoring needs no particular mesh).
+    """
+
+    config: TrainConfig
+    console: Console
+    model_choice: str | None = None
+    any_mesh: bool = False
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        return make_mesh() if self.any_mesh else make_mesh(**self.config.mesh.model_dump())
+
+    @property
+    def data_parallel(self) -> int:
+        """Devices that each take rows of their own."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    @cached_property
+    def model_folder(self) -> Path | None:
+        """Folder of the weights to start from; None for a new model or a step of the run."""
+        choice = self.model_choice
+        if choice is not None and _step_number(choice) is None:
+            return hf.resolve_model_folder(choice)
+        if self.config.model_name_or_path is not None:
+            return hf.resolve_model_folder(self.config.model_name_or_path, self.config.model_revision)
+        return None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        name = self.config.tokenizer_name_or_path or str(self.model_folder)
+        return chat.load_tokenizer(
+            name, chat_template=self.config.chat_template, trust_remote_code=self.config.trust_remote_code
+        )
+
+    @cached_property
+    def model(self) -> Model:
+        """The decoder without its weights.
+
+        Raises:
+            ModelError: the model is of no supported kind, or has fewer tokens than the tokenizer.
+        """
+        if self.model_folder is not None:
+            model_config, _ = hf.load_model_config(self.model_folder)
+        else:
+            model_config = ModelConfig.from_hf(self._new_model_mapping(), where="model_config")
+        if len(self.tokenizer) > model_config.vocab_size:
+            raise ModelError(
+                f"the tokenizer has {len(self.tokenizer)} tokens, the model only {model_config.vocab_size}. Use the "
+                "tokenizer the model was trained with (`tokenizer_name_or_path`), or raise `model_config.vocab_size`"
+            )
+        return Model(model_config, self.config.dtype, self.config.remat)
+
+    def _new_model_mapping(self) -> dict[str, Any]:
+        """`model_config`, with the tokenizer's size and special tokens where it does not give its own."""
+        ids = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return {"vocab_size": len(self.tokenizer), **ids, **(self.config.new_model_config or {})}
+
+    @cached_property
+    def attention(self) -> str:
+        name, why = resolve_implementation(self.config.attention)
+        self.console.print(f"attention: {name} ({why})")
+        return name
+
+    @cached_property
+    def forward(self) -> Forward:
+        return Forward(self.model, self.attention, self.config.logprob_chunk)
+
+    @cached_property
+    def objective(self) -> Objective:
+        c = self.config
+        return Objective(c.beta, c.gamma_beta_ratio, c.loss_type, c.label_smoothing, c.sft_weight)
+
+    def load_params(self) -> Params:
+        """The weights to start from, split over the mesh: of a step of the run, a folder, or new ones."""
+        step = None if self.model_choice is None else _step_number(self.model_choice)
+        if step is not None:
+            with open_checkpoints(self.config) as checkpoints:
+                return checkpoints.params(step, abstract_state(self.model.abstract, self.model.shardings(self.mesh)))
+        if self.model_folder is not None:
+            return hf.load_params(self.model_folder, self.model, self.mesh)
+        return self.model.init(self.config.seed, self.mesh)
+
+    def train_pairs(self) -> tokenize.PairDataset:
+        """The tokenised training pairs, each source cut to its fraction."""
+        config = self.config
+        return self.tokenize(sources.load_train(config.dataset_mixer, config.train_splits, dataset_configs=config.dataset_configs))
+
+    def split_pairs(self, split: str) -> tokenize.PairDataset:
+        """The tokenised pairs of one split of all sources, whole and in file order."""
+        config = self.config
+        return self.tokenize(sources.load_split(config.dataset_mixer, split, dataset_configs=config.dataset_configs))
+
+    def tokenize(self, raw: sources.RawSplit) -> tokenize.PairDataset:
+        """Tokenises a split as the config says, and tells how many rows were skipped and why."""
+        c = self.config
+        pairs = tokenize.tokenize_split(
+            raw,
+            self.tokenizer,
+            max_length=c.max_length,
+            max_prompt_length=c.max_prompt_length,
+            truncation_mode=c.truncation_mode,
+            auto_insert_empty_system_msg=c.auto_insert_empty_system_msg,
+            on_bad_row=c.on_bad_row,
+            num_proc=c.preprocessing_num_workers,
+            cache_dir=c.data_cache_dir,
+        )
+        if pairs.skipped:
+            self.console.print(pairs.skipped_summary(), style="yellow")
+        return pairs
+
+    def plan(self, pairs: tokenize.PairDataset, *, batch: int, seed: int | None) -> StepPlan:
+        """The step plan of a split, its row shape chosen, every pair checked to fit.
+
+        Args:
+            pairs: the split.
+            batch: pairs a step.
+            seed: of the order; None keeps file order.
+        """
+        config, model = self.config, self.model
+        head = model.config.vocab_size * model.config.hidden_size
+        rows = config.rows_per_device * self.data_parallel
+        memory = capacity.device_memory(self.mesh)
+        plan = choose_row_shape(
+            StepPlan(
+                lengths=pairs.lengths,
+                shape=RowShape(0, 0, 0),
+                global_batch_size=batch,
+                rows_per_micro_batch=rows,
+                prefix_sharing=config.prefix_sharing,
+                packing=config.packing,
+                seed=seed,
+            ),
+            row_length=None if config.row_length == "auto" else config.row_length,
+            max_row_length=capacity.longest_row(model, self.mesh, config.rows_per_device, memory),
+            target_cost=head / max(1, model.parameter_count - head),
+        )
+        plan.check(pairs.origin)
+        return plan
+
+    def describe_plan(self, name: str, plan: StepPlan) -> PackingReport:
+        """Says what the plan costs, and warns where devices are left idle."""
+        report = measure(plan)
+        saved = 1 - report.input_tokens / report.separate_tokens
+        self.console.print(
+            f"{name}: {len(plan.lengths)} pairs, rows of {plan.shape.length} tokens and {plan.shape.targets} targets, "
+            f"fill {report.fill:.3f} ({1 - report.fill:.1%} padding), prefix sharing saves {saved:.1%} of the tokens"
+        )
+        if report.empty_rows > 0.25:
+            self.console.print(
+                f"warning: {report.empty_rows:.0%} of the rows computed are empty: {self.data_parallel} devices are "
+                f"too many for {report.pairs:.0f} pairs a step in rows of {plan.shape.length} tokens. Raise "
+                "`global_batch_size`, set a shorter `row_length`, or move devices from `fsdp` or `data` to `tensor`",
+                style="yellow",
+            )
+        return report
+
+
+def open_checkpoints(config: TrainConfig) -> Checkpoints:
+    """The checkpoints of the config's output directory, to read.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    folder = Path(config.output_dir) / CHECKPOINTS
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist: no checkpoint of a run was written to `output_dir`")
+    return Checkpoints(folder, read_only=True)
+
+
+def _step_number(choice: str) -> int | None:
+    return int(choice) if choice.isdecimal() else None

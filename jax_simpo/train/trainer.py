@@ -1,0 +1,341 @@
+"""The training loop: the thin shell around the pure functions of `step`.
+
+It reads as the run goes: check the output directory, build what the config describes, resume or start, step, log,
+evaluate, save, export.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from jax_simpo.checkpoint import Checkpoints, abstract_state, check_same_run
+from jax_simpo.config import TrainConfig
+from jax_simpo.data.loader import StepBatch, step_batches
+from jax_simpo.data.packing import StepPlan
+from jax_simpo.data.pairs import PairLengths
+from jax_simpo.errors import CheckpointError, ConfigError, DataError, TrainingError
+from jax_simpo.models import hf
+from jax_simpo.train.evaluate import PAIRS_PER_PLAN, Evaluation
+from jax_simpo.train.metrics import METRICS_FILE, MetricsLog, TrainingProgress
+from jax_simpo.train.optim import count_warmup_steps, learning_rate_schedule, make_optimizer
+from jax_simpo.train.setup import CHECKPOINTS, MODEL, Setup
+from jax_simpo.train.step import (
+    Denominators,
+    Params,
+    TrainFunctions,
+    make_score_function,
+    make_train_functions,
+    put_rows,
+)
+
+# What a run writes, and all that `overwrite_output_dir` removes.
+RUN_FILES = ("config.yaml", METRICS_FILE, CHECKPOINTS, MODEL, "README.md", "report.html", "curves.png")
+
+
+def train(config: TrainConfig, console: Console) -> dict[str, Any]:
+    """Trains as the config says and returns the last record of `metrics.jsonl`.
+
+    Raises:
+        UserError: whatever the user can mend; before anything is trained where it can be known by then.
+    """
+    output = prepare_output(config)
+    setup = Setup(config, console)
+    mesh = setup.mesh
+    console.print(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())} ({jax.devices()[0]})")
+    train_pairs = setup.train_pairs()
+    with Checkpoints(output / CHECKPOINTS, keep=config.save_total_limit) as checkpoints, jax.set_mesh(mesh):
+        resume_step = _resume_step(config, checkpoints, output)
+        saved = checkpoints.run(resume_step) if resume_step else {}
+        batch = _global_batch_size(config, setup.data_parallel, saved)
+        plan = setup.plan(train_pairs, batch=batch, seed=config.seed)
+        total_steps = count_steps(config, plan)
+        identity = {
+            **config.run_identity(),
+            "global_batch_size": batch,
+            "training pairs": f"{len(plan.lengths)} pairs, lengths {_fingerprint(plan.lengths)}",
+        }
+        if resume_step:
+            check_same_run(saved, identity, output)
+            if resume_step >= total_steps:
+                raise CheckpointError(
+                    f"{output} holds this run, finished at step {resume_step}: nothing is left to train. Give another "
+                    "`output_dir`, or set `overwrite_output_dir: true` to train it again"
+                )
+        setup.describe_plan("training", plan)
+        evaluation = _evaluation(setup) if config.do_eval else None
+
+        schedule = learning_rate_schedule(
+            config.lr_scheduler_type,
+            config.learning_rate,
+            total_steps,
+            count_warmup_steps(total_steps, config.warmup_steps, config.warmup_ratio),
+        )
+        optimizer = make_optimizer(
+            schedule,
+            b1=config.adam_beta1,
+            b2=config.adam_beta2,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+        )
+        functions = make_train_functions(setup.forward, setup.objective, optimizer, mesh)
+        if resume_step:
+            model = setup.model
+            params = checkpoints.params(resume_step, abstract_state(model.abstract, model.shardings(mesh)))
+            shapes = jax.eval_shape(optimizer.init, model.abstract)
+            state = checkpoints.optimizer(resume_step, abstract_state(shapes, functions.optimizer_shardings))
+            console.print(f"resuming at step {resume_step} of {total_steps}")
+        else:
+            params = setup.load_params()
+            state = functions.init_optimizer(params)
+            console.print(f"training {setup.model.parameter_count:,} parameters for {total_steps} steps")
+        (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+
+        run = _Run(config, setup, plan, functions, schedule, evaluation, checkpoints, identity, total_steps, output)
+        params, record = run.steps(params, state, train_pairs, resume_step)
+        hf.save_model(
+            params, setup.model, output / MODEL, config.export_dtype or config.dtype, tokenizer=setup.tokenizer
+        )
+    console.print(f"model: {output / MODEL}")
+    return record
+
+
+def prepare_output(config: TrainConfig) -> Path:
+    """Makes the output directory, or makes sure that it may be continued.
+
+    Raises:
+        CheckpointError: it cannot be written to, or holds a run that `overwrite_output_dir` does not give away.
+    """
+    output = Path(config.output_dir)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"`output_dir` {output} cannot be written to: {error.strerror}. Give a folder that can"
+        ) from error
+    if config.overwrite_output_dir:
+        for name in RUN_FILES:
+            path = output / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    elif (output / MODEL).exists() and not any((output / CHECKPOINTS).glob("*")):
+        raise CheckpointError(
+            f"{output} holds a finished run without checkpoints, which would be lost. Give another `output_dir`, or "
+            "set `overwrite_output_dir: true` to train it again"
+        )
+    return output
+
+
+def count_steps(config: TrainConfig, plan: StepPlan) -> int:
+    """Optimizer steps of the whole run."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(config.num_train_epochs * plan.steps_per_epoch)
+
+
+def _global_batch_size(config: TrainConfig, data_parallel: int, saved: Mapping[str, Any]) -> int:
+    if config.global_batch_size is not None:
+        return config.global_batch_size
+    if saved:  # the batch of the run, on whatever mesh it is continued
+        return saved["global_batch_size"]
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * data_parallel
+
+
+def _resume_step(config: TrainConfig, checkpoints: Checkpoints, output: Path) -> int:
+    """The step to continue from; 0 starts afresh."""
+    wanted, steps = config.resume_from_checkpoint, checkpoints.steps()
+    if wanted is False:
+        if steps:
+            raise CheckpointError(
+                f"`resume_from_checkpoint` is false, but {output} holds checkpoints (steps {steps}). Give another "
+                "`output_dir`, or set `overwrite_output_dir: true` to remove them"
+            )
+        return 0
+    if wanted is None or wanted is True:
+        if wanted and not steps:
+            raise CheckpointError(
+                f"`resume_from_checkpoint` is true, but {output / CHECKPOINTS} holds no checkpoint. Remove the key to "
+                "start afresh, or correct `output_dir`"
+            )
+        return steps[-1] if steps else 0
+    step = Path(str(wanted)).name.removeprefix("checkpoint-")
+    folder = Path(str(wanted)).parent
+    if not step.isdecimal() or (
+        folder != Path(".") and folder.absolute() != (output / CHECKPOINTS).absolute()
+    ):
+        raise ConfigError(
+            f"`resume_from_checkpoint` is {wanted!r}; expected true, false, a step number, or a folder "
+            f"{output / CHECKPOINTS}/STEP"
+        )
+    if int(step) not in steps:
+        raise CheckpointError(f"{output / CHECKPOINTS}: there is no step {step}; there are: {steps or 'none'}")
+    return int(step)
+
+
+def _fingerprint(lengths: PairLengths) -> str:
+    """Tells one set of pairs from another by what the plan depends on."""
+    digest = sha256()
+    for column in (lengths.chosen_inputs, lengths.rejected_inputs, lengths.shared_inputs, lengths.chosen_targets):
+        digest.update(column.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _evaluation(setup: Setup) -> Evaluation:
+    config = setup.config
+    if not config.eval_splits:
+        raise DataError(
+            f"`do_eval` is true, but `dataset_splits` {config.dataset_splits} names no split to evaluate. Add one, or "
+            "set `do_eval: false`"
+        )
+    pairs = setup.split_pairs(config.eval_splits[0])
+    plan = setup.plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
+    return Evaluation(make_score_function(setup.forward, setup.mesh), plan, pairs, setup.objective, setup.mesh)
+
+
+@dataclass
+class _Run:
+    """The loop and what it needs at hand."""
+
+    config: TrainConfig
+    setup: Setup
+    plan: StepPlan
+    functions: TrainFunctions
+    schedule: Any
+    evaluation: Evaluation | None
+    checkpoints: Checkpoints
+    identity: Mapping[str, Any]
+    total_steps: int
+    output: Path
+
+    def steps(self, params: Params, state: Any, pairs: Any, first_step: int) -> tuple[Params, dict[str, Any]]:
+        """Runs the steps that are left. Returns the trained parameters and the last record."""
+        self.log = MetricsLog(self.output, first_step=first_step)
+        self.record: dict[str, Any] = {}
+        # The record of a step is fetched after the next step was handed to the device, so that it never waits for us.
+        waiting: tuple[StepBatch, dict[str, Any]] | None = None
+        self.clock = _Clock()
+        batches = step_batches(self.plan, pairs, range(first_step, self.total_steps))
+        if self.evaluation is not None and not first_step:
+            self._evaluate(params, step=0, epoch=0.0)
+        with TrainingProgress(self.setup.console, self.total_steps, first_step) as self.progress:
+            for batch in batches:
+                params, state, metrics = self._step(params, state, batch)
+                if waiting is not None:
+                    self._write(*waiting)
+                waiting = (batch, metrics)
+                done = batch.step + 1
+                evaluate, save = self._is_due("eval", batch), self._is_due("save", batch)
+                if evaluate or save or done == self.total_steps:
+                    self._write(*waiting)
+                    waiting = None
+                    with self.clock.paused():
+                        if evaluate:
+                            self._evaluate(params, done, batch.epoch)
+                        if save:
+                            self.checkpoints.save(done, params, state, self.identity)
+        self.log.close()
+        return params, self.record
+
+    def _step(self, params: Params, state: Any, batch: StepBatch) -> tuple[Params, Any, dict[str, Any]]:
+        denominators = Denominators(jnp.float32(len(batch.pairs)), jnp.float32(batch.chosen_tokens))
+        so_far = self.functions.start(params)
+        for rows in batch.micro_batches:
+            so_far = self.functions.accumulate(params, so_far, put_rows(rows.arrays(), self.setup.mesh), denominators)
+        params, state, norm = self.functions.update(params, state, so_far.gradients)
+        return params, state, {**so_far.metrics, "grad_norm": norm}
+
+    def _write(self, batch: StepBatch, metrics: dict[str, Any]) -> None:
+        """Logs a step. Waits for the device to have finished it."""
+        done = batch.step + 1
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            raise TrainingError(
+                f"step {done}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}. The newest "
+                f"checkpoint is of step {max(self.checkpoints.steps(), default=0)}. Lower `learning_rate`, raise "
+                "`warmup_ratio`, or try `dtype: float32`"
+            )
+        seconds, tokens, pairs = self.clock.add(batch.input_tokens, len(batch.pairs))
+        if done % self.config.logging_steps and done != self.total_steps:
+            self.progress.advance(done)
+            return
+        self.clock.restart()
+        self.record = {
+            "step": done,
+            **values,
+            "learning_rate": float(self.schedule(batch.step)),
+            "epoch": batch.epoch,
+            "pairs": len(batch.pairs),
+            "tokens": batch.input_tokens,
+            "tokens_per_second": tokens / seconds,
+            "pairs_per_second": pairs / seconds,
+            "packing_fill": batch.input_tokens / batch.computed_tokens,
+        }
+        self.log.write(self.record)
+        self.progress.show(done, self.record)
+
+    def _evaluate(self, params: Params, step: int, epoch: float) -> None:
+        assert self.evaluation is not None
+        metrics = self.evaluation.run(params)
+        self.log.write({"eval_step": step, "eval_epoch": epoch, **metrics})
+        self.setup.console.print(
+            f"evaluation at step {step}: loss {metrics['eval_loss']:.4f}, accuracy "
+            f"{metrics['eval_rewards/accuracies']:.3f}, margin {metrics['eval_rewards/margins']:.3f}"
+        )
+
+    def _is_due(self, what: str, batch: StepBatch) -> bool:
+        """Whether to evaluate ("eval") or save after this step; both happen after the last one unless switched off."""
+        strategy = getattr(self.config, f"{what}_strategy")
+        if what == "eval" and self.evaluation is None or what == "save" and strategy == "no":
+            return False
+        done = batch.step + 1
+        if done == self.total_steps:
+            return True
+        if strategy == "epoch":
+            return done % self.plan.steps_per_epoch == 0
+        return strategy == "steps" and done % getattr(self.config, f"{what}_steps") == 0
+
+
+class _Clock:
+    """Seconds, tokens and pairs since the last logged step, without the time spent evaluating and saving."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._started, self._tokens, self._pairs = time.perf_counter(), 0, 0
+
+    def add(self, tokens: int, pairs: int) -> tuple[float, int, int]:
+        """Counts a finished step and returns the sums so far."""
+        self._tokens += tokens
+        self._pairs += pairs
+        return time.perf_counter() - self._started, self._tokens, self._pairs
+
+    def paused(self) -> _Pause:
+        return _Pause(self)
+
+    def skip(self, seconds: float) -> None:
+        self._started += seconds
+
+
+class _Pause:
+    def __init__(self, clock: _Clock) -> None:
+        self._clock = clock
+
+    def __enter__(self) -> None:
+        self._from = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._clock.skip(time.perf_counter() - self._from)
