@@ -78,6 +78,11 @@ def constrain(x: Array, *logical_axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
 
 
+def psum(x: Array, axis: str) -> Array:
+    """`jax.lax.psum` inside `shard_map`; nothing over an axis of one device, where it is not free on every backend."""
+    return jax.lax.psum(x, axis) if jax.lax.axis_size(axis) > 1 else x
+
+
 def gather(w: Float[Array, "..."], dtype: Any, *logical_axes: str | None) -> Float[Array, "..."]:
     """Casts a parameter to the compute dtype and gathers it over `fsdp`, once, for the use that follows.
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jax_simpo.ops.blockwise import matmul_precision
-from jax_simpo.sharding import RULES, spec
+from jax_simpo.sharding import RULES, psum, spec
 
 DEFAULT_CHUNK = 512
 
@@ -96,10 +96,10 @@ def _local_forward(
         h, target = args
         logits = _logits(h, whole_head, softcap)
         top = _over_tensor(jax.lax.pmax, logits.max(-1), meshed)
-        total = _over_tensor(jax.lax.psum, jnp.exp(logits - top[:, None]).sum(-1), meshed)
+        total = _over_tensor(psum, jnp.exp(logits - top[:, None]).sum(-1), meshed)
         lse = top + jnp.log(total)
         chosen = jnp.where(_is_target(target, logits.shape[-1], meshed), logits, 0.0).sum(-1)
-        return _over_tensor(jax.lax.psum, chosen, meshed) - lse, lse
+        return _over_tensor(psum, chosen, meshed) - lse, lse
 
     logps, lse = jax.lax.map(one_chunk, (states, tokens))
     return _unchunk(logps, index.shape), _unchunk(lse, index.shape)
@@ -132,12 +132,12 @@ def _local_backward(
         return dhead + dot("nv,nd->vd", dlogits, h), dot("nv,vd->nd", dlogits, whole_head)
 
     dhead, dstates = jax.lax.scan(one_chunk, jnp.zeros(whole_head.shape, jnp.float32), per_target)
-    dstates = _over_tensor(jax.lax.psum, _unchunk(dstates, (*index.shape, hidden.shape[-1])), meshed)
+    dstates = _over_tensor(psum, _unchunk(dstates, (*index.shape, hidden.shape[-1])), meshed)
     rows = jnp.arange(len(hidden))[:, None]
     dhidden = jnp.zeros(hidden.shape, jnp.float32).at[rows, index].add(dstates).astype(hidden.dtype)
     if meshed:
         dhead = jax.lax.psum_scatter(dhead, RULES["embed"], scatter_dimension=1, tiled=True)
-        dhead = jax.lax.psum(dhead, "data")
+        dhead = psum(dhead, "data")
     return dhidden, dhead.astype(head.dtype)
 
 

@@ -130,7 +130,7 @@ class TrainFunctions:
         start: `params -> Accumulated`, zeros.
         accumulate: `params, Accumulated, rows, Denominators -> Accumulated`; takes the old one's memory.
         update: `params, optimizer state, gradients -> params, optimizer state, gradient norm before clipping`; takes
-            the memory of all three.
+            the memory of the first two.
         init_optimizer: `params -> optimizer state`.
         optimizer_shardings: where that state lies.
     """
@@ -163,13 +163,13 @@ def make_train_functions(
 
     def update(params: Params, state: Any, gradients: Params) -> tuple[Params, Any, Array]:
         updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, optax.global_norm(gradients)
+        return optax.apply_updates(params, updates), state, optax.tree.norm(gradients)
 
     return TrainFunctions(
         start=jax.jit(start, out_shardings=accumulated),
         accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=accumulated),
         update=jax.jit(
-            update, donate_argnums=(0, 1, 2), out_shardings=(param_shardings, optimizer_shardings, everywhere)
+            update, donate_argnums=(0, 1), out_shardings=(param_shardings, optimizer_shardings, everywhere)
         ),
         init_optimizer=jax.jit(optimizer.init, out_shardings=optimizer_shardings),
         optimizer_shardings=optimizer_shardings,

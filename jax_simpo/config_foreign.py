@@ -1,0 +1,206 @@
+"""What the keys of the original SimPO files and of the Hugging Face trainer mean here.
+
+Three kinds: keys under another name, which act; keys without a meaning here, which are taken with a notice that says
+what replaces them; keys that would change the trained model and that we cannot honour, which are errors unless they
+ask for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jax_simpo.errors import ConfigError
+
+# A value that asks for nothing is accepted without a word, whatever the key.
+_NOTHING = (None, False, 0, 0.0, "", "no", "none", "None", "off")
+
+
+def _asks_for_nothing(value: Any) -> bool:
+    if isinstance(value, list | tuple | dict):
+        return all(_asks_for_nothing(v) for v in value)
+    return value in _NOTHING
+
+
+WITHOUT_MEANING: dict[str, str] = {
+    "attn_implementation": "`attention` chooses the implementation (all of them compute the same); default auto",
+    "use_flash_attention_2": "`attention` chooses the implementation (all of them compute the same); default auto",
+    "torch_dtype": "parameters are kept in float32 and `dtype` is the type computed in",
+    "gradient_checkpointing_kwargs": "`remat` (none, dots, full) says what is recomputed",
+    "activation_checkpointing_kwargs": "`remat` (none, dots, full) says what is recomputed",
+    "use_reentrant": "`remat` (none, dots, full) says what is recomputed",
+    "report_to": "metrics go to metrics.jsonl in `output_dir`",
+    "push_to_hub": "nothing is uploaded; upload the folder OUTPUT_DIR/model with `hf upload`",
+    "hub_model_id": "nothing is uploaded; upload the folder OUTPUT_DIR/model with `hf upload`",
+    "hub_strategy": "nothing is uploaded; upload the folder OUTPUT_DIR/model with `hf upload`",
+    "hub_token": "nothing is uploaded; `hf auth login` serves private models and data sets",
+    "hub_private_repo": "nothing is uploaded; upload the folder OUTPUT_DIR/model with `hf upload`",
+    "hub_always_push": "nothing is uploaded; upload the folder OUTPUT_DIR/model with `hf upload`",
+    "hub_revision": "nothing is uploaded; `model_revision` names the revision that is read",
+    "hub_model_revision": "nothing is uploaded; `model_revision` names the revision that is read",
+    "log_level": "the command line shows progress and warnings",
+    "log_level_replica": "only the first process prints",
+    "log_on_each_node": "only the first process prints",
+    "logging_dir": "metrics go to metrics.jsonl in `output_dir`",
+    "logging_strategy": "`logging_steps` says how often metrics are written",
+    "logging_first_step": "`logging_steps: 1` writes every step",
+    "logging_nan_inf_filter": "a loss that is not finite is never hidden",
+    "disable_tqdm": "the progress bar is drawn only on a terminal",
+    "remove_unused_columns": "only the columns prompt, chosen and rejected are read",
+    "do_train": "the command (`jax-simpo train`) says what is done",
+    "do_predict": "`jax-simpo score` writes log-probs and rewards per pair",
+    "dataloader_num_workers": "batches are always built ahead by a background thread",
+    "dataloader_pin_memory": "batches are always built ahead by a background thread",
+    "dataloader_persistent_workers": "batches are always built ahead by a background thread",
+    "dataloader_prefetch_factor": "batches are always built ahead by a background thread",
+    "deepspeed": "`mesh` spreads parameters and optimizer state over devices (`fsdp` is ZeRO-3)",
+    "fsdp": "`mesh.fsdp` spreads parameters and optimizer state over devices",
+    "fsdp_config": "`mesh` spreads parameters and optimizer state over devices",
+    "ddp_backend": "`mesh` says how devices work together",
+    "ddp_find_unused_parameters": "`mesh` says how devices work together",
+    "ddp_timeout": "`mesh` says how devices work together",
+    "local_rank": "every process finds its place by itself",
+    "tf32": "`dtype` is the type computed in",
+    "bf16_full_eval": "`dtype` is the type computed in, evaluation included",
+    "torch_compile": "everything is compiled by XLA",
+    "use_liger_kernel": "log-probs are always taken in chunks (`logprob_chunk`)",
+    "use_cache": "the exported model always has `use_cache: true`",
+    "save_safetensors": "models are always written as safetensors",
+    "save_only_model": "checkpoints always hold what a resume needs; `jax-simpo export` writes the model alone",
+    "save_on_each_node": "all processes write one shared checkpoint",
+    "eval_accumulation_steps": "evaluation keeps only one number per response",
+    "prediction_loss_only": "evaluation always writes all metrics",
+    "disable_dropout": "the models have no dropout",
+    "label_pad_token_id": "targets are listed, prompts and padding never become labels",
+    "padding_value": "padding is masked out and its token does not matter",
+    "generate_during_eval": "generate from the exported model in OUTPUT_DIR/model",
+    "is_encoder_decoder": "only decoder models are trained",
+    "model_init_kwargs": "`model_revision`, `trust_remote_code` and `dtype` say how a model is read",
+    "max_target_length": "`max_length` and `max_prompt_length` bound a pair",
+    "max_completion_length": "`max_length` and `max_prompt_length` bound a pair",
+    "truncation_side": "`truncation_mode` says which end of a prompt is kept",
+    "text_column": "the columns prompt, chosen and rejected are read",
+    "base_model_revision": "`model_revision` names the revision that is read",
+    "model_code_revision": "models are built in; no code is taken from a model's repository",
+    "data_seed": "`seed` orders the pairs",
+    "lora_r": "without `use_peft` there is no adapter",
+    "lora_alpha": "without `use_peft` there is no adapter",
+    "lora_dropout": "without `use_peft` there is no adapter",
+    "lora_target_modules": "without `use_peft` there is no adapter",
+    "lora_modules_to_save": "without `use_peft` there is no adapter",
+    "bnb_4bit_quant_type": "weights are never quantised",
+    "use_bnb_nested_quant": "weights are never quantised",
+}
+
+NOT_SUPPORTED: dict[str, str] = {
+    "fp16": "float16 needs loss scaling and is not supported; use `dtype: bfloat16`",
+    "fp16_full_eval": "float16 is not supported; use `dtype: bfloat16`",
+    "use_peft": "all weights are trained; adapters are not supported",
+    "load_in_8bit": "weights are not quantised; use `mesh.fsdp` and `remat` to save memory",
+    "load_in_4bit": "weights are not quantised; use `mesh.fsdp` and `remat` to save memory",
+    "label_smoothing_factor": "this is the cross-entropy's smoothing; SimPO's is `label_smoothing`",
+    "load_best_model_at_end": "the model of the last step is exported; `jax-simpo export` writes that of any kept step",
+    "neftune_noise_alpha": "noise on embeddings is not supported",
+    "dataloader_drop_last": "an epoch's last step trains on the pairs that are left; it cannot be dropped",
+    "auto_find_batch_size": "a batch that shrinks silently is not supported; set `rows_per_device` or `row_length`",
+    "group_by_length": "packing fills rows whatever the lengths; remove the key",
+    "lr_scheduler_kwargs": "the schedules take no further settings",
+    "optim_args": "AdamW takes adam_beta1, adam_beta2, adam_epsilon and weight_decay",
+    "optim_target_modules": "all weights are trained by AdamW",
+}
+
+
+def _dtype(value: Any) -> Any:
+    return "bfloat16" if value else "float32"
+
+
+def _remat(value: Any) -> Any:
+    return "full" if value else "none"
+
+
+# Key -> (our key, how its value is read; None: as it stands).
+RENAMED: dict[str, tuple[str, Callable[[Any], Any] | None]] = {
+    "evaluation_strategy": ("eval_strategy", None),
+    "bf16": ("dtype", _dtype),
+    "gradient_checkpointing": ("remat", _remat),
+    "activation_checkpointing": ("remat", _remat),
+    "dataset_num_proc": ("preprocessing_num_workers", None),
+    "max_seq_length": ("max_length", None),
+}
+
+_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw")
+
+# `optim` is read by `translate` itself, `gamma` by `read_gamma`.
+KEYS = frozenset(WITHOUT_MEANING) | frozenset(NOT_SUPPORTED) | frozenset(RENAMED) | {"optim", "gamma"}
+
+
+def translate(values: dict[str, Any], where: Callable[[str], str]) -> tuple[dict[str, Any], list[str], dict[str, str]]:
+    """Replaces the foreign keys of one file or of one override.
+
+    Args:
+        values: keys and values as written.
+        where: names the place of a key for messages.
+
+    Returns:
+        The values under our keys (a `gamma` is left for the caller, who knows `beta`), the notices for the user, and
+        for each of our keys that came from a foreign one, the foreign one.
+
+    Raises:
+        ConfigError: a key asks for what cannot be done here, or two names of one setting disagree.
+    """
+    result: dict[str, Any] = {}
+    notices: list[str] = []
+    origin: dict[str, str] = {}
+    for key, value in values.items():
+        if key in RENAMED:
+            ours, read = RENAMED[key]
+            if read is not None and not isinstance(value, bool):
+                raise ConfigError(f"{where(key)}: `{key}` is {value!r}; expected true or false")
+            translated = value if read is None else read(value)
+            if values.get(ours, translated) != translated:
+                raise ConfigError(
+                    f"{where(key)}: `{key}: {_show(value)}` and `{ours}: {_show(values[ours])}` contradict each other; "
+                    f"keep `{ours}`"
+                )
+            if read is not None:
+                notices.append(f"{where(key)}: `{key}: {_show(value)}` is read as `{ours}: {translated}`")
+            result[ours] = translated
+            origin[ours] = key
+        elif key in WITHOUT_MEANING:
+            if not _asks_for_nothing(value):
+                notices.append(f"{where(key)}: `{key}` has no effect here: {WITHOUT_MEANING[key]}")
+        elif key in NOT_SUPPORTED:
+            if not _asks_for_nothing(value):
+                raise ConfigError(f"{where(key)}: `{key}: {_show(value)}` cannot be honoured: {NOT_SUPPORTED[key]}")
+        elif key == "optim":
+            if value not in _ADAMW:
+                raise ConfigError(
+                    f"{where(key)}: `optim: {_show(value)}` cannot be honoured: the optimizer is AdamW; "
+                    "remove the key or write `optim: adamw_torch`"
+                )
+            notices.append(f"{where(key)}: `optim` has no effect here: the optimizer is always AdamW")
+        else:
+            result[key] = value
+    return result, notices, origin
+
+
+def read_gamma(values: dict[str, Any], beta: Any, where: str) -> str:
+    """Turns `gamma` of the first published files into the ratio that replaced it: their code divides it by beta.
+
+    Returns:
+        The notice for the user.
+    """
+    gamma = values.pop("gamma")
+    if "gamma_beta_ratio" in values:
+        raise ConfigError(f"{where}: `gamma` and `gamma_beta_ratio` are one setting; keep `gamma_beta_ratio`")
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (gamma, beta))
+    if not numbers or gamma < 0 or beta <= 0:
+        raise ConfigError(f"{where}: `gamma` ({gamma!r}) is read as gamma / beta ({beta!r}); both must be numbers > 0")
+    values["gamma_beta_ratio"] = gamma / beta
+    return f"{where}: `gamma: {gamma}` is read as `gamma_beta_ratio: {gamma / beta:g}` (gamma / beta)"
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

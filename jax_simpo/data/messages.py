@@ -1,0 +1,164 @@
+"""Turns a raw row into the turns of its prompt and of its two answers, or says why it cannot be used."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, str]
+ROLES = ("system", "user", "assistant")
+
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+class BadRow(Exception):
+    """A row that cannot be trained on. `kind` is one of a few phrases, for summaries; `detail` is about this row."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(f"{kind}: {detail}")
+        self.kind = kind
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The turns both answers follow, and the turns of each answer."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+
+
+def conversation(row: Mapping[str, Any]) -> Conversation:
+    """Reads a row in any of the accepted forms.
+
+    - `chosen` and `rejected` are message lists that begin with the prompt's turns: the last turn is the answer;
+    - `prompt` is a message list, `chosen` and `rejected` are the turns (or the text) after it;
+    - `prompt`, `chosen` and `rejected` are text: a user turn and assistant turns;
+    - `chosen` and `rejected` are whole dialogues in HH-RLHF's text form `\\n\\nHuman: ...\\n\\nAssistant: ...`.
+    """
+    prompt = _value(row.get("prompt"), "prompt")
+    chosen = _value(row.get("chosen"), "chosen")
+    rejected = _value(row.get("rejected"), "rejected")
+    if chosen is None or rejected is None:
+        raise BadRow("missing value", f"the row has no `{'chosen' if chosen is None else 'rejected'}`")
+    if isinstance(prompt, list):
+        turns = Conversation(prompt, _answer(chosen), _answer(rejected))
+        if prompt and turns.chosen[: len(prompt)] == prompt:
+            raise BadRow(
+                "prompt repeated",
+                "`chosen` begins with the turns of `prompt` again: keep the answer alone, or drop the `prompt` column",
+            )
+    else:
+        turns = _without_prompt_messages(prompt, chosen, rejected)
+    _check(turns)
+    return turns
+
+
+def _without_prompt_messages(
+    prompt: str | None, chosen: str | list[Message], rejected: str | list[Message]
+) -> Conversation:
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        chosen_turns, rejected_turns = parse_hh(chosen), parse_hh(rejected)
+        if chosen_turns and rejected_turns:
+            chosen, rejected = chosen_turns, rejected_turns
+    text = prompt if prompt and prompt.strip() else None
+    lone = all(isinstance(answer, str) or len(answer) == 1 for answer in (chosen, rejected))
+    if lone and text is not None:
+        return Conversation(_prompt_turns(text), _answer(chosen), _answer(rejected))
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise BadRow(
+            "no prompt",
+            "`chosen` or `rejected` is plain text, there is no `prompt`, and it does not read "
+            "'\\n\\nHuman: ...\\n\\nAssistant: ...': add a `prompt` column",
+        )
+    # A text prompt beside whole dialogues (UltraFeedback) only repeats their first user turn: the original ignores it.
+    if chosen[:-1] != rejected[:-1]:
+        raise BadRow("prompts differ", _difference(chosen[:-1], rejected[:-1]))
+    return Conversation(chosen[:-1], chosen[-1:], rejected[-1:])
+
+
+def parse_hh(text: str) -> list[Message] | None:
+    """The turns of HH-RLHF's text form, or None when the text is not in that form."""
+    head, *parts = _HH_TURN.split("\n\n" + text.lstrip())
+    if head or not parts or parts[0] != "Human":
+        return None
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": _HH_ROLES[speaker], "content": content.strip()} for speaker, content in turns]
+
+
+def _prompt_turns(text: str) -> list[Message]:
+    turns = parse_hh(text)
+    if turns and turns[-1] == {"role": "assistant", "content": ""}:  # '... \n\nAssistant:' waits for the answer
+        return turns[:-1]
+    return [{"role": "user", "content": text}]
+
+
+def _answer(value: str | list[Message]) -> list[Message]:
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+
+
+def _value(value: Any, name: str) -> str | list[Message] | None:
+    if value is None or isinstance(value, str):
+        _check_text(value, name)
+        return value
+    if isinstance(value, dict) and isinstance(value.get("role"), list) and isinstance(value.get("content"), list):
+        # The hub's `Sequence` of objects is stored column-wise.
+        value = [{"role": r, "content": c} for r, c in zip(value["role"], value["content"], strict=False)]
+    if not isinstance(value, list):
+        raise BadRow("not a message list", f"`{name}` is {_show(value)}, neither text nor a list of messages")
+    messages = []
+    for number, message in enumerate(value):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise BadRow(
+                "not a message list", f"turn {number} of `{name}` is {_show(message)}, not {{'role', 'content'}}"
+            )
+        if message["role"] not in ROLES:
+            raise BadRow("wrong role", f"turn {number} of `{name}` has the role {message['role']!r}, not {ROLES}")
+        if message["role"] == "system" and number > 0:
+            raise BadRow("wrong role", f"turn {number} of `{name}` is a system turn: only the first turn may be one")
+        if not isinstance(message["content"], str):
+            raise BadRow("not a message list", f"turn {number} of `{name}` has {_show(message['content'])} for content")
+        _check_text(message["content"], f"turn {number} of `{name}`")
+        # Other keys are left out: a null `tool_calls`, say, that Arrow put there would change what templates write.
+        messages.append({"role": message["role"], "content": message["content"]})
+    return messages
+
+
+def _check(turns: Conversation) -> None:
+    for name, answer in (("chosen", turns.chosen), ("rejected", turns.rejected)):
+        if not answer:
+            raise BadRow("empty response", f"`{name}` has no turns")
+        if answer[-1]["role"] != "assistant":
+            raise BadRow("last turn not assistant", f"`{name}` ends with a turn of the {answer[-1]['role']}")
+        if answer[0]["role"] != "assistant":
+            raise BadRow("wrong role", f"the answer in `{name}` begins with a turn of the {answer[0]['role']}")
+        if not answer[-1]["content"].strip():
+            raise BadRow("empty response", f"the last turn of `{name}` is blank")
+    if not turns.prompt:
+        raise BadRow("no prompt", "there is no turn before the answer")
+    if turns.chosen == turns.rejected:
+        raise BadRow("chosen = rejected", "the two answers are the same, so there is nothing to prefer")
+
+
+def _check_text(text: str | None, name: str) -> None:
+    if text is not None and not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadRow("broken text", f"{name} holds half of a Unicode surrogate pair") from error
+
+
+def _difference(chosen: list[Message], rejected: list[Message]) -> str:
+    if len(chosen) != len(rejected):
+        return f"`chosen` has {len(chosen)} turns before the answer, `rejected` {len(rejected)}"
+    number = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=True)) if a != b)
+    return f"turn {number} is not the same in `chosen` and `rejected`"
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

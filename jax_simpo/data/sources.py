@@ -1,0 +1,209 @@
+"""Reads preference pairs from the hub, files, folders and saved datasets, and mixes them.
+
+Nothing is shuffled here: the step plan does that.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from jax_simpo.data import synthetic
+from jax_simpo.data.readers import FILE_TYPES, PAIR_COLUMNS, from_rows, read_file, read_hub, read_saved
+from jax_simpo.errors import DataError
+
+BUILTIN = "builtin:"
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # train-00000-of-00002.parquet, as in a downloaded hub repository
+
+
+@dataclass(frozen=True)
+class RawSplit:
+    """The pairs of one split as they stand in the sources, in file order, and where each came from.
+
+    `table` has the columns `prompt`, `chosen`, `rejected` (JSON text, null where absent), `file` (as shown to users),
+    `row` (from 0 within the file or hub split) and `line` (from 1, null where the source has no lines).
+    """
+
+    name: str
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The pair as Python values: message lists or strings, None where the source has no such value."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a split of {len(self)}")
+        (row,) = decode_rows(self.table.slice(index, 1))
+        return row
+
+    def origin(self, index: int) -> tuple[str, int]:
+        """File and row (from 0) of a pair."""
+        return self.table["file"][index].as_py(), self.table["row"][index].as_py()
+
+    def place(self, index: int) -> str:
+        """File, row and, for JSONL, line of a pair, as messages name it. Rows count from 0, lines from 1."""
+        file, row = self.origin(index)
+        line = self.table["line"][index].as_py()
+        return f"{file}, row {row}" + (f" (line {line})" if line is not None else "")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the pairs' content; moving or renaming a file does not change it."""
+        digest = hashlib.blake2b(digest_size=20)
+        for column in PAIR_COLUMNS:
+            for text in self.table[column].to_pylist():
+                data = b"" if text is None else text.encode()
+                digest.update(b"%d:" % (-1 if text is None else len(data)) + data)
+        return digest.hexdigest()
+
+
+def decode_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """Rows of a `RawSplit.table` as Python values."""
+    columns = [[None if t is None else json.loads(t) for t in table[name].to_pylist()] for name in PAIR_COLUMNS]
+    return [dict(zip(PAIR_COLUMNS, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Mixing
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load_split(
+    dataset_mixer: Mapping[str, float], split: str, *, dataset_configs: Sequence[str | None] | None = None
+) -> RawSplit:
+    """One split of every source, whole, in mixer order. The fractions of the mixer are for training only."""
+    _check_mixer(dataset_mixer)
+    configs = _configs(dataset_mixer, dataset_configs)
+    tables = [_read(source, split, config) for source, config in zip(dataset_mixer, configs, strict=True)]
+    return RawSplit(split, pa.concat_tables(tables).unify_dictionaries())
+
+
+def load_train(
+    dataset_mixer: Mapping[str, float], splits: Sequence[str], *, dataset_configs: Sequence[str | None] | None = None
+) -> RawSplit:
+    """The training pairs: of each train split of each source its first `int(fraction * rows)` rows."""
+    _check_mixer(dataset_mixer)
+    if not splits:
+        raise DataError("dataset_splits names no train split: add one, such as `train`")
+    tables = []
+    configs = _configs(dataset_mixer, dataset_configs)
+    # The fraction belongs to the source, whatever number of splits it has.
+    for (source, fraction), config in zip(dataset_mixer.items(), configs, strict=True):
+        for split in splits:
+            table = _read(source, split, config)
+            tables.append(table.slice(0, int(fraction * table.num_rows)))
+    table = pa.concat_tables(tables).unify_dictionaries()
+    if table.num_rows == 0:
+        raise DataError(f"dataset_mixer: the fractions leave no training pairs ({dict(dataset_mixer)}): raise them")
+    return RawSplit("+".join(splits), table)
+
+
+def _check_mixer(dataset_mixer: Mapping[str, float]) -> None:
+    if not dataset_mixer:
+        raise DataError("dataset_mixer is empty: name at least one dataset, such as `my_pairs.jsonl: 1.0`")
+    for source, fraction in dataset_mixer.items():
+        number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool) and math.isfinite(fraction)
+        if not number or not 0 <= fraction <= 1:
+            raise DataError(f"dataset_mixer: the fraction of {source!r} is {fraction!r}: give a number from 0 to 1")
+
+
+def _configs(dataset_mixer: Mapping[str, float], configs: Sequence[str | None] | None) -> Sequence[str | None]:
+    if not configs:
+        return [None] * len(dataset_mixer)
+    if len(configs) != len(dataset_mixer):
+        raise DataError(
+            f"dataset_configs has {len(configs)} names for {len(dataset_mixer)} datasets: give one each, null for none"
+        )
+    return configs
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From the name of a source to its table
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _read(source: str, split: str, config: str | None) -> pa.Table:
+    path = Path(source).expanduser()
+    if source.startswith(BUILTIN):
+        table = from_rows(f"{source}/{split}", synthetic.make_rows(source.removeprefix(BUILTIN), split))
+    elif path.is_dir():
+        table = _read_folder(source, path, split)
+    elif path.exists():
+        if path.suffix not in FILE_TYPES:
+            raise DataError(f"{source}: cannot read {path.suffix or 'a file without extension'}; use {_types()}")
+        _check_split(source, split, ["train"], "a single data file is the split `train`; put test pairs beside it")
+        table = read_file(source, path)
+    elif path.suffix in FILE_TYPES or source.startswith(("/", ".", "~")) or source.count("/") > 1:  # no hub id
+        raise DataError(f"{source}: no such file or folder{_nearest(path)}")
+    else:
+        table = read_hub(source, split, config)
+    if table.num_rows == 0:
+        raise DataError(f"{source}: the split {split!r} has no rows")
+    return table
+
+
+def _read_folder(source: str, folder: Path, split: str) -> pa.Table:
+    if (folder / "dataset_dict.json").exists():
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        _check_split(source, split, splits)
+        return read_saved(f"{source}/{split}", folder / split)
+    if _is_saved(folder):
+        _check_split(source, split, ["train"], "a saved dataset without splits is the split `train`")
+        return read_saved(source, folder)
+    files = _folder_files(source, folder)
+    saved = {child.name: child for child in sorted(folder.iterdir()) if child.is_dir() and _is_saved(child)}
+    if not files and not saved:
+        raise DataError(f"{source}: the folder holds neither {_types()} files nor a dataset of `save_to_disk`")
+    _check_split(source, split, [*saved, *files], "a folder's splits are its file names without the extension")
+    if split in saved:
+        return read_saved(f"{source}/{split}", saved[split])
+    return pa.concat_tables([read_file(str(Path(source) / file.relative_to(folder)), file) for file in files[split]])
+
+
+def _folder_files(source: str, folder: Path) -> dict[str, list[Path]]:
+    """Split -> its files. A hub repository on disk keeps them in `data/`, perhaps in shards."""
+    files: dict[str, list[Path]] = {}
+    own = ("dataset_info.json", "dataset_infos.json", "state.json")
+    for place in (folder, folder / "data"):
+        if files or not place.is_dir():
+            continue
+        for file in sorted(place.iterdir()):
+            if file.suffix in FILE_TYPES and file.is_file() and not file.name.startswith(".") and file.name not in own:
+                shard = SHARD.fullmatch(file.stem)
+                files.setdefault(shard[1] if shard else file.stem, []).append(file)
+    for split, members in files.items():
+        if len(members) > 1 and not all(SHARD.fullmatch(file.stem) for file in members):
+            names = ", ".join(file.name for file in members)
+            raise DataError(f"{source}: the split {split!r} is in several files ({names}): keep one")
+    return files
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / "state.json").exists() and (folder / "dataset_info.json").exists()
+
+
+def _check_split(source: str, split: str, available: Sequence[str], why: str = "") -> None:
+    if split not in available:
+        raise DataError(f"{source}: no split {split!r}; there is {', '.join(available)}" + (f" ({why})" if why else ""))
+
+
+def _types() -> str:
+    return ", ".join(FILE_TYPES[:-1]) + " or " + FILE_TYPES[-1]
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" ({path.parent} does not exist either)"
+    near = difflib.get_close_matches(path.name, [child.name for child in path.parent.iterdir()], n=1)
+    return f"; did you mean {near[0]}?" if near else f" in {path.parent.resolve()}"

@@ -1,0 +1,323 @@
+"""The tokenised pairs of a split on disk: a memory-mapped Arrow table, found again by what it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from filelock import FileLock
+
+from jax_simpo.data.chat import PairText
+from jax_simpo.data.pairs import PairLengths, Response, TokenizedPair, common_prefix_length
+from jax_simpo.data.sources import RawSplit
+from jax_simpo.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENISATION_VERSION = 1
+"""Raise it with every change to messages, chat or tokenize that can change a token: it makes old caches invalid."""
+
+_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),  # number of the row in the raw split
+        ("chosen_ids", pa.list_(pa.int32())),
+        ("chosen_prompt_length", pa.int32()),
+        ("rejected_ids", pa.list_(pa.int32())),
+        ("rejected_prompt_length", pa.int32()),
+        ("shared_inputs", pa.int32()),
+        ("text_prompt", pa.string()),
+        ("text_chosen", pa.string()),
+        ("text_rejected", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that cannot be used: its number in the raw split, the kind of reason, and what is the matter with it."""
+
+    index: int
+    kind: str
+    detail: str
+
+    @property
+    def reason(self) -> str:
+        return f"{self.kind}: {self.detail}"
+
+
+class SkippedRow(NamedTuple):
+    """A skipped row as shown to users; `row` counts from 0."""
+
+    file: str
+    row: int
+    reason: str
+
+
+class PairDataset:
+    """The tokenised pairs of a split, in file order, read from disk as they are asked for."""
+
+    def __init__(self, table: pa.Table, raw: RawSplit, skipped: list[Skipped], cache_hit: bool) -> None:
+        self.name = raw.name
+        self.cache_hit = cache_hit
+        self.skipped_rows = skipped
+        self._table = table
+        self._origins = raw.table.select(["file", "row"])  # the raw texts need not stay in memory
+        self._chunk_starts = np.cumsum([0] + [batch.num_rows for batch in table.to_batches()])
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    @cached_property
+    def lengths(self) -> PairLengths:
+        """The lengths of all pairs, from which every process derives the step plan."""
+        chosen = _numpy(pc.list_value_length(self._table["chosen_ids"]))
+        rejected = _numpy(pc.list_value_length(self._table["rejected_ids"]))
+        return PairLengths(
+            chosen_inputs=chosen - 1,
+            rejected_inputs=rejected - 1,
+            shared_inputs=_numpy(self._table["shared_inputs"]),
+            chosen_targets=chosen - self._prompt_lengths[0],
+            rejected_targets=rejected - self._prompt_lengths[1],
+        )
+
+    def pair(self, index: int) -> TokenizedPair:
+        return self.pairs([index])[0]
+
+    def pairs(self, indices: Sequence[int] | np.ndarray) -> list[TokenizedPair]:
+        """Several pairs, in the order asked for. The ids are views of the file: nothing is copied."""
+        positions = np.asarray(indices, np.int64).reshape(-1)
+        if positions.size and not (0 <= positions.min() and positions.max() < len(self)):
+            raise IndexError(f"pair {positions.min()} … {positions.max()} of a dataset of {len(self)}")
+        chunks = np.searchsorted(self._chunk_starts, positions, side="right") - 1
+        places = positions - self._chunk_starts[chunks]
+        chosen_prompt, rejected_prompt = self._prompt_lengths
+        return [
+            TokenizedPair(
+                (
+                    Response(self._ids[0][chunk][place], int(chosen_prompt[position])),
+                    Response(self._ids[1][chunk][place], int(rejected_prompt[position])),
+                )
+            )
+            for position, chunk, place in zip(positions.tolist(), chunks.tolist(), places.tolist(), strict=True)
+        ]
+
+    def texts(self, index: int) -> PairText:
+        """Prompt and answers of a pair after the chat template."""
+        return PairText(*(self._table[f"text_{part}"][index].as_py() for part in ("prompt", "chosen", "rejected")))
+
+    def origin(self, index: int) -> tuple[str, int]:
+        """File and row (from 0) a pair came from."""
+        return self._origin(self._table["index"][index].as_py())
+
+    @property
+    def origins(self) -> list[tuple[str, int]]:
+        """File and row (from 0) of every pair."""
+        indices = self._table["index"]
+        files, rows = (self._origins[name].take(indices).to_pylist() for name in ("file", "row"))
+        return list(zip(files, rows, strict=True))
+
+    @property
+    def skipped(self) -> list[SkippedRow]:
+        """The rows that could not be used, in file order, also when the tokens came from the cache."""
+        return [SkippedRow(*self._origin(row.index), row.reason) for row in self.skipped_rows]
+
+    def skipped_summary(self) -> str:
+        """How many rows were skipped and why, in a line; empty when there are none."""
+        if not self.skipped_rows:
+            return ""
+        kinds = Counter(row.kind for row in self.skipped_rows).most_common()
+        total = len(self) + len(self.skipped_rows)
+        return f"{len(self.skipped_rows)} of {total} rows skipped: " + ", ".join(f"{n} {kind}" for kind, n in kinds)
+
+    def batches(self) -> Iterator[list[dict[str, Any]]]:
+        """All columns of the table as Python values, some hundreds of pairs at a time."""
+        for batch in self._table.to_batches():
+            yield batch.to_pylist()
+
+    def _origin(self, raw_index: int) -> tuple[str, int]:
+        return self._origins["file"][raw_index].as_py(), self._origins["row"][raw_index].as_py()
+
+    @cached_property
+    def _prompt_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        return _numpy(self._table["chosen_prompt_length"]), _numpy(self._table["rejected_prompt_length"])
+
+    @cached_property
+    def _ids(self) -> tuple[list[_IdLists], list[_IdLists]]:
+        columns = [[_IdLists(chunk) for chunk in self._table[f"{r}_ids"].chunks] for r in ("chosen", "rejected")]
+        return columns[0], columns[1]
+
+
+class _IdLists:
+    """A list column's ids as numpy views; pyarrow's own item access is a hundred times slower."""
+
+    def __init__(self, chunk: pa.ListArray) -> None:
+        self.offsets = chunk.offsets.to_numpy()
+        self.values = chunk.values.to_numpy()
+
+    def __getitem__(self, place: int) -> np.ndarray:
+        ids: np.ndarray = self.values[self.offsets[place] : self.offsets[place + 1]]
+        return ids
+
+
+def _numpy(column: pa.ChunkedArray) -> np.ndarray:
+    return np.asarray(column.to_numpy(), np.int32)
+
+
+def inspect_objects(dataset: PairDataset) -> Iterator[dict[str, Any]]:
+    """One object per pair in input order: what `inspect --json` writes, with the keys of the golden file."""
+    for batch in dataset.batches():
+        for pair in batch:
+            file, row = dataset._origin(pair["index"])
+            yield {
+                "file": file,
+                "row": row,
+                "text_prompt": pair["text_prompt"],
+                "text_chosen": pair["text_chosen"],
+                "text_rejected": pair["text_rejected"],
+                "chosen_input_ids": pair["chosen_ids"],
+                "rejected_input_ids": pair["rejected_ids"],
+                "chosen_response_length": len(pair["chosen_ids"]) - pair["chosen_prompt_length"],
+                "rejected_response_length": len(pair["rejected_ids"]) - pair["rejected_prompt_length"],
+            }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The cache
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def cache_key(raw: RawSplit, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> str:
+    """A name for the tokens of a split: equal exactly when rows, tokenizer, template and settings are."""
+    import tokenizers
+    import transformers
+
+    parts = {
+        "version": [TOKENISATION_VERSION, transformers.__version__, tokenizers.__version__],
+        "rows": [len(raw), raw.fingerprint],
+        "tokenizer": _tokenizer_fingerprint(tokenizer),
+        "settings": dict(settings),
+    }
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        # State of the last call, not content: the tokenizer sets both anew at every call.
+        backend.no_truncation()
+        backend.no_padding()
+        content = backend.to_str()
+    else:
+        files = [getattr(tokenizer, name, None) for name in ("vocab_file", "merges_file")]
+        hashes = [hashlib.blake2b(Path(f).read_bytes()).hexdigest() for f in files if f and Path(f).is_file()]
+        content = json.dumps([sorted(tokenizer.get_vocab().items()), hashes])
+    digest = hashlib.blake2b(content.encode(), digest_size=20)
+    # `split_special_tokens` decides whether "<|eot_id|>" typed by a user becomes the special token.
+    rest = [
+        type(tokenizer).__name__,
+        tokenizer.get_chat_template(),
+        tokenizer.special_tokens_map,
+        [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        bool(getattr(tokenizer, "split_special_tokens", False)),
+    ]
+    digest.update(json.dumps(rest, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def default_cache_dir() -> Path:
+    """Where Hugging Face datasets keeps its cache, without importing it (half a second)."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets") / "jax_simpo"
+
+
+class Store:
+    """One entry of the cache: a folder that appears whole or not at all."""
+
+    def __init__(self, cache_dir: str | Path | None, key: str) -> None:
+        self.root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+        self.folder = self.root / key
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.root, os.W_OK):
+                raise PermissionError("not writable")
+        except OSError as error:
+            raise DataError(
+                f"cache folder {self.root}: {error}: set HF_DATASETS_CACHE to a folder that can be written"
+            ) from error
+
+    def lock(self) -> FileLock:
+        return FileLock(f"{self.folder}.lock")
+
+    def exists(self) -> bool:
+        return self.folder.is_dir()
+
+    @contextmanager
+    def writer(self) -> Iterator[Writer]:
+        temporary = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.", dir=self.root))
+        try:
+            with pa.OSFile(str(temporary / "pairs.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as stream:
+                writer = Writer(stream)
+                yield writer
+            writer.skipped.sort(key=lambda row: row.index)
+            (temporary / "skipped.json").write_text(json.dumps([asdict(row) for row in writer.skipped]))
+            temporary.chmod(0o755)  # mkdtemp's folders are closed to other users of a shared cache
+            try:
+                temporary.replace(self.folder)
+            except OSError:  # another host, which our lock does not reach, was faster: its entry is the same
+                if not self.exists():
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def open(self, raw: RawSplit, cache_hit: bool) -> PairDataset:
+        with pa.memory_map(str(self.folder / "pairs.arrow")) as source:
+            table = pa.ipc.open_file(source).read_all()
+        skipped = [Skipped(**row) for row in json.loads((self.folder / "skipped.json").read_text())]
+        return PairDataset(table, raw, skipped, cache_hit)
+
+
+class Writer:
+    """Writes chunks of pairs as record batches."""
+
+    def __init__(self, stream: pa.RecordBatchWriter) -> None:
+        self._stream = stream
+        self.skipped: list[Skipped] = []
+
+    def write(
+        self, indices: list[int], texts: list[PairText], pairs: list[TokenizedPair], skipped: list[Skipped]
+    ) -> None:
+        self.skipped += skipped
+        if not pairs:
+            return
+        columns = [
+            pa.array(indices, pa.int64()),
+            _list_array([pair.chosen.ids for pair in pairs]),
+            pa.array([pair.chosen.prompt_length for pair in pairs], pa.int32()),
+            _list_array([pair.rejected.ids for pair in pairs]),
+            pa.array([pair.rejected.prompt_length for pair in pairs], pa.int32()),
+            pa.array([common_prefix_length(p.chosen.inputs, p.rejected.inputs) for p in pairs], pa.int32()),
+            pa.array([text.prompt for text in texts], pa.string()),
+            pa.array([text.chosen for text in texts], pa.string()),
+            pa.array([text.rejected for text in texts], pa.string()),
+        ]
+        self._stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
+
+
+def _list_array(lists: list[np.ndarray]) -> pa.ListArray:
+    offsets = np.cumsum([0] + [len(ids) for ids in lists]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(lists), pa.int32()))

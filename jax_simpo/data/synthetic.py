@@ -1,0 +1,167 @@
+"""Preference pairs made on the spot, for the quickstart and for trying things out: the café that learns to listen.
+
+A guest orders ("Could I have a large tea with lemon? The name is Anna."), sometimes with a change of mind
+("... Actually, make that a coffee."). The chosen reply confirms what was ordered, the rejected one gets one thing
+wrong. Right and wrong replies are made of the same words, so an untrained model prefers the right one half of the time.
+Held-out orders combine a drink and an extra that never come together in training: only a model that reads the order can
+get them right.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from jax_simpo.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SIZES = ("small", "medium", "large")
+DRINKS = ("tea", "coffee", "cocoa", "cider", "juice", "lemonade", "milkshake", "smoothie", "mocha", "latte")
+EXTRAS = ("lemon", "honey", "cream", "cinnamon", "ginger", "mint", "vanilla", "ice", "sugar", "nutmeg")
+NAMES = (
+    *("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas"),
+    *("Klara", "Leo", "Mia", "Noah", "Olga", "Paul", "Rosa", "Simon", "Tara", "Victor"),
+)
+
+_ORDERS = (
+    "Hello, I would like a {size} {drink} with {extra}, please. My name is {name}.",
+    "Could I have a {size} {drink} with {extra}? The name is {name}.",
+    "Hi, {name} here. One {drink} with {extra}, please, a {size} one.",
+    "A {drink} for {name}, please. With {extra}, and make it {size}.",
+    "Good morning! I am {name}. Do you have {drink} with {extra}? A {size} one, please.",
+)
+_SECOND_THOUGHTS = {
+    "size": ("Actually, make it {size}.", "No, wait, a {size} one, please."),
+    "drink": ("Actually, make that a {drink}.", "No, wait, I would rather have {drink}."),
+    "extra": ("Actually, make that with {extra}.", "No, wait, with {extra}, please."),
+}
+_REPLIES = (
+    "Of course, {name}! One {size} {drink} with {extra}, coming up.",
+    "Thank you, {name}. Here is your {size} {drink} with {extra}.",
+)
+
+_WORD = r" ?[A-Za-z]+|[^A-Za-z]"
+_PAD, _BOS, _EOS, _UNKNOWN = "<|pad|>", "<|begin|>", "<|end|>", "<|unknown|>"
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class _Order:
+    size: str
+    drink: str
+    extra: str
+    name: str
+
+
+_CHOICES = {"size": SIZES, "drink": DRINKS, "extra": EXTRAS, "name": NAMES}
+SPLITS = {"train": 4096, "test": 512}
+
+
+def _held_out(drink: str, extra: str) -> bool:
+    """Whether a drink and an extra come together only in the test split: a fifth of all combinations."""
+    return (DRINKS.index(drink) + 2 * EXTRAS.index(extra)) % 5 == 0
+
+
+def _other(chance: random.Random, field: str, than: str) -> str:
+    return chance.choice([word for word in _CHOICES[field] if word != than])
+
+
+def _pair(chance: random.Random, split: str) -> dict[str, list[dict[str, str]]]:
+    """One order with the right reply and one that gets a single thing wrong."""
+    while True:
+        order = _Order(*(chance.choice(_CHOICES[field.name]) for field in fields(_Order)))
+        if _held_out(order.drink, order.extra) == (split == "test"):
+            break
+    said = order
+    request = chance.choice(_ORDERS)
+    if chance.random() < 0.3:
+        changed = chance.choice(list(_SECOND_THOUGHTS))
+        said = replace(order, **{changed: _other(chance, changed, than=getattr(order, changed))})
+        request = request.format(**vars(said)) + " " + chance.choice(_SECOND_THOUGHTS[changed]).format(**vars(order))
+    else:
+        request = request.format(**vars(order))
+    wrong = chance.choice([field.name for field in fields(_Order)])
+    mistaken = replace(order, **{wrong: _other(chance, wrong, than=getattr(order, wrong))})
+    reply = chance.choice(_REPLIES)
+    prompt = {"role": "user", "content": request}
+    return {
+        "chosen": [prompt, {"role": "assistant", "content": reply.format(**vars(order))}],
+        "rejected": [prompt, {"role": "assistant", "content": reply.format(**vars(mistaken))}],
+    }
+
+
+def _cafe_rows(split: str, seed: int = 0) -> list[dict[str, Any]]:
+    # The split is part of the seed, so that the splits do not repeat one another's draws.
+    chance = random.Random(f"{seed}/{split}")
+    return [_pair(chance, split) for _ in range(SPLITS[split])]
+
+
+# --- what `builtin:NAME` means, as a data source and as a tokenizer
+
+_ROWS: dict[str, Callable[[str, int], list[dict[str, Any]]]] = {"cafe": _cafe_rows}
+BUILTINS = tuple(_ROWS)
+
+
+def make_rows(name: str, split: str, seed: int = 0) -> list[dict[str, Any]]:
+    """The pairs of one split of a built-in data set, always the same for the same seed.
+
+    Raises:
+        DataError: there is no built-in data set of that name, or it has no such split.
+    """
+    _check_name(name)
+    if split not in SPLITS:
+        raise DataError(f"builtin:{name} has no split `{split}`; it has {', '.join(SPLITS)}")
+    return _ROWS[name](split, seed)
+
+
+def make_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A word-level tokenizer with a chat template that knows exactly the words of a built-in data set.
+
+    Raises:
+        DataError: there is no built-in tokenizer of that name.
+    """
+    # Imported here: it takes seconds, and rows are made without it.
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    _check_name(name)
+    special = (_PAD, _BOS, _EOS, _UNKNOWN, "<|user|>", "<|assistant|>")
+    words = sorted({word for text in _all_texts() for word in re.findall(_WORD, text)})
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*special, *words))}, unk_token=_UNKNOWN))
+    # A word carries the space before it, so that joining tokens gives back the text.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(list(special))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=_PAD,
+        bos_token=_BOS,
+        eos_token=_EOS,
+        unk_token=_UNKNOWN,
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        chat_template=_CHAT_TEMPLATE,
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _all_texts() -> list[str]:
+    """Every sentence form with every word, for the vocabulary."""
+    # Second thoughts follow an order, so their first word has a space before it.
+    forms = [*_ORDERS, *_REPLIES, *(" " + form for forms in _SECOND_THOUGHTS.values() for form in forms)]
+    order = _Order(SIZES[0], DRINKS[0], EXTRAS[0], NAMES[0])
+    orders = [replace(order, **{field: word}) for field, words in _CHOICES.items() for word in words]
+    return [form.format(**vars(order)) for form in forms for order in orders]
+
+
+def _check_name(name: str) -> None:
+    if name not in _ROWS:
+        raise DataError(f"there is no builtin:{name}; built in: {', '.join(f'builtin:{known}' for known in _ROWS)}")

@@ -1,0 +1,368 @@
+"""Hugging Face model folders: weights in, straight to their device shards, and weights out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_simpo.errors import ModelError
+from jax_simpo.models import families
+from jax_simpo.models.config import ModelConfig
+from jax_simpo.models.safetensors_files import TensorWriter, WeightFiles, plan_files, write_index
+from jax_simpo.models.transformer import Model, Params
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding a model and its configuration
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def resolve_model_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: the path itself, or the local copy of a hub id (downloaded when it is not there yet).
+
+    Raises:
+        ModelError: neither a folder nor a model on the hub that can be reached.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(name_or_path)
+    if folder.exists():
+        raise ModelError(f"{name}: is a file; a model is a folder with config.json and safetensors files")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise ModelError(f"{name}: no such folder; a model is a folder, or a hub id such as meta-llama/Llama-3.1-8B")
+    import huggingface_hub  # slow to import, and a local folder does not need it
+
+    try:
+        # "*/*": some repositories keep a second copy of the weights in a subfolder.
+        path = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]
+        )
+    except Exception as error:  # not found, gated, offline, interrupted: a dozen types from two libraries
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{name}: no such folder, and the hub gave no such model ({type(error).__name__}: {reason}). Check the "
+            "spelling and the network; for a gated model accept its terms and run `hf auth login`"
+        ) from error
+    return Path(path)
+
+
+def load_model_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads `config.json` of a model folder: our configuration, and the file as it is."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; a model folder has a config.json")
+    try:
+        raw = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    return ModelConfig.from_hf(raw, where=str(path)), raw
+
+
+def load_generation_config(folder: str | Path) -> dict[str, Any] | None:
+    """`generation_config.json` of a model folder, to be handed on to `save_model`; None where there is none."""
+    path = Path(folder) / "generation_config.json"
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}: not valid JSON ({error})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names and shapes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of a checkpoint and the part of our parameters that it is."""
+
+    name: str
+    path: str  # of the parameter, "layers/mlp/up/kernel"
+    layer: int | None  # which layer of a stacked parameter
+    shape: tuple[int, ...]  # in the checkpoint
+    transposed: bool  # kernels are [in, out] here and [out, in] there
+
+
+def _tensors(model: Model) -> list[_Tensor]:
+    """Every tensor of the model's checkpoint, layer by layer in the order of the family's table."""
+    shapes = {_join(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(model.abstract)}
+    names = {path: name for path, name in families.of(model.config.model_type).NAMES.items() if path in shapes}
+
+    def tensor(path: str, layer: int | None) -> _Tensor:
+        shape, transposed = shapes[path][0 if layer is None else 1 :], path.endswith("/kernel")
+        return _Tensor(names[path].format(layer), path, layer, shape[::-1] if transposed else shape, transposed)
+
+    stacked = [path for path in names if path.startswith("layers/")]
+    single = [tensor(path, None) for path in names if path not in stacked]
+    layers = [tensor(path, layer) for layer in range(model.config.num_layers) for path in stacked]
+    return [single[0], *layers, *single[1:]]  # the embedding first, the norm and the head last
+
+
+def _join(path: tuple[Any, ...]) -> str:
+    return "/".join(key.key for key in path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_params(folder: str | Path, model: Model, mesh: Mesh) -> Params:
+    """Reads the weights of a model folder as float32 onto the mesh.
+
+    Each device's part is read from the files on its own, so the host holds one part of one parameter at a time.
+
+    Raises:
+        ModelError: a tensor is missing, extra or has another shape than `config.json` says.
+        MeshError: the mesh does not divide the model.
+    """
+    shardings = model.shardings(mesh)
+    files = WeightFiles(Path(folder))
+    tensors = _tensors(model)
+    _check_tensors(files, model, tensors)
+    tensors_of: dict[str, list[_Tensor]] = {}
+    for tensor in tensors:
+        tensors_of.setdefault(tensor.path, []).append(tensor)
+
+    def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
+        return _load_parameter(files, tensors_of[_join(path)], leaf.shape, sharding)
+
+    return jax.tree_util.tree_map_with_path(load, model.abstract, shardings)
+
+
+def _load_parameter(
+    files: WeightFiles, tensors: list[_Tensor], shape: tuple[int, ...], sharding: NamedSharding
+) -> jax.Array:
+    devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}  # replicas of a part are read once
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(i.indices(size)[:2] for i, size in zip(index or (), shape, strict=True))
+        devices_of.setdefault(bounds, []).append(device)
+    parts = []
+    for bounds, devices in devices_of.items():
+        host = _read_part(files, tensors, tuple(slice(*b) for b in bounds))
+        parts += [jax.device_put(host, device) for device in devices]
+        jax.block_until_ready(parts)  # this part has left the host before the next one is read
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def _read_part(files: WeightFiles, tensors: list[_Tensor], index: tuple[slice, ...]) -> np.ndarray:
+    def read(tensor: _Tensor, index: tuple[slice, ...]) -> np.ndarray:
+        return files.read(tensor.name, index[::-1]).T if tensor.transposed else files.read(tensor.name, index)
+
+    if tensors[0].layer is None:
+        return np.ascontiguousarray(read(tensors[0], index))
+    part = np.empty([i.stop - i.start for i in index], np.float32)
+    for i, tensor in enumerate(tensors[index[0]]):
+        part[i] = read(tensor, index[1:])
+    return part
+
+
+def _check_tensors(files: WeightFiles, model: Model, tensors: list[_Tensor]) -> None:
+    names = {tensor.name for tensor in tensors}
+    missing = [tensor.name for tensor in tensors if tensor.name not in files]
+    if missing:
+        raise ModelError(
+            f"{files.folder}: {_some(missing)} missing from the safetensors files; config.json asks for "
+            f"{model.config.num_layers} layers of a {model.config.model_type} model"
+        )
+    family = families.of(model.config.model_type)
+    spare = "|".join(family.IGNORED)
+    extra = [name for name in files if name not in names and not re.fullmatch(spare, name)]
+    head = family.NAMES["lm_head/embedding"]
+    if model.config.tie_word_embeddings and head in extra:  # some exporters write the tied head a second time
+        _check_tied(files, family.NAMES["embed/embedding"], head)
+        extra.remove(head)
+    if extra:
+        raise ModelError(
+            f"{files.folder}: {_some(extra)} of the safetensors files has no place in the {model.config.model_type} "
+            "model that config.json describes; use the config.json that belongs to these weights"
+        )
+    for tensor in tensors:
+        files.check_dtype(tensor.name)
+        if files.shape(tensor.name) != tensor.shape:
+            raise ModelError(
+                f"{files.where(tensor.name)} has shape {list(files.shape(tensor.name))}, but config.json makes it "
+                f"{list(tensor.shape)}; use the config.json that belongs to these weights"
+            )
+
+
+def _check_tied(files: WeightFiles, embedding: str, head: str) -> None:
+    same = files.shape(embedding) == files.shape(head)
+    rows = files.shape(head)[0]
+    for start in range(0, rows if same else 0, 4096):
+        block = (slice(start, min(start + 4096, rows)), slice(None))
+        same = same and np.array_equal(files.read(embedding, block), files.read(head, block))
+    if not same:
+        raise ModelError(
+            f"{files.where(head)} differs from `{embedding}`, but config.json says tie_word_embeddings=true; set it "
+            "to false to train with both, or remove the tensor"
+        )
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:most])
+    return f"tensor {shown}" + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_model(
+    params: Params,
+    model: Model,
+    folder: str | Path,
+    dtype: str = "bfloat16",
+    *,
+    tokenizer: Any = None,
+    generation_config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    The folder is written under another name beside its place and then moved there, so a killed export leaves the
+    former model, or none, but never half a model. In a multi-process run every process calls this and the first one
+    writes.
+
+    Args:
+        params: the parameters, on the mesh they are trained on.
+        model: their model.
+        folder: where to; an earlier export there is replaced.
+        dtype: the dtype of the stored weights, `float32` or `bfloat16`.
+        tokenizer: a transformers tokenizer, saved alongside.
+        generation_config: as `load_generation_config` gives it; made from the configuration if None.
+        max_shard_bytes: most bytes per safetensors file.
+
+    Raises:
+        ModelError: something that is no model is in the way, or the folder cannot be written.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ModelError(f"export dtype {dtype!r} is not supported; use float32 or bfloat16")
+    folder = Path(folder).absolute()
+    tensors = {tensor.name: tensor for tensor in _tensors(model)}
+    leaves = {_join(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    files = plan_files({name: tensor.shape for name, tensor in tensors.items()}, dtype, max_shard_bytes)
+    temporary = None
+    try:
+        temporary = _fresh_folder_beside(folder) if jax.process_index() == 0 else None
+        for file, shapes in files.items():
+            with TensorWriter(temporary / file, shapes, dtype) if temporary else nullcontext() as writer:
+                for name in shapes:
+                    array = _on_host(leaves[tensors[name].path], tensors[name], dtype)
+                    if writer:
+                        writer.write(name, array)
+        if temporary:
+            write_index(temporary, files, dtype)
+            config = _with_special_tokens(model.config, tokenizer)
+            _write_json(temporary / "config.json", config.to_hf(dtype))
+            _write_json(temporary / "generation_config.json", generation_config or _generation_config(config))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            _move_into_place(temporary, folder)
+    except OSError as error:
+        raise ModelError(f"{folder}: the model cannot be written there ({error})") from error
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)  # gone already, unless something failed
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_model")
+    return folder
+
+
+def _on_host(leaf: jax.Array, tensor: _Tensor, dtype: str) -> np.ndarray:
+    """One tensor as the checkpoint has it: cast on the devices, then gathered to each, so any process can read it."""
+    own = leaf.sharding
+    sharding = NamedSharding(own.mesh, PartitionSpec()) if isinstance(own, NamedSharding) else own
+    whole = _pick(leaf, tensor.layer, tensor.transposed, dtype, sharding)
+    return np.asarray(whole.addressable_data(0))
+
+
+@partial(jax.jit, static_argnames=("transposed", "dtype", "sharding"))
+def _pick(
+    leaf: jax.Array, layer: jax.Array | None, transposed: bool, dtype: str, sharding: jax.sharding.Sharding
+) -> jax.Array:
+    x = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+    x = x.astype(dtype)
+    return jax.lax.with_sharding_constraint(x.T if transposed else x, sharding)
+
+
+def _with_special_tokens(config: ModelConfig, tokenizer: Any) -> ModelConfig:
+    """A fresh model starts and ends text as its tokenizer does; a configuration that names the tokens keeps them."""
+
+    def pick(key: str) -> Any:
+        own = getattr(config, key)
+        return getattr(tokenizer, key, None) if own is None else own
+
+    return replace(config, bos_token_id=pick("bos_token_id"), eos_token_id=pick("eos_token_id"))
+
+
+def _generation_config(config: ModelConfig) -> dict[str, Any]:
+    hf = config.to_hf()
+    tokens = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[key] is not None}
+    return {"_from_model_config": True, **tokens}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+# What an export may replace: a folder with anything else in it is not only a model.
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md")
+
+
+def _fresh_folder_beside(folder: Path) -> Path:
+    former = _former(folder)
+    if former.exists() and not folder.exists():  # killed between the two moves of the last export
+        former.rename(folder)
+    if folder.exists():
+        if not folder.is_dir():
+            raise ModelError(f"{folder}: is a file; export to another folder")
+        foreign = [path.name for path in folder.iterdir() if not any(path.match(p) for p in _MODEL_FILES)]
+        if foreign:
+            raise ModelError(
+                f"{folder}: holds {foreign[0]!r}, which is not part of a model, and an export replaces the whole "
+                "folder; export to another one"
+            )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.parent.glob(f".{folder.name}.writing-*"):
+        shutil.rmtree(left_over)
+    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    temporary.mkdir()
+    return temporary
+
+
+def _move_into_place(temporary: Path, folder: Path) -> None:
+    for path in temporary.iterdir():  # on the disk before the name says that it is there
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    former = _former(folder)
+    shutil.rmtree(former, ignore_errors=True)
+    if folder.exists():
+        folder.rename(former)
+    temporary.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _former(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.former")

@@ -1,0 +1,159 @@
+"""The weight files of a model folder: read slice by slice, written tensor by tensor.
+
+Neither side holds more than one tensor (or one device's slice of one) in host memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jax_simpo.errors import ModelError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_WRITE_DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16))}
+_READ_DTYPES = ("F32", "BF16", "F16")
+
+
+class WeightFiles:
+    """The tensors of a model folder, whether in one file or in several with an index."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._slices: dict[str, Any] = {}  # tensor name -> lazy slice into its memory-mapped file
+        self._file: dict[str, str] = {}
+        for file in _weight_files(folder):
+            try:
+                opened = safe_open(folder / file, framework="numpy")
+                names = list(opened.keys())
+            except (OSError, SafetensorError) as error:
+                raise ModelError(
+                    f"{folder / file}: cannot be read as safetensors ({error}); it may be cut short: download or "
+                    "export the model again"
+                ) from error
+            for name in names:
+                self._slices[name] = opened.get_slice(name)
+                self._file[name] = file
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slices)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._slices
+
+    def where(self, name: str) -> str:
+        """The tensor's file and name, for error messages."""
+        return f"{self.folder / self._file[name]}: tensor `{name}`"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slices[name].get_shape())
+
+    def check_dtype(self, name: str) -> None:
+        """Raises ModelError unless the tensor is stored in a float type that we can read."""
+        dtype = self._slices[name].get_dtype()
+        if dtype not in _READ_DTYPES:
+            raise ModelError(
+                f"{self.where(name)} is stored as {dtype}; weights are read from float32, bfloat16 and float16. "
+                "Convert the model (a quantised one has to be dequantised)"
+            )
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """One block of a tensor as float32; only its bytes are read."""
+        return np.asarray(self._slices[name][index], dtype=np.float32)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    if (folder / INDEX).is_file():
+        try:
+            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{folder / INDEX}: not an index of safetensors files ({error!r})") from error
+        missing = [file for file in files if not (folder / file).is_file()]
+        if missing:
+            raise ModelError(f"{folder}: {', '.join(missing)} is named in {INDEX} but not there; download it again")
+        return files
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder}: holds a LoRA adapter, not a model; merge it into its base model first")
+    pickled = sorted(path.name for path in (*folder.glob("pytorch_model*.bin*"), *folder.glob("*.pth")))
+    if pickled:
+        raise ModelError(
+            f"{folder}: has {pickled[0]} but no {SINGLE}; weights are read from safetensors only (a .bin file can run "
+            "code). Convert it in an environment you trust: "
+            f'`AutoModelForCausalLM.from_pretrained("{folder}").save_pretrained("NEW_FOLDER")`'
+        )
+    raise ModelError(f"{folder}: no {SINGLE} or {INDEX}; give a folder with a Hugging Face model")
+
+
+def plan_files(
+    shapes: dict[str, tuple[int, ...]], dtype: str, max_shard_bytes: int
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Cuts tensors, in order, into files of at most `max_shard_bytes` (one larger tensor has a file of its own)."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        size = _bytes(shape, dtype)
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = shape
+        filled += size
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
+
+
+def write_index(folder: Path, files: dict[str, dict[str, tuple[int, ...]]], dtype: str) -> None:
+    """Writes which tensor is in which file, where there are several files."""
+    if len(files) == 1:
+        return
+    total = sum(_bytes(shape, dtype) for shapes in files.values() for shape in shapes.values())
+    weight_map = {name: file for file, shapes in files.items() for name in shapes}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+class TensorWriter:
+    """Writes one safetensors file, tensor by tensor, in the order of `shapes`.
+
+    The format (8 bytes of header length, a JSON header, the raw tensors) needs all shapes first and nothing else, so
+    unlike `safetensors.save_file` this holds one tensor at a time.
+    """
+
+    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
+        code, self._dtype = _WRITE_DTYPES[dtype]
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+        end = 0
+        for name, shape in shapes.items():
+            start, end = end, end + _bytes(shape, dtype)
+            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._left = list(shapes.items())
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, name: str, tensor: np.ndarray) -> None:
+        expected, shape = self._left.pop(0)
+        if (name, tensor.shape) != (expected, shape):
+            raise ValueError(f"expected tensor {expected} {shape}, got {name} {tensor.shape}")
+        self._file.write(np.ascontiguousarray(tensor, dtype=self._dtype).view(np.uint8).data)
+
+
+def _bytes(shape: Sequence[int], dtype: str) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * _WRITE_DTYPES[dtype][1].itemsize

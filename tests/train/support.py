@@ -1,0 +1,125 @@
+"""A tiny model, random pairs and a run of steps on any mesh and layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_simpo.data.loader import build_step
+from jax_simpo.data.packing import StepPlan, choose_row_shape
+from jax_simpo.data.pairs import PairLengths, TokenizedPair
+from jax_simpo.data.rows import RowShape
+from jax_simpo.models.config import ModelConfig
+from jax_simpo.models.transformer import Model
+from jax_simpo.sharding import make_mesh
+from jax_simpo.train.optim import make_optimizer
+from jax_simpo.train.step import Denominators, Forward, Objective, make_train_functions, put_rows
+from tests.pairs import random_pairs
+
+VOCABULARY = 96
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.2,
+}
+OBJECTIVE = Objective(beta=2.5, gamma_beta_ratio=0.55)
+MESHES = {"one device": (1, 1, 1), "fsdp=8": (1, 8, 1), "fsdp=4 x tensor=2": (1, 4, 2), "data=2 x fsdp=4": (2, 4, 1)}
+
+
+def mesh_of(sizes: tuple[int, int, int]) -> Mesh:
+    return make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+
+
+def tiny_model(dtype: str = "float32", **changes: Any) -> Model:
+    return Model(ModelConfig.from_hf({**CONFIG, **changes}), dtype)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs in memory, with the interface of a dataset."""
+
+    all: list[TokenizedPair]
+
+    def pairs(self, indices: np.ndarray) -> list[TokenizedPair]:
+        return [self.all[i] for i in indices]
+
+
+def some_pairs(count: int, seed: int = 0) -> Pairs:
+    return Pairs(random_pairs(np.random.default_rng(seed), count, VOCABULARY, prompt=(5, 60), response=(3, 40)))
+
+
+def plan_of(pairs: Pairs, mesh: Mesh, *, batch: int, sharing: bool = True, packing: bool = True) -> StepPlan:
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    plan = StepPlan(PairLengths.of(pairs.all), RowShape(0, 0, 0), batch, rows, sharing, packing, seed=0)
+    return choose_row_shape(plan, row_length=256 if packing else None, max_row_length=256)
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run of steps gave: per step the metrics, and the last parameters on the host."""
+
+    records: list[dict[str, float]]
+    params: Any
+
+    def values(self, name: str) -> np.ndarray:
+        return np.array([record[name] for record in self.records])
+
+
+def run_steps(
+    pairs: Pairs,
+    *,
+    steps: int,
+    batch: int,
+    mesh: Mesh,
+    sharing: bool = True,
+    packing: bool = True,
+    model: Model | None = None,
+    objective: Objective = OBJECTIVE,
+    optimizer: Any = None,
+    attention: str = "blockwise",
+    params: Any = None,
+) -> History:
+    """Runs optimizer steps as the trainer does, without its shell."""
+    model = model or tiny_model()
+    optimizer = optimizer or make_optimizer(
+        lambda _: 1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0
+    )
+    plan = plan_of(pairs, mesh, batch=batch, sharing=sharing, packing=packing)
+    records = []
+    with jax.set_mesh(mesh):
+        functions = make_train_functions(Forward(model, attention, 64), objective, optimizer, mesh)
+        params = model.init(0, mesh) if params is None else jax.device_put(params, model.shardings(mesh))
+        state = functions.init_optimizer(params)
+        for k in range(steps):
+            step = build_step(plan, pairs, k)
+            denominators = Denominators(jnp.float32(len(step.pairs)), jnp.float32(step.chosen_tokens))
+            so_far = functions.start(params)
+            for rows in step.micro_batches:
+                so_far = functions.accumulate(params, so_far, put_rows(rows.arrays(), mesh), denominators)
+            params, state, norm = functions.update(params, state, so_far.gradients)
+            records.append({name: float(v) for name, v in {**so_far.metrics, "grad_norm": norm}.items()})
+        return History(records, jax.device_get(params))
+
+
+def edited(pair: TokenizedPair, rank: int, rng: np.random.Generator) -> TokenizedPair:
+    """The pair with every own token of one response but the first redrawn (the first keeps what is shared as it is)."""
+    other = pair.responses[1 - rank].ids
+    response = pair.responses[rank]
+    ids = response.ids.copy()
+    same = np.flatnonzero(ids[: len(other)] != other[: len(ids)])
+    start = (int(same[0]) if same.size else min(len(ids), len(other))) + 1
+    ids[start:] = rng.integers(1, VOCABULARY, len(ids) - start)
+    changed = replace(response, ids=ids)
+    return TokenizedPair((changed, pair.responses[1]) if rank == 0 else (pair.responses[0], changed))

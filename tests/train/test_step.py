@@ -1,0 +1,208 @@
+"""The training step: the layout, the packing and the mesh never show in a number; and what it compiles to."""
+
+from __future__ import annotations
+
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jax_simpo.data.loader import build_step
+from jax_simpo.sharding import named
+from jax_simpo.train import step as step_module
+from jax_simpo.train.evaluate import score_pairs
+from jax_simpo.train.step import (
+    Accumulated,
+    Denominators,
+    Forward,
+    Objective,
+    make_score_function,
+    make_train_functions,
+)
+from tests.hlo import Collective, collectives
+from tests.train.support import (
+    MESHES,
+    OBJECTIVE,
+    Pairs,
+    History,
+    edited,
+    mesh_of,
+    plan_of,
+    run_steps,
+    some_pairs,
+    tiny_model,
+)
+
+LAYOUTS = [*itertools.product((True, False), repeat=2)]
+STEPS, BATCH = 20, 16
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Pairs:
+    return some_pairs(40)
+
+
+@pytest.fixture(scope="module")
+def reference(pairs: Pairs) -> History:
+    """Twenty steps on one device, shared and packed."""
+    return run_steps(pairs, steps=STEPS, batch=BATCH, mesh=mesh_of((1, 1, 1)))
+
+
+@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one device"])
+def test_twenty_steps_give_the_same_losses_on_every_mesh(mesh: str, pairs: Pairs, reference: History) -> None:
+    found = run_steps(pairs, steps=STEPS, batch=BATCH, mesh=mesh_of(MESHES[mesh]))
+    np.testing.assert_allclose(found.values("loss"), reference.values("loss"), atol=1e-5)
+    np.testing.assert_allclose(found.values("grad_norm"), reference.values("grad_norm"), rtol=1e-4)
+    assert reference.values("loss")[-1] < 0.7 * reference.values("loss")[0]
+
+
+@pytest.mark.parametrize(("sharing", "packing"), LAYOUTS[1:])
+def test_twenty_steps_give_the_same_losses_in_every_layout(
+    sharing: bool, packing: bool, pairs: Pairs, reference: History
+) -> None:
+    found = run_steps(pairs, steps=STEPS, batch=BATCH, mesh=mesh_of((1, 1, 1)), sharing=sharing, packing=packing)
+    np.testing.assert_allclose(found.values("loss"), reference.values("loss"), atol=2e-5)
+
+
+@pytest.mark.parametrize(("sharing", "packing"), LAYOUTS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_log_prob_of_one_response_moves_when_the_other_changes(rank: int, sharing: bool, packing: bool) -> None:
+    before, mesh, model = some_pairs(12, seed=3), mesh_of((1, 1, 1)), tiny_model()
+    rng = np.random.default_rng(4)
+    after = Pairs([edited(pair, rank, rng) for pair in before.all])
+    with jax.set_mesh(mesh):
+        params = model.init(0, mesh)
+        score = make_score_function(Forward(model, "blockwise", 64), mesh)
+        # Lengths and shared prefixes are the same, so both sit in the same rows.
+        plan = plan_of(before, mesh, batch=12, sharing=sharing, packing=packing)
+        old, new = (score_pairs(score, params, plan, p, mesh) for p in (before, after))
+    sums = [(s.chosen_sum, s.rejected_sum) for s in (old, new)]
+    np.testing.assert_array_equal(sums[0][1 - rank], sums[1][1 - rank])
+    assert (np.abs(sums[0][rank] - sums[1][rank]) > 0.01).mean() > 0.8
+
+
+def test_the_sft_term_is_divided_by_the_chosen_tokens_of_the_whole_step(pairs: Pairs) -> None:
+    objective = Objective(beta=2.0, gamma_beta_ratio=0.5, sft_weight=0.3)
+    mesh, model = mesh_of((1, 1, 1)), tiny_model()
+    record = run_steps(pairs, steps=1, batch=BATCH, mesh=mesh, objective=objective).records[0]
+    with jax.set_mesh(mesh):
+        params = model.init(0, mesh)
+        plan = plan_of(pairs, mesh, batch=BATCH)
+        scores = score_pairs(make_score_function(Forward(model, "dense", 64), mesh), params, plan, pairs, mesh)
+    step = plan.pairs(0)
+    cross_entropy = -scores.chosen_sum[step].sum() / scores.chosen_length[step].sum()
+    preference = float(objective.losses(scores.chosen_logps[step], scores.rejected_logps[step]).mean())
+    assert record["sft_loss"] == pytest.approx(cross_entropy, abs=1e-5)
+    assert record["loss"] == pytest.approx(preference + 0.3 * cross_entropy, abs=1e-5)
+
+
+def test_empty_rows_add_nothing(pairs: Pairs) -> None:
+    mesh = mesh_of((1, 8, 1))
+    plan = plan_of(pairs, mesh, batch=2)
+    step = build_step(plan, pairs, 0)
+    assert sum(not rows.key_end.any() for b in step.micro_batches for rows in (b.rows(i, i + 1) for i in range(8))) >= 6
+    alone = run_steps(pairs, steps=2, batch=2, mesh=mesh_of((1, 1, 1)))
+    spread = run_steps(pairs, steps=2, batch=2, mesh=mesh)
+    np.testing.assert_allclose(alone.values("loss"), spread.values("loss"), atol=1e-5)
+    assert np.isfinite(alone.values("grad_norm")).all()
+
+
+def test_a_run_of_varying_packs_compiles_the_step_once(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = mesh_of((1, 1, 1))
+    plan = plan_of(pairs, mesh, batch=7)
+    steps = [build_step(plan, pairs, k) for k in range(plan.steps_per_epoch)]
+    assert len({len(step.micro_batches) for step in steps}) > 1 and len({len(step.pairs) for step in steps}) > 1
+    chex.clear_trace_counter()
+    monkeypatch.setattr(step_module, "micro_batch_loss", chex.assert_max_traces(step_module.micro_batch_loss, n=1))
+    found = run_steps(pairs, steps=len(steps), batch=7, mesh=mesh)
+    assert len(found.records) == len(steps)
+
+
+def test_all_gradients_are_those_of_the_dense_oracle_on_separate_unpacked_rows(pairs: Pairs) -> None:
+    # One step of plain gradient descent: the change of the parameters is the gradient.
+    settings = {"steps": 1, "batch": BATCH, "optimizer": optax.sgd(1.0), "mesh": mesh_of((1, 1, 1))}
+    oracle = run_steps(pairs, **settings, sharing=False, packing=False, attention="dense")
+    found = run_steps(pairs, **settings)
+    chex.assert_trees_all_close(found.params, oracle.params, atol=2e-6)
+
+
+# --- what the step compiles to
+
+LAYERS, WIDTH, INNER, BIG_VOCABULARY, LENGTH, TARGETS = 4, 128, 384, 8192, 256, 1024
+
+
+def compiled_step(sizes: tuple[int, int, int], tied: bool):  # type: ignore[no-untyped-def]
+    """The gradient step of a small model with a large vocabulary, compiled for a mesh."""
+    mesh = mesh_of(sizes)
+    model = tiny_model(
+        vocab_size=BIG_VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        tie_word_embeddings=tied,
+    )
+    functions = make_train_functions(Forward(model, "blockwise", 128), OBJECTIVE, optax.adamw(1e-3), mesh)
+    widths = {"tokens": LENGTH, "positions": LENGTH, "key_end": LENGTH, "response_pair": 8, "response_rank": 8}
+    widths |= {f"target_{name}": TARGETS for name in ("index", "token", "response")}
+    rows = {
+        name: jax.ShapeDtypeStruct((sizes[0] * sizes[1], width), jnp.int32, sharding=named(mesh, "batch", None))
+        for name, width in widths.items()
+    }
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            model.abstract,
+            model.shardings(mesh),
+        )
+        metrics = jax.eval_shape(functions.start, params).metrics
+        one = jnp.ones(())
+        lowered = functions.accumulate.lower(params, Accumulated(params, metrics), rows, Denominators(one, one))  # type: ignore[attr-defined]
+        return lowered.compile()
+
+
+@pytest.fixture(scope="module", params=[((1, 8, 1), True), ((1, 4, 2), False)], ids=["fsdp-tied", "tensor-untied"])
+def compiled(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+    sizes, tied = request.param
+    program = compiled_step(sizes, tied)
+    return program, collectives(program.as_text()), sizes
+
+
+def of_shape(found: list[Collective], kind: str, shape: tuple[int, ...]) -> list[Collective]:
+    return [c for c in found if c.kind == kind and shape in c.shapes]
+
+
+def test_layer_parameters_are_gathered_once_per_pass_for_both_responses(compiled) -> None:  # type: ignore[no-untyped-def]
+    _, found, (_, _, tensor) = compiled
+    for shape in [(WIDTH, INNER // tensor), (INNER // tensor, WIDTH)]:
+        gathers = of_shape(found, "all-gather", shape)
+        count = 2 if shape[0] == WIDTH else 1  # gate and up have one shape, down the other
+        assert sum(c.times for c in gathers) == 2 * LAYERS * count  # one forward, one backward
+
+
+def test_the_loss_head_is_gathered_once_per_pass_and_its_gradient_scattered_once(compiled) -> None:  # type: ignore[no-untyped-def]
+    _, found, (_, fsdp, tensor) = compiled
+    gathers = of_shape(found, "all-gather", (BIG_VOCABULARY // tensor, WIDTH))
+    assert 1 <= sum(c.times for c in gathers) <= 2
+    scatters = of_shape(found, "reduce-scatter", (BIG_VOCABULARY // tensor, WIDTH // fsdp))
+    assert sum(c.times for c in scatters) == 1
+    # Nothing of the head's size, whole or in part, is reduced in a loop over chunks.
+    in_loops = [c for c in found if c.times > 1 and any(BIG_VOCABULARY // tensor in shape for shape in c.shapes)]
+    assert in_loops == []
+
+
+def test_no_activations_travel_over_fsdp_but_the_embeddings_own(compiled) -> None:  # type: ignore[no-untyped-def]
+    _, found, (_, _, tensor) = compiled
+    hidden = [c for c in found if any(len(s) == 3 and s[1] == LENGTH for s in c.shapes)]
+    if tensor == 1:
+        assert {c.kind for c in hidden} == {"all-to-all"} and sum(c.times for c in hidden) == 2
+    else:  # tensor parallelism sums each block's output; nothing is gathered
+        assert {c.kind for c in hidden} <= {"all-to-all", "all-reduce"}
+
+
+def test_no_array_of_targets_by_vocabulary_is_alive(compiled) -> None:  # type: ignore[no-untyped-def]
+    program, _, (_, _, tensor) = compiled
+    assert program.memory_analysis().temp_size_in_bytes < 4 * TARGETS * BIG_VOCABULARY // tensor
