@@ -89,10 +89,10 @@ class Run:
         """What came of it, in a sentence."""
         key = "rewards/accuracies"
         if not self.evals:
-            first, last = (f"{self.train[i][key]:.1%}" for i in (0, -1))
+            start, end = (f"{self.train[i][key]:.1%}" for i in (0, -1))
             return (
-                f"In the last training step the model preferred the chosen answer in {last} of the pairs; in the first "
-                f"it was {first}. The run was not evaluated."
+                f"In the last training step the model preferred the chosen answer in {end} of the pairs; in the first "
+                f"it was {start}. The run was not evaluated."
             )
         first, last = self.evals[0], self.evals[-1]
         before, after = first[f"eval_{key}"], last[f"eval_{key}"]
@@ -282,8 +282,8 @@ def _sample_on_console(sample: Sample) -> Table:
 
 def _shorten(text: str | None) -> str:
     if text is None:
-        return "-"
-    line = " ".join(text.split())
+        return "(not answered yet)"
+    line = " ".join(text.split()) or "(empty)"
     return line if len(line) <= _SHORT else line[: _SHORT - 1] + "…"
 
 

@@ -13,6 +13,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 Theme = Literal["light", "dark"]
@@ -69,8 +70,8 @@ def draw_curves(
     )
     # Only this picture is styled, whatever a user's matplotlibrc says.
     with rc_context({"font.family": "DejaVu Sans", "font.size": 10.5, "path.simplify": True}):
-        figure = Figure(figsize=(13.5, 4.1), dpi=150, facecolor=colors.paper, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.16, h_pad=0.08)
+        layout = ConstrainedLayoutEngine(w_pad=0.16, h_pad=0.08)
+        figure = Figure(figsize=(13.5, 4.1), dpi=150, facecolor=colors.paper, layout=layout)
         all_axes = figure.subplots(1, 3)
         for axes, panel in zip(all_axes, panels, strict=True):
             _draw_panel(axes, panel, train, evals, colors, eval_name)

@@ -11,8 +11,9 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -59,14 +60,19 @@ def sample_prompts(
 
 
 def read_answers(answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Generated ids as text."""
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
+    """Generated ids as text, without special tokens; where there is nothing else, they are named and counted."""
+    texts = []
+    for ids in answers:
+        text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        # An untrained model may repeat one special token to the end, which is not the same as to say nothing.
+        runs = [(str(tokenizer.decode([token])), len(list(same))) for token, same in groupby(ids)]
+        texts.append(text or " ".join(name if count == 1 else f"{name} ({count} times)" for name, count in runs))
+    return texts
 
 
-def with_answers(samples: Sequence[Sample], **answers: Sequence[str]) -> list[Sample]:
-    """The samples with `before=` or `after=` filled in."""
-    (name, texts), *_ = answers.items()
-    return [replace(sample, **{name: text}) for sample, text in zip(samples, texts, strict=True)]
+def with_answers(samples: Sequence[Sample], when: Literal["before", "after"], texts: Sequence[str]) -> list[Sample]:
+    """The samples with what the model answers before or after training."""
+    return [replace(sample, **{when: text}) for sample, text in zip(samples, texts, strict=True)]
 
 
 def write_samples(output: Path, samples: Sequence[Sample]) -> None:

@@ -222,32 +222,35 @@ class _Run:
 
     def steps(self, params: Params, state: Any, pairs: Any, first_step: int) -> tuple[Params, dict[str, Any]]:
         """Runs the steps that are left. Returns the trained parameters and the last record."""
-        self.log = MetricsLog(self.output, first_step=first_step)
         self.record: dict[str, Any] = {}
+        self.clock = _Clock()
+        with (
+            MetricsLog(self.output, first_step=first_step) as self.log,
+            TrainingProgress(self.setup.console, self.total_steps, first_step) as self.progress,
+        ):
+            if self.evaluation is not None and not first_step:
+                self._evaluate(params, step=0, epoch=0.0)
+            return self._loop(params, state, pairs, first_step), self.record
+
+    def _loop(self, params: Params, state: Any, pairs: Any, first_step: int) -> Params:
         # The record of a step is fetched after the next step was handed to the device, so that it never waits for us.
         waiting: tuple[StepBatch, dict[str, Any]] | None = None
-        self.clock = _Clock()
-        batches = step_batches(self.plan, pairs, range(first_step, self.total_steps))
-        if self.evaluation is not None and not first_step:
-            self._evaluate(params, step=0, epoch=0.0)
-        with TrainingProgress(self.setup.console, self.total_steps, first_step) as self.progress:
-            for batch in batches:
-                params, state, metrics = self._step(params, state, batch)
-                if waiting is not None:
-                    self._write(*waiting)
-                waiting = (batch, metrics)
-                done = batch.step + 1
-                evaluate, save = self._is_due("eval", batch), self._is_due("save", batch)
-                if evaluate or save or done == self.total_steps:
-                    self._write(*waiting)
-                    waiting = None
-                    with self.clock.paused():
-                        if evaluate:
-                            self._evaluate(params, done, batch.epoch)
-                        if save:
-                            self.checkpoints.save(done, params, state, self.identity)
-        self.log.close()
-        return params, self.record
+        for batch in step_batches(self.plan, pairs, range(first_step, self.total_steps)):
+            params, state, metrics = self._step(params, state, batch)
+            if waiting is not None:
+                self._write(*waiting)
+            waiting = (batch, metrics)
+            done = batch.step + 1
+            evaluate, save = self._is_due("eval", batch), self._is_due("save", batch)
+            if evaluate or save or done == self.total_steps:
+                self._write(*waiting)
+                waiting = None
+                with self.clock.paused():
+                    if evaluate:
+                        self._evaluate(params, done, batch.epoch)
+                    if save:
+                        self.checkpoints.save(done, params, state, self.identity)
+        return params
 
     def _step(self, params: Params, state: Any, batch: StepBatch) -> tuple[Params, Any, dict[str, Any]]:
         denominators = Denominators(jnp.float32(len(batch.pairs)), jnp.float32(batch.chosen_tokens))
