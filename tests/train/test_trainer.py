@@ -1,0 +1,243 @@
+"""The run as a whole: its files, resuming, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jax_simpo.config import TrainConfig
+from jax_simpo.errors import CheckpointError, ConfigError, DataError, MeshError, ModelError, TrainingError, UserError
+from jax_simpo.train import trainer
+from jax_simpo.train.metrics import read_metrics
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+
+
+def config_of(folder: Path, **changes: Any) -> TrainConfig:
+    settings = {
+        "model_config": MODEL,
+        "tokenizer_name_or_path": "builtin:cafe",
+        "dataset_mixer": {"builtin:cafe": 0.02},  # 81 pairs
+        "max_length": 128,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.1,
+        "global_batch_size": 16,
+        "num_train_epochs": 2,
+        "save_steps": 4,
+        "dtype": "float32",
+        "output_dir": str(folder / "run"),
+        "data_cache_dir": str(folder / "cache"),
+    }
+    return TrainConfig(**{**settings, **changes})
+
+
+def run(config: TrainConfig) -> list[dict[str, Any]]:
+    """Trains and returns the training records."""
+    trainer.train(config, Console(quiet=True))
+    return [r for r in read_metrics(Path(config.output_dir)) if "step" in r]
+
+
+def losses(records: list[dict[str, Any]]) -> list[float]:
+    return [record["loss"] for record in records]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, list[dict[str, Any]]]:
+    config = config_of(tmp_path_factory.mktemp("finished"))
+    return config, run(config)
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kills a run as it logs a step."""
+    write = trainer._Run._write
+
+    def killed(self: Any, batch: Any, metrics: Any) -> None:
+        write(self, batch, metrics)
+        if batch.step + 1 == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer._Run, "_write", killed)
+
+
+def test_a_run_writes_its_records_and_a_model(finished: tuple[TrainConfig, list[dict[str, Any]]]) -> None:
+    config, records = finished
+    output = Path(config.output_dir)
+    assert [r["step"] for r in records] == list(range(1, 13))
+    assert [r["pairs"] for r in records] == [16, 16, 16, 16, 16, 1] * 2
+    assert records[-1]["epoch"] == 2.0 and records[0]["learning_rate"] == 0.0
+    names = "rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected grad_norm"
+    rates = "tokens tokens_per_second pairs_per_second packing_fill"
+    assert set(f"{names} {rates}".split()) < set(records[0])
+    assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["12", "4", "8"]
+    assert (output / "config.yaml").read_text() == config.to_yaml()
+
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    assert model.config.use_cache
+
+
+def test_a_killed_run_goes_on_with_the_same_numbers_to_the_bit(
+    finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_after(6, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    records = run(config)
+    assert [r["step"] for r in records] == list(range(1, 13))
+    assert losses(records) == losses(finished[1])
+    for name in ("grad_norm", "learning_rate", "rewards/margins", "tokens"):
+        assert [r[name] for r in records] == [r[name] for r in finished[1]]
+
+
+def test_a_run_goes_on_with_the_same_batches_on_another_mesh(
+    finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = {"global_batch_size": None, "per_device_train_batch_size": 2}
+    with monkeypatch.context() as patch:
+        stop_after(6, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(config_of(tmp_path, mesh={"fsdp": 8}, **batch))
+    records = run(config_of(tmp_path, mesh={"fsdp": 4, "tensor": 2}, **batch))
+    assert [r["pairs"] for r in records] == [r["pairs"] for r in finished[1]]
+    np.testing.assert_allclose(losses(records), losses(finished[1]), atol=1e-5)
+
+
+def test_a_finished_run_is_not_trained_again(finished: tuple[TrainConfig, list[dict[str, Any]]]) -> None:
+    with pytest.raises(CheckpointError, match="finished at step 12: nothing is left to train"):
+        run(finished[0])
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(
+    finished: tuple[TrainConfig, list[dict[str, Any]]],
+) -> None:
+    folder = Path(finished[0].output_dir).parent
+    with pytest.raises(CheckpointError, match=r"another run; these settings differ:\n  beta: was 2.0, is 3.0\n"):
+        run(config_of(folder, beta=3.0))
+    with pytest.raises(CheckpointError, match="global_batch_size: was 16, is 8"):
+        run(config_of(folder, global_batch_size=8))
+    with pytest.raises(CheckpointError, match="training pairs: was '81 pairs, .* is '122 pairs"):
+        run(config_of(folder, dataset_mixer={"builtin:cafe": 0.03}))
+
+
+def test_overwriting_starts_afresh_and_touches_no_other_file(tmp_path: Path) -> None:
+    config = config_of(tmp_path, max_steps=2)
+    run(config)
+    mine = Path(config.output_dir) / "notes.txt"
+    mine.write_text("mine")
+    records = run(config_of(tmp_path, max_steps=3, overwrite_output_dir=True))
+    assert [r["step"] for r in records] == [1, 2, 3] and mine.read_text() == "mine"
+
+
+def test_evaluation_records_carry_their_own_keys(tmp_path: Path) -> None:
+    config = config_of(tmp_path, do_eval=True, eval_strategy="steps", eval_steps=2, max_steps=3, save_strategy="no")
+    run(config)
+    records = [r for r in read_metrics(tmp_path / "run") if "step" not in r]
+    assert [r["eval_step"] for r in records] == [0, 2, 3]
+    assert all(name.startswith("eval_") for record in records for name in record)
+    assert records[0]["eval_pairs"] == 512
+    # Two log-probs a model has not learned to tell apart: a loss near softplus(beta * gamma_beta_ratio).
+    assert records[0]["eval_loss"] == pytest.approx(np.logaddexp(0, 2.0 * 0.25), abs=0.05)
+    with pytest.raises(CheckpointError, match="finished run without checkpoints"):
+        run(config)
+
+
+def test_max_steps_goes_round_the_data_as_often_as_needed(tmp_path: Path) -> None:
+    records = run(config_of(tmp_path, max_steps=13, logging_steps=13, num_train_epochs=1, save_strategy="no"))
+    assert [r["step"] for r in records] == [13] and records[0]["epoch"] > 2
+
+
+def test_accumulation_does_not_change_the_numbers(
+    finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    one_row_at_a_time = run(config_of(tmp_path, row_length=128, save_strategy="no", mesh={"data": 8, "fsdp": 1}))
+    np.testing.assert_allclose(losses(one_row_at_a_time), losses(finished[1]), atol=1e-5)
+
+
+def test_resume_from_checkpoint_takes_the_step_it_is_given(
+    finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    import shutil
+
+    output = tmp_path / "run"
+    shutil.copytree(finished[0].output_dir, output)
+    config = config_of(tmp_path, resume_from_checkpoint=4)
+    records = run(config)
+    assert losses(records) == losses(finished[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"mesh": {"fsdp": 3}}, MeshError, r"mesh \(data=1, fsdp=3, tensor=1\) does not divide the 8 cpu device"),
+        ({"mesh": {"fsdp": -1, "tensor": 4}}, MeshError, "do not divide the model's num_attention_heads=2"),
+        ({"row_length": 128, "max_length": 600, "prefix_sharing": False, "dataset_mixer": {"LONG": 1.0}}, DataError,
+         r"long.jsonl, row 1: the pair takes \d+ tokens, but a row holds 128"),
+        ({"do_eval": True, "dataset_splits": ["train"]}, DataError, "names no split to evaluate"),
+        ({"model_config": {**MODEL, "vocab_size": 50}}, ModelError, "the tokenizer has .* the model only 50"),
+        ({"learning_rate": 1e30, "warmup_ratio": 0}, TrainingError, "step 2: the loss is .*, the gradient norm nan. .*Lower `learning_rate`"),
+        ({"resume_from_checkpoint": True}, CheckpointError, "holds no checkpoint"),
+        ({"resume_from_checkpoint": 7}, CheckpointError, "there is no step 7; there are: none"),
+        ({"resume_from_checkpoint": "elsewhere/7"}, ConfigError, "expected true, false, a step number, or a folder"),
+        ({"attention": "splash"}, ConfigError, "`attention: splash` is not in this version"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_an_error_that_says_why(
+    changes: dict[str, Any], error: type[UserError], message: str, tmp_path: Path
+) -> None:
+    if "LONG" in changes.get("dataset_mixer", {}):
+        rows = [
+            {"prompt": "Anna", "chosen": "One tea", "rejected": "One coffee"},
+            {"prompt": "Anna", "chosen": "One" + " tea" * 200, "rejected": "One coffee"},
+        ]
+        file = tmp_path / "long.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        changes = {**changes, "dataset_mixer": {str(file): 1.0}}
+    with pytest.raises(error, match=message):
+        run(config_of(tmp_path, **changes))
+
+
+def test_an_output_directory_that_cannot_be_written_is_refused_before_anything_else(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="`output_dir` .*file/run cannot be written to: Not a directory"):
+        run(config_of(tmp_path, output_dir=str(tmp_path / "file" / "run")))
+
+
+def test_no_parameter_is_ever_unsharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    init = trainer.make_train_functions
+
+    def spy(*args: Any) -> Any:
+        functions = init(*args)
+
+        def update(params: Any, state: Any, gradients: Any) -> Any:
+            result = functions.update(params, state, gradients)
+            seen.extend(jax.tree.leaves((result, gradients)))
+            return result
+
+        from dataclasses import replace
+
+        return replace(functions, update=update)
+
+    monkeypatch.setattr(trainer, "make_train_functions", spy)
+    run(config_of(tmp_path, max_steps=1, save_strategy="no", mesh={"fsdp": 8}))
+    arrays = [x for x in seen if x.ndim]
+    assert len(arrays) > 40
+    assert all(x.addressable_shards[0].data.size * 8 == x.size for x in arrays)
