@@ -16,7 +16,7 @@ from jax_simpo.config import TrainConfig, load_config
 from jax_simpo.errors import ConfigError, UserError
 
 if TYPE_CHECKING:  # importing jax takes seconds, which `--help` and a misspelt key need not wait for
-    from jax_simpo.data import tokenize
+    from jax_simpo.data.tokenize import PairDataset
     from jax_simpo.train.evaluate import PairScores
     from jax_simpo.train.setup import Setup
 
@@ -126,7 +126,7 @@ def inspect(
     context: typer.Context,
     config: ConfigFile,
     split: Annotated[
-        str | None, typer.Option(help="Split to show. Default: the first training split.", show_default=False)
+        str | None, typer.Option(help="Split to show, whole. Default: what is trained on.", show_default=False)
     ] = None,
     rows: Annotated[int, typer.Option(help="How many rows to draw.", min=0)] = 2,
     json_file: Annotated[
@@ -140,13 +140,21 @@ def inspect(
     from jax_simpo.train.setup import Setup
 
     setup = Setup(settings, console, any_mesh=True)
-    split = settings.train_splits[0] if split is None else split
     if json_file is None:
-        inspection.show(setup, split, rows, console)
+        inspection.show(setup, split, rows, Console())
     else:
         _check_can_write(json_file)
-        inspection.write_json(setup, split, json_file)
+        inspection.write_json(setup, split or settings.train_splits[0], json_file)
         console.print(f"written: {json_file}")
+
+
+@app.command(context_settings=OVERRIDES)
+def report(context: typer.Context, config: ConfigFile) -> None:
+    """Writes the report page and curves of a run anew from the files of its output directory."""
+    settings, console = _begin(config, context.args)
+    from jax_simpo.report import write_report
+
+    console.print(f"report: {write_report(Path(settings.output_dir))}")
 
 
 def _begin(path: Path, overrides: list[str]) -> tuple[TrainConfig, Console]:
@@ -158,7 +166,7 @@ def _begin(path: Path, overrides: list[str]) -> tuple[TrainConfig, Console]:
     return settings, console
 
 
-def _score(setup: Setup, split: str) -> tuple[tokenize.PairDataset, PairScores]:
+def _score(setup: Setup, split: str) -> tuple[PairDataset, PairScores]:
     import jax
 
     from jax_simpo.train.evaluate import PAIRS_PER_PLAN, score_pairs

@@ -248,6 +248,13 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
         "A step number or checkpoint folder to resume from. Default (and true): the newest of `output_dir` if it has "
         "one; false: never resume.",
     )
+    sample_prompts: Whole = _key(
+        0,
+        "How many prompts (the first of the evaluation split, or of the training pairs) the report shows the model's "
+        "answers to, before and after training.",
+        ge=0,
+    )
+    sample_tokens: Whole = _key(64, "Longest sample answer, in tokens.", ge=1)
     run_name: str | None = _key(None, "Name of the run. Default: the config file's name.")
 
     _notices: tuple[str, ...] = PrivateAttr(default=())

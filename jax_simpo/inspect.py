@@ -53,10 +53,7 @@ def show(setup: Setup, split: str | None, rows: int, console: Console) -> None:
     config = setup.config
     training = split is None or split in config.train_splits
     pairs = setup.train_pairs() if split is None else setup.split_pairs(split)
-    batch = config.global_batch_size or (
-        config.per_device_train_batch_size * config.gradient_accumulation_steps * setup.data_parallel
-    )
-    plan = setup.plan(pairs, batch=batch, seed=config.seed if training else None)
+    plan = setup.plan(pairs, batch=setup.global_batch_size(), seed=config.seed if training else None)
     for number, row in enumerate(_first_rows(plan, pairs, rows)):
         _print_row(console, number, row, pairs, setup.tokenizer)
     _print_split(console, split or " + ".join(config.train_splits), pairs, plan)

@@ -1,6 +1,7 @@
 """The SimPO objective, as in the code that the published numbers come from (princeton-nlp/SimPO, `simpo_loss`).
 
-Meng, Xia and Chen, "SimPO: Simple Preference Optimization with a Reference-Free Reward" (2024, arXiv 2405.14734), eq. 6.
+Meng, Xia and Chen, "SimPO: Simple Preference Optimization with a Reference-Free Reward" (2024),
+arXiv 2405.14734, equation 6.
 """
 
 from __future__ import annotations
@@ -49,9 +50,7 @@ class ResponseLogps(NamedTuple):
         return self.sum / jnp.maximum(self.length, 1.0)
 
 
-def response_logps(
-    target_logps: Float[Array, "B T"], target_response: Int[Array, "B T"], slots: int
-) -> ResponseLogps:
+def response_logps(target_logps: Float[Array, "B T"], target_response: Int[Array, "B T"], slots: int) -> ResponseLogps:
     """Adds up the targets of each response; targets that point at slot `slots` are padding."""
     belongs = (target_response[..., None] == jnp.arange(slots)).astype(target_logps.dtype)
     # The product in full float32: a TPU would round the log-probs to bfloat16.

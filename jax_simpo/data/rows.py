@@ -52,10 +52,7 @@ class RowBatch:
         """Rows with nothing in them: every token is padding, every slot empty."""
         widths = {"target": shape.targets, "response": shape.responses}
         batch = cls(
-            **{
-                f.name: np.zeros((rows, widths.get(f.name.split("_")[0], shape.length)), np.int32)
-                for f in fields(cls)
-            }
+            **{f.name: np.zeros((rows, widths.get(f.name.split("_")[0], shape.length)), np.int32) for f in fields(cls)}
         )
         batch.target_response.fill(shape.responses)
         batch.response_pair.fill(-1)

@@ -34,8 +34,13 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def resolve_model_folder(name_or_path: str | Path, revision: str | None = None) -> Path:
+def resolve_model_folder(name_or_path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of a model: the path itself, or the local copy of a hub id (downloaded when it is not there yet).
+
+    Args:
+        name_or_path: a folder or a hub id.
+        revision: branch, tag or commit of a hub model.
+        weights: whether its weights are wanted too, not only its configuration and tokenizer.
 
     Raises:
         ModelError: neither a folder nor a model on the hub that can be reached.
@@ -53,7 +58,10 @@ def resolve_model_folder(name_or_path: str | Path, revision: str | None = None) 
     try:
         # "*/*": some repositories keep a second copy of the weights in a subfolder.
         path = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]
+            name,
+            revision=revision,
+            allow_patterns=_HUB_FILES,
+            ignore_patterns=["*/*"] if weights else ["*/*", "*.safetensors"],
         )
     except Exception as error:  # not found, gated, offline, interrupted: a dozen types from two libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -19,10 +19,10 @@ _MASKED = -1e30  # finite, so that a block in which a query sees nothing gives n
 
 
 class LiveBlocks(NamedTuple):
-    """For each query block, the key blocks in which it sees anything: `index[b, i, :count[b, i]]`."""
+    """For each query block, the key blocks in which it sees anything: `key_blocks[b, i, : counts[b, i]]`."""
 
-    index: Int[Array, "B Q Q"]
-    count: Int[Array, "B Q"]
+    key_blocks: Int[Array, "B Q Q"]
+    counts: Int[Array, "B Q"]
 
 
 class _Rule(NamedTuple):
@@ -76,7 +76,7 @@ def _row_attention(
 
 def _row_forward(
     rule: _Rule, q: Array, k: Array, v: Array, key_end: Array, positions: Array, live: LiveBlocks
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Array, tuple[Any, ...]]:
     queries, keys, values = _query_blocks(q, k.shape[1]), _key_blocks(k), _key_blocks(v)
     block_mask = _BlockMask(rule, key_end, positions, queries.shape[2])
     precision = matmul_precision(q.dtype)
@@ -102,13 +102,13 @@ def _row_forward(
         lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), 0.0)
         return None, (out, lse)
 
-    blocks = (jnp.arange(len(queries)), queries, live.index, live.count)
+    blocks = (jnp.arange(len(queries)), queries, live.key_blocks, live.counts)
     _, (out, lse) = jax.lax.scan(one_query_block, None, blocks)
     out = _join_queries(out, q.shape).astype(q.dtype)
     return out, (q, k, v, key_end, positions, live, out, lse)
 
 
-def _row_backward(rule: _Rule, saved: tuple[Array, ...], dout: Array) -> tuple[Array | None, ...]:
+def _row_backward(rule: _Rule, saved: tuple[Any, ...], dout: Array) -> tuple[Array | None, ...]:
     q, k, v, key_end, positions, live, out, lse = saved
     heads = k.shape[1]
     queries, keys, values = _query_blocks(q, heads), _key_blocks(k), _key_blocks(v)
@@ -140,7 +140,7 @@ def _row_backward(rule: _Rule, saved: tuple[Array, ...], dout: Array) -> tuple[A
         return (dkeys, dvalues), dquery
 
     none = (jnp.zeros(keys.shape), jnp.zeros(values.shape))
-    blocks = (jnp.arange(len(queries)), queries, douts, lse, deltas, live.index, live.count)
+    blocks = (jnp.arange(len(queries)), queries, douts, lse, deltas, live.key_blocks, live.counts)
     (dkeys, dvalues), dqueries = jax.lax.scan(one_query_block, none, blocks)
     dq = _join_queries(dqueries, q.shape).astype(q.dtype)
     return (

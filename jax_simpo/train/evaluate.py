@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from jax_simpo.data.loader import PairSource, step_batches
 from jax_simpo.data.packing import StepPlan
+from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.losses import ResponseLogps
 from jax_simpo.train.step import Objective, Params, put_rows
 
@@ -44,9 +45,7 @@ class PairScores:
         return self.rejected_sum / self.rejected_length
 
 
-def score_pairs(
-    score: ScoreFunction, params: Params, plan: StepPlan, source: PairSource, mesh: Mesh
-) -> PairScores:
+def score_pairs(score: ScoreFunction, params: Params, plan: StepPlan, source: PairSource, mesh: Mesh) -> PairScores:
     """Computes the log-probs of every pair of a split.
 
     Args:
@@ -121,7 +120,7 @@ class Evaluation:
 
     score: ScoreFunction
     plan: StepPlan
-    source: PairSource
+    source: PairDataset
     objective: Objective
     mesh: Mesh
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -52,7 +53,12 @@ def record_step(record: Mapping[str, Any]) -> int:
 
 
 class TrainingProgress:
-    """A bar with the step, loss, accuracy, pairs per second and the time left; plain lines where there is no terminal."""
+    """A bar with the step, loss, accuracy, pairs per second and the time left.
+
+    Where there is no terminal, a line every few seconds.
+    """
+
+    _SECONDS_BETWEEN_LINES = 5.0
 
     def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
         self._console = console
@@ -69,6 +75,7 @@ class TrainingProgress:
         )
         self._task = self._bar.add_task("steps", total=total_steps, completed=first_step, figures="compiling")
         self._total = total_steps
+        self._next_line = 0.0
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -84,8 +91,9 @@ class TrainingProgress:
             f"{record['pairs_per_second']:.1f} pairs/s"
         )
         self._bar.update(self._task, completed=step, figures=figures)
-        if not self._console.is_terminal:
+        if not self._console.is_terminal and (time.monotonic() >= self._next_line or step == self._total):
             self._console.print(f"step {step}/{self._total}  {figures}")
+            self._next_line = time.monotonic() + self._SECONDS_BETWEEN_LINES
 
     def advance(self, step: int) -> None:
         """Moves the bar without new figures."""

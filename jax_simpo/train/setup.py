@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from jax_simpo.checkpoint import Checkpoints, abstract_state
 from jax_simpo.config import TrainConfig
-from jax_simpo.data import chat, sources, tokenize
+from jax_simpo.data import chat, sources
 from jax_simpo.data.packing import PackingReport, StepPlan, choose_row_shape, measure
 from jax_simpo.data.rows import RowShape
+from jax_simpo.data.tokenize import PairDataset, tokenize_split
 from jax_simpo.errors import CheckpointError, ModelError
 from jax_simpo.models import hf
 from jax_simpo.models.config import ModelConfig
@@ -54,15 +55,24 @@ class Setup:
         """Devices that each take rows of their own."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
-    @cached_property
-    def model_folder(self) -> Path | None:
-        """Folder of the weights to start from; None for a new model or a step of the run."""
+    def global_batch_size(self, saved: int | None = None) -> int:
+        """Pairs per optimizer step: as configured, or of the run that is continued, or from the per-device keys."""
+        config = self.config
+        per_device = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        return config.global_batch_size or saved or per_device * self.data_parallel
+
+    def _resolve_model(self, *, weights: bool) -> Path | None:
         choice = self.model_choice
         if choice is not None and _step_number(choice) is None:
-            return hf.resolve_model_folder(choice)
+            return hf.resolve_model_folder(choice, weights=weights)
         if self.config.model_name_or_path is not None:
-            return hf.resolve_model_folder(self.config.model_name_or_path, self.config.model_revision)
+            return hf.resolve_model_folder(self.config.model_name_or_path, self.config.model_revision, weights=weights)
         return None
+
+    @cached_property
+    def model_folder(self) -> Path | None:
+        """Folder with the model's config and tokenizer; None for a new model. Its weights may not be there yet."""
+        return self._resolve_model(weights=False)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -115,24 +125,27 @@ class Setup:
         if step is not None:
             with open_checkpoints(self.config) as checkpoints:
                 return checkpoints.params(step, abstract_state(self.model.abstract, self.model.shardings(self.mesh)))
-        if self.model_folder is not None:
-            return hf.load_params(self.model_folder, self.model, self.mesh)
+        folder = self._resolve_model(weights=True)
+        if folder is not None:
+            return hf.load_params(folder, self.model, self.mesh)
         return self.model.init(self.config.seed, self.mesh)
 
-    def train_pairs(self) -> tokenize.PairDataset:
+    def train_pairs(self) -> PairDataset:
         """The tokenised training pairs, each source cut to its fraction."""
         config = self.config
-        return self.tokenize(sources.load_train(config.dataset_mixer, config.train_splits, dataset_configs=config.dataset_configs))
+        return self.tokenize(
+            sources.load_train(config.dataset_mixer, config.train_splits, dataset_configs=config.dataset_configs)
+        )
 
-    def split_pairs(self, split: str) -> tokenize.PairDataset:
+    def split_pairs(self, split: str) -> PairDataset:
         """The tokenised pairs of one split of all sources, whole and in file order."""
         config = self.config
         return self.tokenize(sources.load_split(config.dataset_mixer, split, dataset_configs=config.dataset_configs))
 
-    def tokenize(self, raw: sources.RawSplit) -> tokenize.PairDataset:
+    def tokenize(self, raw: sources.RawSplit) -> PairDataset:
         """Tokenises a split as the config says, and tells how many rows were skipped and why."""
         c = self.config
-        pairs = tokenize.tokenize_split(
+        pairs = tokenize_split(
             raw,
             self.tokenizer,
             max_length=c.max_length,
@@ -147,7 +160,7 @@ class Setup:
             self.console.print(pairs.skipped_summary(), style="yellow")
         return pairs
 
-    def plan(self, pairs: tokenize.PairDataset, *, batch: int, seed: int | None) -> StepPlan:
+    def plan(self, pairs: PairDataset, *, batch: int, seed: int | None) -> StepPlan:
         """The step plan of a split, its row shape chosen, every pair checked to fit.
 
         Args:

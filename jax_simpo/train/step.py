@@ -119,7 +119,7 @@ class Accumulated(NamedTuple):
     """Gradients and metrics of the micro-batches of a step so far."""
 
     gradients: Params
-    metrics: dict[str, Float[Array, ""]]
+    metrics: dict[str, Any]  # float32 scalars
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def make_train_functions(
     param_shardings = forward.model.shardings(mesh)
     everywhere = NamedSharding(mesh, P())
     optimizer_shardings = state_shardings(optimizer, forward.model.abstract, param_shardings, everywhere)
-    accumulated = Accumulated(param_shardings, everywhere)
+    accumulated = Accumulated(param_shardings, dict.fromkeys(objective.metrics, everywhere))
 
     def start(params: Params) -> Accumulated:
         return Accumulated(jax.tree.map(jnp.zeros_like, params), {name: jnp.zeros(()) for name in objective.metrics})
@@ -168,9 +168,7 @@ def make_train_functions(
     return TrainFunctions(
         start=jax.jit(start, out_shardings=accumulated),
         accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=accumulated),
-        update=jax.jit(
-            update, donate_argnums=(0, 1), out_shardings=(param_shardings, optimizer_shardings, everywhere)
-        ),
+        update=jax.jit(update, donate_argnums=(0, 1), out_shardings=(param_shardings, optimizer_shardings, everywhere)),
         init_optimizer=jax.jit(optimizer.init, out_shardings=optimizer_shardings),
         optimizer_shardings=optimizer_shardings,
     )

@@ -13,19 +13,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from jax_simpo import model_card, report
 from jax_simpo.checkpoint import Checkpoints, abstract_state, check_same_run
 from jax_simpo.config import TrainConfig
 from jax_simpo.data.loader import StepBatch, step_batches
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.pairs import PairLengths
+from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.errors import CheckpointError, ConfigError, DataError, TrainingError
+from jax_simpo.generate import generate
 from jax_simpo.models import hf
+from jax_simpo.report import FACTS_FILE
+from jax_simpo.samples import SAMPLES_FILE, read_answers, read_samples, sample_prompts, with_answers, write_samples
 from jax_simpo.train.evaluate import PAIRS_PER_PLAN, Evaluation
 from jax_simpo.train.metrics import METRICS_FILE, MetricsLog, TrainingProgress
 from jax_simpo.train.optim import count_warmup_steps, learning_rate_schedule, make_optimizer
@@ -40,7 +45,10 @@ from jax_simpo.train.step import (
 )
 
 # What a run writes, and all that `overwrite_output_dir` removes.
-RUN_FILES = ("config.yaml", METRICS_FILE, CHECKPOINTS, MODEL, "README.md", "report.html", "curves.png")
+RUN_FILES = (
+    *("config.yaml", METRICS_FILE, CHECKPOINTS, MODEL, SAMPLES_FILE),
+    *(FACTS_FILE, "README.md", "report.html", "curves.png"),
+)
 
 
 def train(config: TrainConfig, console: Console) -> dict[str, Any]:
@@ -57,7 +65,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     with Checkpoints(output / CHECKPOINTS, keep=config.save_total_limit) as checkpoints, jax.set_mesh(mesh):
         resume_step = _resume_step(config, checkpoints, output)
         saved = checkpoints.run(resume_step) if resume_step else {}
-        batch = _global_batch_size(config, setup.data_parallel, saved)
+        batch = setup.global_batch_size(saved.get("global_batch_size"))
         plan = setup.plan(train_pairs, batch=batch, seed=config.seed)
         total_steps = count_steps(config, plan)
         identity = {
@@ -72,7 +80,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
                     f"{output} holds this run, finished at step {resume_step}: nothing is left to train. Give another "
                     "`output_dir`, or set `overwrite_output_dir: true` to train it again"
                 )
-        setup.describe_plan("training", plan)
+        packing = setup.describe_plan("training", plan)
         evaluation = _evaluation(setup) if config.do_eval else None
 
         schedule = learning_rate_schedule(
@@ -91,9 +99,9 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
         )
         functions = make_train_functions(setup.forward, setup.objective, optimizer, mesh)
         if resume_step:
-            model = setup.model
-            params = checkpoints.params(resume_step, abstract_state(model.abstract, model.shardings(mesh)))
-            shapes = jax.eval_shape(optimizer.init, model.abstract)
+            abstract = setup.model.abstract
+            params = checkpoints.params(resume_step, abstract_state(abstract, setup.model.shardings(mesh)))
+            shapes = jax.eval_shape(optimizer.init, abstract)
             state = checkpoints.optimizer(resume_step, abstract_state(shapes, functions.optimizer_shardings))
             console.print(f"resuming at step {resume_step} of {total_steps}")
         else:
@@ -101,14 +109,47 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
             state = functions.init_optimizer(params)
             console.print(f"training {setup.model.parameter_count:,} parameters for {total_steps} steps")
         (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        report.write_facts(
+            output,
+            mesh=mesh.shape,
+            device=mesh.devices.flat[0].device_kind,
+            parameters=setup.model.parameter_count,
+            training_pairs=len(train_pairs),
+            total_steps=total_steps,
+            tokens_saved=1 - packing.input_tokens / packing.separate_tokens,
+        )
+        sampler = _Sampler(setup, train_pairs if evaluation is None else evaluation.source, output)
+        if not resume_step:
+            sampler.answer(params, "before")
 
         run = _Run(config, setup, plan, functions, schedule, evaluation, checkpoints, identity, total_steps, output)
         params, record = run.steps(params, state, train_pairs, resume_step)
         hf.save_model(
             params, setup.model, output / MODEL, config.export_dtype or config.dtype, tokenizer=setup.tokenizer
         )
-    console.print(f"model: {output / MODEL}")
+        sampler.answer(params, "after")
+    report.write_report(output)
+    model_card.write(output, config, global_batch_size=batch)
+    report.print_summary(console, output)
     return record
+
+
+class _Sampler:
+    """Lets the model answer a few prompts before and after training."""
+
+    def __init__(self, setup: Setup, pairs: PairDataset, output: Path) -> None:
+        self._setup, self._pairs, self._output = setup, pairs, output
+
+    def answer(self, params: Params, when: Literal["before", "after"]) -> None:
+        config, tokenizer = self._setup.config, self._setup.tokenizer
+        if not config.sample_prompts:
+            return
+        samples, prompts = sample_prompts(self._pairs, tokenizer, config.sample_prompts)
+        if when == "after":
+            samples = read_samples(self._output) or samples  # with what the untrained model said
+        end = tokenizer.eos_token_id
+        answers = generate(self._setup.forward, params, self._setup.mesh, prompts, config.sample_tokens, end)
+        write_samples(self._output, with_answers(samples, when, read_answers(answers, tokenizer)))
 
 
 def prepare_output(config: TrainConfig) -> Path:
@@ -146,14 +187,6 @@ def count_steps(config: TrainConfig, plan: StepPlan) -> int:
     return math.ceil(config.num_train_epochs * plan.steps_per_epoch)
 
 
-def _global_batch_size(config: TrainConfig, data_parallel: int, saved: Mapping[str, Any]) -> int:
-    if config.global_batch_size is not None:
-        return config.global_batch_size
-    if saved:  # the batch of the run, on whatever mesh it is continued
-        return saved["global_batch_size"]
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * data_parallel
-
-
 def _resume_step(config: TrainConfig, checkpoints: Checkpoints, output: Path) -> int:
     """The step to continue from; 0 starts afresh."""
     wanted, steps = config.resume_from_checkpoint, checkpoints.steps()
@@ -173,9 +206,7 @@ def _resume_step(config: TrainConfig, checkpoints: Checkpoints, output: Path) ->
         return steps[-1] if steps else 0
     step = Path(str(wanted)).name.removeprefix("checkpoint-")
     folder = Path(str(wanted)).parent
-    if not step.isdecimal() or (
-        folder != Path(".") and folder.absolute() != (output / CHECKPOINTS).absolute()
-    ):
+    if not step.isdecimal() or (folder != Path(".") and folder.absolute() != (output / CHECKPOINTS).absolute()):
         raise ConfigError(
             f"`resume_from_checkpoint` is {wanted!r}; expected true, false, a step number, or a folder "
             f"{output / CHECKPOINTS}/STEP"
@@ -301,7 +332,7 @@ class _Run:
     def _is_due(self, what: str, batch: StepBatch) -> bool:
         """Whether to evaluate ("eval") or save after this step; both happen after the last one unless switched off."""
         strategy = getattr(self.config, f"{what}_strategy")
-        if what == "eval" and self.evaluation is None or what == "save" and strategy == "no":
+        if (what == "eval" and self.evaluation is None) or (what == "save" and strategy == "no"):
             return False
         done = batch.step + 1
         if done == self.total_steps:

@@ -132,7 +132,9 @@ def test_without_packing_a_row_holds_one_pair() -> None:
 def test_a_pair_longer_than_a_row_is_an_error_that_says_what_to_change() -> None:
     lengths = log_normal_lengths(64, 300, 150)
     plan = choose_row_shape(StepPlan(lengths, UNSET, 16, 1), row_length=512, max_row_length=16384)
-    with pytest.raises(DataError, match=r"a.jsonl, row 7: the pair takes \d+ tokens, but a row holds 512 \(`row_length`\)"):
-        replace(plan, lengths=PairLengths(*(np.sort(c)[::-1] for c in vars(lengths).values()))).check(lambda _: ("a.jsonl", 7))
-    with pytest.raises(DataError, match="Set `row_length: auto`, raise `row_length`, or lower `max_length`"):
-        plan.check()
+    first = int(np.flatnonzero(lengths.row_tokens(True) > 512)[0])
+    with pytest.raises(DataError) as error:
+        plan.check(lambda pair: ("pairs.jsonl", 1000 + pair))
+    tokens = lengths.row_tokens(True)[first]
+    assert f"pairs.jsonl, row {1000 + first}: the pair takes {tokens} tokens, but a row holds 512" in str(error.value)
+    assert "Set `row_length: auto`, raise `row_length`, or lower `max_length`" in str(error.value)

@@ -87,9 +87,7 @@ def test_padding_sees_nothing_and_is_seen_by_nobody(row: list[TokenizedPair]) ->
 def test_sharing_ends_before_the_prompt_does_where_its_last_token_merged() -> None:
     from jax_simpo.data.pairs import Response
 
-    pair = TokenizedPair(
-        (Response(np.array([1, 2, 9, 5], np.int32), 3), Response(np.array([1, 2, 8, 6], np.int32), 3))
-    )
+    pair = TokenizedPair((Response(np.array([1, 2, 9, 5], np.int32), 3), Response(np.array([1, 2, 8, 6], np.int32), 3)))
     batch, shape = lay_out([[pair]], True)
     assert batch.tokens[0, :4].tolist() == [1, 2, 9, 8]
     assert batch.positions[0, :4].tolist() == [0, 1, 2, 2]

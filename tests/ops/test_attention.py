@@ -168,7 +168,7 @@ def test_blocks_that_nobody_sees_are_not_on_the_list() -> None:
     # Two pairs of 256 tokens each, then 128 of padding: the second pair never visits the first one's blocks.
     key_end = jnp.repeat(jnp.array([256, 512, 0]), jnp.array([256, 256, 128]), total_repeat_length=640)[None]
     live = find_live_blocks(key_end, jnp.zeros_like(key_end), None)
-    visited = [sorted(live.index[0, i, : live.count[0, i]].tolist()) for i in range(5)]
+    visited = [sorted(live.key_blocks[0, i, : live.counts[0, i]].tolist()) for i in range(5)]
     assert visited == [[0], [0, 1], [2], [2, 3], []]
 
 

@@ -27,8 +27,8 @@ from tests.hlo import Collective, collectives
 from tests.train.support import (
     MESHES,
     OBJECTIVE,
-    Pairs,
     History,
+    Pairs,
     edited,
     mesh_of,
     plan_of,

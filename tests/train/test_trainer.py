@@ -133,7 +133,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(
         run(config_of(folder, beta=3.0))
     with pytest.raises(CheckpointError, match="global_batch_size: was 16, is 8"):
         run(config_of(folder, global_batch_size=8))
-    with pytest.raises(CheckpointError, match="training pairs: was '81 pairs, .* is '122 pairs"):
+    with pytest.raises(CheckpointError, match=r"training pairs: was '81 pairs, .* is '122 pairs"):
         run(config_of(folder, dataset_mixer={"builtin:cafe": 0.03}))
 
 
@@ -192,7 +192,8 @@ def test_resume_from_checkpoint_takes_the_step_it_is_given(
          r"long.jsonl, row 1: the pair takes \d+ tokens, but a row holds 128"),
         ({"do_eval": True, "dataset_splits": ["train"]}, DataError, "names no split to evaluate"),
         ({"model_config": {**MODEL, "vocab_size": 50}}, ModelError, "the tokenizer has .* the model only 50"),
-        ({"learning_rate": 1e30, "warmup_ratio": 0}, TrainingError, "step 2: the loss is .*, the gradient norm nan. .*Lower `learning_rate`"),
+        ({"learning_rate": 1e30, "warmup_ratio": 0}, TrainingError,
+         r"step 2: the loss is .*, the gradient norm nan\. .*Lower `learning_rate`"),
         ({"resume_from_checkpoint": True}, CheckpointError, "holds no checkpoint"),
         ({"resume_from_checkpoint": 7}, CheckpointError, "there is no step 7; there are: none"),
         ({"resume_from_checkpoint": "elsewhere/7"}, ConfigError, "expected true, false, a step number, or a folder"),
@@ -216,7 +217,7 @@ def test_what_cannot_be_trained_is_an_error_that_says_why(
 
 def test_an_output_directory_that_cannot_be_written_is_refused_before_anything_else(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="`output_dir` .*file/run cannot be written to: Not a directory"):
+    with pytest.raises(CheckpointError, match=r"`output_dir` .*file/run cannot be written to: Not a directory"):
         run(config_of(tmp_path, output_dir=str(tmp_path / "file" / "run")))
 
 

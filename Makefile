@@ -1,0 +1,60 @@
+# `make quickstart` and `make test` are all a newcomer needs; each makes what it needs first.
+#
+#   PYTHON     interpreter of the virtual environment (3.11 or later)
+#   PIP_FLAGS  more flags for pip, such as an extra index: on Linux, PyPI's torch brings CUDA along (3 GB);
+#              make dev PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" takes the small one
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c constraints.txt
+
+# Tests run on the CPU on any machine, and compile the same programs in every run.
+TEST_ENV := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+
+.PHONY: help quickstart dev test test-slow lint format docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+quickstart: $(VENV)/.installed ## train a tiny model on made-up pairs and show what it learned (no network)
+	$(BIN)/jax-simpo train configs/quickstart.yaml --overwrite_output_dir=true
+
+dev: $(VENV)/.installed-dev ## install everything the tests need into .venv
+
+test: lint ## lint, type check and the quick tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/.installed-dev ## the tests that take longer
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## let ruff format and mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed ## write docs/config.md anew
+	$(BIN)/python -m jax_simpo.config > docs/config.md
+
+clean: ## remove the environment, caches and outputs
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$$($(PYTHON) --version) is too old: jax-simpo needs Python 3.11 or later; try make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e .
+	@touch $@
+
+# torch first and alone, so that pip takes the pinned one before the oracles ask for any.
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.installed
