@@ -62,9 +62,12 @@ class Checkpoints:
         return steps[-1]
 
     def save(self, step: int, params: Any, optimizer: Any, run: Mapping[str, Any]) -> None:
-        """Writes a step: complete, or not at all."""
+        """Writes a step: complete, or not at all. A step that is there already is replaced."""
+        if step in self._manager.all_steps():
+            self._manager.delete(step)
         self._manager.save(
             step,
+            force=True,  # a run that went back to an earlier step saves below the newest one
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
                 optimizer=ocp.args.StandardSave(optimizer),

@@ -135,9 +135,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
     on_bad_row: Literal["error", "skip"] = _key(
         "error", "What a row that cannot be trained on does: stop the run, or be skipped and counted.", identity=True
     )
-    preprocessing_num_workers: Whole | None = _key(
-        None, "Processes that tokenise. Default: as many as are useful.", ge=1
-    )
+    preprocessing_num_workers: Whole | None = _key(None, "Threads that tokenise. Default: one per core.", ge=1)
     data_cache_dir: str | None = _key(
         None, "Folder that keeps tokenised data between runs. Default: a folder in the Hugging Face cache."
     )
@@ -202,7 +200,6 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
         "Stored with the checkpoint and kept on resume.",
         ge=1,
     )
-    per_device_eval_batch_size: Whole = _key(8, "Pairs per device that are planned together in evaluation.", ge=1)
     prefix_sharing: bool = _key(True, "Computes what the two sequences of a pair have in common once. Same results.")
     packing: bool = _key(True, "Puts several pairs of a step into one row. Same results.")
     row_length: Literal["auto"] | Whole = _key(
@@ -388,8 +385,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         beta = values.get("beta", TrainConfig.model_fields["beta"].default)
         notices.append(config_foreign.read_gamma(values, beta, places["gamma"]))
     values.setdefault("run_name", Path(path).stem)
-    if "learning_rate" not in values and values.get("model_name_or_path"):
-        notices.append(f"{path}: `learning_rate` is not set; 5e-5 is used, published SimPO runs use 3e-7 to 1e-6")
     try:
         config = TrainConfig(**values)
     except ValidationError as error:

@@ -68,6 +68,7 @@ WITHOUT_MEANING: dict[str, str] = {
     "save_safetensors": "models are always written as safetensors",
     "save_only_model": "checkpoints always hold what a resume needs; `jax-simpo export` writes the model alone",
     "save_on_each_node": "all processes write one shared checkpoint",
+    "per_device_eval_batch_size": "evaluation packs pairs into rows too; `rows_per_device` bounds its memory",
     "eval_accumulation_steps": "evaluation keeps only one number per response",
     "prediction_loss_only": "evaluation always writes all metrics",
     "disable_dropout": "the models have no dropout",

@@ -137,11 +137,6 @@ def test_splits_with_train_in_their_name_are_trained_on_and_the_others_evaluated
     assert (config.train_splits, config.eval_splits) == (["train_prefs"], ["test_prefs", "validation"])
 
 
-def test_a_missing_learning_rate_is_noticed(load):
-    assert "`learning_rate` is not set" in load(base=MINIMAL.replace("learning_rate: 1e-6\n", "")).notices[0]
-    assert load().notices == ()
-
-
 # --- keys of other trainers
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from rich.console import Console
 
 from jax_simpo import model_card, report
@@ -32,7 +34,7 @@ from jax_simpo.models import hf
 from jax_simpo.report import FACTS_FILE
 from jax_simpo.samples import SAMPLES_FILE, read_answers, read_samples, sample_prompts, with_answers, write_samples
 from jax_simpo.train.evaluate import PAIRS_PER_PLAN, Evaluation
-from jax_simpo.train.metrics import METRICS_FILE, MetricsLog, TrainingProgress
+from jax_simpo.train.metrics import METRICS_FILE, MetricsLog, TrainingProgress, read_metrics
 from jax_simpo.train.optim import count_warmup_steps, learning_rate_schedule, make_optimizer
 from jax_simpo.train.setup import CHECKPOINTS, MODEL, Setup
 from jax_simpo.train.step import (
@@ -54,49 +56,45 @@ RUN_FILES = (
 def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     """Trains as the config says and returns the last record of `metrics.jsonl`.
 
+    Everything that can be found wrong without the weights is found before anything is loaded, written or removed.
+
     Raises:
-        UserError: whatever the user can mend; before anything is trained where it can be known by then.
+        UserError: whatever the user can mend.
     """
-    output = prepare_output(config)
+    output = Path(config.output_dir)
+    check_output(config, output)
     setup = Setup(config, console)
     mesh = setup.mesh
-    console.print(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())} ({jax.devices()[0]})")
+    console.print(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())} ({mesh.devices.flat[0]})")
+    if config.model_name_or_path is not None and "learning_rate" not in config.model_fields_set:
+        console.print(
+            f"note: `learning_rate` is not set; {config.learning_rate} is used, published SimPO runs use 3e-7 to 1e-6",
+            style="yellow",
+        )
     train_pairs = setup.train_pairs()
-    with Checkpoints(output / CHECKPOINTS, keep=config.save_total_limit) as checkpoints, jax.set_mesh(mesh):
-        resume_step = _resume_step(config, checkpoints, output)
-        saved = checkpoints.run(resume_step) if resume_step else {}
-        batch = setup.global_batch_size(saved.get("global_batch_size"))
-        plan = setup.plan(train_pairs, batch=batch, seed=config.seed)
-        total_steps = count_steps(config, plan)
-        identity = {
-            **config.run_identity(),
-            "global_batch_size": batch,
-            "training pairs": f"{len(plan.lengths)} pairs, lengths {_fingerprint(plan.lengths)}",
-        }
-        if resume_step:
-            check_same_run(saved, identity, output)
-            if resume_step >= total_steps:
-                raise CheckpointError(
-                    f"{output} holds this run, finished at step {resume_step}: nothing is left to train. Give another "
-                    "`output_dir`, or set `overwrite_output_dir: true` to train it again"
-                )
-        packing = setup.describe_plan("training", plan)
-        evaluation = _evaluation(setup) if config.do_eval else None
+    resume_step, saved = _starting_point(config, output)
+    batch = setup.global_batch_size(saved.get("global_batch_size"))
+    plan = setup.plan(train_pairs, batch=batch, seed=config.seed)
+    total_steps = count_steps(config, plan)
+    identity = {
+        **config.run_identity(),
+        "global_batch_size": batch,
+        "training pairs": f"{len(plan.lengths)} pairs, lengths {_fingerprint(plan.lengths)}",
+    }
+    if saved:
+        check_same_run(saved, identity, output)
+        if resume_step >= total_steps and (output / MODEL).exists():
+            raise CheckpointError(
+                f"{output} holds this run, finished at step {resume_step}: nothing is left to train. Give another "
+                "`output_dir`, or set `overwrite_output_dir: true` to train it again"
+            )
+    packing = setup.describe_plan("training", plan)
+    evaluation = _evaluation(setup) if config.do_eval else None
 
-        schedule = learning_rate_schedule(
-            config.lr_scheduler_type,
-            config.learning_rate,
-            total_steps,
-            count_warmup_steps(total_steps, config.warmup_steps, config.warmup_ratio),
-        )
-        optimizer = make_optimizer(
-            schedule,
-            b1=config.adam_beta1,
-            b2=config.adam_beta2,
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-        )
+    if config.overwrite_output_dir:
+        remove_run(output)
+    with Checkpoints(output / CHECKPOINTS, keep=config.save_total_limit) as checkpoints, jax.set_mesh(mesh):
+        schedule, optimizer = _optimizer(config, total_steps)
         functions = make_train_functions(setup.forward, setup.objective, optimizer, mesh)
         if resume_step:
             abstract = setup.model.abstract
@@ -123,7 +121,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
             sampler.answer(params, "before")
 
         run = _Run(config, setup, plan, functions, schedule, evaluation, checkpoints, identity, total_steps, output)
-        params, record = run.steps(params, state, train_pairs, resume_step)
+        params = run.steps(params, state, train_pairs, resume_step)
         hf.save_model(
             params, setup.model, output / MODEL, config.export_dtype or config.dtype, tokenizer=setup.tokenizer
         )
@@ -131,7 +129,25 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     report.write_report(output)
     model_card.write(output, config, global_batch_size=batch)
     report.print_summary(console, output)
-    return record
+    return read_metrics(output)[-1]
+
+
+def _optimizer(config: TrainConfig, total_steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    schedule = learning_rate_schedule(
+        config.lr_scheduler_type,
+        config.learning_rate,
+        total_steps,
+        count_warmup_steps(total_steps, config.warmup_steps, config.warmup_ratio),
+    )
+    optimizer = make_optimizer(
+        schedule,
+        b1=config.adam_beta1,
+        b2=config.adam_beta2,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    return schedule, optimizer
 
 
 class _Sampler:
@@ -152,13 +168,12 @@ class _Sampler:
         write_samples(self._output, with_answers(samples, when, read_answers(answers, tokenizer)))
 
 
-def prepare_output(config: TrainConfig) -> Path:
-    """Makes the output directory, or makes sure that it may be continued.
+def check_output(config: TrainConfig, output: Path) -> None:
+    """Makes the output directory, or makes sure that it may be written to.
 
     Raises:
-        CheckpointError: it cannot be written to, or holds a run that `overwrite_output_dir` does not give away.
+        CheckpointError: it cannot, or it holds a run that `overwrite_output_dir` does not give away.
     """
-    output = Path(config.output_dir)
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe = output / ".writable"
@@ -168,16 +183,19 @@ def prepare_output(config: TrainConfig) -> Path:
         raise CheckpointError(
             f"`output_dir` {output} cannot be written to: {error.strerror}. Give a folder that can"
         ) from error
-    if config.overwrite_output_dir:
-        for name in RUN_FILES:
-            path = output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif (output / MODEL).exists() and not any((output / CHECKPOINTS).glob("*")):
+    finished = (output / MODEL).exists() and not any((output / CHECKPOINTS).glob("*"))
+    if finished and not config.overwrite_output_dir:
         raise CheckpointError(
             f"{output} holds a finished run without checkpoints, which would be lost. Give another `output_dir`, or "
             "set `overwrite_output_dir: true` to train it again"
         )
-    return output
+
+
+def remove_run(output: Path) -> None:
+    """Removes what a run wrote, and nothing else."""
+    for name in RUN_FILES:
+        path = output / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def count_steps(config: TrainConfig, plan: StepPlan) -> int:
@@ -187,9 +205,21 @@ def count_steps(config: TrainConfig, plan: StepPlan) -> int:
     return math.ceil(config.num_train_epochs * plan.steps_per_epoch)
 
 
-def _resume_step(config: TrainConfig, checkpoints: Checkpoints, output: Path) -> int:
-    """The step to continue from; 0 starts afresh."""
-    wanted, steps = config.resume_from_checkpoint, checkpoints.steps()
+def _starting_point(config: TrainConfig, output: Path) -> tuple[int, dict[str, Any]]:
+    """The step to continue from and the identity saved with it; step 0 starts afresh."""
+    if config.overwrite_output_dir or not (output / CHECKPOINTS).is_dir():
+        steps = []
+    else:
+        with Checkpoints(output / CHECKPOINTS, read_only=True) as checkpoints:
+            steps = checkpoints.steps()
+            step = _resume_step(config.resume_from_checkpoint, steps, output)
+            if step:
+                return step, checkpoints.run(step)
+    return _resume_step(config.resume_from_checkpoint, steps, output), {}
+
+
+def _resume_step(wanted: bool | int | str | None, steps: list[int], output: Path) -> int:
+    """Which of the steps there are `resume_from_checkpoint` means."""
     if wanted is False:
         if steps:
             raise CheckpointError(
@@ -204,9 +234,10 @@ def _resume_step(config: TrainConfig, checkpoints: Checkpoints, output: Path) ->
                 "start afresh, or correct `output_dir`"
             )
         return steps[-1] if steps else 0
-    step = Path(str(wanted)).name.removeprefix("checkpoint-")
-    folder = Path(str(wanted)).parent
-    if not step.isdecimal() or (folder != Path(".") and folder.absolute() != (output / CHECKPOINTS).absolute()):
+    folder = Path(str(wanted))
+    step = folder.name.removeprefix("checkpoint-")
+    elsewhere = len(folder.parts) > 1 and folder.parent.absolute() != (output / CHECKPOINTS).absolute()
+    if not step.isdecimal() or elsewhere:
         raise ConfigError(
             f"`resume_from_checkpoint` is {wanted!r}; expected true, false, a step number, or a folder "
             f"{output / CHECKPOINTS}/STEP"
@@ -251,9 +282,8 @@ class _Run:
     total_steps: int
     output: Path
 
-    def steps(self, params: Params, state: Any, pairs: Any, first_step: int) -> tuple[Params, dict[str, Any]]:
-        """Runs the steps that are left. Returns the trained parameters and the last record."""
-        self.record: dict[str, Any] = {}
+    def steps(self, params: Params, state: Any, pairs: Any, first_step: int) -> Params:
+        """Runs the steps that are left and returns the trained parameters."""
         self.clock = _Clock()
         with (
             MetricsLog(self.output, first_step=first_step) as self.log,
@@ -261,26 +291,22 @@ class _Run:
         ):
             if self.evaluation is not None and not first_step:
                 self._evaluate(params, step=0, epoch=0.0)
-            return self._loop(params, state, pairs, first_step), self.record
+            return self._loop(params, state, pairs, first_step)
 
     def _loop(self, params: Params, state: Any, pairs: Any, first_step: int) -> Params:
-        # The record of a step is fetched after the next step was handed to the device, so that it never waits for us.
-        waiting: tuple[StepBatch, dict[str, Any]] | None = None
         for batch in step_batches(self.plan, pairs, range(first_step, self.total_steps)):
             params, state, metrics = self._step(params, state, batch)
-            if waiting is not None:
-                self._write(*waiting)
-            waiting = (batch, metrics)
             done = batch.step + 1
-            evaluate, save = self._is_due("eval", batch), self._is_due("save", batch)
-            if evaluate or save or done == self.total_steps:
-                self._write(*waiting)
-                waiting = None
-                with self.clock.paused():
-                    if evaluate:
-                        self._evaluate(params, done, batch.epoch)
-                    if save:
-                        self.checkpoints.save(done, params, state, self.identity)
+            self.clock.add(batch.input_tokens, len(batch.pairs))
+            if done % self.config.logging_steps == 0 or done == self.total_steps:
+                self._write(batch, metrics)
+            else:
+                self.progress.advance(done)
+            with self.clock.paused():
+                if self._is_due("eval", batch):
+                    self._evaluate(params, done, batch.epoch)
+                if self._is_due("save", batch):
+                    self.checkpoints.save(done, params, state, self.identity)
         return params
 
     def _step(self, params: Params, state: Any, batch: StepBatch) -> tuple[Params, Any, dict[str, Any]]:
@@ -301,12 +327,8 @@ class _Run:
                 f"checkpoint is of step {max(self.checkpoints.steps(), default=0)}. Lower `learning_rate`, raise "
                 "`warmup_ratio`, or try `dtype: float32`"
             )
-        seconds, tokens, pairs = self.clock.add(batch.input_tokens, len(batch.pairs))
-        if done % self.config.logging_steps and done != self.total_steps:
-            self.progress.advance(done)
-            return
-        self.clock.restart()
-        self.record = {
+        seconds, tokens, pairs = self.clock.restart()
+        record = {
             "step": done,
             **values,
             "learning_rate": float(self.schedule(batch.step)),
@@ -317,8 +339,8 @@ class _Run:
             "pairs_per_second": pairs / seconds,
             "packing_fill": batch.input_tokens / batch.computed_tokens,
         }
-        self.log.write(self.record)
-        self.progress.show(done, self.record)
+        self.log.write(record)
+        self.progress.show(done, record)
 
     def _evaluate(self, params: Params, step: int, epoch: float) -> None:
         assert self.evaluation is not None
@@ -346,30 +368,23 @@ class _Clock:
     """Seconds, tokens and pairs since the last logged step, without the time spent evaluating and saving."""
 
     def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
         self._started, self._tokens, self._pairs = time.perf_counter(), 0, 0
 
-    def add(self, tokens: int, pairs: int) -> tuple[float, int, int]:
-        """Counts a finished step and returns the sums so far."""
+    def add(self, tokens: int, pairs: int) -> None:
+        """Counts a step."""
         self._tokens += tokens
         self._pairs += pairs
-        return time.perf_counter() - self._started, self._tokens, self._pairs
 
-    def paused(self) -> _Pause:
-        return _Pause(self)
+    def restart(self) -> tuple[float, int, int]:
+        """Returns what was counted, and counts from nothing again."""
+        now = time.perf_counter()
+        counted = now - self._started, self._tokens, self._pairs
+        self._started, self._tokens, self._pairs = now, 0, 0
+        return counted
 
-    def skip(self, seconds: float) -> None:
-        self._started += seconds
-
-
-class _Pause:
-    def __init__(self, clock: _Clock) -> None:
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        self._from = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._clock.skip(time.perf_counter() - self._from)
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Does not count the time spent inside."""
+        since = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - since

@@ -171,6 +171,38 @@ def test_accumulation_does_not_change_the_numbers(
     np.testing.assert_allclose(losses(one_row_at_a_time), losses(finished[1]), atol=1e-5)
 
 
+def test_a_run_killed_before_its_export_is_completed(
+    finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    import shutil
+
+    output = tmp_path / "run"
+    shutil.copytree(finished[0].output_dir, output)
+    exported = (output / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(output / "model")
+    assert losses(run(config_of(tmp_path))) == losses(finished[1])
+    assert (output / "model" / "model.safetensors").read_bytes() == exported
+
+
+def test_a_mistake_found_early_leaves_the_run_that_was_to_be_overwritten(tmp_path: Path) -> None:
+    config = config_of(tmp_path, max_steps=1)
+    run(config)
+    with pytest.raises(MeshError):
+        run(config_of(tmp_path, max_steps=1, overwrite_output_dir=True, mesh={"fsdp": 3}))
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def test_a_learning_rate_nobody_chose_is_pointed_out(
+    finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    console = Console(record=True, quiet=False, file=open(tmp_path / "log", "w"), width=200)  # noqa: SIM115
+    settings = config_of(tmp_path, max_steps=1).model_dump(by_alias=True, exclude={"learning_rate"})
+    settings |= {"model_name_or_path": f"{finished[0].output_dir}/model", "model_config": None}
+    trainer.train(TrainConfig(**settings), console)
+    console.file.close()
+    assert "`learning_rate` is not set; 5e-05 is used, published SimPO runs use 3e-7" in console.export_text()
+
+
 def test_resume_from_checkpoint_takes_the_step_it_is_given(
     finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
