@@ -140,6 +140,32 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
         None, "Folder that keeps tokenised data between runs. Default: a folder in the Hugging Face cache."
     )
 
+    # --- adapters and quantised weights
+    use_peft: bool = _key(
+        False,
+        "Trains a LoRA adapter and leaves the model's own weights as they are. With `torch_ref` only.",
+        section="Adapters and quantised weights",
+        identity=True,
+    )
+    lora_r: Whole = _key(16, "Rank of the adapter's matrices.", identity=True, ge=1)
+    lora_alpha: Whole = _key(32, "The adapter's output is scaled by `lora_alpha` / `lora_r`.", identity=True, ge=1)
+    lora_dropout: Number = _key(
+        0.0,
+        "Dropout before the adapter. (The original falls back to 0.05; with dropout, layouts give different numbers.)",
+        identity=True,
+        ge=0,
+        lt=1,
+    )
+    lora_target_modules: list[str] | None = _key(
+        None, "Names of the layers that get an adapter. Default: all linear layers but the head.", identity=True
+    )
+    load_in_4bit: bool = _key(
+        False, "Keeps the model's own weights in 4 bits (NF4). With `torch_ref` and a CUDA GPU only.", identity=True
+    )
+    load_in_8bit: bool = _key(
+        False, "Keeps the model's own weights in 8 bits. With `torch_ref` and a CUDA GPU only.", identity=True
+    )
+
     # --- loss
     beta: Number = _key(2.0, "Scale of the reward (beta times mean log-prob).", section="Loss", identity=True, gt=0)
     gamma_beta_ratio: Number = _key(
@@ -217,6 +243,11 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
     export_dtype: Literal["float32", "bfloat16"] | None = _key(None, "Type of the exported weights. Default: `dtype`.")
     attention: Literal["auto", "dense", "blockwise", "splash", "pallas", "cudnn"] = _key(
         "auto", "Attention implementation; all compute the same."
+    )
+    torch_attention: Literal["auto", "sdpa", "flex", "flash_attention_2", "flash_attention_3", "dense"] = _key(
+        "auto",
+        "The same for `torch_ref`. On a GPU auto takes flex for rows, and without sharing and packing flash attention "
+        "where it is installed; on a CPU sdpa, or dense where the model caps its attention scores.",
     )
     remat: Literal["none", "dots", "full"] = _key(
         "full", "What of a layer is recomputed in the backward pass: nothing, all but matrix products, or all."
@@ -316,6 +347,10 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"`row_length` is {self.row_length}; expected auto or a multiple of 128, such as {near}")
         if self.max_steps == 0:
             raise ValueError("`max_steps` is 0; expected a positive number, or -1 for `num_train_epochs`")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("`load_in_4bit` and `load_in_8bit` contradict each other; keep one of them")
+        if self.use_peft and self.model_name_or_path is None:
+            raise ValueError("`use_peft` adds to a model that exists; give `model_name_or_path`, not `model_config`")
         return self
 
     @property
@@ -363,7 +398,15 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
         return identity
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+# What only the PyTorch reference can do, and why not.
+TORCH_ONLY = {
+    "use_peft": "all weights are trained; `python -m torch_ref` trains adapters",
+    "load_in_4bit": "weights are not quantised; use `mesh.fsdp` and `remat` to save memory, or `python -m torch_ref`",
+    "load_in_8bit": "weights are not quantised; use `mesh.fsdp` and `remat` to save memory, or `python -m torch_ref`",
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool = False) -> TrainConfig:
     """Reads a config file and `--key=value` overrides.
 
     Args:
@@ -371,6 +414,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         overrides: arguments of the form `--key=value`. Dots lead into nested keys (`--mesh.fsdp=8`), values are YAML
             and may contain `=`. `--dataset_mixer.SOURCE=FRACTION` adds a source or changes its fraction (`null`
             removes it), `--dataset_mixer={SOURCE: FRACTION}` replaces them all. The last of two equal keys counts.
+        torch: for the PyTorch reference, which can do more (`TORCH_ONLY`).
 
     Raises:
         ConfigError: with every mistake that was found, each with its file and line or its override.
@@ -394,6 +438,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ]
         # A key that may be one of two types complains once for each.
         raise ConfigError("\n".join(dict.fromkeys(messages))) from None
+    for key, why in TORCH_ONLY.items():
+        if getattr(config, key) and not torch:
+            raise ConfigError(f"{places.get(key, path)}: `{key}: true` cannot be honoured: {why}")
+    if not config.use_peft:
+        default = TrainConfig.model_fields
+        adapter = [k for k in values if k.startswith("lora_") and getattr(config, k) != default[k].default]
+        notices += [f"{places.get(key, path)}: `{key}` has no effect without `use_peft`" for key in adapter]
     return config._with_notices(notices)
 
 

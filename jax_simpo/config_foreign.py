@@ -23,8 +23,8 @@ def _asks_for_nothing(value: Any) -> bool:
 
 
 WITHOUT_MEANING: dict[str, str] = {
-    "attn_implementation": "`attention` chooses the implementation (all of them compute the same); default auto",
-    "use_flash_attention_2": "`attention` chooses the implementation (all of them compute the same); default auto",
+    "attn_implementation": "`attention` (`torch_attention` for torch_ref) chooses the implementation; all compute the same",
+    "use_flash_attention_2": "`attention` (`torch_attention` for torch_ref) chooses the implementation; all compute the same",
     "torch_dtype": "parameters are kept in float32 and `dtype` is the type computed in",
     "gradient_checkpointing_kwargs": "`remat` (none, dots, full) says what is recomputed",
     "activation_checkpointing_kwargs": "`remat` (none, dots, full) says what is recomputed",
@@ -84,21 +84,14 @@ WITHOUT_MEANING: dict[str, str] = {
     "base_model_revision": "`model_revision` names the revision that is read",
     "model_code_revision": "models are built in; no code is taken from a model's repository",
     "data_seed": "`seed` orders the pairs",
-    "lora_r": "without `use_peft` there is no adapter",
-    "lora_alpha": "without `use_peft` there is no adapter",
-    "lora_dropout": "without `use_peft` there is no adapter",
-    "lora_target_modules": "without `use_peft` there is no adapter",
-    "lora_modules_to_save": "without `use_peft` there is no adapter",
-    "bnb_4bit_quant_type": "weights are never quantised",
-    "use_bnb_nested_quant": "weights are never quantised",
+    "lora_modules_to_save": "with `use_peft` only the adapter is trained",
+    "bnb_4bit_quant_type": "4-bit weights are always NF4",
+    "use_bnb_nested_quant": "the scales of quantised weights are not quantised",
 }
 
 NOT_SUPPORTED: dict[str, str] = {
     "fp16": "float16 needs loss scaling and is not supported; use `dtype: bfloat16`",
     "fp16_full_eval": "float16 is not supported; use `dtype: bfloat16`",
-    "use_peft": "all weights are trained; adapters are not supported",
-    "load_in_8bit": "weights are not quantised; use `mesh.fsdp` and `remat` to save memory",
-    "load_in_4bit": "weights are not quantised; use `mesh.fsdp` and `remat` to save memory",
     "label_smoothing_factor": "this is the cross-entropy's smoothing; SimPO's is `label_smoothing`",
     "load_best_model_at_end": "the model of the last step is exported; `jax-simpo export` writes that of any kept step",
     "neftune_noise_alpha": "noise on embeddings is not supported",

@@ -105,7 +105,7 @@ def _gather_fwd(w: Array, dtype: Any, logical_axes: tuple[str | None, ...]) -> t
     return _gather(w, dtype, logical_axes), jnp.zeros((), w.dtype)
 
 
-def _gather_bwd(dtype: Any, logical_axes: tuple[str | None, ...], like: Array, g: Array) -> tuple[Array]:
+def _gather_bwd(dtype: Any, logical_axes: tuple[str | None, ...], like: Any, g: Array) -> tuple[Array]:
     return (jax.lax.with_sharding_constraint(g, spec(*logical_axes)).astype(like.dtype),)
 
 

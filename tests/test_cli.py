@@ -1,0 +1,190 @@
+"""The commands as a user types them: what they print and write, and what each mistake is told."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jax_simpo import cli
+from jax_simpo.data.synthetic import make_rows
+
+PAIRS = make_rows("cafe", "train")[:40]
+BASE = {
+    "model_config": {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+    },
+    "tokenizer_name_or_path": "builtin:cafe",
+    "max_length": 128,
+    "learning_rate": 1e-3,
+    "global_batch_size": 16,
+    "max_steps": 4,
+    "save_steps": 2,
+    "dtype": "float32",
+    "mesh": {"fsdp": 8},
+}
+
+
+class User:
+    """Somebody at a prompt, in a folder of their own."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:
+        self.folder, self._capsys, self._patch = folder, capsys, patch
+        patch.chdir(folder)
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+        patch.setenv("COLUMNS", "400")  # messages in one line
+
+    def writes(self, name: str, rows: Any) -> str:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+        return name
+
+    def configures(self, **changes: Any) -> None:
+        config = {**BASE, "dataset_mixer": {"pairs.jsonl": 1.0}, "output_dir": "run", **changes}
+        (self.folder / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}))
+
+    def types(self, command: str) -> tuple[int, str, str]:
+        """Exit status, stdout and stderr."""
+        self._patch.setattr("sys.argv", ["jax-simpo", *shlex.split(command)])
+        with pytest.raises(SystemExit) as status:
+            cli.main()
+        printed = self._capsys.readouterr()
+        return int(status.value.code or 0), printed.out, printed.err
+
+
+@pytest.fixture
+def user(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> User:
+    user = User(tmp_path, capsys, monkeypatch)
+    user.writes("pairs.jsonl", PAIRS)
+    user.configures()
+    return user
+
+
+def test_train_score_eval_export_and_report_as_a_user_runs_them(user: User) -> None:
+    status, _, log = user.types("train config.yaml --sample_prompts=1 --sample_tokens=4")
+    assert status == 0, log
+    run = user.folder / "run"
+    written = {"config.yaml", "metrics.jsonl", "checkpoints", "model", "README.md", "report.html", "curves.png"}
+    assert written <= {path.name for path in run.iterdir()}
+
+    # A step of the run and the folder it was exported to are the same model.
+    assert user.types("export config.yaml --output exported")[0] == 0
+    by_step, by_folder = ((f"score config.yaml --split train --output {n}.jsonl --model {m}") for n, m in
+                          (("step", "4"), ("folder", "exported")))  # fmt: skip
+    assert user.types(by_step)[0] == user.types(by_folder)[0] == 0
+    scores = [json.loads(line) for line in (user.folder / "step.jsonl").read_text().splitlines()]
+    assert [score["row"] for score in scores] == list(range(40))
+    assert set(scores[0]) == set(
+        "row chosen_logp_sum chosen_length chosen_logp rejected_logp_sum rejected_length rejected_logp "
+        "reward_chosen reward_rejected margin loss".split()
+    )
+    assert (user.folder / "step.jsonl").read_text() == (user.folder / "folder.jsonl").read_text()
+
+    status, out, _ = user.types("eval config.yaml --split train --model exported")
+    metrics = json.loads(out)
+    assert metrics["eval_pairs"] == 40
+    assert metrics["eval_loss"] == pytest.approx(sum(s["loss"] for s in scores) / 40, abs=1e-6)
+    assert metrics["eval_rewards/accuracies"] == pytest.approx(sum(s["margin"] > 0 for s in scores) / 40)
+
+    (run / "report.html").unlink()
+    assert user.types("report config.yaml")[0] == 0 and (run / "report.html").exists()
+
+
+def test_inspect_writes_what_the_model_is_fed_in_input_order(user: User) -> None:
+    assert user.types("inspect config.yaml --json fed.jsonl")[0] == 0
+    fed = [json.loads(line) for line in (user.folder / "fed.jsonl").read_text().splitlines()]
+    assert [pair["row"] for pair in fed] == list(range(40))
+    for pair, row in zip(fed, PAIRS, strict=True):
+        assert row["chosen"][0]["content"] in pair["text_prompt"]
+        assert row["chosen"][1]["content"] in pair["text_chosen"]
+        assert len(pair["chosen_input_ids"]) > pair["chosen_response_length"] > 0
+    status, out, _ = user.types("inspect config.yaml --rows 1")
+    assert status == 0 and "chosen" in out and "rejected" in out
+
+
+def test_a_folder_of_files_has_their_names_as_splits(user: User) -> None:
+    user.writes("data/train.jsonl", PAIRS[:30])
+    user.writes("data/held.out.jsonl", PAIRS[30:])
+    user.configures(dataset_mixer={"data": 1.0}, dataset_splits=["train", "held.out"], do_eval=True)
+    status, out, log = user.types("eval config.yaml")
+    assert status == 0, log
+    assert json.loads(out)["eval_pairs"] == 10
+
+
+def broken(text: str) -> Callable[[User], None]:
+    """A config whose data file has this text."""
+    return lambda user: user.configures(dataset_mixer={user.writes("broken.jsonl", text): 1.0})
+
+
+def other_checkpoint(user: User) -> None:
+    assert user.types("train config.yaml --max_steps=2")[0] == 0
+
+
+def no_template(user: User) -> None:
+    from jax_simpo.data.chat import load_tokenizer
+
+    tokenizer = load_tokenizer("builtin:cafe")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(user.folder / "tokenizer")
+
+
+GOOD_LINE = json.dumps(PAIRS[0]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "told"),
+    [
+        (None, "--learning_rat=1", ["--learning_rat=1", "unknown key", "learning_rate"]),
+        (None, "--loss_type=sigmoyd", ["loss_type", "sigmoyd", "sigmoid", "hinge"]),
+        (None, "--max_prompt_length=128", ["max_prompt_length", "(128)", "no room for a response", "max_length"]),
+        (None, "'--dataset_mixer={nowhere.jsonl: 1}'", ["nowhere.jsonl", "no such file or folder"]),
+        (broken(""), "", ["broken.jsonl", "empty"]),
+        (broken(GOOD_LINE + '{"chosen": [\n'), "", ["broken.jsonl", "line 2", "JSON"]),
+        (broken('{"question": "a", "answer": "b"}\n'), "", ["broken.jsonl", "question", "answer", "chosen", "rejected"]),
+        (broken(GOOD_LINE + '{"chosen": "b", "rejected": "b"}\n'), "", ["broken.jsonl", "row 1 (line 2)", "on_bad_row"]),
+        (no_template, "--tokenizer_name_or_path=tokenizer", ["tokenizer", "no chat template", "`chat_template`"]),
+        (None, "--row_length=128 --max_length=400 --packing=false --prefix_sharing=false '--dataset_mixer={long.jsonl: 1}'",
+         ["long.jsonl, row 0", "128", "row_length"]),
+        (None, "--mesh.fsdp=3", ["mesh", "fsdp=3", "8 cpu device(s)", "product is 8"]),
+        (other_checkpoint, "--beta=9", ["run", "another run", "beta: was 2.0, is 9.0", "overwrite_output_dir"]),
+        (None, "--output_dir=pairs.jsonl/run", ["pairs.jsonl/run", "cannot be written to", "Not a directory"]),
+        (None, "--model_config.hidden_size=36", ["mesh axis `fsdp` has 8 devices", "hidden_size=36"]),
+        (None, "--model_config.model_type=gpt2", ["model_config", "gpt2", "llama"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_each_mistake_is_told_in_one_message_without_a_traceback(
+    prepare: Callable[[User], None] | None, arguments: str, told: list[str], user: User
+) -> None:
+    user.writes("long.jsonl", [{"prompt": "Anna", "chosen": "One" + " tea" * 150, "rejected": "One coffee"}])
+    if prepare is not None:
+        prepare(user)
+    status, out, err = user.types(f"train config.yaml {arguments}")
+    assert status == 1 and out == ""
+    message = err[err.index("error: ") :]
+    assert "Traceback" not in err
+    for part in told:
+        assert part in message
+
+
+def test_a_missing_config_and_a_split_that_is_not_there_are_told(user: User) -> None:
+    assert "nothing.yaml" in user.types("train nothing.yaml")[2]
+    status, _, err = user.types("score config.yaml --split tset --output x.jsonl")
+    assert status == 1 and "tset" in err and "train" in err
+
+
+def test_skipped_rows_are_counted_and_summarised(user: User) -> None:
+    broken(GOOD_LINE * 3 + '{"chosen": "b", "rejected": "b"}\n')(user)
+    status, _, err = user.types("train config.yaml --on_bad_row=skip --max_steps=1")
+    assert status == 0 and "1 of 4 rows skipped" in err
