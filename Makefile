@@ -24,7 +24,7 @@ quickstart: $(VENV)/.installed ## train a tiny model on made-up pairs and show w
 dev: $(VENV)/.installed-dev ## install everything the tests need into .venv
 
 test: lint ## lint, type check and the quick tests
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not slow"
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.installed-dev ## the tests that take longer
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow

@@ -75,7 +75,7 @@ def evaluate(
     context: typer.Context,
     config: ConfigFile,
     split: Annotated[
-        str | None, typer.Option(help="Split to evaluate. Default: the config's first.", show_default=False)
+        str | None, typer.Option(help="Split to evaluate. Default: all the config names.", show_default=False)
     ] = None,
     model: Model = None,
 ) -> None:
@@ -84,10 +84,6 @@ def evaluate(
     from jax_simpo.train.evaluate import evaluation_metrics
     from jax_simpo.train.setup import Setup
 
-    if split is None:
-        if not settings.eval_splits:
-            raise ConfigError("`dataset_splits` names no split to evaluate; add one, or give --split")
-        split = settings.eval_splits[0]
     setup = Setup(settings, console, model, any_mesh=True)
     pairs, scores = _score(setup, split)
     metrics = evaluation_metrics(scores, setup.objective)
@@ -166,15 +162,15 @@ def _begin(path: Path, overrides: list[str]) -> tuple[TrainConfig, Console]:
     return settings, console
 
 
-def _score(setup: Setup, split: str) -> tuple[PairDataset, PairScores]:
+def _score(setup: Setup, split: str | None) -> tuple[PairDataset, PairScores]:
     import jax
 
     from jax_simpo.train.evaluate import PAIRS_PER_PLAN, score_pairs
     from jax_simpo.train.step import make_score_function
 
-    pairs = setup.split_pairs(split)
+    pairs = setup.eval_pairs() if split is None else setup.split_pairs(split)
     plan = setup.plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
-    setup.describe_plan(split, plan)
+    setup.describe_plan(pairs.name, plan)
     with jax.set_mesh(setup.mesh):
         score = make_score_function(setup.forward, setup.mesh)
         return pairs, score_pairs(score, setup.load_params(), plan, pairs, setup.mesh)

@@ -23,8 +23,8 @@ def _asks_for_nothing(value: Any) -> bool:
 
 
 WITHOUT_MEANING: dict[str, str] = {
-    "attn_implementation": "`attention` (`torch_attention` for torch_ref) chooses the implementation; all compute the same",
-    "use_flash_attention_2": "`attention` (`torch_attention` for torch_ref) chooses the implementation; all compute the same",
+    "attn_implementation": "`attention` (torch_ref: `torch_attention`) chooses it; all compute the same",
+    "use_flash_attention_2": "`attention` (torch_ref: `torch_attention`) chooses it; all compute the same",
     "torch_dtype": "parameters are kept in float32 and `dtype` is the type computed in",
     "gradient_checkpointing_kwargs": "`remat` (none, dots, full) says what is recomputed",
     "activation_checkpointing_kwargs": "`remat` (none, dots, full) says what is recomputed",

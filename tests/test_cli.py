@@ -140,6 +140,7 @@ def no_template(user: User) -> None:
 
 
 GOOD_LINE = json.dumps(PAIRS[0]) + "\n"
+SAME = '{"chosen": "b", "rejected": "b"}\n'
 
 
 @pytest.mark.parametrize(
@@ -151,10 +152,10 @@ GOOD_LINE = json.dumps(PAIRS[0]) + "\n"
         (None, "'--dataset_mixer={nowhere.jsonl: 1}'", ["nowhere.jsonl", "no such file or folder"]),
         (broken(""), "", ["broken.jsonl", "empty"]),
         (broken(GOOD_LINE + '{"chosen": [\n'), "", ["broken.jsonl", "line 2", "JSON"]),
-        (broken('{"question": "a", "answer": "b"}\n'), "", ["broken.jsonl", "question", "answer", "chosen", "rejected"]),
-        (broken(GOOD_LINE + '{"chosen": "b", "rejected": "b"}\n'), "", ["broken.jsonl", "row 1 (line 2)", "on_bad_row"]),
+        (broken('{"question": "a", "answer": "b"}\n'), "", ["broken.jsonl", "question", "chosen", "rejected"]),
+        (broken(GOOD_LINE + SAME), "", ["broken.jsonl", "row 1 (line 2)", "on_bad_row"]),
         (no_template, "--tokenizer_name_or_path=tokenizer", ["tokenizer", "no chat template", "`chat_template`"]),
-        (None, "--row_length=128 --max_length=400 --packing=false --prefix_sharing=false '--dataset_mixer={long.jsonl: 1}'",
+        (None, "--row_length=128 --max_length=400 --prefix_sharing=false '--dataset_mixer={long.jsonl: 1}'",
          ["long.jsonl, row 0", "128", "row_length"]),
         (None, "--mesh.fsdp=3", ["mesh", "fsdp=3", "8 cpu device(s)", "product is 8"]),
         (other_checkpoint, "--beta=9", ["run", "another run", "beta: was 2.0, is 9.0", "overwrite_output_dir"]),
@@ -185,6 +186,6 @@ def test_a_missing_config_and_a_split_that_is_not_there_are_told(user: User) -> 
 
 
 def test_skipped_rows_are_counted_and_summarised(user: User) -> None:
-    broken(GOOD_LINE * 3 + '{"chosen": "b", "rejected": "b"}\n')(user)
+    broken(GOOD_LINE * 3 + SAME)(user)
     status, _, err = user.types("train config.yaml --on_bad_row=skip --max_steps=1")
     assert status == 0 and "1 of 4 rows skipped" in err

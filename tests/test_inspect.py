@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -71,7 +72,9 @@ def test_responses_that_differ_in_their_last_token_only_end_in_one_place() -> No
 @given(st.lists(pairs(), min_size=1, max_size=4), st.booleans())
 def test_a_mask_that_is_small_enough_is_drawn_exactly(held: list[TokenizedPair], prefix_sharing: bool) -> None:
     row = lay_out(held, prefix_sharing)
-    np.testing.assert_array_equal(mask_cells(row.key_end[0], 128), visible(row.key_end, row.positions)[0])
+    np.testing.assert_array_equal(
+        mask_cells(row.key_end[0], 128), visible(jnp.array(row.key_end), jnp.array(row.positions))[0]
+    )
 
 
 def test_a_long_mask_is_drawn_in_so_many_cells() -> None:

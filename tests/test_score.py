@@ -66,35 +66,39 @@ def score(model: Any, data: Path, split: str, out: Path, *overrides: str) -> lis
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def tokenized(model: Any, data: Path, split: str) -> list[TokenizedPair]:
+def tokenized(model: Any, data: Path, split: str, cache: Path | None = None) -> list[TokenizedPair]:
     """The pairs as the model is fed them."""
     from rich.console import Console
 
     from jax_simpo.train.setup import Setup
 
     config = TrainConfig(
-        model_name_or_path=str(model.folder), dataset_mixer={str(data): 1.0}, data_cache_dir=f"{data}/cache"
+        model_name_or_path=str(model.folder),
+        dataset_mixer={str(data): 1.0},
+        data_cache_dir=str(cache or data / "cache"),
     )
     pairs = Setup(config, Console(quiet=True)).split_pairs(split)
     return pairs.pairs(range(len(pairs)))
 
 
-@pytest.fixture(scope="module")
-def oracle(model: Any, data: Path) -> dict[str, np.ndarray]:
-    """Mean log-probs by transformers, each sequence alone: [pairs, 2] per split."""
+def transformers_logps(model: Any, pairs: list[TokenizedPair]) -> np.ndarray:
+    """Mean log-probs by transformers, each sequence alone: [pairs, 2]."""
     import torch
 
     def mean_logp(response: Any) -> float:
         ids = torch.tensor(response.ids, dtype=torch.long)[None]
+        targets = ids[0, response.prompt_length :, None]
         with torch.no_grad():
-            logps = model(ids[:, :-1]).logits.float().log_softmax(-1)
-        at = logps.gather(-1, ids[:, 1:, None])[0, :, 0]
-        return at[response.prompt_length - 1 :].mean().item()
+            logits = model(ids[:, :-1], logits_to_keep=len(targets)).logits[0]
+        return logits.float().log_softmax(-1).gather(-1, targets).mean().item()
 
-    return {
-        split: np.array([[mean_logp(r) for r in pair.responses] for pair in tokenized(model, data, split)])
-        for split in PAIRS
-    }
+    return np.array([[mean_logp(response) for response in pair.responses] for pair in pairs])
+
+
+@pytest.fixture(scope="module")
+def oracle(model: Any, data: Path) -> dict[str, np.ndarray]:
+    """What transformers says of the pairs of each split."""
+    return {split: transformers_logps(model, tokenized(model, data, split)) for split in PAIRS}
 
 
 @pytest.mark.parametrize("split", PAIRS)
@@ -107,6 +111,20 @@ def test_mean_log_probs_are_those_of_transformers_on_separate_sequences(
     assert [record["row"] for record in records] == list(range(PAIRS[split]))
     found = np.array([[record["chosen_logp"], record["rejected_logp"]] for record in records])
     np.testing.assert_allclose(found, oracle[split], atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["hh_harmless.train", "hh_harmless.test", "dpo_en_demo"])
+def test_every_real_pair_has_transformers_log_probs_in_all_layouts(
+    split: str, model: Any, shared: Path, tmp_path: Path
+) -> None:
+    oracle = transformers_logps(model, tokenized(model, shared / "data", split, tmp_path))
+    for sharing, packing in LAYOUTS:
+        layout = (f"--prefix_sharing={sharing}", f"--packing={packing}", f"--data_cache_dir={tmp_path}")
+        records = score(model, shared / "data", split, tmp_path, *layout)
+        found = np.array([[record["chosen_logp"], record["rejected_logp"]] for record in records])
+        print(split, f"{sharing=} {packing=} largest distance {np.abs(found - oracle).max():.2e}")
+        np.testing.assert_allclose(found, oracle, atol=2e-5)
 
 
 def test_rewards_margin_and_loss_follow_from_the_log_probs(model: Any, data: Path, tmp_path: Path) -> None:

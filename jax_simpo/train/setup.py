@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +19,7 @@ from jax_simpo.data import chat, sources
 from jax_simpo.data.packing import PackingReport, StepPlan, choose_row_shape, measure
 from jax_simpo.data.rows import RowShape
 from jax_simpo.data.tokenize import PairDataset, tokenize_split
-from jax_simpo.errors import CheckpointError, ModelError
+from jax_simpo.errors import CheckpointError, ConfigError, ModelError
 from jax_simpo.models import hf
 from jax_simpo.models.config import ModelConfig
 from jax_simpo.models.transformer import Model
@@ -48,7 +50,10 @@ class Setup:
 
     @cached_property
     def mesh(self) -> Mesh:
-        return make_mesh() if self.any_mesh else make_mesh(**self.config.mesh.model_dump())
+        if not self.any_mesh:
+            return make_mesh(**self.config.mesh.model_dump())
+        # Parameters over as many devices as divide the model's width, rows over all of them.
+        return make_mesh(data=-1, fsdp=math.gcd(jax.device_count(), self.model.config.hidden_size))
 
     @property
     def data_parallel(self) -> int:
@@ -136,6 +141,21 @@ class Setup:
         return self.tokenize(
             sources.load_train(config.dataset_mixer, config.train_splits, dataset_configs=config.dataset_configs)
         )
+
+    def eval_pairs(self) -> PairDataset:
+        """The tokenised pairs of all evaluation splits, whole.
+
+        Raises:
+            ConfigError: `dataset_splits` names none.
+        """
+        config = self.config
+        if not config.eval_splits:
+            raise ConfigError(
+                f"`dataset_splits` {config.dataset_splits} names no split to evaluate: those have no `train` in their "
+                "name. Add one, or set `do_eval: false`"
+            )
+        whole = dict.fromkeys(config.dataset_mixer, 1.0)
+        return self.tokenize(sources.load_train(whole, config.eval_splits, dataset_configs=config.dataset_configs))
 
     def split_pairs(self, split: str) -> PairDataset:
         """The tokenised pairs of one split of all sources, whole and in file order."""

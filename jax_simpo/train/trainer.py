@@ -28,7 +28,7 @@ from jax_simpo.data.loader import StepBatch, step_batches
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.pairs import PairLengths
 from jax_simpo.data.tokenize import PairDataset
-from jax_simpo.errors import CheckpointError, ConfigError, DataError, TrainingError
+from jax_simpo.errors import CheckpointError, ConfigError, TrainingError
 from jax_simpo.generate import generate
 from jax_simpo.models import hf
 from jax_simpo.report import FACTS_FILE
@@ -256,13 +256,7 @@ def _fingerprint(lengths: PairLengths) -> str:
 
 
 def _evaluation(setup: Setup) -> Evaluation:
-    config = setup.config
-    if not config.eval_splits:
-        raise DataError(
-            f"`do_eval` is true, but `dataset_splits` {config.dataset_splits} names no split to evaluate. Add one, or "
-            "set `do_eval: false`"
-        )
-    pairs = setup.split_pairs(config.eval_splits[0])
+    pairs = setup.eval_pairs()
     plan = setup.plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
     return Evaluation(make_score_function(setup.forward, setup.mesh), plan, pairs, setup.objective, setup.mesh)
 

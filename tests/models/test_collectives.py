@@ -15,6 +15,7 @@ from jax_simpo.models.config import ModelConfig
 from jax_simpo.models.transformer import Model
 from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.sharding import RULES, make_mesh, named
+from tests.hlo import collectives
 
 # Every parameter has a shape of its own, and none that an activation could have.
 SIZES = {
@@ -31,8 +32,7 @@ ROWS, LENGTH, LAYERS = 8, 256, 5
 MESHES = {"fsdp=8": {"fsdp": 8}, "fsdp=4 tensor=2": {"fsdp": 4, "tensor": 2}}
 
 
-@cache
-def compiled_gradient(mesh_name: str, remat: Any = "full", layers: int = LAYERS) -> str:
+def lowered_gradient(mesh_name: str, remat: Any, layers: int) -> Any:
     mesh = make_mesh(**MESHES[mesh_name])
     model = Model(ModelConfig.from_hf({**SIZES, "num_hidden_layers": layers}), "float32", remat)
 
@@ -48,28 +48,21 @@ def compiled_gradient(mesh_name: str, remat: Any = "full", layers: int = LAYERS)
     )
     ints = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=named(mesh, "batch", None))
     with jax.set_mesh(mesh):
-        return jax.jit(jax.grad(loss), out_shardings=shardings).lower(params, ints, ints, ints).compile().as_text()
+        return jax.jit(jax.grad(loss), out_shardings=shardings).lower(params, ints, ints, ints)
 
 
-def computations(program: str) -> dict[str, str]:
-    """The text of each computation of a compiled program; `ENTRY` is the one that runs first."""
-    found = {}
-    for block in re.split(r"\n(?=(?:ENTRY )?%?[\w.-]+ \([^\n]*\{\n)", program)[1:]:
-        name = "ENTRY" if block.startswith("ENTRY") else re.match(r"%?([\w.-]+)", block)[1]  # type: ignore[index]
-        found[name] = block
-    return found
+@cache
+def compiled_gradient(mesh_name: str, remat: Any = "full") -> str:
+    return lowered_gradient(mesh_name, remat, LAYERS).compile().as_text()
 
 
-def moved(computation: str, collective: str) -> Counter[tuple[str, tuple[int, ...]]]:
-    """Dtype and sorted shape of everything that one kind of collective gives in a computation."""
-    out: Counter[tuple[str, tuple[int, ...]]] = Counter()
-    for result in re.findall(rf"= (.*?) {collective}(?:-start)?\(", computation):
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
-            out[dtype, tuple(sorted(int(n) for n in shape.split(",") if n))] += 1
-    return out
+def gathered(program: str) -> Counter[tuple[tuple[int, ...], int]]:
+    """Sorted shape of everything that is gathered, with how often its instruction runs."""
+    gathers = [c for c in collectives(program) if c.kind == "all-gather"]
+    return Counter((tuple(sorted(shape)), c.times) for c in gathers for shape in c.shapes)
 
 
-def layer_parameters(mesh_name: str) -> Counter[tuple[str, tuple[int, ...]]]:
+def layer_parameters(mesh_name: str) -> Counter[tuple[int, ...]]:
     """Sorted shapes of one layer's parameters as a device computes with them: whole along fsdp."""
     sizes = {"fsdp": 1, "tensor": MESHES[mesh_name].get("tensor", 1)}
     model = Model(ModelConfig.from_hf({**SIZES, "num_hidden_layers": 1}))
@@ -77,7 +70,7 @@ def layer_parameters(mesh_name: str) -> Counter[tuple[str, tuple[int, ...]]]:
     axes = jax.tree.leaves(model.logical_axes["layers"], is_leaf=is_axes)
     leaves = jax.tree.leaves(model.abstract["layers"])
     return Counter(
-        ("f32", tuple(sorted(n // sizes[str(RULES[name])] for n, name in zip(leaf.shape[1:], names[1:], strict=True))))
+        tuple(sorted(n // sizes[str(RULES[name])] for n, name in zip(leaf.shape[1:], names[1:], strict=True)))
         for leaf, names in zip(leaves, axes, strict=True)
     )
 
@@ -86,26 +79,26 @@ def layer_parameters(mesh_name: str) -> Counter[tuple[str, tuple[int, ...]]]:
     ("mesh", "remat"), [("fsdp=8", "full"), ("fsdp=4 tensor=2", "full"), ("fsdp=4 tensor=2", "none")]
 )
 def test_every_layer_parameter_is_gathered_once_forward_and_once_backward(mesh: str, remat: str) -> None:
-    parts = computations(compiled_gradient(mesh, remat))
-    loops = [gathers for name, text in parts.items() if name != "ENTRY" and (gathers := moved(text, "all-gather"))]
-    assert loops == [layer_parameters(mesh), layer_parameters(mesh)]
+    in_layers = Counter({key: n for key, n in gathered(compiled_gradient(mesh, remat)).items() if key[1] > 1})
+    # Two instructions for each parameter, one in the forward and one in the backward loop, each run once a layer.
+    assert in_layers == Counter({(shape, LAYERS): 2 * n for shape, n in layer_parameters(mesh).items()})
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_outside_the_layers_only_the_final_norm_and_token_ids_are_gathered(mesh: str) -> None:
-    gathers = moved(computations(compiled_gradient(mesh))["ENTRY"], "all-gather")
-    assert gathers == {("f32", (64,)): 1, ("s32", (ROWS, LENGTH)): 1}
+    outside = {key[0]: n for key, n in gathered(compiled_gradient(mesh)).items() if key[1] == 1}
+    assert outside == {(64,): 1, (ROWS, LENGTH): 1}
 
 
 def test_no_device_keeps_gathered_parameters_of_the_layers_or_the_whole_embedding() -> None:
     mesh = "fsdp=4 tensor=2"
     program = compiled_gradient(mesh, "none")
     shapes = {tuple(sorted(int(n) for n in shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", program)}
-    stacks = {tuple(sorted((LAYERS, *shape))) for _, shape in layer_parameters(mesh) if len(shape) == 2}
+    stacks = {tuple(sorted((LAYERS, *shape))) for shape in layer_parameters(mesh) if len(shape) == 2}
     vocabulary = 640 // MESHES[mesh].get("tensor", 1)
     assert not shapes & (stacks | {(64, vocabulary)})
 
 
 def test_the_program_does_not_grow_with_depth() -> None:
-    shallow, deep = (compiled_gradient("fsdp=8", "full", layers).count("\n") for layers in (LAYERS, 9))
+    shallow, deep = (lowered_gradient("fsdp=8", "full", n).as_text().count("\n") for n in (LAYERS, 9))
     assert deep == shallow

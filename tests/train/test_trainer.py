@@ -195,7 +195,7 @@ def test_a_mistake_found_early_leaves_the_run_that_was_to_be_overwritten(tmp_pat
 def test_a_learning_rate_nobody_chose_is_pointed_out(
     finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    console = Console(record=True, quiet=False, file=open(tmp_path / "log", "w"), width=200)  # noqa: SIM115
+    console = Console(record=True, quiet=False, file=open(tmp_path / "log", "w"), width=200)
     settings = config_of(tmp_path, max_steps=1).model_dump(by_alias=True, exclude={"learning_rate"})
     settings |= {"model_name_or_path": f"{finished[0].output_dir}/model", "model_config": None}
     trainer.train(TrainConfig(**settings), console)
@@ -222,7 +222,7 @@ def test_resume_from_checkpoint_takes_the_step_it_is_given(
         ({"mesh": {"fsdp": -1, "tensor": 4}}, MeshError, "do not divide the model's num_attention_heads=2"),
         ({"row_length": 128, "max_length": 600, "prefix_sharing": False, "dataset_mixer": {"LONG": 1.0}}, DataError,
          r"long.jsonl, row 1: the pair takes \d+ tokens, but a row holds 128"),
-        ({"do_eval": True, "dataset_splits": ["train"]}, DataError, "names no split to evaluate"),
+        ({"do_eval": True, "dataset_splits": ["train"]}, ConfigError, "names no split to evaluate"),
         ({"model_config": {**MODEL, "vocab_size": 50}}, ModelError, "the tokenizer has .* the model only 50"),
         ({"learning_rate": 1e30, "warmup_ratio": 0}, TrainingError,
          r"step 2: the loss is .*, the gradient norm nan\. .*Lower `learning_rate`"),
