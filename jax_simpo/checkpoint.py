@@ -62,7 +62,7 @@ class Checkpoints:
         return steps[-1]
 
     def save(self, step: int, params: Any, optimizer: Any, run: Mapping[str, Any]) -> None:
-        """Writes a step: complete, or not at all. A step that is there already is replaced."""
+        """Writes a step: complete, or not at all. A step of the same number is removed first."""
         if step in self._manager.all_steps():
             self._manager.delete(step)
         self._manager.save(

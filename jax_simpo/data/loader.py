@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -56,12 +56,12 @@ def build_step(plan: StepPlan, source: PairSource, step: int) -> StepBatch:
     )
 
 
-def step_batches(plan: StepPlan, source: PairSource, steps: range, *, ahead: int = 2) -> Iterator[StepBatch]:
+def step_batches(plan: StepPlan, source: PairSource, steps: range, *, ahead: int = 2) -> Generator[StepBatch]:
     """The batches of these steps in order, up to `ahead` of them built before they are asked for."""
     return prefetch((build_step(plan, source, step) for step in steps), ahead)
 
 
-def prefetch(items: Iterator[Item], ahead: int) -> Iterator[Item]:
+def prefetch(items: Iterator[Item], ahead: int) -> Generator[Item]:
     """Runs an iterator in a thread of its own, `ahead` items in advance.
 
     What the iterator raises is raised here, at the item where it happened; closing this generator ends the thread.

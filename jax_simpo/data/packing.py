@@ -19,7 +19,7 @@ from jax_simpo.data.rows import RowShape
 from jax_simpo.errors import DataError
 
 ROW_MULTIPLE = 128  # row lengths and target counts are multiples of it: whole attention blocks and matmul tiles
-_SAMPLED_STEPS = 8  # steps simulated to choose a row shape
+_SAMPLED_STEPS = 24  # steps simulated to choose a row shape
 _CANDIDATES = 40  # row lengths tried for `row_length: auto`
 _GOOD_ENOUGH = 1.01  # within 1 % of the cheapest shape the smallest wins: it needs the least memory
 
@@ -93,8 +93,8 @@ class StepPlan:
         """The plan of a step."""
         pairs = self.pairs(step)
         if self.packing:
-            tokens = self.lengths.row_tokens(self.prefix_sharing)[pairs]
-            rows = first_fit_decreasing(tokens, self.lengths.targets()[pairs], self.shape)
+            lengths = self.lengths.of_pairs(pairs)
+            rows = first_fit_decreasing(lengths.row_tokens(self.prefix_sharing), lengths.targets(), self.shape)
         else:
             rows = list(np.arange(len(pairs))[:, None])
         epoch, at = divmod(step, self.steps_per_epoch)
@@ -217,7 +217,9 @@ def _cheapest(plans: list[StepPlan], target_cost: float) -> StepPlan:
 
 
 def _sampled_steps(plan: StepPlan) -> Int[np.ndarray, " _"]:
-    return np.unique(np.linspace(0, plan.steps_per_epoch - 1, _SAMPLED_STEPS, dtype=int))
+    """Steps spread over the first epoch; its last one, which takes what is left, stands for itself only."""
+    whole = max(1, len(plan.lengths) // plan.global_batch_size)
+    return np.unique(np.linspace(0, whole - 1, _SAMPLED_STEPS, dtype=int))
 
 
 def _round_up(n: int) -> int:

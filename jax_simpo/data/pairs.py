@@ -92,6 +92,10 @@ class PairLengths:
         ).reshape(-1, 5)
         return PairLengths(*columns.T)
 
+    def of_pairs(self, indices: Int[np.ndarray, " Q"]) -> PairLengths:
+        """The lengths of some of the pairs."""
+        return PairLengths(*(column[indices] for column in vars(self).values()))
+
     def row_tokens(self, prefix_sharing: bool) -> Int[np.ndarray, " P"]:
         """Tokens each pair takes in a row: `Nc + Nr - S`, with `S = 0` when nothing is shared."""
         both = self.chosen_inputs + self.rejected_inputs

@@ -66,6 +66,11 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The distinct sliding windows of the layers' attention, in positions; `None` sees everything before it."""
+        return (None,)
+
     @staticmethod
     def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """Reads a Hugging Face model configuration, as transformers 4 or 5 writes it.

@@ -339,19 +339,29 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md")
 
 
+def check_replaceable(folder: Path) -> None:
+    """Makes sure that an export to this folder would replace nothing but a model.
+
+    Raises:
+        ModelError: it would.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: is a file; export to another folder")
+    foreign = [path.name for path in folder.iterdir() if not any(path.match(p) for p in _MODEL_FILES)]
+    if foreign:
+        raise ModelError(
+            f"{folder}: holds {foreign[0]!r}, which is not part of a model, and an export replaces the whole "
+            "folder; export to another one"
+        )
+
+
 def _fresh_folder_beside(folder: Path) -> Path:
     former = _former(folder)
     if former.exists() and not folder.exists():  # killed between the two moves of the last export
         former.rename(folder)
-    if folder.exists():
-        if not folder.is_dir():
-            raise ModelError(f"{folder}: is a file; export to another folder")
-        foreign = [path.name for path in folder.iterdir() if not any(path.match(p) for p in _MODEL_FILES)]
-        if foreign:
-            raise ModelError(
-                f"{folder}: holds {foreign[0]!r}, which is not part of a model, and an export replaces the whole "
-                "folder; export to another one"
-            )
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left_over in folder.parent.glob(f".{folder.name}.writing-*"):
         shutil.rmtree(left_over)

@@ -26,7 +26,7 @@ from jax_simpo.errors import MeshError
 from jax_simpo.models.config import LinearScaling, Llama3Scaling, ModelConfig, Rope
 from jax_simpo.models.embedding import lookup
 from jax_simpo.ops.attention import Mask, attention
-from jax_simpo.ops.blockwise import matmul_precision
+from jax_simpo.ops.blockwise import SAVED, matmul_precision
 from jax_simpo.sharding import RULES, constrain, gather, named
 
 Params = dict[str, Any]  # nested, leaves are arrays
@@ -201,10 +201,13 @@ def _made_of_activations(_: Any, *inputs: Any, **__: Any) -> bool:
     return any(len(getattr(x, "shape", ())) >= 3 for x in inputs)
 
 
+_keep_attention = jax.checkpoint_policies.save_only_these_names(SAVED)
+_keep_both = jax.checkpoint_policies.save_from_both_policies
+
 # What the forward pass of a layer keeps for its backward pass; what it does not keep is computed again.
 _REMAT = {
-    "none": _made_of_activations,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": _keep_both(_made_of_activations, _keep_attention),
+    "dots": _keep_both(jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _keep_attention),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

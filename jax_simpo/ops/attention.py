@@ -25,19 +25,20 @@ IMPLEMENTATIONS = ("dense", "blockwise")
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("key_end", "positions", "live_blocks"),
-    meta_fields=("implementation",),
+    meta_fields=("windows", "implementation"),
 )
 @dataclass(frozen=True)
 class Mask:
     """The mask of a batch in the form its implementation wants, made once per batch by `prepare_mask`.
 
-    `live_blocks` holds, per distinct window, which key blocks each query block has to visit (blockwise only). Every
+    `live_blocks` holds, for each of `windows`, which key blocks each query block has to visit (blockwise only). Every
     array has the rows first, so that the mask shards with the batch.
     """
 
     key_end: Int[Array, "B L"]
     positions: Int[Array, "B L"]
-    live_blocks: dict[int | None, blockwise.LiveBlocks]
+    live_blocks: tuple[blockwise.LiveBlocks, ...]
+    windows: tuple[int | None, ...]
     implementation: str
 
 
@@ -70,10 +71,10 @@ def prepare_mask(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
-    live = {}
+    live: tuple[blockwise.LiveBlocks, ...] = ()
     if implementation == "blockwise":
-        live = {window: blockwise.find_live_blocks(key_end, positions, window) for window in set(windows)}
-    return Mask(key_end, positions, live, implementation)
+        live = tuple(blockwise.find_live_blocks(key_end, positions, window) for window in windows)
+    return Mask(key_end, positions, live, windows, implementation)
 
 
 def attention(
@@ -142,6 +143,5 @@ def _dense(
 def _blockwise(
     q: Array, k: Array, v: Array, mask: Mask, *, scale: float, window: int | None, softcap: float | None
 ) -> Array:
-    return blockwise.attention(
-        q, k, v, mask.key_end, mask.positions, mask.live_blocks[window], scale=scale, window=window, softcap=softcap
-    )
+    live = mask.live_blocks[mask.windows.index(window)]
+    return blockwise.attention(q, k, v, mask.key_end, mask.positions, live, scale=scale, window=window, softcap=softcap)

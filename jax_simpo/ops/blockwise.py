@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 BLOCK = 128  # queries and keys a block; a row whose length is not a multiple is padded inside
+SAVED = "attention"  # name by which a rematerialisation policy keeps what the backward needs, so as not to run it again
 _MASKED = -1e30  # finite, so that a block in which a query sees nothing gives no NaN
 
 
@@ -104,7 +106,8 @@ def _row_forward(
 
     blocks = (jnp.arange(len(queries)), queries, live.key_blocks, live.counts)
     _, (out, lse) = jax.lax.scan(one_query_block, None, blocks)
-    out = _join_queries(out, q.shape).astype(q.dtype)
+    out = checkpoint_name(_join_queries(out, q.shape).astype(q.dtype), SAVED)
+    lse = checkpoint_name(lse, SAVED)
     return out, (q, k, v, key_end, positions, live, out, lse)
 
 

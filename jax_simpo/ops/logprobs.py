@@ -9,6 +9,7 @@ once before the loop over the chunks and its gradient is reduced and scattered o
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +44,9 @@ def target_logps(
     return _target_logps(_Static(softcap, chunk), hidden, head, target_index, target_token)
 
 
-class _Static(tuple[float | None, int]):
-    """Soft cap and chunk size, hashable for `custom_vjp`."""
-
-    def __new__(cls, softcap: float | None, chunk: int) -> _Static:
-        return super().__new__(cls, (softcap, chunk))
+class _Static(NamedTuple):
+    softcap: float | None
+    chunk: int
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -96,10 +95,10 @@ def _local_forward(
         h, target = args
         logits = _logits(h, whole_head, softcap)
         top = _over_tensor(jax.lax.pmax, logits.max(-1), meshed)
-        total = _over_tensor(psum, jnp.exp(logits - top[:, None]).sum(-1), meshed)
+        total = _over_tensor(jax.lax.psum, jnp.exp(logits - top[:, None]).sum(-1), meshed)
         lse = top + jnp.log(total)
         chosen = jnp.where(_is_target(target, logits.shape[-1], meshed), logits, 0.0).sum(-1)
-        return _over_tensor(psum, chosen, meshed) - lse, lse
+        return _over_tensor(jax.lax.psum, chosen, meshed) - lse, lse
 
     logps, lse = jax.lax.map(one_chunk, (states, tokens))
     return _unchunk(logps, index.shape), _unchunk(lse, index.shape)
@@ -132,7 +131,7 @@ def _local_backward(
         return dhead + dot("nv,nd->vd", dlogits, h), dot("nv,vd->nd", dlogits, whole_head)
 
     dhead, dstates = jax.lax.scan(one_chunk, jnp.zeros(whole_head.shape, jnp.float32), per_target)
-    dstates = _over_tensor(psum, _unchunk(dstates, (*index.shape, hidden.shape[-1])), meshed)
+    dstates = _over_tensor(jax.lax.psum, _unchunk(dstates, (*index.shape, hidden.shape[-1])), meshed)
     rows = jnp.arange(len(hidden))[:, None]
     dhidden = jnp.zeros(hidden.shape, jnp.float32).at[rows, index].add(dstates).astype(hidden.dtype)
     if meshed:
@@ -162,7 +161,8 @@ def _is_target(target: Int[Array, " C"], vocabulary: int, meshed: bool) -> Array
 
 
 def _over_tensor(reduce, x: Array, meshed: bool) -> Array:  # type: ignore[no-untyped-def]
-    return reduce(x, RULES["vocab"]) if meshed else x
+    # A reduction over one device is not free on every backend.
+    return reduce(x, RULES["vocab"]) if meshed and jax.lax.axis_size(RULES["vocab"]) > 1 else x
 
 
 def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:

@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from jax_simpo.models.transformer import Model
 
-_STATE_BYTES = 16  # per parameter: float32 master weight, gradient sum and AdamW's two moments
+# Per parameter: float32 master weight, AdamW's two moments, the step's gradient sum and a micro-batch's gradient.
+_STATE_BYTES = 20
 _SPARE = 0.5  # share of what is left that rows may take; the rest is for temporaries we do not count
 _LONGEST = 32768  # longer rows fill no better
 
@@ -26,7 +27,7 @@ def longest_row(model: Model, mesh: Mesh, rows_per_device: int, memory: int) -> 
     """The longest row, in tokens, whose activations fit `memory` bytes beside parameters and optimizer state.
 
     Counted per token: what `remat` keeps of every layer, and the widest layer's own arrays twice (forward and
-    backward), split over `tensor` where the model is.
+    backward), split over `tensor` where the model is. The loss head is counted once, the logits of a chunk are not.
     """
     config = model.config
     width = model.dtype.itemsize
@@ -35,5 +36,7 @@ def longest_row(model: Model, mesh: Mesh, rows_per_device: int, memory: int) -> 
     layer = 4 * config.hidden_size + (2 * heads + 3 * config.intermediate_size) // mesh.shape["tensor"]
     kept = {"full": config.hidden_size, "dots": config.hidden_size + layer // 2, "none": config.hidden_size + layer}
     per_token = width * (config.num_layers * kept[model.remat] + 2 * layer) + 4 * 2 * config.hidden_size
-    left = memory - _STATE_BYTES * model.parameter_count // shards
+    # The loss head is whole along `fsdp` while it is used, and so is its float32 gradient.
+    head = config.vocab_size * config.hidden_size * (width + 4) // mesh.shape["tensor"]
+    left = memory - _STATE_BYTES * model.parameter_count // shards - head
     return max(0, min(_LONGEST, int(_SPARE * left) // (per_token * rows_per_device)))

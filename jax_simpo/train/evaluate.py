@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,13 +68,14 @@ def _scored_slots(
     score: ScoreFunction, params: Params, plan: StepPlan, source: PairSource, mesh: Mesh
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Per micro-batch: pair, rank, sum and length of every response slot that holds one."""
-    for step in step_batches(plan, source, range(plan.steps_per_epoch)):
-        scored = [(rows, score(params, put_rows(rows.arrays(), mesh))) for rows in step.micro_batches]
-        for rows, logps in scored:
-            logp_sum, length = jax.device_get((logps.sum, logps.length))
-            held = rows.response_pair >= 0
-            pair = step.pairs[rows.response_pair[held]]
-            yield pair, rows.response_rank[held], logp_sum[held], length[held]
+    with closing(step_batches(plan, source, range(plan.steps_per_epoch))) as steps:
+        for step in steps:
+            scored = [(rows, score(params, put_rows(rows.arrays(), mesh))) for rows in step.micro_batches]
+            for rows, logps in scored:
+                logp_sum, length = jax.device_get((logps.sum, logps.length))
+                held = rows.response_pair >= 0
+                pair = step.pairs[rows.response_pair[held]]
+                yield pair, rows.response_rank[held], logp_sum[held], length[held]
 
 
 def pair_records(scores: PairScores, objective: Objective) -> Iterator[dict[str, Any]]:

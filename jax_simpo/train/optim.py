@@ -14,8 +14,8 @@ NOT_DECAYED = ("scale", "bias")  # norms and biases, by the last key of a parame
 def learning_rate_schedule(kind: str, peak: float, total_steps: int, warmup_steps: int) -> optax.Schedule:
     """Learning rate of optimizer step k (from 0), as `transformers.get_scheduler` has it.
 
-    Warm-up is linear from 0, so step 0 of a run with warm-up does not move the parameters. `constant` keeps to the peak
-    after its warm-up, if it is given one.
+    Warm-up is linear from 0, so step 0 of a run with warm-up does not move the parameters. `constant` has none,
+    whatever `warmup_steps` says.
     """
     decay_steps = max(1, total_steps - warmup_steps)
     match kind:
@@ -23,7 +23,9 @@ def learning_rate_schedule(kind: str, peak: float, total_steps: int, warmup_step
             main = optax.cosine_decay_schedule(peak, decay_steps)
         case "linear":
             main = optax.linear_schedule(peak, 0.0, decay_steps)
-        case "constant" | "constant_with_warmup":
+        case "constant":
+            return optax.constant_schedule(peak)
+        case "constant_with_warmup":
             main = optax.constant_schedule(peak)
         case _:
             raise ValueError(f"no learning-rate schedule is called {kind!r}")

@@ -82,8 +82,12 @@ class Setup:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         name = self.config.tokenizer_name_or_path or str(self.model_folder)
+        own = self.config.tokenizer_name_or_path is None  # the revision is the model's
         return chat.load_tokenizer(
-            name, chat_template=self.config.chat_template, trust_remote_code=self.config.trust_remote_code
+            name,
+            chat_template=self.config.chat_template,
+            trust_remote_code=self.config.trust_remote_code,
+            revision=self.config.model_revision if own else None,
         )
 
     @cached_property

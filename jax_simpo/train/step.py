@@ -67,7 +67,7 @@ class Forward:
 
     def response_logps(self, params: Params, rows: Rows) -> ResponseLogps:
         """Sum of log-probs and length of every response slot, float32 [B, R]."""
-        mask = prepare_mask(rows["key_end"], rows["positions"], implementation=self.attention)
+        mask = prepare_mask(rows["key_end"], rows["positions"], self.model.config.windows, self.attention)
         hidden = self.model.hidden_states(params, rows["tokens"], rows["positions"], mask)
         logps = target_logps(
             hidden,
@@ -124,7 +124,7 @@ class Accumulated(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainFunctions:
-    """The compiled functions of a run. All but `rows` are called under `jax.set_mesh(mesh)`.
+    """The compiled functions of a run. They are called under `jax.set_mesh(mesh)`.
 
     Attributes:
         start: `params -> Accumulated`, zeros.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -233,3 +234,26 @@ def test_a_mesh_that_does_not_divide_the_model_is_an_error(
     model = Model(ModelConfig.from_hf({**hf_config, **fields}))
     with pytest.raises(MeshError, match=message):
         model.init(0, make_mesh(**{"fsdp": -1, **axes}) if "fsdp" not in axes else make_mesh(**{"data": -1, **axes}))
+
+
+@pytest.mark.parametrize(("remat", "recomputed"), [("full", True), ("dots", False), ("none", False)])
+def test_attention_runs_again_in_the_backward_pass_only_under_full_rematerialisation(
+    remat: Any, recomputed: bool, hf_config: dict[str, Any]
+) -> None:
+    model = Model(ModelConfig.from_hf(hf_config), "float32", remat)
+    ints = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+
+    def loss(params: Any, tokens: jax.Array, positions: jax.Array, key_end: jax.Array) -> jax.Array:
+        return model.hidden_states(params, tokens, positions, prepare_mask(key_end, positions)).sum()
+
+    program = jax.jit(jax.grad(loss)).lower(model.abstract, ints, ints, ints).compile().as_text()
+    # Loops over key blocks: one in the forward, one in the backward pass, and one more where the forward runs again.
+    visits = len(set(re.findall(r"body=(%?[\w.-]+)", program)))
+    plain = len(set(re.findall(r"body=(%?[\w.-]+)", _without_remat(loss, model, ints))))
+    assert (visits > plain) == recomputed
+
+
+def _without_remat(loss: Any, model: Model, ints: jax.ShapeDtypeStruct) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "checkpoint", lambda f, **_: f)
+        return jax.jit(jax.grad(loss)).lower(model.abstract, ints, ints, ints).compile().as_text()

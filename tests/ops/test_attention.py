@@ -34,10 +34,10 @@ def layout(seed: int, rows: int, length: int, *, sharing: bool = True) -> RowBat
     return build_rows(filled, RowShape(length, 2 * length, 4 * length), prefix_sharing=sharing)
 
 
-def inputs(seed: int, rows: int, length: int, heads: int, kv_heads: int, width: int, dtype: str = "float32") -> list:
+def inputs(seed: int, rows: int, length: int, heads: int, kv_heads: int, width: int) -> list[jax.Array]:
     keys = jax.random.split(jax.random.key(seed), 4)
     shapes = [(rows, length, n, width) for n in (heads, kv_heads, kv_heads, heads)]
-    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
 def run(batch: RowBatch, q, k, v, dout, implementation: str, window=None, softcap=None):  # type: ignore[no-untyped-def]
@@ -133,11 +133,26 @@ def test_on_a_mesh_each_device_computes_its_own_rows_and_heads(implementation: s
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_mask_serves_layers_with_different_windows(implementation: str) -> None:
+    batch, (q, k, v, _) = layout(5, 4, 160), inputs(5, 4, 160, 4, 2, 8)
+    key_end, positions = jnp.array(batch.key_end), jnp.array(batch.positions)
+
+    @jax.jit
+    def two_layers(q: jax.Array, k: jax.Array, v: jax.Array) -> list[jax.Array]:
+        mask = prepare_mask(key_end, positions, (None, 20), implementation)
+        return [attention(q, k, v, mask, scale=0.3, window=window) for window in (20, None)]
+
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+        found = two_layers(q, k, v)
+    for window, out in zip((20, None), found, strict=True):
+        np.testing.assert_allclose(out, run(batch, q, k, v, jnp.zeros_like(q), "dense", window)[0], atol=2e-6)
+
+
 @pytest.mark.parametrize("implementation", OTHERS)
 def test_bfloat16_is_as_close_to_float32_as_dense_bfloat16(implementation: str) -> None:
     batch = layout(4, 2, 256)
     exact = run(batch, *inputs(4, 2, 256, 4, 2, 32), "dense")
-    arrays = inputs(4, 2, 256, 4, 2, 32, "bfloat16")
     arrays = [x.astype(jnp.bfloat16) for x in inputs(4, 2, 256, 4, 2, 32)]
     for a, dense, found in zip(exact, run(batch, *arrays, "dense"), run(batch, *arrays, implementation), strict=True):
         assert found.dtype == jnp.bfloat16

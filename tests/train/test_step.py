@@ -203,6 +203,13 @@ def test_no_activations_travel_over_fsdp_but_the_embeddings_own(compiled) -> Non
         assert {c.kind for c in hidden} <= {"all-to-all", "all-reduce"}
 
 
+def test_over_an_axis_of_one_device_nothing_is_reduced(compiled) -> None:  # type: ignore[no-untyped-def]
+    _, found, (_, _, tensor) = compiled
+    small = [c for c in found if c.times > 1 and c.kind == "all-reduce" and all(len(s) == 1 for s in c.shapes)]
+    in_chunks = [c for c in small if c.times % LAYERS or c.times > 2 * LAYERS or any(s == (128,) for s in c.shapes)]
+    assert bool(in_chunks) == (tensor > 1)
+
+
 def test_no_array_of_targets_by_vocabulary_is_alive(compiled) -> None:  # type: ignore[no-untyped-def]
     program, _, (_, _, tensor) = compiled
     assert program.memory_analysis().temp_size_in_bytes < 4 * TARGETS * BIG_VOCABULARY // tensor

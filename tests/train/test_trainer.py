@@ -14,6 +14,7 @@ from rich.console import Console
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError, ConfigError, DataError, MeshError, ModelError, TrainingError, UserError
 from jax_simpo.train import trainer
+from jax_simpo.train.loop import TrainingLoop
 from jax_simpo.train.metrics import read_metrics
 
 MODEL = {
@@ -64,14 +65,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, lis
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kills a run as it logs a step."""
-    write = trainer._Run._write
+    write = TrainingLoop._write
 
-    def killed(self: Any, batch: Any, metrics: Any) -> None:
-        write(self, batch, metrics)
+    def killed(self: Any, batch: Any, values: Any) -> None:
+        write(self, batch, values)
         if batch.step + 1 == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer._Run, "_write", killed)
+    monkeypatch.setattr(TrainingLoop, "_write", killed)
 
 
 def test_a_run_writes_its_records_and_a_model(finished: tuple[TrainConfig, list[dict[str, Any]]]) -> None:
@@ -190,6 +191,81 @@ def test_a_mistake_found_early_leaves_the_run_that_was_to_be_overwritten(tmp_pat
     with pytest.raises(MeshError):
         run(config_of(tmp_path, max_steps=1, overwrite_output_dir=True, mesh={"fsdp": 3}))
     assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def test_a_diverged_step_does_not_replace_a_good_checkpoint(tmp_path: Path) -> None:
+    config = config_of(
+        tmp_path, learning_rate=1e30, warmup_ratio=0, logging_steps=5, save_steps=1, save_total_limit=1, max_steps=10
+    )
+    with pytest.raises(TrainingError, match="The newest checkpoint is of step 1"):
+        run(config)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    run(config_of(tmp_path, save_steps=1, save_total_limit=2, max_steps=4))
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["3", "4"]
+
+
+def test_a_run_made_longer_and_killed_before_its_export_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"lr_scheduler_type": "constant", "warmup_ratio": 0, "save_steps": 1}
+    run(config_of(tmp_path, max_steps=1, **settings))
+    first = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.hf, "save_model", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(config_of(tmp_path, max_steps=3, **settings))
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == first
+    run(config_of(tmp_path, max_steps=3, **settings))
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() != first
+    with pytest.raises(CheckpointError, match="finished at step 3"):
+        run(config_of(tmp_path, max_steps=3, **settings))
+
+
+def test_what_a_run_starts_from_is_never_overwritten(tmp_path: Path) -> None:
+    run(config_of(tmp_path, max_steps=1))
+    start = str(tmp_path / "run" / "model")
+    second = {"model_config": None, "model_name_or_path": start, "overwrite_output_dir": True}
+    with pytest.raises(CheckpointError, match=r"`model_name_or_path` .*model lies in `output_dir`"):
+        run(config_of(tmp_path, **second))
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def test_a_model_folder_with_files_of_somebody_else_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "notes.md").write_text("mine")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "note").write_text("")
+    with pytest.raises(ModelError, match=r"holds 'notes.md', which is not part of a model"):
+        run(config_of(tmp_path))
+
+
+def test_settings_that_json_writes_differently_are_still_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"model_config": {**MODEL, "id2label": {0: "a"}}, "max_steps": 4, "save_steps": 2}
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(config_of(tmp_path, **changes))
+    assert [r["step"] for r in run(config_of(tmp_path, **changes))] == [1, 2, 3, 4]
+
+
+def test_totals_are_counted_over_the_whole_run_also_after_a_resume(
+    finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path, logging_steps=5)
+    with monkeypatch.context() as patch:
+        stop_after(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            run(config)
+    records = run(config)
+    assert [r["step"] for r in records] == [5, 10, 12] or [r["step"] for r in records] == [10, 12]
+    assert records[-1]["total_pairs"] == 162 == finished[1][-1]["total_pairs"]
+    assert records[-1]["total_tokens"] == sum(r["tokens"] for r in finished[1]) == finished[1][-1]["total_tokens"]
+    assert 0 < records[-1]["total_seconds"] < 600
 
 
 def test_a_learning_rate_nobody_chose_is_pointed_out(

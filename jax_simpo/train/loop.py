@@ -1,0 +1,193 @@
+"""The loop over optimizer steps: step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_simpo.checkpoint import Checkpoints
+from jax_simpo.data.loader import PairSource, StepBatch, step_batches
+from jax_simpo.data.packing import StepPlan
+from jax_simpo.errors import TrainingError
+from jax_simpo.train.evaluate import Evaluation
+from jax_simpo.train.metrics import MetricsLog, TrainingProgress, read_metrics
+from jax_simpo.train.setup import Setup
+from jax_simpo.train.step import Denominators, Params, TrainFunctions, put_rows
+
+
+@dataclass
+class TrainingLoop:
+    """The steps of a run, and what they need at hand.
+
+    Attributes:
+        setup: the config's things.
+        plan: which pairs a step consumes.
+        pairs: the training pairs.
+        functions: the compiled functions.
+        schedule: the learning rate of a step.
+        evaluation: the evaluation pairs, if there is to be evaluation.
+        checkpoints: where steps are saved.
+        identity: what the run is, saved with every step.
+        total_steps: of the whole run.
+        output: the output directory.
+    """
+
+    setup: Setup
+    plan: StepPlan
+    pairs: PairSource
+    functions: TrainFunctions
+    schedule: optax.Schedule
+    evaluation: Evaluation | None
+    checkpoints: Checkpoints
+    identity: Mapping[str, Any]
+    total_steps: int
+    output: Path
+
+    def run(self, params: Params, state: Any, first_step: int) -> Params:
+        """Runs the steps from `first_step` on and returns the trained parameters.
+
+        Raises:
+            TrainingError: the loss or the gradient is no longer finite.
+        """
+        with (
+            MetricsLog(self.output, first_step=first_step) as self._log,
+            TrainingProgress(self.setup.console, self.total_steps, first_step) as self._progress,
+            closing(step_batches(self.plan, self.pairs, range(first_step, self.total_steps))) as batches,
+        ):
+            if self.evaluation is not None and not first_step:
+                self._evaluate(params, step=0, epoch=0.0)
+            self._clock = _Clock(_counted_before(self.output, self.plan, first_step))
+            for batch in batches:
+                params, state, metrics = self._step(params, state, batch)
+                self._clock.count(len(batch.pairs), batch.input_tokens)
+                self._after(batch, params, state, metrics)
+        return params
+
+    def _step(self, params: Params, state: Any, batch: StepBatch) -> tuple[Params, Any, dict[str, Any]]:
+        denominators = Denominators(jnp.float32(len(batch.pairs)), jnp.float32(batch.chosen_tokens))
+        so_far = self.functions.start(params)
+        for rows in batch.micro_batches:
+            so_far = self.functions.accumulate(params, so_far, put_rows(rows.arrays(), self.setup.mesh), denominators)
+        params, state, norm = self.functions.update(params, state, so_far.gradients)
+        return params, state, {**so_far.metrics, "grad_norm": norm}
+
+    def _after(self, batch: StepBatch, params: Params, state: Any, metrics: Mapping[str, Any]) -> None:
+        """Logs, evaluates and saves what is due. Where none is, the device is not waited for."""
+        done = batch.step + 1
+        log = done % self.setup.config.logging_steps == 0 or done == self.total_steps
+        evaluate, save = self._is_due("eval", done), self._is_due("save", done)
+        if not (log or evaluate or save):
+            self._progress.advance(done)
+            return
+        values = self._finite(done, metrics)  # before saving too: a diverged step must not replace a good checkpoint
+        if log:
+            self._write(batch, values)
+        with self._clock.paused():
+            if evaluate:
+                self._evaluate(params, done, batch.epoch)
+            if save:
+                self.checkpoints.save(done, params, state, self.identity)
+
+    def _is_due(self, what: str, done: int) -> bool:
+        """Whether to evaluate ("eval") or save after this step; both happen after the last one unless switched off."""
+        strategy = getattr(self.setup.config, f"{what}_strategy")
+        if (what == "eval" and self.evaluation is None) or (what == "save" and strategy == "no"):
+            return False
+        if done == self.total_steps:
+            return True
+        if strategy == "epoch":
+            return done % self.plan.steps_per_epoch == 0
+        return strategy == "steps" and done % getattr(self.setup.config, f"{what}_steps") == 0
+
+    def _finite(self, done: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """The step's metrics on the host. Waits for the device to have finished it."""
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            raise TrainingError(
+                f"step {done}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}. The newest "
+                f"checkpoint is of step {max(self.checkpoints.steps(), default=0)}. Lower `learning_rate`, raise "
+                "`warmup_ratio`, or try `dtype: float32`"
+            )
+        return values
+
+    def _write(self, batch: StepBatch, values: Mapping[str, float]) -> None:
+        rates = self._clock.rates()
+        record = {
+            "step": batch.step + 1,
+            **values,
+            "learning_rate": float(self.schedule(batch.step)),
+            "epoch": batch.epoch,
+            "pairs": len(batch.pairs),
+            "tokens": batch.input_tokens,
+            "tokens_per_second": rates.tokens / rates.seconds,
+            "pairs_per_second": rates.pairs / rates.seconds,
+            "packing_fill": batch.input_tokens / batch.computed_tokens,
+            **{f"total_{name}": value for name, value in vars(self._clock.total).items()},
+        }
+        self._log.write(record)
+        self._progress.show(batch.step + 1, record)
+
+    def _evaluate(self, params: Params, step: int, epoch: float) -> None:
+        assert self.evaluation is not None
+        metrics = self.evaluation.run(params)
+        self._log.write({"eval_step": step, "eval_epoch": epoch, **metrics})
+        self.setup.console.print(
+            f"evaluation at step {step}: loss {metrics['eval_loss']:.4f}, accuracy "
+            f"{metrics['eval_rewards/accuracies']:.3f}, margin {metrics['eval_rewards/margins']:.3f}"
+        )
+
+
+@dataclass
+class _Counted:
+    """What was trained on, and the seconds it took without evaluating and saving."""
+
+    pairs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def _counted_before(output: Path, plan: StepPlan, first_step: int) -> _Counted:
+    """What the steps before `first_step` consumed. Their seconds are those of the last of them that was logged."""
+    tokens = plan.lengths.row_tokens(plan.prefix_sharing)
+    steps = [plan.pairs(step) for step in range(first_step)]
+    logged = [record.get("total_seconds", 0.0) for record in read_metrics(output) if "step" in record]
+    seconds = logged[-1] if steps and logged else 0.0
+    return _Counted(sum(map(len, steps)), int(sum(tokens[pairs].sum() for pairs in steps)), seconds)
+
+
+class _Clock:
+    """Counts pairs, tokens and seconds of training: in all, and since the last logged step."""
+
+    def __init__(self, before: _Counted) -> None:
+        self.total = before
+        self._last = _Counted(**vars(before))
+        self._since = time.perf_counter()
+
+    def count(self, pairs: int, tokens: int) -> None:
+        """Counts a step."""
+        self.total.pairs += pairs
+        self.total.tokens += tokens
+
+    def rates(self) -> _Counted:
+        """What was counted since this was last asked."""
+        now = time.perf_counter()
+        self.total.seconds += now - self._since
+        since = _Counted(*(getattr(self.total, name) - last for name, last in vars(self._last).items()))
+        self._since, self._last = now, _Counted(**vars(self.total))
+        return since
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Does not count the time spent inside."""
+        started = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - started
