@@ -24,10 +24,10 @@ quickstart: $(VENV)/.installed ## train a tiny model on made-up pairs and show w
 dev: $(VENV)/.installed-dev ## install everything the tests need into .venv
 
 test: lint ## lint, type check and the quick tests
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(TEST_ENV) $(BIN)/python -m pytest -rs -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.installed-dev ## the tests that take longer
-	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+	$(TEST_ENV) $(BIN)/python -m pytest -rs -m slow
 
 lint: $(VENV)/.installed-dev ## ruff and mypy
 	$(BIN)/ruff check .

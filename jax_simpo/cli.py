@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.console import Console
 
 from jax_simpo.config import TrainConfig, load_config
-from jax_simpo.errors import ConfigError, UserError
+from jax_simpo.errors import CheckpointError, ConfigError, MeshError, UserError
 
 if TYPE_CHECKING:  # importing jax takes seconds, which `--help` and a misspelt key need not wait for
     from jax_simpo.data.tokenize import PairDataset
@@ -58,15 +60,15 @@ def score(
 ) -> None:
     """Writes log-probs, rewards, margin and loss of every pair of a split, in file order."""
     settings, console = _begin(config, context.args)
-    _check_can_write(output)
-    from jax_simpo.train.evaluate import pair_records
-    from jax_simpo.train.setup import Setup
+    with _written_whole(output) as file:
+        from jax_simpo.train.evaluate import pair_records
 
-    setup = Setup(settings, console, model, any_mesh=True)
-    pairs, scores = _score(setup, split)
-    with output.open("w", encoding="utf-8") as file:
-        for (_, row), record in zip(pairs.origins, pair_records(scores, setup.objective), strict=True):
-            file.write(json.dumps({"row": row, **record}) + "\n")
+        setup = _setup(settings, console, model)
+        pairs, scores = _score(setup, split)
+        several = len({name for name, _ in pairs.origins}) > 1  # then a row number alone does not say which pair it is
+        for (name, row), record in zip(pairs.origins, pair_records(scores, setup.objective), strict=True):
+            origin = {"file": name, "row": row} if several else {"row": row}
+            file.write(json.dumps({**origin, **record}) + "\n")
     console.print(f"{len(pairs)} pairs scored: {output}")
 
 
@@ -82,9 +84,8 @@ def evaluate(
     """Prints the evaluation metrics of a split."""
     settings, console = _begin(config, context.args)
     from jax_simpo.train.evaluate import evaluation_metrics
-    from jax_simpo.train.setup import Setup
 
-    setup = Setup(settings, console, model, any_mesh=True)
+    setup = _setup(settings, console, model)
     pairs, scores = _score(setup, split)
     metrics = evaluation_metrics(scores, setup.objective)
     print(json.dumps({f"eval_{name}": value for name, value in {**metrics, "pairs": len(pairs)}.items()}, indent=2))
@@ -105,12 +106,12 @@ def export(
     import jax
 
     from jax_simpo.models import hf
-    from jax_simpo.train.setup import Setup, open_checkpoints
+    from jax_simpo.train.setup import open_checkpoints
 
     if model is None:
         with open_checkpoints(settings) as checkpoints:
             model = str(checkpoints.latest())
-    setup = Setup(settings, console, model, any_mesh=True)
+    setup = _setup(settings, console, model)
     with jax.set_mesh(setup.mesh):
         dtype = settings.export_dtype or settings.dtype
         hf.save_model(setup.load_params(), setup.model, output, dtype, tokenizer=setup.tokenizer)
@@ -135,13 +136,18 @@ def inspect(
     from jax_simpo import inspect as inspection
     from jax_simpo.train.setup import Setup
 
-    setup = Setup(settings, console, any_mesh=True)
-    if json_file is None:
-        inspection.show(setup, split, rows, Console())
-    else:
-        _check_can_write(json_file)
-        inspection.write_json(setup, split or settings.train_splits[0], json_file)
+    setup = Setup(settings, console)
+    if json_file is not None:
+        with _written_whole(json_file) as file:
+            inspection.write_json(setup, split, file)
         console.print(f"written: {json_file}")
+        return
+    try:
+        _ = setup.mesh
+    except MeshError as error:
+        console.print(f"note: {error}. Rows are planned for the devices that are here", style="yellow")
+        setup = Setup(settings, console, any_mesh=True)
+    inspection.show(setup, split, rows, _console(stderr=False))
 
 
 @app.command(context_settings=OVERRIDES)
@@ -155,11 +161,32 @@ def report(context: typer.Context, config: ConfigFile) -> None:
 
 def _begin(path: Path, overrides: list[str]) -> tuple[TrainConfig, Console]:
     """Reads the config and opens the console. Notes go to stderr: stdout is for results."""
-    console = Console(stderr=True)
+    if str(path).startswith("--"):
+        raise ConfigError(f"{path}: the config file comes first: jax-simpo COMMAND CONFIG.yaml {path}")
+    # Orbax warns, through absl, of what a checkpoint that is opened to be read cannot do.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    console = _console()
     settings = load_config(path, overrides)
     for notice in settings.notices:
-        console.print(f"note: {notice}", style="yellow", markup=False)
+        console.print(f"note: {notice}", style="yellow")
     return settings, console
+
+
+def _console(*, stderr: bool = True) -> Console:
+    """What is printed holds paths and texts of users: nothing in it is markup, and stderr's lines are left whole."""
+    return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=stderr)
+
+
+def _setup(settings: TrainConfig, console: Console, model: str | None) -> Setup:
+    """What scoring and exporting start from. A step that is not there is found before the pairs are tokenised."""
+    from jax_simpo.train.setup import Setup, open_checkpoints
+
+    if model is not None and model.isdecimal():
+        with open_checkpoints(settings) as checkpoints:
+            if int(model) not in checkpoints.steps():
+                there = ", ".join(map(str, checkpoints.steps())) or "none"
+                raise CheckpointError(f"--model {model}: {checkpoints.directory} has no such step; there are: {there}")
+    return Setup(settings, console, model, any_mesh=True)
 
 
 def _score(setup: Setup, split: str | None) -> tuple[PairDataset, PairScores]:
@@ -176,13 +203,38 @@ def _score(setup: Setup, split: str | None) -> tuple[PairDataset, PairScores]:
         return pairs, score_pairs(score, setup.load_params(), plan, pairs, setup.mesh)
 
 
-def _check_can_write(file: Path) -> None:
-    """Fails before the work is done, not after."""
+@contextmanager
+def _written_whole(output: Path) -> Iterator[TextIO]:
+    """Opens a file that takes its place only when all is written; that it can be is found out before the work.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    path = output.absolute()
+    missing = [folder for folder in path.parents if not os.path.exists(folder)]
+    # A folder is refused on opening; a device such as /dev/stdout is written to, never replaced.
+    replaced = os.path.isfile(path) or not os.path.exists(path)
+    path = path.resolve() if replaced else path
+    temporary = path.with_name(f".{path.name}.{os.getpid()}") if replaced else path
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.open("a").close()
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error.strerror}. Give another path") from error
+        try:
+            if missing:
+                path.parent.mkdir(parents=True)
+            file = temporary.open("w", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{output} cannot be written: {error.strerror}. Give another path") from error
+        with file:
+            yield file
+        if replaced:
+            temporary.replace(path)
+    except BaseException:
+        if replaced:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        for folder in missing:  # those that were made for it, if nothing else is in them by now
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 @contextmanager
@@ -191,7 +243,7 @@ def _user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
+        _console().print(f"error: {error}", style="red")
         sys.exit(1)
 
 

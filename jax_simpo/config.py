@@ -7,6 +7,7 @@ SimPO files where they exist, so that a published file runs unchanged; `config_f
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,7 +44,7 @@ def _key(default: Any, description: str, *, section: str = "", identity: bool = 
     return Field(default, description=description, json_schema_extra=extra, **more)
 
 
-class MeshConfig(BaseModel, frozen=True, extra="forbid"):
+class MeshConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How many devices lie on each axis of the mesh; one axis may be -1 and takes the devices that are left."""
 
     data: Whole = Field(1, description="Copies of the model that each train on their own rows.")
@@ -63,7 +64,7 @@ class MeshConfig(BaseModel, frozen=True, extra="forbid"):
         return self
 
 
-class TrainConfig(BaseModel, frozen=True, extra="forbid"):
+class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """All settings of a run. Build it with `load_config`, or from Python with the same keys as keyword arguments."""
 
     # --- model
@@ -108,10 +109,11 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
     dataset_splits: list[str] = _key(
         lambda: ["train", "test"],
         "Splits to use: those with `train` in their name are trained on, the others evaluated.",
-        min_length=1,
     )
-    dataset_configs: list[str] | None = _key(
-        None, "Configuration name of each hub data set, one for each entry of `dataset_mixer`.", identity=True
+    dataset_configs: list[str | None] | None = _key(
+        None,
+        "Configuration name of each hub data set, one for each entry of `dataset_mixer`, null where it has none.",
+        identity=True,
     )
     auto_insert_empty_system_msg: bool = _key(
         True, "Puts an empty system message first when the chat template knows system messages.", identity=True
@@ -295,8 +297,9 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
             return data
         data = dict(data)
         length = data.get("max_length")
-        if isinstance(length, int) and "max_prompt_length" not in data:
-            data["max_prompt_length"] = max(length - 248, length // 2)
+        number = isinstance(length, int | float) and not isinstance(length, bool)
+        if number and float(length).is_integer() and "max_prompt_length" not in data:
+            data["max_prompt_length"] = max(int(length) - 248, int(length) // 2, 1)
         data.setdefault("do_eval", data.get("eval_strategy", "no") != "no")
         if isinstance(data.get("run_name"), str):
             data.setdefault("output_dir", f"outputs/{data['run_name']}")
@@ -328,8 +331,10 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
         if self.dataset_configs is not None and len(self.dataset_configs) != len(self.dataset_mixer):
             raise ValueError(
                 f"`dataset_configs` has {len(self.dataset_configs)} entries and `dataset_mixer` "
-                f"{len(self.dataset_mixer)}; give one name for each source"
+                f"{len(self.dataset_mixer)}; give one name for each source, null for none"
             )
+        if twice := [split for split, count in Counter(self.dataset_splits).items() if count > 1]:
+            raise ValueError(f"`dataset_splits` names {', '.join(twice)} more than once; keep one of each")
         if not self.train_splits:
             raise ValueError(
                 f"`dataset_splits` {self.dataset_splits} has nothing to train on: training splits have `train` in "
@@ -352,6 +357,10 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid"):
         if self.use_peft and self.model_name_or_path is None:
             raise ValueError("`use_peft` adds to a model that exists; give `model_name_or_path`, not `model_config`")
         return self
+
+    def __eq__(self, other: object) -> bool:
+        """Equal settings; the notices are about the file they came from."""
+        return isinstance(other, TrainConfig) and self.model_dump() == other.model_dump()
 
     @property
     def notices(self) -> tuple[str, ...]:

@@ -89,6 +89,16 @@ WITHOUT_MEANING: dict[str, str] = {
     "use_bnb_nested_quant": "the scales of quantised weights are not quantised",
 }
 
+# Of the keys above, those that ask for something by being off; with this value they ask for what is done anyway.
+_DONE_ANYWAY: dict[str, Any] = {
+    "disable_dropout": True,
+    "do_train": True,
+    "logging_strategy": "steps",
+    "remove_unused_columns": True,
+    "save_safetensors": True,
+    "use_cache": True,
+}
+
 NOT_SUPPORTED: dict[str, str] = {
     "fp16": "float16 needs loss scaling and is not supported; use `dtype: bfloat16`",
     "fp16_full_eval": "float16 is not supported; use `dtype: bfloat16`",
@@ -161,7 +171,8 @@ def translate(values: dict[str, Any], where: Callable[[str], str]) -> tuple[dict
             result[ours] = translated
             origin[ours] = key
         elif key in WITHOUT_MEANING:
-            if not _asks_for_nothing(value):
+            done = value in (None, _DONE_ANYWAY[key]) if key in _DONE_ANYWAY else _asks_for_nothing(value)
+            if not done:
                 notices.append(f"{where(key)}: `{key}` has no effect here: {WITHOUT_MEANING[key]}")
         elif key in NOT_SUPPORTED:
             if not _asks_for_nothing(value):

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from jax_simpo import config_foreign
+from jax_simpo import config_foreign, config_yaml
 
 _SIGNS = {annotated_types.Gt: "gt", annotated_types.Ge: "ge", annotated_types.Lt: "lt", annotated_types.Le: "le"}
 _SYMBOLS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -51,7 +51,7 @@ def expected(field: FieldInfo) -> str:
         elif get_origin(kind) is dict:
             words.append("a mapping" if get_args(kind)[1] is Any else "a mapping from source to fraction")
         elif get_origin(kind) is list:
-            words.append("a list of text")
+            words.append(f"a list of {_items(kind)}")
         elif issubclass(kind, BaseModel):
             words.append("a mapping with " + ", ".join(kind.model_fields))
         else:
@@ -64,6 +64,12 @@ def expected(field: FieldInfo) -> str:
         if type(limit) in _SIGNS
     ]
     return f"{text} {' and '.join(limits)}" if limits else text
+
+
+def _items(kind: Any) -> str:
+    """What the entries of a list may be."""
+    (item,) = get_args(kind)
+    return "text or null" if type(None) in get_args(item) else "text"
 
 
 def explain(
@@ -100,30 +106,48 @@ def explain(
         return f"{place}: {reason}"
     field = keys_of(model)[top]
     key, value, wanted = names.get(top, top), values.get(top), expected(field)
+    kinds = members(field.annotation)
     if len(location) > 1 and isinstance(value, Mapping) and location[1] in value:
         below = nested(field)
         key, value = f"{key}.{location[1]}", value[location[1]]
         wanted = expected(below.model_fields[location[1]]) if below else "a number from 0 to 1"
+        kinds = members(below.model_fields[location[1]].annotation) if below else [float]
     elif len(location) > 1 and isinstance(value, list) and location[1].isdigit():
         value = value[int(location[1])]
-        key, wanted = f"{key}[{location[1]}]", "text"
-    return f"{place}: `{key}` is {_show(value)}; expected {wanted}{_hint(field, key, value, wanted)}"
+        key, wanted = f"{key}[{location[1]}]", wanted.removeprefix("a list of ")
+    return f"{place}: `{key}` is {_show(value)}; expected {wanted}{_hint(field, key, value, wanted, kinds)}"
 
 
-def _hint(field: FieldInfo, key: str, value: Any, wanted: str) -> str:
+def _hint(field: FieldInfo, key: str, value: Any, wanted: str, kinds: list[Any]) -> str:
     """What to write instead, where it can be guessed."""
     if value is None and not field.is_required():
         return f". For the default ({show_default(field)}) leave the key out"
-    choices = [str(c) for kind in members(field.annotation) if get_origin(kind) is Literal for c in get_args(kind)]
-    if near := difflib.get_close_matches(str(value).lower(), choices, 1, 0.5):
+    if (meant := _meant(value, kinds)) is not None:
+        return f". Write {meant} without quotes" if meant == value else f". Write {meant}"
+    choices = [str(c) for kind in kinds if get_origin(kind) is Literal for c in get_args(kind)]
+    if near := difflib.get_close_matches(str(value).lower(), choices, 1, 0.6):
         return f". Did you mean `{near[0]}`?"
     if key == "dataset_mixer" and isinstance(value, str):
         return f". Write `dataset_mixer: {{{value}: 1.0}}`"
-    if wanted == "text" and isinstance(value, int | float):
+    if wanted.startswith("text") and isinstance(value, int | float):
         return ". Put it in quotes"
-    if wanted == "a list of text" and isinstance(value, str):
+    if wanted.startswith("a list of text") and isinstance(value, str):
         return f". Write `{key}: [{value}]`"
     return ""
+
+
+_TRUTH = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
+
+
+def _meant(value: Any, kinds: list[Any]) -> str | None:
+    """How to write a number that was written as text, or a truth value in another reader's words."""
+    text = str(value).strip().lower()
+    if bool in kinds:
+        return text if text in ("true", "false") else _TRUTH.get(text)
+    if isinstance(value, str) and not {int, float}.isdisjoint(kinds):
+        number = config_yaml.parse_value(text) if re.fullmatch(r"[-+.\w]+", text) else None
+        return text if isinstance(number, int | float) and not isinstance(number, bool) else None
+    return None
 
 
 def _place_of_check(reason: str, places: Mapping[str, str], path: str) -> str:
@@ -140,7 +164,7 @@ def did_you_mean(key: str, model: type[BaseModel]) -> str:
         if dotted.endswith(f".{plain}"):
             return f" Did you mean `{dotted}`?"
     own = [*keys_of(model), *below]
-    near = difflib.get_close_matches(plain, own, 1, 0.6) or difflib.get_close_matches(
+    near = difflib.get_close_matches(plain, own, 1, 0.7) or difflib.get_close_matches(
         plain, config_foreign.KEYS, 1, 0.8
     )
     return f" Did you mean `{near[0]}`?" if near else " `python -m jax_simpo.config` lists all keys."

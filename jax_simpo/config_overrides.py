@@ -55,6 +55,9 @@ def _apply(override: str, to: Values, model: type[BaseModel]) -> None:
     value = _read_value(top, path, text, override, model)
     if not path:
         translated, notices, origin = config_foreign.translate({top: value}, lambda _: override)
+        for one, other in (("gamma", "gamma_beta_ratio"), ("gamma_beta_ratio", "gamma")):
+            if one in translated:  # two names of one setting, of which the last one counts
+                to.values.pop(other, None)
         to.values.update(translated)
         to.notices.extend(notices)
         for ours in translated:

@@ -38,6 +38,10 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is text, not a list or a mapping", key.start_mark
+                )
             line = key.start_mark.line + 1
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
@@ -79,8 +83,8 @@ def read_file(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
     path = Path(path)
     if not path.exists():
         near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        there = f" {path.parent} holds: {', '.join(near[:12])}." if near else ""
-        raise ConfigError(f"{path}: no such config file (working directory {Path.cwd()}).{there}")
+        there = f"; {path.absolute().parent} has {', '.join(near[:12])}" if near else f" in {path.absolute().parent}"
+        raise ConfigError(f"{path}: no such config file{there}")
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name the YAML file in it")
     try:

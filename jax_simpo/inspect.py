@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -24,7 +24,7 @@ from rich.text import Text
 from jax_simpo.data.loader import build_step
 from jax_simpo.data.packing import StepPlan, measure
 from jax_simpo.data.rows import RowBatch
-from jax_simpo.data.tokenize import PairDataset, inspect_objects
+from jax_simpo.data.tokenize import PairDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,18 +52,28 @@ def show(setup: Setup, split: str | None, rows: int, console: Console) -> None:
     """
     config = setup.config
     training = split is None or split in config.train_splits
-    pairs = setup.train_pairs() if split is None else setup.split_pairs(split)
+    pairs = read_pairs(setup, split)
     plan = setup.plan(pairs, batch=setup.global_batch_size(), seed=config.seed if training else None)
     for number, row in enumerate(_first_rows(plan, pairs, rows)):
         _print_row(console, number, row, pairs, setup.tokenizer)
     _print_split(console, split or " + ".join(config.train_splits), pairs, plan)
 
 
-def write_json(setup: Setup, split: str, file: Path) -> None:
-    """Writes one object per pair of a split, in input order: texts, token ids and response lengths."""
-    with file.open("w", encoding="utf-8") as lines:
-        for pair in inspect_objects(setup.split_pairs(split)):
-            lines.write(json.dumps(pair, ensure_ascii=False) + "\n")
+def write_json(setup: Setup, split: str | None, file: TextIO) -> None:
+    """Writes one object per pair of a split, in input order: texts, token ids and response lengths.
+
+    Args:
+        setup: the config's things.
+        split: written whole; None is the training pairs, each source cut to its fraction.
+        file: where to write.
+    """
+    for pair in read_pairs(setup, split).inspect_objects():
+        file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+
+
+def read_pairs(setup: Setup, split: str | None) -> PairDataset:
+    """The pairs of a split, or those that are trained on."""
+    return setup.train_pairs() if split is None else setup.split_pairs(split)
 
 
 # --- what is in a row

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from jax_simpo.config import TrainConfig
+from jax_simpo.data.readers import FILE_TYPES
 from jax_simpo.data.sources import BUILTIN
 from jax_simpo.report import MEASURES, PACKAGES, Run, read_run
 
@@ -118,7 +119,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _is_hub_id(name: str) -> bool:
     """Whether a source is one of the hub: `owner/name`, and no path on this machine."""
     local = name.startswith(BUILTIN) or Path(name).expanduser().exists()
-    data_file = Path(name).suffix in (".jsonl", ".json", ".parquet")
+    data_file = Path(name).suffix.lower() in FILE_TYPES
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not name.startswith(".") and not local and not data_file
 
 

@@ -12,7 +12,6 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from rich.text import Text
 from jax_simpo import config_yaml
 from jax_simpo.errors import CheckpointError
 from jax_simpo.report_curves import draw_curves
-from jax_simpo.samples import Sample, read_samples, write_samples
+from jax_simpo.samples import Sample, read_samples
 from jax_simpo.train.metrics import METRICS_FILE, read_metrics
 
 REPORT_FILE = "report.html"
@@ -37,6 +36,7 @@ FACTS_FILE = "run.json"
 PACKAGES = ("jax-simpo", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
 MEASURES = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
 _SHORT = 240  # characters of a text on the console
+_SUMMARY_SAMPLES = 2
 
 
 # --- what is known of a run
@@ -64,26 +64,20 @@ class Run:
         splits = [split for split in self.config.get("dataset_splits") or [] if "train" not in split]
         return f"evaluation ({splits[0]})" if splits else "evaluation"
 
-    @cached_property
+    @property
     def pairs_seen(self) -> int:
-        """Pairs trained on; with `logging_steps` above 1 the steps between two records count as the one that is."""
-        return sum(record["pairs"] * steps for record, steps in self._steps_of_records)
-
-    @cached_property
-    def tokens_computed(self) -> int:
-        """Input tokens computed, padding apart; counted as the pairs are."""
-        return sum(record["tokens"] * steps for record, steps in self._steps_of_records)
-
-    @cached_property
-    def training_seconds(self) -> float:
-        """Time in training steps, compilation included, evaluation and saving not."""
-        return sum(record["pairs"] * steps / record["pairs_per_second"] for record, steps in self._steps_of_records)
+        """Pairs trained on."""
+        return int(self.train[-1]["total_pairs"])
 
     @property
-    def _steps_of_records(self) -> list[tuple[Mapping[str, Any], int]]:
-        """Each training record with the number of steps since the one before it."""
-        steps = [0, *(record["step"] for record in self.train)]
-        return [(record, record["step"] - before) for record, before in zip(self.train, steps, strict=False)]
+    def tokens_computed(self) -> int:
+        """Input tokens computed, padding apart."""
+        return int(self.train[-1]["total_tokens"])
+
+    @property
+    def training_seconds(self) -> float:
+        """Time in training steps, compilation included, evaluation and saving not."""
+        return float(self.train[-1]["total_seconds"])
 
     def outcome(self) -> str:
         """What came of it, in a sentence."""
@@ -207,18 +201,12 @@ def versions() -> dict[str, str]:
 # --- the page
 
 
-def write_report(output: Path, samples: Sequence[Sample] | None = None) -> Path:
-    """Writes `curves.png` and `report.html`, and returns the latter's path.
-
-    Args:
-        output: the output directory of a run, finished or not.
-        samples: written to `samples.jsonl` first; None shows what is in it.
+def write_report(output: Path) -> Path:
+    """Writes `curves.png` and `report.html` of a run, finished or not, and returns the latter's path.
 
     Raises:
         CheckpointError: no training step was logged there.
     """
-    if samples is not None:
-        write_samples(output, samples)
     run = read_run(output)
     light = run.draw("light")
     (output / CURVES_FILE).write_bytes(light)
@@ -249,7 +237,7 @@ def write_report(output: Path, samples: Sequence[Sample] | None = None) -> Path:
 # --- the console
 
 
-def print_summary(console: Console, output: Path, *, samples: int = 2) -> None:
+def print_summary(console: Console, output: Path) -> None:
     """Prints the outcome, first and last figures, some samples and where the files are."""
     run = read_run(output)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -263,11 +251,12 @@ def print_summary(console: Console, output: Path, *, samples: int = 2) -> None:
         cells = [_value(key, records[i][prefix + key]) for _, records, prefix, _ in columns for i in (0, -1)]
         table.add_row(label, *cells)
     parts: list[Any] = [Text(run.outcome(), style="bold"), table]
-    for sample in run.samples[:samples]:
+    for sample in run.samples[:_SUMMARY_SAMPLES]:
         parts += [_sample_on_console(sample), Text()]
     files = [name for name in (REPORT_FILE, CURVES_FILE, METRICS_FILE, "model") if (output / name).exists()]
     parts += [Text.assemble((f"{name:>13}  ", "dim"), str(output / name)) for name in files]
-    console.print(Panel(Group(*parts), title=Text(run.name), title_align="left", box=box.ROUNDED, padding=(1, 2)))
+    panel = Panel(Group(*parts), title=Text(run.name), title_align="left", box=box.ROUNDED, padding=(1, 2))
+    console.print(panel, soft_wrap=False)  # the console leaves lines as they are; inside the frame they must wrap
 
 
 def _sample_on_console(sample: Sample) -> Table:

@@ -117,7 +117,13 @@ def test_prompt_length_follows_max_length_unless_given(load):
     assert load().max_prompt_length == 1800
     assert load("max_length: 1024").max_prompt_length == 776
     assert load("max_length: 128").max_prompt_length == 64
+    assert load("max_length: 1e3").max_prompt_length == 752
     assert load("max_length: 1024\nmax_prompt_length: 512").max_prompt_length == 512
+
+
+def test_a_configuration_name_may_be_missing(load):
+    more = "dataset_configs: [null, default]\n"
+    assert load(more, "--dataset_mixer.b=1").dataset_configs == [None, "default"]
 
 
 def test_evaluation_is_on_where_a_strategy_asks_for_it_and_off_where_the_user_says_so(load):
@@ -173,6 +179,23 @@ def test_a_foreign_key_that_asks_for_nothing_passes_without_a_word(load, line):
     assert load(line).notices == ()
 
 
+@pytest.mark.parametrize(
+    ("line", "done"),
+    [
+        ("do_train: false", "do_train: true"),
+        ("save_safetensors: false", "save_safetensors: true"),
+        ("use_cache: false", "use_cache: true"),
+        ("remove_unused_columns: false", "remove_unused_columns: true"),
+        ("disable_dropout: false", "disable_dropout: true"),
+        ("logging_strategy: no", "logging_strategy: steps"),
+    ],
+)
+def test_a_foreign_key_that_asks_for_something_by_being_off_is_noticed(load, line, done):
+    (notice,) = load(line).notices
+    assert f"`{line.partition(':')[0]}` has no effect here" in notice
+    assert load(done).notices == ()
+
+
 # --- overrides
 
 
@@ -190,6 +213,13 @@ def test_a_value_may_contain_equal_signs_and_template_braces(load):
 def test_text_keys_take_text_that_looks_like_a_number(load):
     assert load("", "--output_dir=2024").output_dir == "2024"
     assert load("", "--run_name=null").run_name is None
+
+
+def test_an_override_of_the_ratio_beats_gamma_in_the_file_and_the_reverse(load):
+    config = load("beta: 2\ngamma: 1.6", "--gamma_beta_ratio=0.3")
+    assert (config.gamma_beta_ratio, config.notices) == (0.3, ())
+    assert load("beta: 2\ngamma_beta_ratio: 0.3", "--gamma=1.6").gamma_beta_ratio == 0.8
+    assert load("beta: 2", "--gamma=1.6", "--gamma_beta_ratio=0.3").gamma_beta_ratio == 0.3
 
 
 @pytest.mark.parametrize("source", ["path/to/file.jsonl", "a=b/file.v2.json", "org/name", "/abs/x.parquet"])
@@ -254,6 +284,21 @@ def test_an_argument_of_another_form_is_answered_with_the_right_form(message, ar
             "`dataset_splits` is 'train'; expected a list of text. Write `dataset_splits: [train]`",
         ),
         ("dataset_splits: [test]", "`dataset_splits` ['test'] has nothing to train on"),
+        ("dataset_splits: []", "run.yaml: `dataset_splits` [] has nothing to train on"),
+        ("dataset_splits: [train, test, train]", "run.yaml: `dataset_splits` names train more than once"),
+        ("dataset_configs: [1]", "`dataset_configs[0]` is 1; expected text or null. Put it in quotes"),
+        ("beta: '2.5'", "`beta` is '2.5'; expected a number > 0. Write 2.5 without quotes"),
+        ("seed: '7'", "`seed` is '7'; expected a whole number >= 0. Write 7 without quotes"),
+        ("row_length: '512'", "`row_length` is '512'; expected auto or a whole number. Write 512 without quotes"),
+        ("mesh: {fsdp: '2'}", "`mesh.fsdp` is '2'; expected a whole number. Write 2 without quotes"),
+        ("packing: yes", "`packing` is 'yes'; expected true or false. Write true"),
+        ("packing: off", "`packing` is 'off'; expected true or false. Write false"),
+        ("packing: 1", "`packing` is 1; expected true or false. Write true"),
+        ("packing: 'true'", "`packing` is 'true'; expected true or false. Write true without quotes"),
+        ("lr: 1e-6", "unknown key `lr` (value 1e-06). `python -m jax_simpo.config` lists all keys."),
+        ("loss_type: ipo", "`loss_type` is 'ipo'; expected one of sigmoid, hinge"),
+        ("? [a]\n: 1", "run.yaml, line 4: not valid YAML: a key is text, not a list or a mapping"),
+        ("mesh: {[a]: 1}", "run.yaml, line 4: not valid YAML: a key is text, not a list or a mapping"),
         ("dataset_configs: [a, b]", "`dataset_configs` has 2 entries and `dataset_mixer` 1"),
         ("output_dir: 2024", "`output_dir` is 2024; expected text. Put it in quotes"),
         ("model_config: {hidden_size: 8}", "`model_name_or_path` (a model to start from) and `model_config`"),
@@ -275,7 +320,11 @@ def test_a_mistake_in_the_file_is_told(message, more, expected):
         ("--max_length=1000", "--max_length=1000: `max_prompt_length` (1800) leaves no room"),
         ("--beta.x=1", "--beta.x=1: `beta` has no keys below it; write `--beta=VALUE`"),
         ("--mash.fsdp=1", "--mash.fsdp=1: unknown key `mash`. Did you mean `mesh`?"),
-        ("--mesh={fsdp: [1}", "the value is not valid YAML"),
+        ("--mesh={fsdp: [1}", "--mesh={fsdp: [1}: the value is not valid YAML"),
+        ("--mesh={[a]: 1}", "--mesh={[a]: 1}: the value is not valid YAML (a key is text, not a list or a mapping)"),
+        ("--dataset_mixer={{a.jsonl: 1}: 1}", "the value is not valid YAML (a key is text, not a list or a mapping)"),
+        ("--packing=yes", "--packing=yes: `packing` is 'yes'; expected true or false. Write true"),
+        ("--dataset_mixer.pairs.jsonl='1'", "expected a number from 0 to 1. Write 1 without quotes"),
         ("--dataset_mixer=pairs.jsonl", "Write `dataset_mixer: {pairs.jsonl: 1.0}`"),
         ("--dataset_mixer.pairs.jsonl=1.5", "the fraction of pairs.jsonl is 1.5; expected 0 to 1"),
         ("--dataset_mixer.pairs.jsonl=0", "`dataset_mixer` takes nothing"),
@@ -298,9 +347,9 @@ def test_a_model_and_data_are_required(message):
 
 
 def test_a_file_that_is_missing_empty_or_no_mapping_is_told(tmp_path, message):
-    with pytest.raises(ConfigError, match="no such config file"):
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such config file in /"):
         load_config(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="is a folder"):
+    with pytest.raises(ConfigError, match=r"is a folder; name the YAML file in it"):
         load_config(tmp_path)
     assert "the file is empty" in message(base="# nothing\n")
     assert "expected lines of `key: value`, got a list" in message(base="- a\n- b\n")
@@ -340,6 +389,16 @@ def test_a_resolved_config_reads_back_as_itself(tmp_path_factory, values: dict[s
     path = tmp_path_factory.mktemp("round") / "config.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
     assert load_config(path) == config
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
+def test_a_published_config_resolved_reads_back_as_itself_without_its_notices(path, tmp_path):
+    config = load_config(path)
+    (tmp_path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    again = load_config(tmp_path / "config.yaml")
+    assert config.notices and not again.notices
+    assert again == config
+    assert load_config(tmp_path / "config.yaml", ["--beta=3"]) != config
 
 
 def test_the_resolved_config_is_plain_yaml_for_every_reader(load):

@@ -6,7 +6,11 @@ Read from the source, not from `sys.modules`: third-party packages import torch 
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -83,6 +87,25 @@ def _modules() -> Iterator[tuple[str, bool, Path]]:
             parts = path.relative_to(ROOT).with_suffix("").parts
             is_package = parts[-1] == "__init__"
             yield ".".join(parts[:-1] if is_package else parts), is_package, path
+
+
+def test_every_package_that_is_imported_is_a_dependency_of_its_own():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = {re.split(r"[<>=; \[]", line)[0].lower().replace("_", "-") for line in project["dependencies"]}
+    listed.add("pydantic-core")  # a part of pydantic, which pins it
+    imported = {
+        name.partition(".")[0]
+        for module, is_package, path in _modules()
+        if _below(module, "jax_simpo")
+        for _, name in imports_of(path.read_text(), module, is_package)
+    } - sys.stdlib_module_names
+    packages = metadata.packages_distributions()
+    missing = {
+        name
+        for name in imported - {"jax_simpo"}
+        if listed.isdisjoint(package.lower().replace("_", "-") for package in packages[name])
+    }
+    assert not missing
 
 
 def test_every_import_points_the_way_of_the_data():

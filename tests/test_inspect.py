@@ -129,9 +129,10 @@ def test_the_training_pairs_are_shown_in_the_order_of_training(setup: Setup) -> 
     assert prompt[:40] in out.getvalue()
 
 
-def test_json_has_one_object_per_pair_in_input_order(setup: Setup, tmp_path: Path) -> None:
-    inspect.write_json(setup, "test", tmp_path / "pairs.jsonl")
-    objects = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().split("\n") if line]
+def test_json_has_one_object_per_pair_in_input_order(setup: Setup) -> None:
+    file = io.StringIO()
+    inspect.write_json(setup, "test", file)
+    objects = [json.loads(line) for line in file.getvalue().split("\n") if line]
     assert [o["row"] for o in objects] == list(range(512))
     tokenizer = make_tokenizer("cafe")
     first = objects[0]

@@ -19,7 +19,8 @@ def output(tmp_path: Path) -> Path:
     (folder / "model").mkdir(parents=True)
     rates = {"tokens_per_second": 100.0, "pairs_per_second": 10.0, "packing_fill": 0.9}
     measured = {"loss": 0.4, "rewards/accuracies": 0.8, "rewards/margins": 1.25}
-    step = {"step": 16, "epoch": 1.0, "pairs": 64, "tokens": 640, **measured, **rates}
+    totals = {"total_pairs": 1024, "total_tokens": 10_240, "total_seconds": 102.4}
+    step = {"step": 16, "epoch": 1.0, "pairs": 64, "tokens": 640, **measured, **rates, **totals}
     evaluation: dict[str, Any] = {f"eval_{key}": value for key, value in measured.items()}
     evaluation |= {"eval_step": 16, "eval_pairs": 200, "eval_runtime": 1.0}
     (folder / "metrics.jsonl").write_text(json.dumps(step) + "\n" + json.dumps(evaluation) + "\n")

@@ -52,6 +52,9 @@ def training_record(step: int, **changes: Any) -> dict[str, Any]:
         "tokens_per_second": 5_000.0,
         "pairs_per_second": 64.0,
         "packing_fill": 0.9,
+        "total_pairs": 128 * step,
+        "total_tokens": 10_000 * step,
+        "total_seconds": 2.0 * step,
         **changes,
     }
 
@@ -126,10 +129,12 @@ def test_key_figures_add_up_over_the_records(run_folder: Path) -> None:
     assert "saved by sharing" not in figures
 
 
-def test_steps_between_two_records_are_counted(tmp_path: Path) -> None:
-    run = report.read_run(make_run(tmp_path, training_record(10), training_record(20)))
-    assert run.pairs_seen == 20 * 128
-    assert run.training_seconds == pytest.approx(20 * 128 / 64)
+def test_all_pairs_are_counted_where_only_some_steps_are_logged_and_one_is_short(tmp_path: Path) -> None:
+    # 1300 pairs in steps of 64: the last of the 21 takes 20. Records: the 7th, the 14th and the 21st step.
+    records = [training_record(step, pairs=64, total_pairs=64 * step) for step in (7, 14)]
+    last = training_record(21, pairs=20, total_pairs=1300, total_tokens=130_000, total_seconds=41.5)
+    run = report.read_run(make_run(tmp_path, *records, last))
+    assert (run.pairs_seen, run.tokens_computed, run.training_seconds) == (1300, 130_000, 41.5)
 
 
 def test_what_the_program_noted_of_the_run_is_shown(run_folder: Path) -> None:
@@ -168,7 +173,7 @@ def test_text_of_the_data_and_the_config_stays_text(run_folder: Path) -> None:
 
 
 def test_the_report_is_made_again_from_the_files_alone(run_folder: Path) -> None:
-    first = report.write_report(run_folder, [SAMPLE]).read_bytes()
+    first = report.write_report(run_folder).read_bytes()
     (run_folder / "report.html").unlink()
     (run_folder / "curves.png").unlink()
     assert report.write_report(run_folder).read_bytes() == first
@@ -189,6 +194,12 @@ def test_samples_survive_the_file(tmp_path: Path) -> None:
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no training step"):
         report.write_report(tmp_path)
+
+
+def test_the_summary_stays_inside_its_frame_on_a_console_that_wraps_nothing(run_folder: Path) -> None:
+    out = io.StringIO()
+    report.print_summary(Console(file=out, width=80, markup=False, highlight=False, soft_wrap=True), run_folder)
+    assert {len(line) for line in out.getvalue().splitlines()} == {80}
 
 
 def test_the_summary_shows_first_and_last_figures_samples_and_files(run_folder: Path) -> None:

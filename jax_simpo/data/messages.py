@@ -45,9 +45,11 @@ def conversation(row: Mapping[str, Any]) -> Conversation:
     rejected = _value(row.get("rejected"), "rejected")
     if chosen is None or rejected is None:
         raise BadRow("missing value", f"the row has no `{'chosen' if chosen is None else 'rejected'}`")
+    if prompt == []:
+        raise BadRow("no prompt", "`prompt` is an empty list: give its turns, or drop the `prompt` column")
     if isinstance(prompt, list):
         turns = Conversation(prompt, _answer(chosen), _answer(rejected))
-        if prompt and turns.chosen[: len(prompt)] == prompt:
+        if turns.chosen[: len(prompt)] == prompt:
             raise BadRow(
                 "prompt repeated",
                 "`chosen` begins with the turns of `prompt` again: keep the answer alone, or drop the `prompt` column",
@@ -107,7 +109,10 @@ def _value(value: Any, name: str) -> str | list[Message] | None:
         return value
     if isinstance(value, dict) and isinstance(value.get("role"), list) and isinstance(value.get("content"), list):
         # The hub's `Sequence` of objects is stored column-wise.
-        value = [{"role": r, "content": c} for r, c in zip(value["role"], value["content"], strict=False)]
+        roles, contents = value["role"], value["content"]
+        if len(roles) != len(contents):
+            raise BadRow("not a message list", f"`{name}` has {len(roles)} roles but {len(contents)} contents")
+        value = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
     if not isinstance(value, list):
         raise BadRow("not a message list", f"`{name}` is {_show(value)}, neither text nor a list of messages")
     messages = []

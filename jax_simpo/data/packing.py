@@ -19,9 +19,9 @@ from jax_simpo.data.rows import RowShape
 from jax_simpo.errors import DataError
 
 ROW_MULTIPLE = 128  # row lengths and target counts are multiples of it: whole attention blocks and matmul tiles
-_SAMPLED_STEPS = 24  # steps simulated to choose a row shape
+_SAMPLED_PAIRS = 4096  # pairs whose steps are simulated to choose a row shape: at least 4 steps, at most 24
 _CANDIDATES = 40  # row lengths tried for `row_length: auto`
-_GOOD_ENOUGH = 1.01  # within 1 % of the cheapest shape the smallest wins: it needs the least memory
+_GOOD_ENOUGH = 1.005  # within half a per cent of the cheapest length the shortest wins: it needs the least memory
 
 
 def first_fit_decreasing(
@@ -200,26 +200,27 @@ def choose_row_shape(
         return replace(plan, shape=RowShape(int(candidates[0]), most_targets, 2))
 
     unbounded = [RowShape(int(length), int(targets.sum()), 2 * len(tokens)) for length in candidates]
-    by_length = _cheapest([replace(plan, shape=shape) for shape in unbounded], target_cost=0.0)
+    by_length = _cheapest([replace(plan, shape=shape) for shape in unbounded], slack=_GOOD_ENOUGH)
     steps = [by_length.step(int(k)) for k in _sampled_steps(plan)]
     held = [targets[step.pairs[row]].sum() for step in steps for row in step.rows]
     responses = 2 * max(len(row) for step in steps for row in step.rows)
-    bounds = {max(most_targets, _round_up(int(np.quantile(held, q)))) for q in (0.5, 0.75, 0.9, 1.0)}
+    bounds = {max(most_targets, _round_up(int(np.quantile(held, q)))) for q in (0.5, 0.75, 0.9, 0.97, 1.0)}
     bounded = [RowShape(by_length.shape.length, bound, responses) for bound in sorted(bounds)]
     return _cheapest([replace(plan, shape=shape) for shape in bounded], target_cost)
 
 
-def _cheapest(plans: list[StepPlan], target_cost: float) -> StepPlan:
-    """The first plan (they come smallest first) whose cost is within `_GOOD_ENOUGH` of the lowest."""
+def _cheapest(plans: list[StepPlan], target_cost: float = 0.0, slack: float = 1.0) -> StepPlan:
+    """The first plan (they come smallest first) whose cost is the lowest, or within `slack` times the lowest."""
     reports = [measure(plan) for plan in plans]
     costs = [report.computed_tokens + target_cost * report.computed_targets for report in reports]
-    return next(plan for plan, cost in zip(plans, costs, strict=True) if cost <= _GOOD_ENOUGH * min(costs))
+    return next(plan for plan, cost in zip(plans, costs, strict=True) if cost <= slack * min(costs))
 
 
 def _sampled_steps(plan: StepPlan) -> Int[np.ndarray, " _"]:
     """Steps spread over the first epoch; its last one, which takes what is left, stands for itself only."""
     whole = max(1, len(plan.lengths) // plan.global_batch_size)
-    return np.unique(np.linspace(0, whole - 1, _SAMPLED_STEPS, dtype=int))
+    count = min(max(4, _SAMPLED_PAIRS // plan.global_batch_size), 24)
+    return np.unique(np.linspace(0, whole - 1, count, dtype=int))
 
 
 def _round_up(n: int) -> int:

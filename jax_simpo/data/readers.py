@@ -44,16 +44,25 @@ def read_file(shown: str, path: Path) -> pa.Table:
     """Reads a file by its extension. `shown` is how messages name it."""
     if path.stat().st_size == 0:
         raise DataError(f"{shown}: the file is empty")
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         return _read_parquet(shown, path)
-    if path.suffix == ".json":
-        with path.open("rb") as stream:
-            head = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-        if not head:
-            raise DataError(f"{shown}: the file is empty")
-        if not head.startswith(b"{"):  # one object per line is also met under the name .json
-            return _read_json(shown, path)
+    if suffix == ".json" and not _begins_with_an_object_in_a_line(path):
+        return _read_json(shown, path)
     return _read_jsonl(shown, path)
+
+
+def _begins_with_an_object_in_a_line(path: Path) -> bool:
+    """Whether a file holds one object per line, which is also met under the name .json."""
+    with path.open("rb") as stream:
+        first = next((line for line in stream if not line.isspace()), b"").removeprefix(b"\xef\xbb\xbf")
+    if not first.lstrip().startswith(b"{"):
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _read_jsonl(shown: str, path: Path) -> pa.Table:
@@ -76,6 +85,8 @@ def _read_jsonl(shown: str, path: Path) -> pa.Table:
 def _read_json(shown: str, path: Path) -> pa.Table:
     """One JSON list of objects."""
     data = path.read_bytes()
+    if not data.strip():
+        raise DataError(f"{shown}: the file is empty")
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -85,9 +96,13 @@ def _read_json(shown: str, path: Path) -> pa.Table:
         elif isinstance(error, UnicodeDecodeError):
             line = 1 + data.count(b"\n", 0, error.start)
             place += f", line {line}"
-        raise DataError(f"{place}: broken JSON ({_json_fault(error)}): it must be one list of objects") from error
+        raise DataError(
+            f"{place}: broken JSON ({_json_fault(error)}): it must be one list of objects, or one object per line"
+        ) from error
     if not isinstance(values, list):
-        raise DataError(f"{shown}: holds {_kind(values)}: a .json file must be one list of objects")
+        raise DataError(
+            f"{shown}: holds {_kind(values)}: a .json file must be one list of objects, or one object per line"
+        )
     return from_rows(shown, values)
 
 
@@ -195,7 +210,8 @@ def _json_fault(error: ValueError | RecursionError) -> str:
 
 
 def _kind(value: Any) -> str:
-    return {list: "a list", str: "text", dict: "an object", type(None): "null"}.get(type(value), "a number")
+    names = {list: "a list", str: "text", dict: "an object", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def _first_line(error: Exception) -> str:

@@ -100,9 +100,15 @@ def load_train(
     configs = _configs(dataset_mixer, dataset_configs)
     # The fraction belongs to the source, whatever number of splits it has.
     for (source, fraction), config in zip(dataset_mixer.items(), configs, strict=True):
-        for split in splits:
-            table = _read(source, split, config)
-            tables.append(table.slice(0, int(fraction * table.num_rows)))
+        whole = [_read(source, split, config) for split in splits]
+        cut = [table.slice(0, int(fraction * table.num_rows)) for table in whole]
+        if fraction > 0 and not any(table.num_rows for table in cut):
+            rows = " + ".join(str(table.num_rows) for table in whole)
+            raise DataError(
+                f"dataset_mixer: {source}: the fraction {fraction} of its {rows} rows is not one pair: raise it, or "
+                "remove the source"
+            )
+        tables += cut
     table = pa.concat_tables(tables).unify_dictionaries()
     if table.num_rows == 0:
         raise DataError(f"dataset_mixer: the fractions leave no training pairs ({dict(dataset_mixer)}): raise them")
@@ -140,11 +146,11 @@ def _read(source: str, split: str, config: str | None) -> pa.Table:
     elif path.is_dir():
         table = _read_folder(source, path, split)
     elif path.exists():
-        if path.suffix not in FILE_TYPES:
+        if path.suffix.lower() not in FILE_TYPES:
             raise DataError(f"{source}: cannot read {path.suffix or 'a file without extension'}; use {_types()}")
         _check_split(source, split, ["train"], "a single data file is the split `train`; put test pairs beside it")
         table = read_file(source, path)
-    elif path.suffix in FILE_TYPES or source.startswith(("/", ".", "~")) or source.count("/") > 1:  # no hub id
+    elif path.suffix.lower() in FILE_TYPES or source.startswith(("/", ".", "~")) or source.count("/") > 1:  # no hub id
         raise DataError(f"{source}: no such file or folder{_nearest(path)}")
     else:
         table = read_hub(source, split, config)
@@ -179,7 +185,8 @@ def _folder_files(source: str, folder: Path) -> dict[str, list[Path]]:
         if files or not place.is_dir():
             continue
         for file in sorted(place.iterdir()):
-            if file.suffix in FILE_TYPES and file.is_file() and not file.name.startswith(".") and file.name not in own:
+            readable = file.suffix.lower() in FILE_TYPES and file.is_file()
+            if readable and not file.name.startswith(".") and file.name not in own:
                 shard = SHARD.fullmatch(file.stem)
                 files.setdefault(shard[1] if shard else file.stem, []).append(file)
     for split, members in files.items():

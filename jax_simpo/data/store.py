@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 TOKENISATION_VERSION = 1
 """Raise it with every change to messages, chat or tokenize that can change a token: it makes old caches invalid."""
+
+SHOWN_SKIPPED = 10
 
 _SCHEMA = pa.schema(
     [
@@ -59,23 +61,25 @@ class Skipped:
         return f"{self.kind}: {self.detail}"
 
 
-class SkippedRow(NamedTuple):
-    """A skipped row as shown to users; `row` counts from 0."""
-
-    file: str
-    row: int
-    reason: str
-
-
 class PairDataset:
-    """The tokenised pairs of a split, in file order, read from disk as they are asked for."""
+    """The tokenised pairs of a split, in file order, read from disk as they are asked for.
 
-    def __init__(self, table: pa.Table, raw: RawSplit, skipped: list[Skipped], cache_hit: bool) -> None:
+    Attributes:
+        name: of the split.
+        skipped: the rows that could not be used, in file order, also when the tokens came from the cache.
+        cache_hit: whether nothing had to be tokenised.
+        fingerprint: equal exactly when rows, tokenizer, template and settings are; moving a file does not change it.
+    """
+
+    def __init__(
+        self, table: pa.Table, raw: RawSplit, skipped: list[Skipped], *, cache_hit: bool, fingerprint: str
+    ) -> None:
         self.name = raw.name
+        self.skipped = skipped
         self.cache_hit = cache_hit
-        self.skipped_rows = skipped
+        self.fingerprint = fingerprint
         self._table = table
-        self._origins = raw.table.select(["file", "row"])  # the raw texts need not stay in memory
+        self._raw = RawSplit(raw.name, raw.table.select(["file", "row", "line"]))  # texts need not stay in memory
         self._chunk_starts = np.cumsum([0] + [batch.num_rows for batch in table.to_batches()])
 
     def __len__(self) -> int:
@@ -121,35 +125,49 @@ class PairDataset:
 
     def origin(self, index: int) -> tuple[str, int]:
         """File and row (from 0) a pair came from."""
-        return self._origin(self._table["index"][index].as_py())
+        return self._raw.origin(self._table["index"][index].as_py())
 
     @property
     def origins(self) -> list[tuple[str, int]]:
         """File and row (from 0) of every pair."""
         indices = self._table["index"]
-        files, rows = (self._origins[name].take(indices).to_pylist() for name in ("file", "row"))
+        files, rows = (self._raw.table[name].take(indices).to_pylist() for name in ("file", "row"))
         return list(zip(files, rows, strict=True))
-
-    @property
-    def skipped(self) -> list[SkippedRow]:
-        """The rows that could not be used, in file order, also when the tokens came from the cache."""
-        return [SkippedRow(*self._origin(row.index), row.reason) for row in self.skipped_rows]
 
     def skipped_summary(self) -> str:
         """How many rows were skipped and why, in a line; empty when there are none."""
-        if not self.skipped_rows:
+        if not self.skipped:
             return ""
-        kinds = Counter(row.kind for row in self.skipped_rows).most_common()
-        total = len(self) + len(self.skipped_rows)
-        return f"{len(self.skipped_rows)} of {total} rows skipped: " + ", ".join(f"{n} {kind}" for kind, n in kinds)
+        kinds = Counter(row.kind for row in self.skipped).most_common()
+        total = len(self) + len(self.skipped)
+        return f"{len(self.skipped)} of {total} rows skipped: " + ", ".join(f"{n} {kind}" for kind, n in kinds)
 
-    def batches(self) -> Iterator[list[dict[str, Any]]]:
-        """All columns of the table as Python values, some hundreds of pairs at a time."""
+    def skipped_lines(self) -> list[str]:
+        """The first skipped rows with file, row and reason, a line each."""
+        lines = [f"  {self._raw.place(row.index)}: {row.reason}" for row in self.skipped[:SHOWN_SKIPPED]]
+        more = len(self.skipped) - SHOWN_SKIPPED
+        return [*lines, f"  and {more} more"] if more > 0 else lines
+
+    def skipped_report(self) -> str:
+        """The summary and the first skipped rows; empty when there are none."""
+        return "\n".join([self.skipped_summary(), *self.skipped_lines()])
+
+    def inspect_objects(self) -> Iterator[dict[str, Any]]:
+        """One object per pair in input order: what `inspect --json` writes, with the keys of the golden file."""
         for batch in self._table.to_batches():
-            yield batch.to_pylist()
-
-    def _origin(self, raw_index: int) -> tuple[str, int]:
-        return self._origins["file"][raw_index].as_py(), self._origins["row"][raw_index].as_py()
+            for pair in batch.to_pylist():
+                file, row = self._raw.origin(pair["index"])
+                yield {
+                    "file": file,
+                    "row": row,
+                    "text_prompt": pair["text_prompt"],
+                    "text_chosen": pair["text_chosen"],
+                    "text_rejected": pair["text_rejected"],
+                    "chosen_input_ids": pair["chosen_ids"],
+                    "rejected_input_ids": pair["rejected_ids"],
+                    "chosen_response_length": len(pair["chosen_ids"]) - pair["chosen_prompt_length"],
+                    "rejected_response_length": len(pair["rejected_ids"]) - pair["rejected_prompt_length"],
+                }
 
     @cached_property
     def _prompt_lengths(self) -> tuple[np.ndarray, np.ndarray]:
@@ -175,24 +193,6 @@ class _IdLists:
 
 def _numpy(column: pa.ChunkedArray) -> np.ndarray:
     return np.asarray(column.to_numpy(), np.int32)
-
-
-def inspect_objects(dataset: PairDataset) -> Iterator[dict[str, Any]]:
-    """One object per pair in input order: what `inspect --json` writes, with the keys of the golden file."""
-    for batch in dataset.batches():
-        for pair in batch:
-            file, row = dataset._origin(pair["index"])
-            yield {
-                "file": file,
-                "row": row,
-                "text_prompt": pair["text_prompt"],
-                "text_chosen": pair["text_chosen"],
-                "text_rejected": pair["text_rejected"],
-                "chosen_input_ids": pair["chosen_ids"],
-                "rejected_input_ids": pair["rejected_ids"],
-                "chosen_response_length": len(pair["chosen_ids"]) - pair["chosen_prompt_length"],
-                "rejected_response_length": len(pair["rejected_ids"]) - pair["rejected_prompt_length"],
-            }
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -256,9 +256,8 @@ class Store:
             if not os.access(self.root, os.W_OK):
                 raise PermissionError("not writable")
         except OSError as error:
-            raise DataError(
-                f"cache folder {self.root}: {error}: set HF_DATASETS_CACHE to a folder that can be written"
-            ) from error
+            key = "HF_DATASETS_CACHE (or `data_cache_dir`)" if cache_dir is None else "`data_cache_dir`"
+            raise DataError(f"cache folder {self.root}: {error}: set {key} to a folder that can be written") from error
 
     def lock(self) -> FileLock:
         return FileLock(f"{self.folder}.lock")
@@ -288,7 +287,7 @@ class Store:
         with pa.memory_map(str(self.folder / "pairs.arrow")) as source:
             table = pa.ipc.open_file(source).read_all()
         skipped = [Skipped(**row) for row in json.loads((self.folder / "skipped.json").read_text())]
-        return PairDataset(table, raw, skipped, cache_hit)
+        return PairDataset(table, raw, skipped, cache_hit=cache_hit, fingerprint=self.folder.name)
 
 
 class Writer:

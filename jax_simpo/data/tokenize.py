@@ -17,18 +17,17 @@ from jax_simpo.data.chat import PairText, render_pair
 from jax_simpo.data.messages import BadRow
 from jax_simpo.data.pairs import Response, TokenizedPair
 from jax_simpo.data.sources import RawSplit, decode_rows
-from jax_simpo.data.store import PairDataset, Skipped, Store, cache_key, inspect_objects
+from jax_simpo.data.store import PairDataset, Skipped, Store, cache_key
 from jax_simpo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PairDataset", "TokenSettings", "inspect_objects", "tokenize_pair", "tokenize_split"]
+__all__ = ["PairDataset", "TokenSettings", "tokenize_pair", "tokenize_split"]
 
 TruncationMode = Literal["keep_end", "keep_start"]
 
 CHUNK_ROWS = 512
-SHOWN_BAD_ROWS = 10
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,9 @@ def tokenize_split(
                     writer.write(*chunk)
     dataset = store.open(raw, cache_hit)
     if dataset.skipped and on_bad_row == "error":
-        raise DataError(_bad_rows_message(raw, dataset.skipped_rows))
+        first = f"{len(dataset.skipped)} of {len(raw)} rows of {raw.name} cannot be used:"
+        last = "Mend or remove them, or set `on_bad_row: skip` to go on without them (rows count from 0)."
+        raise DataError("\n".join([first, *dataset.skipped_lines(), last]))
     if len(dataset) == 0:
         raise DataError(f"no row of {raw.name} can be used: {dataset.skipped_summary()}")
     return dataset
@@ -217,29 +218,22 @@ def _threads(num_proc: int | None) -> Iterator[None]:
     if num_proc is None:
         yield
         return
+    before = {name: os.environ.get(name) for name in ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM")}
     if num_proc > 1:
         os.environ.setdefault("RAYON_NUM_THREADS", str(num_proc))
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if num_proc > 1 else "false"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _progress_bar(show: bool | None) -> Progress:
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # A split may be called `[x]`, which is no markup.
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=not (console.is_terminal if show is None else show))
-
-
-def _bad_rows_message(raw: RawSplit, bad: list[Skipped]) -> str:
-    lines = [f"{len(bad)} of {len(raw)} rows of {raw.name} cannot be used:"]
-    lines += [f"  {raw.place(row.index)}: {row.reason}" for row in bad[:SHOWN_BAD_ROWS]]
-    if len(bad) > SHOWN_BAD_ROWS:
-        lines.append(f"  and {len(bad) - SHOWN_BAD_ROWS} more")
-    lines.append("Mend or remove them, or set `on_bad_row: skip` to go on without them (rows count from 0).")
-    return "\n".join(lines)

@@ -167,7 +167,7 @@ class Setup:
         return self.tokenize(sources.load_split(config.dataset_mixer, split, dataset_configs=config.dataset_configs))
 
     def tokenize(self, raw: sources.RawSplit) -> PairDataset:
-        """Tokenises a split as the config says, and tells how many rows were skipped and why."""
+        """Tokenises a split as the config says, and tells which rows were skipped and why."""
         c = self.config
         pairs = tokenize_split(
             raw,
@@ -181,7 +181,7 @@ class Setup:
             cache_dir=c.data_cache_dir,
         )
         if pairs.skipped:
-            self.console.print(pairs.skipped_summary(), style="yellow")
+            self.console.print(pairs.skipped_report(), style="yellow")
         return pairs
 
     def plan(self, pairs: PairDataset, *, batch: int, seed: int | None) -> StepPlan:
@@ -219,7 +219,8 @@ class Setup:
         saved = 1 - report.input_tokens / report.separate_tokens
         self.console.print(
             f"{name}: {len(plan.lengths)} pairs, rows of {plan.shape.length} tokens and {plan.shape.targets} targets, "
-            f"fill {report.fill:.3f} ({1 - report.fill:.1%} padding), prefix sharing saves {saved:.1%} of the tokens"
+            f"filled {report.fill:.1%} and {report.targets / report.computed_targets:.1%} (the rest is padding); "
+            f"prefix sharing saves {saved:.1%} of the tokens"
         )
         if report.empty_rows > 0.25:
             self.console.print(

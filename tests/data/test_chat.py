@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from jax_simpo.config import load_config
 from jax_simpo.data.chat import built_in_templates, load_tokenizer, render_pair
 from jax_simpo.data.messages import BadRow, parse_hh
 from jax_simpo.errors import DataError
@@ -65,7 +67,7 @@ def test_a_path_never_chooses_a_template(tmp_path: Path) -> None:
 
 
 def test_a_missing_tokenizer_is_a_data_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be loaded"):
+    with pytest.raises(DataError, match=r"tokenizer .*nothing-here: cannot be loaded"):
         load_tokenizer(tmp_path / "nothing-here")
 
 
@@ -99,7 +101,7 @@ def test_a_misspelt_template_name_gets_the_nearest(folder: Path) -> None:
 
 
 def test_a_broken_template_is_refused_at_once(folder: Path) -> None:
-    with pytest.raises(DataError, match="line 2"):
+    with pytest.raises(DataError, match=r"chat template of .*, line 2: "):
         load_tokenizer(folder, chat_template="{% for m in messages %}\n{{ m[ }}")
 
 
@@ -170,6 +172,24 @@ def test_built_in_templates_agree_with_those_of_real_tokenizers(shared: Path, na
         )
 
 
+def test_the_template_of_the_published_gemma_run_writes_what_the_built_in_one_does(folder: Path) -> None:
+    published = load_config(Path(__file__).parents[1] / "fixtures/simpo_configs/gemma-2-9b-it.yaml").chat_template
+    theirs, ours = (load_tokenizer(folder, chat_template=template) for template in (published, "gemma"))
+    dialogues = [
+        DIALOGUE,
+        DIALOGUE[1:],
+        [message("system", ""), asks(" q ")],
+        [says(" alone ")],
+        [asks("two\n lines ")],
+    ]
+    for dialogue, answer_follows in itertools.product(dialogues, (False, True)):
+        expected, found = (
+            tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=answer_follows)
+            for tokenizer in (theirs, ours)
+        )
+        assert found == expected
+
+
 # --- forms of rows
 
 PROMPT, CHOSEN, REJECTED = "<user>q", "<assistant>a", "<assistant>b"
@@ -227,6 +247,7 @@ BAD_ROWS = {
         {"chosen": [{"from": "human", "value": "q"}], "rejected": [asks(), says("b")]},
         {"chosen": [asks(), message("assistant", None)], "rejected": [asks(), says("b")]},
         {"chosen": [asks(), message("assistant", [{"type": "text"}])], "rejected": [asks(), says("b")]},
+        {"chosen": {"role": ["user", "assistant"], "content": ["q"]}, "rejected": [asks(), says("b")]},
     ],
     "missing value": [{"prompt": "q", "chosen": "a", "rejected": None}],
     "empty response": [
@@ -253,6 +274,7 @@ BAD_ROWS = {
         {"chosen": "a", "rejected": "b"},
         {"prompt": " ", "chosen": "a", "rejected": "b"},
         {"prompt": [], "chosen": "a", "rejected": "b"},
+        {"prompt": [], "chosen": [asks(), says("a")], "rejected": [asks(), says("b")]},
         {"chosen": [says("a")], "rejected": [says("b")]},
     ],
     "broken text": [{"prompt": "q\ud800", "chosen": "a", "rejected": "b"}],

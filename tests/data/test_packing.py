@@ -111,7 +111,7 @@ def test_the_chosen_row_length_computes_the_fewest_tokens(batch: int, devices: i
 
     assert plan.shape.length % ROW_MULTIPLE == 0 and plan.shape.length >= shortest
     best = min(computed(length) for length in range(shortest, 8 * shortest, ROW_MULTIPLE))
-    # 1 % for taking the shorter of nearly equal rows, 2 % for trying forty lengths and not all.
+    # Half a per cent for taking the shorter of nearly equal rows; the rest for trying forty lengths and not all.
     assert computed(plan.shape.length) <= 1.03 * best
 
 

@@ -171,14 +171,21 @@ def test_the_fingerprint_follows_content_not_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan"), True, "half"])
 def test_a_fraction_outside_0_to_1_is_an_error(tmp_path: Path, fraction: Any) -> None:
     file = write_jsonl(tmp_path / "pairs.jsonl", make_rows(3))
-    with pytest.raises(DataError, match="from 0 to 1"):
+    with pytest.raises(DataError, match=r"the fraction of '.*' is .*: give a number from 0 to 1"):
         load_train({str(file): fraction}, ["train"])
 
 
 def test_fractions_that_leave_nothing_are_an_error(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "pairs.jsonl", make_rows(3))
-    with pytest.raises(DataError, match="no training pairs"):
-        load_train({str(file): 0.3}, ["train"])
+    with pytest.raises(DataError, match=r"the fractions leave no training pairs"):
+        load_train({str(file): 0}, ["train"])
+
+
+def test_a_source_of_which_nothing_is_left_is_named_with_its_fraction_and_rows(tmp_path: Path) -> None:
+    many, few = (write_jsonl(tmp_path / f"{name}.jsonl", make_rows(n)) for name, n in (("many", 30), ("few", 3)))
+    with pytest.raises(DataError, match=r"few\.jsonl: the fraction 0\.3 of its 3 rows is not one pair"):
+        load_train({str(many): 1, str(few): 0.3}, ["train"])
+    assert len(load_train({str(many): 1, str(few): 0}, ["train"])) == 30
 
 
 # --- what is said when a source is wrong
@@ -213,16 +220,26 @@ def test_an_unknown_split_on_the_hub_passes_on_the_splits_there_are(monkeypatch:
         load_split({"owner/pairs": 1.0}, "tset")
 
 
-@pytest.mark.parametrize("name", ["empty.jsonl", "empty.json", "empty.parquet"])
-@pytest.mark.parametrize("content", ["", "\n \n"])
-def test_an_empty_file_is_an_error(tmp_path: Path, name: str, content: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("empty.jsonl", "", "the file is empty"),
+        ("empty.json", "", "the file is empty"),
+        ("empty.parquet", "", "the file is empty"),
+        ("empty.jsonl", "\n \n", "there are no rows in it"),
+        ("empty.json", "\n \n", "the file is empty"),
+        ("empty.json", "[]", "there are no rows in it"),
+        ("empty.parquet", "\n \n", "not a readable parquet file"),
+    ],
+)
+def test_an_empty_file_is_an_error(tmp_path: Path, name: str, content: str, told: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=r"empty|no rows|not a readable"):
+    with pytest.raises(DataError, match=f"{name}: {told}"):
         load_split({str(tmp_path / name): 1.0}, "train")
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds neither"):
+    with pytest.raises(DataError, match=r"the folder holds neither \.jsonl, \.json or \.parquet files"):
         load_split({str(tmp_path): 1.0}, "train")
 
 
@@ -248,6 +265,27 @@ def test_a_line_that_is_no_object_is_an_error(tmp_path: Path) -> None:
         load_split({str(file): 1.0}, "train")
 
 
+def test_a_value_that_is_no_object_is_called_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"line 1: true or false, not an object"):
+        load_split({str(write_jsonl(tmp_path / "pairs.jsonl", [True])): 1.0}, "train")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_object_in_a_json_file_is_called_an_object(tmp_path: Path, indent: int | None) -> None:
+    file = tmp_path / "pairs.json"
+    file.write_text(json.dumps({"train": make_rows(2)}, indent=indent))
+    told = {None: "has the columns train but not chosen and rejected", 1: r"holds an object: .* one list of objects"}
+    with pytest.raises(DataError, match=told[indent]):
+        load_split({str(file): 1.0}, "train")
+
+
+@pytest.mark.parametrize("suffix", ["JSONL", "JSON", "Parquet"])
+def test_the_case_of_a_suffix_does_not_matter(tmp_path: Path, suffix: str) -> None:
+    rows = make_rows(3)
+    file = write(tmp_path / f"train.{suffix.lower()}", rows).rename(tmp_path / f"train.{suffix}")
+    assert read(file) == read(tmp_path) == rows
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 def test_wrong_columns_name_those_there_and_those_needed(tmp_path: Path, suffix: str) -> None:
     file = write(tmp_path / f"pairs.{suffix}", [{"question": "q", "chosen": "a", "worse": "b"}])
@@ -258,7 +296,7 @@ def test_wrong_columns_name_those_there_and_those_needed(tmp_path: Path, suffix:
 def test_two_files_for_one_split_are_an_error(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", make_rows(1))
     write(tmp_path / "train.parquet", make_rows(1))
-    with pytest.raises(DataError, match="several files"):
+    with pytest.raises(DataError, match=r"the split 'train' is in several files \(train\.jsonl, train\.parquet\)"):
         load_split({str(tmp_path): 1.0}, "train")
 
 
