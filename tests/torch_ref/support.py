@@ -1,0 +1,138 @@
+"""Tiny random models of three families, random pairs, and the oracle: each sequence run alone by transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jax_simpo.config import TrainConfig
+from jax_simpo.data.packing import StepPlan, choose_row_shape
+from jax_simpo.data.pairs import PairLengths, Response, TokenizedPair
+from jax_simpo.data.rows import RowShape
+from tests.pairs import random_pairs
+from torch_ref.attention_choice import choose_attention
+from torch_ref.batches import RankStep, build_rank_step
+from torch_ref.losses import response_sums
+from torch_ref.model import Policy, load_model_config, load_policy
+
+VOCABULARY = 96
+CPU = torch.device("cpu")
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": False},
+    "mistral with a window": {"model_type": "mistral", "sliding_window": 8},
+    "gemma2 with soft caps": {
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+}
+LAYOUTS = {
+    "shared and packed": (True, True),
+    "shared": (True, False),
+    "packed": (False, True),
+    "stacked": (False, False),
+}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs in memory, with the interface of a dataset."""
+
+    all: list[TokenizedPair]
+
+    def pairs(self, indices: Any) -> list[TokenizedPair]:
+        return [self.all[i] for i in indices]
+
+
+def some_pairs(count: int, seed: int = 0) -> Pairs:
+    return Pairs(random_pairs(np.random.default_rng(seed), count, VOCABULARY, prompt=(2, 30), response=(1, 20)))
+
+
+def settings(layout: str = "shared and packed", **keys: Any) -> TrainConfig:
+    sharing, packing = LAYOUTS[layout]
+    base: dict[str, Any] = {
+        "tokenizer_name_or_path": "builtin:cafe",
+        "dataset_mixer": {"builtin:cafe": 1.0},
+        "dtype": "float32",
+        "remat": "none",
+        "prefix_sharing": sharing,
+        "packing": packing,
+        "logprob_chunk": 16,
+    }
+    if "model_name_or_path" not in keys:
+        base["model_config"] = FAMILIES["llama"]
+    return TrainConfig(**{**base, **keys})
+
+
+def make_policy(family: str, layout: str, **keys: Any) -> Policy:
+    """The same weights for every layout."""
+    config = settings(layout, **keys)
+    model_config = load_model_config(config, None, {**SIZES, **FAMILIES[family]})
+    attention = choose_attention(config, model_config, CPU)
+    return load_policy(config, model_config, attention, CPU, dtype=torch.float32)
+
+
+def step_of(pairs: Pairs, layout: str, *, rank: int = 0, world: int = 1, rows: int = 2, step: int = 0) -> RankStep:
+    """One rank's share of a step with all pairs in file order."""
+    sharing, packing = LAYOUTS[layout]
+    lengths = PairLengths.of(pairs.all)
+    plan = StepPlan(lengths, RowShape(0, 0, 0), len(lengths), rows * world, sharing, packing, seed=None)
+    plan = choose_row_shape(plan, row_length=256 if packing else None, max_row_length=256)
+    return build_rank_step(plan, pairs, step, rank, world)
+
+
+def sums_of(policy: Policy, step: RankStep) -> Tensor:
+    """Sum of log-probs of each pair's chosen and rejected response: [P, 2]."""
+    total = torch.zeros(len(step.pairs), 2)
+    for batch in step.micro_batches:
+        sums = response_sums(policy(batch), batch.target_response, len(batch.response_length))
+        both = torch.stack([sums[batch.chosen], sums[batch.rejected]], dim=1)
+        total = total.index_add(0, batch.pairs, both)
+    return total
+
+
+def oracle_logps(causal_lm: nn.Module, response: Response) -> Tensor:
+    """Log-prob of each response token, from transformers' full logits of that sequence alone."""
+    ids = torch.from_numpy(response.ids.astype(np.int64))
+    logits = causal_lm(input_ids=ids[None, :-1], use_cache=False).logits[0].float()
+    every = logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+    return every[response.prompt_length - 1 :]
+
+
+def oracle_sums(policy: Policy, pairs: Pairs) -> Tensor:
+    causal_lm = policy.causal_lm
+    causal_lm.set_attn_implementation("eager")
+    return torch.stack([torch.stack([oracle_logps(causal_lm, r).sum() for r in p.responses]) for p in pairs.all])
+
+
+def gradients(policy: nn.Module, value: Tensor) -> dict[str, Tensor]:
+    policy.zero_grad()
+    value.backward()
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def edited(pair: TokenizedPair, rng: np.random.Generator) -> TokenizedPair:
+    """The pair with other tokens in chosen, from the second after where the responses part."""
+    chosen, other = pair.chosen.ids.copy(), pair.rejected.ids
+    n = min(len(chosen), len(other))
+    differs = np.flatnonzero(chosen[:n] != other[:n])
+    start = (int(differs[0]) if differs.size else n) + 1
+    chosen[start:] = rng.integers(1, VOCABULARY, len(chosen) - start)
+    return TokenizedPair((replace(pair.chosen, ids=chosen), pair.rejected))

@@ -1,0 +1,136 @@
+"""Rows against separate sequences, and the attention functions against each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from jax_simpo.data.pairs import TokenizedPair
+from jax_simpo.data.rows import RowShape, build_rows
+from tests.torch_ref.support import (
+    FAMILIES,
+    LAYOUTS,
+    Pairs,
+    edited,
+    gradients,
+    make_policy,
+    oracle_sums,
+    some_pairs,
+    step_of,
+    sums_of,
+)
+from torch_ref.attention import RowMask, dense_attention, flex_attention, sdpa_attention
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_and_gradients_are_those_of_separate_sequences(family: str, layout: str) -> None:
+    pairs = some_pairs(6)
+    policy = make_policy(family, layout)
+    weights = torch.linspace(-1, 1, 12).reshape(6, 2)  # every response counts differently
+    ours = sums_of(policy, step_of(pairs, layout))
+    ours_gradients = gradients(policy, (ours * weights).sum())
+    oracle = oracle_sums(policy, pairs)
+    oracle_gradients = gradients(policy, (oracle * weights).sum())
+    lengths = torch.tensor([[len(r.targets) for r in p.responses] for p in pairs.all])
+    torch.testing.assert_close(ours / lengths, oracle / lengths, atol=1e-5, rtol=0)
+    assert ours_gradients.keys() == oracle_gradients.keys()
+    for name, oracle_gradient in oracle_gradients.items():
+        distance = torch.linalg.norm(ours_gradients[name] - oracle_gradient) / torch.linalg.norm(oracle_gradient)
+        assert distance < 1e-5, name
+
+
+@pytest.mark.parametrize("layout", ["shared and packed", "packed", "stacked"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rejected_does_not_move_when_chosen_changes(family: str, layout: str) -> None:
+    pairs, rng = some_pairs(5), np.random.default_rng(1)
+    changed = Pairs([edited(pair, rng) for pair in pairs.all])
+    policy = make_policy(family, layout)
+    with torch.no_grad():
+        before, after = (sums_of(policy, step_of(p, layout)) for p in (pairs, changed))
+    torch.testing.assert_close(after[:, 1], before[:, 1], atol=2e-5, rtol=0)
+    assert (after[:, 0] - before[:, 0]).abs().max() > 0.5
+
+
+def test_a_recomputed_layer_gives_the_same_gradients() -> None:
+    pairs, layout = some_pairs(4), "shared and packed"
+    plain, recomputed = (make_policy("llama", layout, remat=remat) for remat in ("none", "full"))
+    a, b = (gradients(p, sums_of(p, step_of(pairs, layout)).sum()) for p in (plain, recomputed))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_share_out_a_step_and_make_the_same_number_of_forwards(layout: str) -> None:
+    pairs = some_pairs(5)
+    shares = [step_of(pairs, layout, rank=rank, world=4, rows=1) for rank in range(4)]
+    assert len({len(share.micro_batches) for share in shares}) == 1
+    numbers = sorted(n for share in shares for batch in share.micro_batches for n in batch.pairs.tolist())
+    assert numbers == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_share_without_pairs_gives_zero_gradients_for_every_parameter(layout: str) -> None:
+    policy = make_policy("llama", layout)
+    empty = step_of(some_pairs(1), layout, rank=1, world=2, rows=1).micro_batches[0]
+    assert not len(empty.pairs)
+    found = gradients(policy, policy(empty).sum())
+    assert found.keys() == dict(policy.named_parameters()).keys()
+    assert not any(gradient.any() for gradient in found.values())
+
+
+# --- the functions
+
+# On a CPU there is nothing to compile for; the formula is what is tested.
+UNCOMPILED = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+
+
+def _row() -> tuple[RowMask, torch.Tensor]:
+    """A row with two pairs and padding, and one of padding alone."""
+    pairs = some_pairs(2, seed=3).all
+    rows = build_rows([list(enumerate(pairs)), []], RowShape(256, 256, 4), prefix_sharing=True)
+    key_end, positions = (torch.from_numpy(a.astype(np.int64)) for a in (rows.key_end, rows.positions))
+    return RowMask(key_end, positions), key_end > 0
+
+
+@UNCOMPILED
+@pytest.mark.parametrize("window", [None, 7])
+def test_sdpa_and_flex_are_dense(window: int | None) -> None:
+    mask, seeing = _row()
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 256, 8, generator=rng) for _ in range(3))
+    dense = dense_attention(q, k, v, mask.visible(window), 0.4).transpose(1, 2)
+    sdpa = sdpa_attention(q, k, v, mask.sdpa_mask(window), 0.4).transpose(1, 2)
+    flex = flex_attention(q, k, v, mask.block_mask(window), 0.4, None).transpose(1, 2)
+    torch.testing.assert_close(sdpa[seeing], dense[seeing], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(flex, dense, atol=1e-6, rtol=1e-5)
+    assert not dense[~seeing].any()
+
+
+@UNCOMPILED
+def test_flex_caps_scores_as_dense_does() -> None:
+    mask, _ = _row()
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (3 * torch.randn(2, 3, 256, 8, generator=rng) for _ in range(3))
+    dense = dense_attention(q, k, v, mask.visible(7), 0.4, 2.0)
+    torch.testing.assert_close(flex_attention(q, k, v, mask.block_mask(7), 0.4, 2.0), dense, atol=1e-6, rtol=1e-5)
+
+
+def test_the_mask_is_that_of_its_definition() -> None:
+    mask, _ = _row()
+    end, at = mask.key_end[0].tolist(), mask.positions[0].tolist()
+    visible = mask.visible(7)[0, 0]
+    for q in range(0, 256, 3):
+        for k in range(256):
+            assert bool(visible[q, k]) == (k <= q < end[k] and at[q] - at[k] < 7), (q, k)
+
+
+def test_one_response_may_be_a_prefix_of_the_other() -> None:
+    pair = some_pairs(1).all[0]
+    shorter = type(pair.chosen)(pair.chosen.ids[: pair.chosen.prompt_length + 1], pair.chosen.prompt_length)
+    pairs = Pairs([TokenizedPair((pair.chosen, shorter))])
+    policy = make_policy("llama", "shared and packed")
+    with torch.no_grad():
+        ours = sums_of(policy, step_of(pairs, "shared and packed"))
+        torch.testing.assert_close(ours, oracle_sums(policy, pairs), atol=1e-4, rtol=1e-5)

@@ -1,0 +1,221 @@
+"""The command in a single process: metrics, resuming, export, scoring, adapters, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from jax_simpo.errors import CheckpointError, ConfigError, ModelError, UserError
+from tests.torch_ref.start import config_file, make_start
+from torch_ref.__main__ import app
+from torch_ref.attention_choice import choose_attention
+from torch_ref.distributed import Ranks
+from torch_ref.metrics import read_metrics
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_start(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="module")
+def finished(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps with a checkpoint on the way."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(start, folder, "--do_eval=true")
+    return folder
+
+
+def run(start: Path, folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    file = config_file(start, folder, steps=STEPS)
+    app(["train", str(file), *overrides], standalone_mode=False)
+    return read_metrics(folder / "run")
+
+
+def refused(start: Path, folder: Path, *overrides: str, kind: type[UserError] = ConfigError) -> str:
+    with pytest.raises(kind) as caught:
+        run(start, folder, *overrides)
+    return str(caught.value)
+
+
+def test_metrics_have_the_keys_of_the_other_side(finished: Path) -> None:
+    records = read_metrics(finished / "run")
+    steps, evaluations = ([r for r in records if key in r] for key in ("step", "eval_step"))
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5] and [r["eval_step"] for r in evaluations] == [0, 5]
+    objective = {"loss", "sft_loss", "logps/chosen", "logps/rejected"} | {
+        f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")
+    }
+    speeds = {"tokens_per_second", "pairs_per_second", "packing_fill"}
+    assert steps[0].keys() == objective | speeds | {"step", "grad_norm", "learning_rate", "epoch", "pairs", "tokens"}
+    more = {"pairs", "runtime", "step", "epoch"}
+    assert evaluations[0].keys() == {f"eval_{name}" for name in objective | more}
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+
+
+@pytest.mark.parametrize("layout", [("false", "true"), ("true", "false"), ("false", "false")])
+def test_every_layout_has_the_same_curve(layout: tuple[str, str], start: Path, finished: Path, tmp_path: Path) -> None:
+    sharing, packing = layout
+    ours = run(start, tmp_path, f"--prefix_sharing={sharing}", f"--packing={packing}", "--save_strategy=no")
+    oracle = [r for r in read_metrics(finished / "run") if "step" in r]
+    for name in ("loss", "grad_norm", "rewards/margins"):
+        np.testing.assert_allclose([r[name] for r in ours], [r[name] for r in oracle], atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_is_the_uninterrupted_one(dtype: str, start: Path, tmp_path: Path) -> None:
+    whole = run(start, tmp_path, f"--dtype={dtype}")
+    weights = load_weights(tmp_path / "run/model")
+    shutil.rmtree(tmp_path / "run/checkpoints/5")
+    shutil.rmtree(tmp_path / "run/model")
+    resumed = run(start, tmp_path, f"--dtype={dtype}")
+    timeless = [{k: v for k, v in r.items() if "per_second" not in k} for r in (*whole, *resumed)]
+    assert timeless[:STEPS] == timeless[STEPS:]
+    for name, weight in load_weights(tmp_path / "run/model").items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_score_of_the_exported_model_agrees_with_the_last_evaluation(finished: Path) -> None:
+    file, model = finished / "scores.jsonl", finished / "run/model"
+    options = ["--split", "test", "--output", str(file), "--model", str(model)]
+    app(["score", str(finished / "config.yaml"), *options], standalone_mode=False)
+    scores = [json.loads(line) for line in file.read_text().splitlines()]
+    last = read_metrics(finished / "run")[-1]
+    assert [s["row"] for s in scores] == list(range(last["eval_pairs"]))
+    assert np.mean([s["margin"] for s in scores]) == pytest.approx(last["eval_rewards/margins"], abs=1e-6)
+    assert scores[0]["chosen_logp"] == pytest.approx(scores[0]["chosen_logp_sum"] / scores[0]["chosen_length"])
+    config = json.loads((model / "config.json").read_text())
+    assert (config["dtype"], config["use_cache"]) == ("float32", True)
+
+
+def test_an_adapter_learns_and_its_folder_can_be_scored(start: Path, tmp_path: Path) -> None:
+    records = run(start, tmp_path, "--use_peft=true", "--lora_r=4", "--learning_rate=0.01", "--save_strategy=no")
+    assert records[-1]["loss"] < records[0]["loss"]
+    model, file = tmp_path / "run/model", tmp_path / "scores.jsonl"
+    assert (model / "adapter_config.json").exists() and not (model / "model.safetensors").exists()
+    for options in ([], ["--model", str(model)]):
+        arguments = ["--split", "test", "--output", str(file), "--do_eval=false", *options]
+        app(["score", str(tmp_path / "config.yaml"), *arguments], standalone_mode=False)
+        last, file = file, tmp_path / "other.jsonl"
+    assert last.read_text() != (tmp_path / "scores.jsonl").read_text()
+
+
+def test_a_new_model_is_made_from_a_mapping(start: Path, tmp_path: Path) -> None:
+    new = "{model_type: qwen3, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, head_dim: 8, "
+    new += "num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 256}"
+    overrides = ["--model_name_or_path=null", f"--model_config={new}", "--tokenizer_name_or_path=builtin:cafe"]
+    first, second = (run(start, tmp_path / name, *overrides, "--save_strategy=no") for name in "ab")
+    assert [r["loss"] for r in first] == [r["loss"] for r in second]
+
+
+# --- what is refused
+
+
+def test_a_checkpoint_of_another_config_is_refused(start: Path, finished: Path) -> None:
+    message = refused(start, finished, "--beta=3.0", "--max_steps=9", kind=CheckpointError)
+    assert "beta: was 2.5, is 3.0" in message and "max_steps: was 5, is 9" in message
+
+
+def test_a_finished_run_is_not_trained_again(start: Path, finished: Path) -> None:
+    assert "finished at step 5" in refused(start, finished, kind=CheckpointError)
+
+
+def test_a_missing_checkpoint_is_never_a_silent_restart(start: Path, finished: Path, tmp_path: Path) -> None:
+    message = refused(start, tmp_path, "--resume_from_checkpoint=true", kind=CheckpointError)
+    assert "holds no checkpoint" in message
+    message = refused(start, finished, "--resume_from_checkpoint=4", kind=CheckpointError)
+    assert "there is no step 4; there are: [3, 5]" in message
+
+
+def test_a_damaged_or_foreign_checkpoint_is_told(start: Path, tmp_path: Path) -> None:
+    run(start, tmp_path)
+    shutil.rmtree(tmp_path / "run/checkpoints/5")
+    state = tmp_path / "run/checkpoints/3/state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    assert "cannot be restored" in refused(start, tmp_path, kind=CheckpointError)
+    (tmp_path / "run/checkpoints/3/_CHECKPOINT_METADATA").touch()
+    assert "checkpoints of `jax-simpo train`" in refused(start, tmp_path, kind=CheckpointError)
+
+
+def test_an_unfinished_checkpoint_is_none(start: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "run/checkpoints/3", tmp_path / "run/checkpoints/3")
+    (tmp_path / "run/checkpoints/3/run.json").unlink()
+    assert [r["step"] for r in run(start, tmp_path)] == [1, 2, 3, 4, 5]
+    assert (tmp_path / "run/checkpoints/3/run.json").exists()
+
+
+@pytest.mark.parametrize("wanted", ["flex", "flash_attention_2", "flash_attention_3"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_only_attention_is_refused_without_cuda(wanted: str, start: Path, tmp_path: Path) -> None:
+    assert "needs a CUDA GPU" in refused(start, tmp_path, f"--torch_attention={wanted}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_quantised_weights_are_refused_without_cuda(start: Path, tmp_path: Path) -> None:
+    assert "needs a CUDA GPU" in refused(start, tmp_path, "--load_in_4bit=true", "--use_peft=true")
+    assert "add an adapter" in refused(start, tmp_path, "--load_in_8bit=true")
+
+
+def test_flash_attention_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig
+
+    from tests.torch_ref.support import settings
+
+    monkeypatch.setattr("torch_ref.attention_choice._is_installed", lambda name: False)
+    config = settings("stacked", torch_attention="flash_attention_2", dtype="bfloat16")
+    with pytest.raises(ConfigError, match="`flash_attn` is not installed"):
+        choose_attention(config, LlamaConfig(), torch.device("cuda"))
+    rows = settings("packed", torch_attention="flash_attention_2")
+    with pytest.raises(ConfigError, match="knows no masks of rows"):
+        choose_attention(rows, LlamaConfig(), torch.device("cuda"))
+
+
+def test_an_unknown_family_is_told(start: Path, tmp_path: Path) -> None:
+    overrides = ["--model_name_or_path=null", "--tokenizer_name_or_path=builtin:cafe"]
+    message = refused(start, tmp_path, *overrides, "--model_config={model_type: llamma}", kind=ModelError)
+    assert "llamma" in message and "a family that transformers knows" in message
+    message = refused(start, tmp_path, *overrides, "--model_config={model_type: t5}", kind=ModelError)
+    assert "no causal language model" in message
+
+
+def test_a_checkpoint_that_lacks_tensors_is_told(start: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(start, broken)
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    message = refused(start, tmp_path, f"--model_name_or_path={broken}", kind=ModelError)
+    assert "lacks 1 tensors, such as model.norm.weight" in message
+
+
+def test_a_batch_that_the_ranks_cannot_share_out_is_refused() -> None:
+    from rich.console import Console
+
+    from tests.torch_ref.support import settings
+    from torch_ref.setup import Setup
+
+    ranks = Ranks(0, 3, torch.device("cpu"), launched=True)
+    with pytest.raises(ConfigError, match=r"16, which 3 ranks cannot share out equally.*such as 18"):
+        Setup(settings(global_batch_size=16), Console(quiet=True), ranks).global_batch_size()
+
+
+def test_adapters_belong_to_this_side(start: Path, tmp_path: Path) -> None:
+    from jax_simpo.config import load_config
+
+    with pytest.raises(ConfigError, match=r"`use_peft: true` cannot be honoured.*torch_ref"):
+        load_config(config_file(start, tmp_path, steps=1), ["--use_peft=true"])

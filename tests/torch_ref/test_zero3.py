@@ -1,0 +1,166 @@
+"""ZeRO-3 on two gloo ranks against a single process. All that needs the ranks is computed in one start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.torch_ref.start import config_file, make_start
+from torch_ref.__main__ import app
+from torch_ref.metrics import read_metrics
+
+pytest.importorskip("deepspeed")
+ROOT = Path(__file__).parents[2]
+STEPS = 5
+# Everything is partitioned, however small, and nothing is kept for later.
+DEEPSPEED = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+}
+LAYOUTS = {"rows": [], "stacked": ["--prefix_sharing=false", "--packing=false"]}
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:  # the ranks are the launcher's children, and must go with it
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a single process computes and what the ranks do, from the same start."""
+    folder = tmp_path_factory.mktemp("zero3")
+    start = make_start(folder / "start")
+    (folder / "deepspeed.json").write_text(json.dumps(DEEPSPEED))
+    file = config_file(start, folder / "plain", steps=STEPS)
+    app(["train", str(file)], standalone_mode=False)
+    done = torchrun(str(ROOT / "tests/torch_ref/zero3_cells.py"), str(folder))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "found.json").read_text())
+
+
+def curve(folder: Path, name: str, *keys: str) -> np.ndarray:
+    records = [r for r in read_metrics(folder / name / "run") if "step" in r]
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    return np.array([[r[key] for key in keys] for r in records])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_five_steps_are_those_of_a_single_process(layout: str, folder: Path) -> None:
+    keys = ("loss", "grad_norm", "rewards/margins", "sft_loss", "rewards/accuracies")
+    np.testing.assert_allclose(curve(folder, layout, *keys), curve(folder, "plain", *keys), atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_are_those_of_a_single_process(layout: str, folder: Path, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from jax_simpo.config import load_config
+    from torch_ref.batches import build_rank_step
+    from torch_ref.distributed import Ranks
+    from torch_ref.setup import Setup
+    from torch_ref.trainer import batch_part, make_engine
+
+    config = load_config(config_file(folder / "start/model", tmp_path, steps=STEPS), LAYOUTS[layout])
+    setup = Setup(config, Console(quiet=True), Ranks(0, 1, torch.device("cpu"), launched=False))
+    pairs = setup.train_pairs()
+    step = build_rank_step(setup.plan("training", pairs, batch=6, seed=42), pairs, 0, 0, 1)
+    engine = make_engine(setup)
+    for batch in step.micro_batches:
+        engine.backward(batch_part(engine, setup.objective, batch, step).loss, last=False)
+    ours = torch.load(folder / f"gradients-{layout}.pt")
+    oracle = engine.gradients()
+    assert ours.keys() == oracle.keys() and "model.layers.1.self_attn.q_proj.weight" in ours
+    for name, gradient in oracle.items():
+        distance = torch.linalg.norm(ours[name] - gradient) / torch.linalg.norm(gradient)
+        assert distance < 1e-5, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chosen_and_rejected_share_one_gathering_of_each_parameter(layout: str, found: dict[str, Any]) -> None:
+    assert set(found[layout]["gathered"]) == {found[layout]["parameters"]}
+
+
+def test_a_rank_holds_its_share_of_the_model_and_no_more(found: dict[str, Any]) -> None:
+    assert found["rows"]["held"] == found["rows"]["parameters"] // 2
+    assert found["rows"]["visible"] == 0
+
+
+def test_a_step_that_leaves_a_rank_without_pairs_was_among_them(folder: Path, found: dict[str, Any]) -> None:
+    assert found["ranks"] == [2.0]
+    assert curve(folder, "stacked", "pairs")[:, 0].tolist() == [6, 6, 6, 3, 6]  # one pair a forward, on two ranks
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(folder: Path) -> None:
+    keys = ("loss", "grad_norm", "learning_rate", "rewards/margins")
+    assert (curve(folder, "resumed", *keys) == curve(folder, "rows", *keys)).all()
+
+
+def test_the_exported_model_is_that_of_a_single_process(folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    ours, oracle = (load_file(folder / name / "run/model/model.safetensors") for name in ("rows", "plain"))
+    assert ours.keys() == oracle.keys()
+    for name in oracle:
+        torch.testing.assert_close(ours[name], oracle[name], atol=1e-4, rtol=0)
+    assert (folder / "rows/run/model/tokenizer.json").exists()
+
+
+def test_an_adapter_trains(folder: Path) -> None:
+    records = read_metrics(folder / "adapter/run")
+    assert records[-1]["eval_loss"] < records[0]["eval_loss"]
+    assert (folder / "adapter/run/model/adapter_model.safetensors").exists()
+
+
+def test_bfloat16_stays_near_float32(folder: Path) -> None:
+    distance = np.abs(curve(folder, "bfloat16", "loss") - curve(folder, "plain", "loss"))
+    assert 0 < distance.max() < 0.05
+
+
+def test_scores_are_those_of_a_single_process(folder: Path, found: dict[str, Any], tmp_path: Path) -> None:
+    file = config_file(folder / "start/model", tmp_path, steps=STEPS)
+    app(["score", str(file), "--split", "test", "--output", str(tmp_path / "scores.jsonl")], standalone_mode=False)
+    for line, ours in zip((tmp_path / "scores.jsonl").read_text().splitlines(), found["scores"], strict=True):
+        oracle = json.loads(line)
+        del oracle["row"]
+        assert ours == pytest.approx(oracle, abs=2e-5)
+
+
+def test_what_is_refused_is_told(found: dict[str, Any]) -> None:
+    assert "beta: was 2.5, is 3.0" in found["another config"]
+    assert "7, which 2 ranks cannot share out equally" in found["uneven"]
+    assert "written by a single process, this is DeepSpeed ZeRO-3 on 2 ranks" in found["plain checkpoint"]
+
+
+def test_the_command_tells_a_mistake_once_and_ends_with_an_error(folder: Path, tmp_path: Path) -> None:
+    file = config_file(folder / "start/model", tmp_path, steps=STEPS)
+    done = torchrun("-m", "torch_ref", "train", str(file), "--resume_from_checkpoint=true")
+    assert done.returncode == 1
+    assert done.stderr.count("error: `resume_from_checkpoint` is true") == 1
+    assert "torch_ref/trainer.py" not in done.stderr  # no traceback of ours

@@ -1,0 +1,141 @@
+"""What the ZeRO-3 tests look at, computed by all ranks in one start: `torchrun ... zero3_cells.py FOLDER`.
+
+The start model lies in FOLDER/start; what was found is written to FOLDER/found.json, curves to the runs' folders.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from jax_simpo.config import TrainConfig, load_config
+from jax_simpo.errors import UserError
+from tests.torch_ref.start import config_file
+from torch_ref.batches import build_rank_step
+from torch_ref.distributed import Ranks, open_ranks
+from torch_ref.evaluate import pair_records, score_pairs
+from torch_ref.setup import Setup
+from torch_ref.trainer import batch_part, make_engine, make_forward, train
+
+STEPS = 5
+LAYOUTS = {"rows": (), "stacked": ("--prefix_sharing=false", "--packing=false")}
+
+
+class GatheredNumbers(TorchDispatchMode):
+    """Counts the numbers that all-gathers bring to this rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "allgather" in func.name():
+            output = args[0]
+            tensors = output if isinstance(output, list | tuple) else [output]
+            self.count += sum(t.numel() for t in torch.utils._pytree.tree_leaves(tensors) if t is not None)
+        return func(*args, **(kwargs or {}))
+
+
+def settings(folder: Path, name: str, *overrides: str) -> TrainConfig:
+    own = f"config-{os.environ['RANK']}"  # or one rank might read what the other is writing
+    file = config_file(folder / "start/model", folder / name, steps=STEPS, name=own, run_name=name)
+    return load_config(file, overrides, torch=True)
+
+
+def look_at_one_step(folder: Path, ranks: Ranks, deepspeed: Path, layout: str) -> dict[str, Any]:
+    """Gradients of the first step, what its forwards gathered, and what a rank holds."""
+    setup = Setup(settings(folder, f"step-{layout}", *LAYOUTS[layout]), Console(quiet=True), ranks)
+    pairs = setup.train_pairs()
+    plan = setup.plan("training", pairs, batch=6, seed=42)
+    engine = make_engine(setup, deepspeed)
+    parameters = list(engine.policy.parameters())
+    held = sum(p.ds_tensor.numel() for p in parameters)
+    # Biases' and norms' weights, too: nothing stays gathered (the threshold in the DeepSpeed file is 0).
+    visible = sum(p.numel() for p in parameters)
+    step = build_rank_step(plan, pairs, 0, ranks.rank, ranks.world)
+    gathered = []
+    for number, batch in enumerate(step.micro_batches, start=1):
+        with GatheredNumbers() as numbers:
+            part = batch_part(engine, setup.objective, batch, step)
+        gathered.append(numbers.count)
+        engine.backward(part.loss, last=number == len(step.micro_batches))
+    gradients = engine.gradients()
+    if ranks.is_first:
+        torch.save({name: g.float() for name, g in gradients.items()}, folder / f"gradients-{layout}.pt")
+    return {
+        "parameters": setup.parameter_count,
+        "held": held,
+        "visible": visible,
+        "gathered": gathered,
+    }
+
+
+def refused(work: Callable[[], Any]) -> str:
+    try:
+        work()
+    except UserError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def cells(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    quiet, deepspeed = Console(quiet=True), folder / "deepspeed.json"
+    found: dict[str, Any] = {}
+    for layout, overrides in LAYOUTS.items():
+        found[layout] = look_at_one_step(folder, ranks, deepspeed, layout)
+        gc.collect()
+        train(settings(folder, layout, *overrides), quiet, ranks, deepspeed)
+        gc.collect()
+    # The run with rows once more from step 3, in a folder of its own; and one evaluated, with an adapter.
+    if ranks.is_first:
+        config = folder / "resumed"
+        config.mkdir()
+        os.system(f"cp -r {folder}/rows/run {config}/run && rm -r {config}/run/checkpoints/5 {config}/run/model")
+    ranks.wait()
+    train(settings(folder, "resumed"), quiet, ranks, deepspeed)
+    gc.collect()
+    train(settings(folder, "adapter", "--use_peft=true", "--do_eval=true"), quiet, ranks, deepspeed)
+    gc.collect()
+    train(settings(folder, "bfloat16", "--dtype=bfloat16", "--save_strategy=no"), quiet, ranks, deepspeed)
+    gc.collect()
+    setup = Setup(settings(folder, "score"), quiet, ranks)
+    pairs = setup.split_pairs("test")
+    plan = setup.plan("test", pairs, batch=4, seed=None)
+    found["scores"] = list(
+        pair_records(score_pairs(make_forward(setup, deepspeed), plan, pairs, ranks), setup.objective)
+    )
+    gc.collect()
+    found["another config"] = refused(lambda: train(settings(folder, "rows", "--beta=3.0"), quiet, ranks, deepspeed))
+    found["uneven"] = refused(
+        lambda: train(settings(folder, "uneven", "--global_batch_size=7"), quiet, ranks, deepspeed)
+    )
+    found["plain checkpoint"] = refused(
+        lambda: train(settings(folder, "plain", "--resume_from_checkpoint=3"), quiet, ranks, deepspeed)
+    )
+    found["ranks"] = ranks.sum(np.array([1.0])).tolist()
+    return found
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    with open_ranks() as ranks:
+        found = cells(folder, ranks)
+        if ranks.is_first:
+            (folder / "found.json").write_text(json.dumps(found))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as the command does
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The command line: `python -m torch_ref train|score CONFIG.yaml --key=value ...`.
+
+Several ranks, and ZeRO-3 with them: `torchrun --nproc_per_node N -m torch_ref train CONFIG.yaml`, or
+`deepspeed --module torch_ref train CONFIG.yaml`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from jax_simpo.config import TrainConfig, load_config
+from jax_simpo.errors import ConfigError, UserError
+
+if TYPE_CHECKING:  # importing torch takes seconds, which `--help` and a misspelt key need not wait for
+    from torch_ref.distributed import Ranks
+
+app = typer.Typer(
+    help="SimPO in PyTorch, the reference of jax-simpo: the same config files, overrides and outputs. Under torchrun "
+    "or deepspeed it trains with ZeRO-3 on all ranks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The config file.", show_default=False)]
+DeepSpeedFile = Annotated[
+    Path | None,
+    typer.Option(help="DeepSpeed settings. Default: configs/deepspeed_zero3.json.", show_default=False),
+]
+
+
+@app.command(context_settings=OVERRIDES)
+def train(context: typer.Context, config: ConfigFile, deepspeed: DeepSpeedFile = None) -> None:
+    """Trains; resumes by itself when the output directory holds a checkpoint of the same run."""
+    settings = load_config(config, context.args, torch=True)
+    from torch_ref.distributed import open_ranks
+    from torch_ref.trainer import train as run
+
+    with open_ranks() as ranks:
+        run(settings, _console(settings, ranks), ranks, deepspeed)
+
+
+@app.command(context_settings=OVERRIDES)
+def score(
+    context: typer.Context,
+    config: ConfigFile,
+    split: Annotated[str, typer.Option(help="Split to score.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="JSONL file to write, one object per pair.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model folder or hub id. Default: what the config starts from.", show_default=False),
+    ] = None,
+    deepspeed: DeepSpeedFile = None,
+) -> None:
+    """Writes log-probs, rewards, margin and loss of every pair of a split, in file order."""
+    settings = load_config(config, context.args, torch=True)
+    _check_can_write(output)
+    from torch_ref.distributed import open_ranks
+    from torch_ref.evaluate import PAIRS_PER_PLAN, pair_records, score_pairs
+    from torch_ref.setup import Setup
+    from torch_ref.trainer import make_forward
+
+    with open_ranks() as ranks:
+        console = _console(settings, ranks)
+        setup = Setup(settings, console, ranks, model)
+        pairs = setup.split_pairs(split)
+        plan = setup.plan(split, pairs, batch=PAIRS_PER_PLAN, seed=None)
+        scores = score_pairs(make_forward(setup, deepspeed), plan, pairs, ranks)
+        if not ranks.is_first:
+            return
+        with output.open("w", encoding="utf-8") as file:
+            for (_, row), record in zip(pairs.origins, pair_records(scores, setup.objective), strict=True):
+                file.write(json.dumps({"row": row, **record}) + "\n")
+        console.print(f"{len(pairs)} pairs scored: {output}")
+
+
+def _console(settings: TrainConfig, ranks: Ranks) -> Console:
+    """Where notes go: stderr, of the first rank only."""
+    console = Console(stderr=True, quiet=not ranks.is_first)
+    for notice in settings.notices:
+        console.print(f"note: {notice}", style="yellow", markup=False)
+    return console
+
+
+def _check_can_write(file: Path) -> None:
+    """Fails before the work is done, not after."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}. Give another path") from error
+
+
+def main() -> None:
+    """Runs the command; a mistake of the user's is told without a traceback, and once, by the first rank."""
+    rank = os.environ.get("RANK")
+    status: int | str | None = 0
+    # The deepspeed launcher puts this before the command, and says the same in the environment.
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]
+    try:
+        app(arguments)
+    except UserError as error:
+        if rank in (None, "0"):
+            Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
+        status = 1
+    except SystemExit as end:  # how typer ends, well or not
+        status = end.code
+    if rank is not None:
+        # What DeepSpeed leaves behind makes one process in ten abort while Python is taken down, after all is done and
+        # the process group is closed; the launcher would take that for a failed run.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else int(bool(status)))
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Attention on rows: the mask of one integer per key, for transformers models as they are.
+
+A row holds several responses, whose prompt may be shared. Key `k` is visible to query `q` iff `k <= q < key_end[k]`,
+and in a layer with a sliding window only if `positions[q] - positions[k] < window`: a window is measured in positions,
+because the branches of a row lie farther apart than the sequences they stand for.
+
+No model code is patched. transformers looks its attention up by name in a registry and hands the keyword arguments of
+a forward call down to it, together with what belongs to the layer (scale, window, soft cap):
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation=ROW_ATTENTION["sdpa"])
+    model.model(input_ids=tokens, position_ids=positions, rows=RowMask(key_end, positions))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+ROW_ATTENTION = {"sdpa": "rows_sdpa", "flex": "rows_flex", "dense": "rows_dense"}
+"""Our name of an implementation -> the name it is registered under."""
+
+
+@dataclass
+class RowMask:
+    """What of a row is visible to what, made ready once per batch for every layer that asks."""
+
+    key_end: Int[Tensor, "B L"]
+    positions: Int[Tensor, "B L"]
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def visible(self, window: int | None) -> Bool[Tensor, "B 1 L L"]:
+        """The whole mask, query by key."""
+        key = ("visible", self._narrow(window))
+        if key not in self._made:
+            index = torch.arange(self.key_end.shape[1], device=self.key_end.device)
+            query, to_key = index[:, None], index[None, :]
+            mask = (to_key <= query) & (query < self.key_end[:, None, :])
+            if key[1] is not None:
+                mask &= self.positions[:, :, None] - self.positions[:, None, :] < key[1]
+            self._made[key] = mask[:, None]
+        return self._made[key]
+
+    def sdpa_mask(self, window: int | None) -> Bool[Tensor, "B 1 L L"]:
+        """As `visible`, but a query that sees nothing sees itself: a softmax over nothing would be NaN."""
+        key = ("sdpa", self._narrow(window))
+        if key not in self._made:
+            blind = ~self.seeing[:, None, :, None]
+            itself = torch.eye(self.key_end.shape[1], dtype=torch.bool, device=self.key_end.device)
+            self._made[key] = self.visible(window) | (blind & itself)
+        return self._made[key]
+
+    def block_mask(self, window: int | None) -> Any:
+        """FlexAttention's form: which blocks are dead, full or mixed, and the rule inside mixed ones."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        key = ("block", self._narrow(window))
+        if key not in self._made:
+            key_end, positions, narrow = self.key_end, self.positions, key[1]
+
+            def rule(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                seen = (k <= q) & (q < key_end[b, k])
+                if narrow is not None:
+                    seen &= positions[b, q] - positions[b, k] < narrow
+                return seen
+
+            rows, length = key_end.shape
+            # Compiled, it never holds the whole mask; a CPU has no kernel that would care.
+            compiled = key_end.device.type == "cuda"
+            self._made[key] = create_block_mask(
+                rule, rows, None, length, length, device=str(key_end.device), _compile=compiled
+            )
+        return self._made[key]
+
+    @property
+    def seeing(self) -> Bool[Tensor, "B L"]:
+        """The queries that see anything. Every token sees itself, so only padding does not."""
+        return self.key_end > 0
+
+    def _narrow(self, window: int | None) -> int | None:
+        """None for a window that no position in a row of this length can leave."""
+        return None if window is None or window >= self.key_end.shape[1] else window
+
+
+def sdpa_attention(
+    query: Float[Tensor, "B H L Dh"], key: Tensor, value: Tensor, mask: Bool[Tensor, "B 1 L L"], scale: float
+) -> Float[Tensor, "B H L Dh"]:
+    """PyTorch's own attention under a boolean mask. It knows no soft cap."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def dense_attention(
+    query: Float[Tensor, "B H L Dh"],
+    key: Tensor,
+    value: Tensor,
+    visible: Bool[Tensor, "B 1 L L"],
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Tensor, "B H L Dh"]:
+    """Attention as the formula has it: scale, soft cap, mask, softmax in float32. All scores are in memory at once."""
+    scores = query @ key.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.float().masked_fill(~visible, torch.finfo(torch.float32).min)
+    # Zero once more: where nothing is visible the softmax is over equal numbers.
+    weights = torch.softmax(scores, dim=-1).masked_fill(~visible, 0.0)
+    return weights.to(value.dtype) @ value
+
+
+def flex_attention(
+    query: Float[Tensor, "B H L Dh"], key: Tensor, value: Tensor, block_mask: Any, scale: float, softcap: float | None
+) -> Float[Tensor, "B H L Dh"]:
+    """FlexAttention: skips the blocks that the mask rules out, forwards and backwards. CUDA only (no CPU backward)."""
+    return _compiled_flex(query.device.type)(
+        query, key, value, score_mod=_soft_cap(softcap), block_mask=block_mask, scale=scale
+    )
+
+
+@lru_cache
+def _compiled_flex(device: str) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    return torch.compile(flex, dynamic=False) if device == "cuda" else flex
+
+
+@lru_cache  # one function per cap, so that FlexAttention is compiled once for it
+def _soft_cap(softcap: float | None) -> Any:
+    if softcap is None:
+        return None
+
+    def capped(score: Tensor, _b: Tensor, _h: Tensor, _q: Tensor, _k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
+
+
+def _attend(implementation: str) -> Any:
+    """The function that transformers calls in every layer."""
+
+    def attend(
+        module: nn.Module,
+        query: Float[Tensor, "B H L Dh"],
+        key: Float[Tensor, "B K L Dh"],
+        value: Float[Tensor, "B K L Dh"],
+        attention_mask: None,
+        *,
+        rows: RowMask,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **_: Any,
+    ) -> tuple[Float[Tensor, "B L H Dh"], None]:
+        if attention_mask is not None or dropout:
+            raise ValueError("rows bring their own mask, and the prefix they share allows no dropout")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        if implementation == "flex":
+            out = flex_attention(query, key, value, rows.block_mask(sliding_window), scale, softcap)
+        elif implementation == "dense" or softcap is not None:
+            out = dense_attention(query, key, value, rows.visible(sliding_window), scale, softcap)
+        else:
+            out = sdpa_attention(query, key, value, rows.sdpa_mask(sliding_window), scale)
+        return out.masked_fill(~rows.seeing[:, None, :, None], 0.0).transpose(1, 2).contiguous(), None
+
+    return attend
+
+
+def _no_mask(**_: Any) -> None:
+    """Rows bring their own mask; transformers makes none."""
+
+
+def register() -> None:
+    """Makes the implementations known to transformers under the names of `ROW_ATTENTION`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    for implementation, name in ROW_ATTENTION.items():
+        AttentionInterface.register(name, _attend(implementation))
+        AttentionMaskInterface.register(name, _no_mask)

@@ -1,0 +1,194 @@
+"""The pairs of a step as tensors, one rank's share at a time, in either of two forms.
+
+**Stacked**, the original's concatenated forward: chosen and rejected one below the other along the batch, padded to the
+longest, one sequence per line.
+
+**Rows**, the method of the paper on prefix sharing: `jax_simpo.data.rows`, any number of pairs in one line, a mask of
+one integer per key.
+
+Both come from the same step plan, so that a step has the same pairs whatever the form, and every rank the same number
+of micro-batches, as the collectives of ZeRO-3 require; a share without pairs is a line of padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from jax_simpo.data.loader import PairSource, prefetch
+from jax_simpo.data.packing import Step, StepPlan
+from jax_simpo.data.pairs import TokenizedPair
+from jax_simpo.data.rows import build_rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of one rank: B lines of L tokens, N targets, S responses, P pairs.
+
+    Attributes:
+        tokens: input token ids; padding 0.
+        attention_mask: stacked only: 1 for tokens, 0 for padding.
+        positions: rows only: position of each token in its own response's sequence.
+        key_end: rows only: key `k` is visible to query `q` iff `k <= q < key_end[k]`.
+        target_line: the line and the index in it whose hidden state predicts each target,
+        target_index: (see above)
+        target_token: the token predicted,
+        target_response: and the response it belongs to.
+        response_length: targets of each response.
+        chosen: the chosen response of each pair,
+        rejected: and the rejected one.
+        pairs: number of each pair in the step.
+    """
+
+    tokens: Int[Tensor, "B L"]
+    attention_mask: Int[Tensor, "B L"] | None
+    positions: Int[Tensor, "B L"] | None
+    key_end: Int[Tensor, "B L"] | None
+    target_line: Int[Tensor, " N"]
+    target_index: Int[Tensor, " N"]
+    target_token: Int[Tensor, " N"]
+    target_response: Int[Tensor, " N"]
+    response_length: Int[Tensor, " S"]
+    chosen: Int[Tensor, " P"]
+    rejected: Int[Tensor, " P"]
+    pairs: Int[Tensor, " P"]
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens that are not padding."""
+        mask = self.attention_mask if self.key_end is None else self.key_end
+        assert mask is not None
+        return int(torch.count_nonzero(mask))
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
+
+
+NumberedPairs = Sequence[tuple[int, TokenizedPair]]
+
+
+def stack_pairs(pairs: NumberedPairs) -> Batch:
+    """Chosen and rejected of these pairs stacked along the batch: first all chosen, then all rejected, right-padded."""
+    count = len(pairs)
+    responses = [p.chosen for _, p in pairs] + [p.rejected for _, p in pairs]
+    length = max([len(r.inputs) for r in responses], default=1)
+    tokens = np.zeros((max(1, 2 * count), length), np.int64)
+    mask = np.zeros_like(tokens)
+    for line, response in enumerate(responses):
+        tokens[line, : len(response.inputs)] = response.inputs
+        mask[line, : len(response.inputs)] = 1
+    if not responses:
+        mask[0, 0] = 1  # a line without any token would have nothing to attend to
+    lengths = np.array([len(r.targets) for r in responses], np.int64)
+    target_line = np.repeat(np.arange(2 * count), lengths)
+    index = [np.arange(r.prompt_length - 1, len(r.inputs)) for r in responses]
+    return _batch(
+        tokens=tokens,
+        attention_mask=mask,
+        target_line=target_line,
+        target_index=_join(index),
+        target_token=_join([r.targets for r in responses]),
+        target_response=target_line,
+        response_length=lengths,
+        chosen=np.arange(count),
+        rejected=np.arange(count, 2 * count),
+        pairs=np.array([number for number, _ in pairs], np.int64),
+    )
+
+
+def row_batch(rows: Sequence[NumberedPairs], plan: StepPlan) -> Batch:
+    """These rows, without the padding of targets and response slots that arrays of one static shape need."""
+    laid = build_rows(rows, plan.shape, prefix_sharing=plan.prefix_sharing)
+    slots = plan.shape.responses
+    held = laid.response_pair >= 0
+    number = np.full(held.shape, -1)  # (row, slot) -> response
+    number[held] = np.arange(held.sum())
+    line, at = np.nonzero(laid.target_response < slots)
+    response = number[line, laid.target_response[line, at]]
+    pair, rank = laid.response_pair[held], laid.response_rank[held]
+    chosen = np.flatnonzero(rank == 0)
+    rejected_of = dict(zip(pair[rank == 1].tolist(), np.flatnonzero(rank == 1).tolist(), strict=True))
+    return _batch(
+        tokens=laid.tokens,
+        positions=laid.positions,
+        key_end=laid.key_end,
+        target_line=line,
+        target_index=laid.target_index[line, at],
+        target_token=laid.target_token[line, at],
+        target_response=response,
+        response_length=np.bincount(response, minlength=int(held.sum())),
+        chosen=chosen,
+        rejected=np.array([rejected_of[p] for p in pair[chosen].tolist()], np.int64),
+        pairs=pair[chosen],
+    )
+
+
+def _join(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int64), *arrays])
+
+
+def _batch(**arrays: Any) -> Batch:
+    names = {f.name for f in fields(Batch)}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(a, np.int64)) for name, a in arrays.items()}
+    return Batch(**{name: tensors.get(name) for name in names})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """One rank's share of an optimizer step, and the denominators of the whole step.
+
+    Attributes:
+        step: its number, from 0.
+        pairs: the whole step's pairs, as indices into the data.
+        chosen_tokens: tokens of all chosen responses of the step.
+        epoch: epochs done after it.
+        micro_batches: this rank's; every rank has the same number.
+    """
+
+    step: int
+    pairs: Int[np.ndarray, " P"]
+    chosen_tokens: int
+    epoch: float
+    micro_batches: list[Batch]
+
+
+def build_rank_step(plan: StepPlan, source: PairSource, step: int, rank: int, world: int) -> RankStep:
+    """Builds what a rank computes in a step, reading only the tokens of its own pairs.
+
+    The rows of the plan are dealt out in blocks: micro-batch m is rows `m * size` to `(m + 1) * size`, of which each
+    rank takes an equal part in order.
+    """
+    planned = plan.step(step)
+    size = plan.rows_per_micro_batch
+    share = size // world
+    micro_batches = []
+    for m in range(planned.micro_batches):
+        start = m * size + rank * share
+        micro_batches.append(_build(plan, source, planned, range(start, start + share)))
+    chosen_tokens = int(plan.lengths.chosen_targets[planned.pairs].sum())
+    return RankStep(step, planned.pairs, chosen_tokens, planned.epoch, micro_batches)
+
+
+def _build(plan: StepPlan, source: PairSource, planned: Step, rows: range) -> Batch:
+    places = [planned.rows[r].tolist() if r < len(planned.rows) else [] for r in rows]
+    flat = [p for row in places for p in row]
+    pairs = dict(zip(flat, source.pairs(planned.pairs[flat]), strict=True)) if flat else {}
+    numbered = [[(p, pairs[p]) for p in row] for row in places]
+    if plan.prefix_sharing or plan.packing:
+        return row_batch(numbered, plan)
+    return stack_pairs([pair for row in numbered for pair in row])
+
+
+def rank_steps(
+    plan: StepPlan, source: PairSource, steps: range, rank: int, world: int, *, ahead: int = 2
+) -> Iterator[RankStep]:
+    """A rank's shares of these steps in order, built ahead by a thread."""
+    return prefetch((build_rank_step(plan, source, step, rank, world) for step in steps), ahead)

@@ -1,0 +1,139 @@
+"""What a training loop asks of an engine, and the plain one: a single process, PyTorch alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from jax_simpo.config import TrainConfig
+from jax_simpo.errors import CheckpointError
+from torch_ref.batches import Batch
+from torch_ref.model import DTYPES, Policy
+from torch_ref.optim import make_adamw, parameter_groups, set_learning_rate
+
+PREFIX = "causal_lm."  # of parameter names in a `Policy`
+
+
+class Engine(Protocol):
+    """A model with its optimizer.
+
+    Attributes:
+        name: which engine, on how many ranks; a checkpoint can be read by an equal one only.
+        policy: the model.
+    """
+
+    name: str
+    policy: Policy
+
+    def logps(self, batch: Batch) -> Float[Tensor, " N"]:
+        """The log-probability of every target of this rank's batch."""
+
+    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
+        """Adds this rank's part of the step's gradients. `last` says that the step's last micro-batch is done."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The whole step's gradients by their Hugging Face names, between the last `backward` and `update`."""
+
+    def update(self, learning_rate: float) -> float:
+        """Clips, makes one optimizer step, and returns the gradients' norm before clipping."""
+
+    def weights(self, dtype: torch.dtype, *, trained_only: bool = False) -> dict[str, Tensor]:
+        """The weights by their Hugging Face names, on the first rank's host; nothing on the others."""
+
+    def save(self, folder: Path) -> None:
+        """Writes all that a resume needs."""
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote."""
+
+
+def hugging_face_names(policy: Policy) -> dict[str, nn.Parameter]:
+    """The model's parameters by the names of its checkpoints; one that is shared has its first name only."""
+    named = policy.named_parameters()  # the head of a `Policy` comes last and shares its weight: it is not among them
+    return {name.removeprefix(PREFIX): parameter for name, parameter in named}
+
+
+class PlainEngine:
+    """One process without DeepSpeed: gradients, AdamW and its float32 weights as PyTorch has them.
+
+    In bfloat16 the model's weights are rounded copies of float32 masters, which the optimizer works on, and gradients
+    are added up in float32.
+    """
+
+    def __init__(self, policy: Policy, config: TrainConfig) -> None:
+        """Takes a policy with float32 weights."""
+        self.name = "a single process"
+        self.policy = policy
+        self._max_norm = config.max_grad_norm
+        self._trained = {n: p for n, p in hugging_face_names(policy).items() if p.requires_grad}
+        self._rounded = config.dtype != "float32"
+        self._masters: dict[nn.Parameter, Tensor] = {p: p for p in self._trained.values()}
+        if self._rounded:
+            self._round(DTYPES[config.dtype])
+        groups = parameter_groups(policy, config.weight_decay, self._masters.__getitem__)
+        self._optimizer = make_adamw(groups, config)
+
+    def _round(self, dtype: torch.dtype) -> None:
+        for parameter in self._trained.values():
+            self._masters[parameter] = parameter.detach().float().clone()
+            parameter.register_post_accumulate_grad_hook(self._take_gradient)
+        for parameter in self.policy.parameters():  # buffers such as RoPE frequencies stay as they are
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+
+    def _take_gradient(self, parameter: nn.Parameter) -> None:
+        master, gradient = self._masters[parameter], parameter.grad
+        assert gradient is not None
+        master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    def logps(self, batch: Batch) -> Float[Tensor, " N"]:
+        return self.policy(batch)
+
+    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
+        loss.backward()
+
+    def gradients(self) -> dict[str, Tensor]:
+        found = {name: self._masters[p].grad for name, p in self._trained.items()}
+        return {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
+
+    def update(self, learning_rate: float) -> float:
+        masters = list(self._masters.values())
+        norm = nn.utils.get_total_norm([m.grad for m in masters if m.grad is not None])
+        if self._max_norm:
+            nn.utils.clip_grads_with_norm_(masters, self._max_norm, norm)
+        set_learning_rate(self._optimizer, learning_rate)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self._rounded:
+            with torch.no_grad():
+                for parameter, master in self._masters.items():
+                    parameter.copy_(master)
+        return float(norm)
+
+    def weights(self, dtype: torch.dtype, *, trained_only: bool = False) -> dict[str, Tensor]:
+        named = self._trained if trained_only else hugging_face_names(self.policy)
+        return {name: self._masters.get(p, p).detach().to("cpu", dtype) for name, p in named.items()}
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        masters = {name: self._masters[p].detach() for name, p in self._trained.items()}
+        torch.save({"weights": masters, "optimizer": self._optimizer.state_dict()}, folder / "state.pt")
+
+    def load(self, folder: Path) -> None:
+        try:
+            state = torch.load(folder / "state.pt", map_location=self.policy.head.weight.device, weights_only=True)
+            with torch.no_grad():
+                for name, parameter in self._trained.items():
+                    self._masters[parameter].copy_(state["weights"][name])
+                    parameter.copy_(self._masters[parameter])
+            self._optimizer.load_state_dict(state["optimizer"])
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+            raise CheckpointError(
+                f"{folder}: cannot be restored ({error}). It is damaged, or belongs to another model; remove it, or "
+                "train into another `output_dir`"
+            ) from error

@@ -1,0 +1,230 @@
+"""The model: a transformers decoder, and the log-probabilities of the targets from its hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from jax_simpo.config import TrainConfig
+from jax_simpo.errors import ConfigError, ModelError
+from torch_ref.adapters import add_adapter, base_of_adapter, load_adapter, quantization
+from torch_ref.attention import RowMask, register
+from torch_ref.attention_choice import AttentionChoice, uses_rows
+from torch_ref.batches import Batch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TargetLogps(nn.Module):
+    """The LM head, with the log-softmax over the vocabulary taken in float32, a chunk of targets at a time.
+
+    It shares its weight with the model's own head, which is never called. Being a module, it has its weight gathered
+    by ZeRO-3 once before all chunks, however many a rank has; the backward pass makes the logits of a chunk again.
+    """
+
+    def __init__(self, head: nn.Linear, softcap: float | None, chunk: int) -> None:
+        super().__init__()
+        self.weight, self.bias = head.weight, head.bias
+        self.softcap, self.chunk = softcap, chunk
+
+    def forward(self, hidden: Float[Tensor, "N D"], token: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Log-probability of each token under the hidden state that predicts it, float32."""
+        chunks = zip(hidden.split(self.chunk), token.split(self.chunk), strict=True)  # one, when there is no target
+        logps = [checkpoint(self._chunk, h, t, self.weight, use_reentrant=False) for h, t in chunks]
+        return torch.cat(logps)
+
+    def _chunk(self, hidden: Tensor, token: Tensor, weight: Tensor) -> Tensor:
+        logits = F.linear(hidden, weight, self.bias).float()
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+class Policy(nn.Module):
+    """A causal language model that answers one question: how probable is each target?"""
+
+    causal_lm: Any  # a `PreTrainedModel`, or peft's wrapper of one
+
+    def __init__(self, causal_lm: Any, chunk: int) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        config = causal_lm.config
+        head = causal_lm.get_output_embeddings()
+        # Types are compared, not isinstance: an adapter's or a quantised layer is a Linear with more to it.
+        if type(head) is not nn.Linear:
+            raise ConfigError(
+                f"the model's output layer is a {type(head).__name__}, and must be a plain one. Leave it out of "
+                "`lora_target_modules`"
+            )
+        self.head = TargetLogps(head, getattr(config, "final_logit_softcapping", None), chunk)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its head."""
+        base = self.causal_lm.get_base_model() if hasattr(self.causal_lm, "get_base_model") else self.causal_lm
+        return base.get_decoder()
+
+    def forward(self, batch: Batch) -> Float[Tensor, " N"]:
+        """The log-probability of every target of a batch, float32. Prompts and padding never reach the head."""
+        if batch.key_end is not None:
+            assert batch.positions is not None
+            mask = {"position_ids": batch.positions, "rows": RowMask(batch.key_end, batch.positions)}
+        else:
+            mask = {"attention_mask": batch.attention_mask}
+        hidden = self.decoder(input_ids=batch.tokens, use_cache=False, **mask).last_hidden_state
+        return self.head(hidden[batch.target_line, batch.target_index], batch.target_token)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configuration and weights
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load_model_config(config: TrainConfig, choice: str | None, new_model: dict[str, Any]) -> Any:
+    """The transformers configuration of the model a run starts from, with every dropout switched off.
+
+    Args:
+        config: the run's settings.
+        choice: a folder or hub id in place of the config's model.
+        new_model: `model_config` with the tokenizer's sizes filled in, used when there is no model to start from.
+
+    Raises:
+        ModelError: there is no such model, or transformers does not know its family.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = base_of_adapter(choice) or choice or config.model_name_or_path
+    try:
+        if name is not None:
+            revision = config.model_revision if choice is None else None
+            model_config = AutoConfig.from_pretrained(name, revision=revision or "main")
+        else:
+            rest = dict(new_model)
+            kind = rest.pop("model_type", None)
+            if kind is None:
+                raise ModelError("`model_config` has no `model_type`, such as llama, mistral, gemma2 or qwen3; add it")
+            model_config = AutoConfig.for_model(kind, **rest)
+    # transformers has an exception for each: a missing folder, no network, broken JSON, an unknown family.
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"model {name or '`model_config`'}: its configuration cannot be used ({reason}). Give a folder with "
+            "config.json or a hub id, of a family that transformers knows"
+        ) from error
+    if type(model_config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(
+            f"model {name or '`model_config`'}: the family `{model_config.model_type}` is no causal language model. "
+            "Use a decoder-only one, such as llama, mistral, gemma2 or qwen3"
+        )
+    for key in ("logit_scale", "logits_scaling"):
+        if getattr(model_config, key, None) not in (None, 1, 1.0):
+            raise ModelError(
+                f"the family `{model_config.model_type}` scales its logits (`{key}`), which is not built in"
+            )
+    for key in vars(model_config):
+        if key.endswith(("dropout", "pdrop")) and isinstance(getattr(model_config, key), float):
+            setattr(model_config, key, 0.0)
+    return model_config
+
+
+def count_parameters(model_config: Any) -> int:
+    """Parameters of a model, counted without making it; a tied head is counted once."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters())
+
+
+def load_policy(
+    config: TrainConfig,
+    model_config: Any,
+    attention: AttentionChoice,
+    device: torch.device,
+    *,
+    choice: str | None = None,
+    dtype: torch.dtype,
+    trained: bool = True,
+) -> Policy:
+    """Makes the model and loads its weights.
+
+    Under ZeRO-3 (while a `HfDeepSpeedConfig` is alive) parameters are born partitioned, and the checkpoint is copied
+    into them one module at a time.
+
+    Args:
+        config: the run's settings.
+        model_config: from `load_model_config`.
+        attention: from `choose_attention`.
+        device: where to; under ZeRO-3 DeepSpeed decides.
+        choice: a folder or hub id in place of the config's model.
+        dtype: of the weights.
+        trained: whether it is for training, with adapter and gradient checkpointing as configured.
+
+    Raises:
+        ModelError: the weights are missing or do not fit the configuration.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    register()
+    base = base_of_adapter(choice)
+    name = base or choice or config.model_name_or_path
+    extra: dict[str, Any] = {"attn_implementation": attention.registered, "dtype": dtype}
+    torch.manual_seed(config.seed)
+    if name is None:
+        causal_lm = AutoModelForCausalLM.from_config(model_config, **extra)
+    else:
+        partitioned = is_deepspeed_zero3_enabled()
+        quantized = quantization(config, device, partitioned=partitioned) if choice is None else {}
+        try:
+            causal_lm, loading = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=model_config,
+                revision=config.model_revision if choice is None else None,
+                use_safetensors=True,
+                output_loading_info=True,
+                **extra,
+                **quantized,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ModelError(f"model {name}: its weights cannot be loaded ({reason})") from error
+        _check_complete(name, loading)
+        if base is not None:
+            assert choice is not None
+            causal_lm = load_adapter(causal_lm, choice)
+    if uses_rows(config) and not causal_lm._supports_attention_backend:
+        raise ModelError(
+            f"transformers' `{model_config.model_type}` has no exchangeable attention, which rows need. Set "
+            "`prefix_sharing` and `packing` to false"
+        )
+    if trained:
+        if config.remat != "none":
+            _recompute_layers(causal_lm)
+        causal_lm = add_adapter(config, causal_lm)
+    policy = Policy(causal_lm, config.logprob_chunk)
+    if not is_deepspeed_zero3_enabled() and not getattr(causal_lm, "is_quantized", False):
+        policy.to(device)
+    return policy.train(trained)
+
+
+def _recompute_layers(causal_lm: Any) -> None:
+    """Keeps only the input of each layer and computes the rest again in the backward pass."""
+    # transformers 5 renamed it on the way to 6.
+    new_name = getattr(causal_lm, "activation_checkpointing_enable", None)
+    enable = new_name or causal_lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _check_complete(name: str, loading: dict[str, Any]) -> None:
+    """transformers fills what a checkpoint lacks with random numbers, and only warns."""
+    missing, wrong = sorted(loading["missing_keys"]), sorted(map(str, loading["mismatched_keys"]))
+    if missing or wrong:
+        what = f"lacks {len(missing)} tensors, such as {missing[0]}" if missing else f"has other shapes: {wrong[0]}"
+        raise ModelError(f"model {name}: the checkpoint {what}. Its files are incomplete, or not of this config.json")

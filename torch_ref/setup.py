@@ -1,0 +1,193 @@
+"""From a config to the things a run is made of: tokenizer, pairs, plan, model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from jax_simpo.config import TrainConfig
+from jax_simpo.data import chat, sources
+from jax_simpo.data.packing import StepPlan, choose_row_shape, measure
+from jax_simpo.data.rows import RowShape
+from jax_simpo.data.tokenize import PairDataset, tokenize_split
+from jax_simpo.errors import ConfigError, ModelError
+from torch_ref.attention_choice import AttentionChoice, choose_attention, uses_rows
+from torch_ref.distributed import Ranks
+from torch_ref.losses import Objective
+from torch_ref.model import DTYPES, Policy, count_parameters, load_model_config, load_policy
+
+_LONGEST_ROW = 16384  # longer rows fill no better
+_LONGEST_DENSE_ROW = 2048  # without skipped blocks attention costs the square of the row
+_BYTES_PER_TOKEN_AND_WIDTH = 200  # of one layer's activations and of what checkpointing keeps; a rough upper bound
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a config describes. Everything is made when it is first asked for.
+
+    Attributes:
+        config: the run's settings.
+        console: where notes for the user go.
+        ranks: this process among the others.
+        model_choice: `--model`: a folder or hub id in place of the config's model.
+    """
+
+    config: TrainConfig
+    console: Console
+    ranks: Ranks
+    model_choice: str | None = None
+
+    @cached_property
+    def objective(self) -> Objective:
+        return Objective.of(self.config)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        config = self.config
+        return chat.load_tokenizer(
+            config.tokenizer_name_or_path or self.model_choice or config.model_name_or_path or "",
+            chat_template=config.chat_template,
+            trust_remote_code=config.trust_remote_code,
+            revision=config.model_revision if not config.tokenizer_name_or_path and not self.model_choice else None,
+        )
+
+    @cached_property
+    def model_config(self) -> Any:
+        """The model's transformers configuration.
+
+        Raises:
+            ModelError: the model is of no known kind, or has fewer tokens than the tokenizer.
+        """
+        ids = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        new_model = {"vocab_size": len(self.tokenizer), **ids, **(self.config.new_model_config or {})}
+        model_config = load_model_config(self.config, self.model_choice, new_model)
+        if len(self.tokenizer) > model_config.vocab_size:
+            raise ModelError(
+                f"the tokenizer has {len(self.tokenizer)} tokens, the model only {model_config.vocab_size}. Use the "
+                "tokenizer the model was trained with (`tokenizer_name_or_path`), or raise `model_config.vocab_size`"
+            )
+        return model_config
+
+    @cached_property
+    def parameter_count(self) -> int:
+        return count_parameters(self.model_config)
+
+    @cached_property
+    def attention(self) -> AttentionChoice:
+        choice = choose_attention(self.config, self.model_config, self.ranks.device)
+        form = "rows" if uses_rows(self.config) else "concatenated forward"
+        self.console.print(f"attention: {choice.name} ({choice.why}; {form})")
+        return choice
+
+    def load_policy(self, dtype: torch.dtype | None = None, *, trained: bool) -> Policy:
+        """The model with its weights, in the compute dtype unless told otherwise."""
+        return load_policy(
+            self.config,
+            self.model_config,
+            self.attention,
+            self.ranks.device,
+            choice=self.model_choice,
+            dtype=dtype or DTYPES[self.config.dtype],
+            trained=trained,
+        )
+
+    # --- data
+
+    def global_batch_size(self, saved: int | None = None) -> int:
+        """Pairs per optimizer step: as configured, or of the run that is continued, or from the per-device keys.
+
+        Raises:
+            ConfigError: they cannot be shared out equally.
+        """
+        config, world = self.config, self.ranks.world
+        per_device = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        batch = config.global_batch_size or saved or per_device * world
+        if batch % world:
+            raise ConfigError(
+                f"`global_batch_size` is {batch}, which {world} ranks cannot share out equally. Give a multiple of "
+                f"{world}, such as {batch // world * world + world}, or start another number of processes"
+            )
+        return batch
+
+    def train_pairs(self) -> PairDataset:
+        """The pairs trained on."""
+        config = self.config
+        raw = sources.load_train(config.dataset_mixer, config.train_splits, dataset_configs=config.dataset_configs)
+        return self._tokenize(raw)
+
+    def split_pairs(self, split: str) -> PairDataset:
+        """The pairs of a whole split, in file order."""
+        raw = sources.load_split(self.config.dataset_mixer, split, dataset_configs=self.config.dataset_configs)
+        return self._tokenize(raw)
+
+    def _tokenize(self, raw: sources.RawSplit) -> PairDataset:
+        config = self.config
+        pairs = tokenize_split(  # one rank of a machine tokenises, the others wait for it and read
+            raw,
+            self.tokenizer,
+            max_length=config.max_length,
+            max_prompt_length=config.max_prompt_length,
+            truncation_mode=config.truncation_mode,
+            auto_insert_empty_system_msg=config.auto_insert_empty_system_msg,
+            on_bad_row=config.on_bad_row,
+            num_proc=config.preprocessing_num_workers,
+            cache_dir=config.data_cache_dir,
+            progress=None if self.ranks.is_first else False,
+        )
+        if pairs.skipped:
+            self.console.print(pairs.skipped_summary(), style="yellow")
+        return pairs
+
+    def plan(self, name: str, pairs: PairDataset, *, batch: int, seed: int | None) -> StepPlan:
+        """The step plan of a split, its row shape chosen, every pair checked to fit.
+
+        Args:
+            name: of the split, for the log.
+            pairs: the split.
+            batch: pairs a step.
+            seed: of the order; None keeps file order.
+        """
+        config, model_config = self.config, self.model_config
+        head = model_config.vocab_size * model_config.hidden_size
+        plan = choose_row_shape(
+            StepPlan(
+                lengths=pairs.lengths,
+                shape=RowShape(0, 0, 0),
+                global_batch_size=batch,
+                rows_per_micro_batch=config.rows_per_device * self.ranks.world,
+                prefix_sharing=config.prefix_sharing,
+                packing=config.packing,
+                seed=seed,
+            ),
+            row_length=None if config.row_length == "auto" else config.row_length,
+            max_row_length=self._longest_row(),
+            target_cost=head / max(1, self.parameter_count - head),
+        )
+        plan.check(pairs.origin)
+        text = f"{name}: {len(plan.lengths)} pairs"
+        if uses_rows(config):
+            cost = measure(plan)
+            saved = 1 - cost.input_tokens / cost.separate_tokens
+            text += (
+                f", rows of {plan.shape.length} tokens, fill {cost.fill:.3f}, "
+                f"prefix sharing saves {saved:.1%} of the tokens"
+            )
+        self.console.print(text)
+        return plan
+
+    def _longest_row(self) -> int:
+        """A rough guess at how long rows may be; where they are shorter, nothing but speed is lost."""
+        device = self.ranks.device
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.ranks.world
+        left = memory // 2 - 18 * self.parameter_count // self.ranks.world
+        width = self.model_config.hidden_size + 2 * self.model_config.num_hidden_layers
+        fits = max(0, left) // (_BYTES_PER_TOKEN_AND_WIDTH * width * self.config.rows_per_device)
+        return min(fits, _LONGEST_ROW if self.attention.name == "flex" else _LONGEST_DENSE_ROW)

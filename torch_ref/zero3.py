@@ -1,0 +1,157 @@
+"""The engine of a run with several ranks: DeepSpeed ZeRO-3, on GPUs through NCCL and on CPUs through gloo.
+
+Parameters, gradients and optimizer state are split over the ranks. A layer's parameters are gathered when it is their
+turn, forwards and backwards, and no rank ever holds the whole model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from jax_simpo.config import TrainConfig
+from jax_simpo.errors import CheckpointError, ConfigError
+from torch_ref.batches import Batch
+from torch_ref.distributed import Ranks
+from torch_ref.engine import hugging_face_names
+from torch_ref.model import Policy
+from torch_ref.optim import make_adamw, parameter_groups, set_learning_rate
+
+ZERO3_FILE = Path(__file__).parents[1] / "configs" / "deepspeed_zero3.json"
+
+# What the run's config decides; the file must not contradict it.
+_OURS = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("bf16", "fp16", "optimizer", "scheduler"),
+)
+
+
+def deepspeed_settings(config: TrainConfig, file: Path | None = None) -> dict[str, Any]:
+    """DeepSpeed's settings: those of a file, and those that follow from the run's config.
+
+    Args:
+        config: the run's settings.
+        file: a DeepSpeed JSON file; None takes `configs/deepspeed_zero3.json`.
+
+    Raises:
+        ConfigError: the file is missing, is not JSON, or sets what the config decides.
+    """
+    file = file or ZERO3_FILE
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}. Give a DeepSpeed file with `--deepspeed FILE`") from error
+    except ValueError as error:
+        raise ConfigError(f"{file}: is no JSON ({error})") from error
+    twice = [key for key in _OURS if key in settings]
+    if twice:
+        raise ConfigError(f"{file}: `{twice[0]}` follows from the run's config; remove it here")
+    if settings.get("zero_optimization", {}).get("stage") != 3:
+        raise ConfigError(f"{file}: `zero_optimization.stage` must be 3")
+    return {
+        **settings,
+        # Any numbers would do: this program decides itself what a step is (see `Zero3Engine.backward`).
+        "train_micro_batch_size_per_gpu": config.rows_per_device,
+        "gradient_accumulation_steps": 1,
+        # DeepSpeed clips to 1.0 if not told otherwise.
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+class Zero3Model:
+    """Makes transformers create models partitioned, as long as it is alive. Create it before the model."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self.settings = settings
+        self._switch = HfDeepSpeedConfig(settings)  # transformers keeps a weak reference to it
+
+
+def partitioned_forward(policy: Policy, partition: Zero3Model) -> Callable[[Batch], Tensor]:
+    """A partitioned policy to score with; every rank calls it, with the same number of batches."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=policy, config=partition.settings, dist_init_required=False)
+    return engine
+
+
+class Zero3Engine:
+    """A partitioned policy with AdamW. Every method is called by every rank, with the same number of micro-batches."""
+
+    def __init__(self, policy: Policy, config: TrainConfig, ranks: Ranks, partition: Zero3Model) -> None:
+        import deepspeed
+
+        self.name = f"DeepSpeed ZeRO-3 on {ranks.world} rank{'s' if ranks.world > 1 else ''}"
+        self.policy = policy
+        self._ranks = ranks
+        self._partition = partition
+        groups = parameter_groups(policy, config.weight_decay)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=policy,
+            optimizer=make_adamw(groups, config),
+            config=partition.settings,
+            dist_init_required=False,
+        )
+
+    def logps(self, batch: Batch) -> Float[Tensor, " N"]:
+        return self._engine(batch)
+
+    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
+        """Left alone, DeepSpeed divides by a number of micro-batches fixed in advance, and by the ranks.
+
+        Our loss is divided by the step's denominators already. So the number of micro-batches is taken out of its
+        hands, and the division by the ranks, which it makes when it adds their gradients up, is undone beforehand.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self._ranks.world, scale_wrt_gas=False)
+        if not last:
+            self._engine.step()  # counts the micro-batch; parameters stay as they are
+
+    def gradients(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_grad
+
+        named = {n: p for n, p in hugging_face_names(self.policy).items() if p.requires_grad}
+        return {name: safe_get_full_grad(parameter) for name, parameter in named.items()}
+
+    def update(self, learning_rate: float) -> float:
+        set_learning_rate(self._optimizer, learning_rate)
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def weights(self, dtype: torch.dtype, *, trained_only: bool = False) -> dict[str, Tensor]:
+        """Gathers one parameter at a time; trained ones from their float32 masters, rounded once."""
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        gathered = {}
+        for name, parameter in hugging_face_names(self.policy).items():
+            if parameter.requires_grad:
+                value = safe_get_full_fp32_param(parameter)
+                if self._ranks.is_first:
+                    gathered[name] = value.to("cpu", dtype)
+            elif not trained_only:
+                with GatheredParameters([parameter]):
+                    if self._ranks.is_first:
+                        gathered[name] = parameter.detach().to("cpu", dtype, copy=True)
+        return gathered
+
+    def save(self, folder: Path) -> None:
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """DeepSpeed only warns where a checkpoint is missing, and goes on with the weights it has."""
+        try:
+            found, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError) as error:
+            raise CheckpointError(f"{folder}: cannot be restored ({error}). Remove it, or train elsewhere") from error
+        if found is None:
+            raise CheckpointError(f"{folder}: DeepSpeed finds no checkpoint of its own there. Remove it")
