@@ -37,7 +37,7 @@ def test_hub_ids_are_linked_and_local_paths_are_not_given_away(output: Path, tmp
     card = ModelCard.load(model_card.write(output, settings))
     assert card.data.base_model == "meta-llama/Llama-3.1-8B"
     assert card.data.datasets == ["HuggingFaceH4/ultrafeedback_binarized"]
-    assert card.data.library_name == "transformers"
+    assert card.data.to_dict()["library_name"] == "transformers"
     assert {"simpo", "jax"} <= set(card.data.tags)
     assert "`pairs.jsonl`" in card.text
     assert "secret-project" not in card.text
