@@ -1,0 +1,194 @@
+"""The matrix: which models, layouts, dtypes and backends are run and compared.
+
+A further model family is one entry in `FAMILIES`; a further mesh one in `MESHES`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jax_simpo.config import TrainConfig, load_config
+from jax_simpo.data.packing import StepPlan
+from jax_simpo.data.pairs import PairLengths
+from jax_simpo.data.rows import RowShape
+
+# Tiny random models: name -> what of a Hugging Face config differs from `SIZES`.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 4, "tie_word_embeddings": False},
+    "llama3": {
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        # Small enough for each of the three bands to hold some of the wavelengths, within the length of a row.
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+}
+SIZES: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+USER_FAMILY = "checkpoint"  # what the model of a user's own config is called in reports
+
+LAYOUTS = {"separate": (False, False), "shared": (True, False), "shared + packed": (True, True)}  # sharing, packing
+DTYPES = ("float32", "bfloat16")
+MESHES = {"jax, 1 device": (1, 1), "jax, fsdp=8": (8, 1), "jax, fsdp=4 x tensor=2": (4, 2)}  # fsdp, tensor
+TORCH, ZERO3 = "torch, 1 process", "torch, ZeRO-3 on 2 ranks"
+REFERENCE = TORCH
+ROW_MULTIPLE = 128
+
+# Everything is partitioned, however small, and nothing is kept for later.
+DEEPSPEED = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+}
+
+# Where the wrong variants are tried.
+VARIANTS_FAMILY, VARIANTS_LAYOUT, VARIANTS_BACKEND = "llama3", "shared + packed", "jax, 1 device"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a model, a layout, a dtype and what computes it."""
+
+    family: str
+    layout: str
+    dtype: str
+    backend: str
+
+    @property
+    def folder(self) -> str:
+        """Where its results lie, below the folder of all results."""
+        return "/".join(part.replace(" ", "").replace(",", "-") for part in asdict(self).values())
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}, {self.layout}, {self.dtype}: {self.backend}"
+
+    def on(self, backend: str) -> Cell:
+        """The same run by another backend."""
+        return Cell(self.family, self.layout, self.dtype, backend)
+
+    @property
+    def overrides(self) -> list[str]:
+        """What makes the family's config that of this run."""
+        sharing, packing = LAYOUTS[self.layout]
+        keys = {"prefix_sharing": sharing, "packing": packing, "dtype": self.dtype}
+        return [f"--{key}={str(value).lower()}" for key, value in keys.items()]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the processes of a run are told.
+
+    Attributes:
+        work: the folder everything lies in.
+        configs: family -> its config file.
+        new_models: family -> the Hugging Face config of the random model it starts from; absent for a user's own.
+        cells: what is run.
+        variants: names of wrong variants to try.
+        pairs: how many of the data's pairs are used.
+        batch: pairs per optimizer step.
+        rows: rows of a micro-batch, over all devices: a multiple of the devices of every backend.
+        steps: optimizer steps.
+        inject: a wrong variant in every cell of JAX, to see the check fail.
+    """
+
+    work: str
+    configs: dict[str, str]
+    new_models: dict[str, dict[str, Any]]
+    cells: list[Cell]
+    variants: list[str]
+    pairs: int
+    batch: int
+    rows: int
+    steps: int
+    inject: str | None = None
+
+    @property
+    def file(self) -> Path:
+        return Path(self.work) / "job.json"
+
+    @property
+    def deepspeed_file(self) -> Path:
+        return Path(self.work) / "deepspeed.json"
+
+    def save(self) -> None:
+        self.deepspeed_file.write_text(json.dumps(DEEPSPEED), encoding="utf-8")
+        self.file.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+    @staticmethod
+    def load(file: str | Path) -> Job:
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+        # A report moves with its folder.
+        return Job(**values | {"work": str(Path(file).parent), "cells": [Cell(**c) for c in values["cells"]]})
+
+    def config(self, cell: Cell) -> TrainConfig:
+        """The config of a run, as a user would write it."""
+        return load_config(self.configs[cell.family], cell.overrides, torch=True)
+
+    def found(self, cell: Cell) -> Path:
+        """The folder of a cell's results."""
+        return Path(self.work) / "found" / cell.folder
+
+    def variant(self, name: str) -> Path:
+        """The folder of a wrong variant's results."""
+        return Path(self.work) / "variants" / name.replace(" ", "-")
+
+    @property
+    def variant_cell(self) -> Cell:
+        """The cell that the wrong variants are variants of."""
+        family = VARIANTS_FAMILY if VARIANTS_FAMILY in self.configs else next(iter(self.configs))
+        return Cell(family, VARIANTS_LAYOUT, "float32", VARIANTS_BACKEND)
+
+
+def matrix(families: Iterable[str], dtypes: Iterable[str], backends: Iterable[str]) -> list[Cell]:
+    """All combinations with all layouts."""
+    backends = list(backends)
+    return [Cell(f, layout, d, b) for f in families for d in dtypes for b in backends for layout in LAYOUTS]
+
+
+def make_plan(job: Job, config: TrainConfig, lengths: PairLengths) -> StepPlan:
+    """The step plan of a cell.
+
+    The shape of rows and micro-batches is the same for all layouts and backends, so that a model is compiled once for
+    each mesh, whatever the layout.
+    """
+    lengths = first_pairs(lengths, job.pairs)
+    longest, most_targets = int(lengths.row_tokens(False).max()), int(lengths.targets().max())
+    shape = RowShape(_round_up(longest), max(_round_up(longest), _round_up(most_targets)), 2 * job.batch)
+    return StepPlan(lengths, shape, job.batch, job.rows, config.prefix_sharing, config.packing, seed=config.seed)
+
+
+def first_pairs(lengths: PairLengths, count: int) -> PairLengths:
+    """The lengths of the first pairs of a split."""
+    return PairLengths(*(column[:count] for column in vars(lengths).values()))
+
+
+def write_config(file: Path, values: Mapping[str, Any]) -> None:
+    """Writes a config file (JSON is YAML)."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+def _round_up(n: int) -> int:
+    return -(-n // ROW_MULTIPLE) * ROW_MULTIPLE

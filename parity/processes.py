@@ -1,0 +1,196 @@
+"""Runs the two sides one after the other, each in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jax_simpo.config import load_config
+from jax_simpo.data import chat, synthetic
+from jax_simpo.data.messages import BadRow
+from jax_simpo.data.pairs import PairLengths
+from jax_simpo.data.tokenize import tokenize_pair
+from jax_simpo.errors import UserError
+from parity.cases import FAMILIES, MESHES, TORCH, USER_FAMILY, ZERO3, Job, matrix, write_config
+
+ROOT = Path(__file__).parents[1]
+ROW_TOKENS = 256  # the longest row of the tiny models
+CPU_DEVICES = 8  # that JAX splits a CPU into
+# 13 pairs a step: rows that hold several can not all hold the same number, and the last step of an epoch has but 4.
+PAIRS, BATCH, STEPS = 30, 13, 20
+# Everything that a side could divide or scale wrongly is switched on.
+SETTINGS: dict[str, Any] = {
+    "max_length": ROW_TOKENS,
+    "beta": 2.5,
+    "gamma_beta_ratio": 0.55,
+    "sft_weight": 0.1,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.1,
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "auto_insert_empty_system_msg": False,
+    "logprob_chunk": 256,
+    "remat": "full",
+}
+
+
+class SideFailed(UserError):
+    """A side's process ended with an error."""
+
+
+def built_in_job(work: Path, dtypes: Sequence[str], variants: Sequence[str], inject: str | None = None) -> Job:
+    """The matrix of tiny random models on real pairs, where `SIMPO_SHARED` says they are, or else on built-in ones."""
+    shared = os.environ.get("SIMPO_SHARED")
+    tokenizer = f"{shared}/tokenizers/bpe4k" if shared else "builtin:cafe"
+    data = work / "pairs.jsonl"
+    data.parent.mkdir(parents=True, exist_ok=True)
+    rows = _short_pairs(shared, tokenizer)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    configs = {}
+    for family in FAMILIES:
+        file = work / family / "config.yaml"
+        values = {
+            "model_name_or_path": str(work / family / "start"),
+            "tokenizer_name_or_path": tokenizer,
+            "dataset_mixer": {str(data): 1.0},
+            "data_cache_dir": str(work / "cache"),
+            **SETTINGS,
+        }
+        write_config(file, values)
+        configs[family] = str(file)
+    return Job(
+        work=str(work),
+        configs=configs,
+        new_models=FAMILIES,
+        cells=matrix(FAMILIES, dtypes, backends()),
+        variants=list(variants),
+        pairs=len(rows),
+        batch=BATCH,
+        rows=CPU_DEVICES,
+        steps=STEPS,
+        inject=inject,
+    )
+
+
+def users_job(
+    work: Path, config: Path, dtypes: Sequence[str], pairs: int, variants: Sequence[str], inject: str | None = None
+) -> Job:
+    """The matrix of a user's own checkpoint and the first pairs of their data."""
+    settings = load_config(config, torch=True)
+    if settings.model_name_or_path is None or settings.use_peft or settings.load_in_4bit or settings.load_in_8bit:
+        raise UserError(
+            f"{config}: both sides must start from the same weights and train all of them. Give "
+            "`model_name_or_path`, without `use_peft`, `load_in_4bit` and `load_in_8bit`"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    return Job(
+        work=str(work),
+        configs={USER_FAMILY: str(config.resolve())},
+        new_models={},
+        cells=matrix([USER_FAMILY], dtypes, backends(count_gpus())),
+        variants=list(variants),
+        pairs=pairs,
+        batch=min(BATCH, max(2, pairs // 2)),
+        rows=CPU_DEVICES,
+        steps=STEPS,
+        inject=inject,
+    )
+
+
+def backends(gpus: int = 0) -> list[str]:
+    """All that can run here, on GPUs or on a CPU that stands for eight devices; DeepSpeed may not be installed."""
+    zero3 = find_spec("deepspeed") is not None and gpus != 1
+    meshes = [name for name, (fsdp, tensor) in MESHES.items() if fsdp * tensor <= (gpus or CPU_DEVICES)]
+    return [TORCH, *([ZERO3] if zero3 else []), *meshes]
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs of this machine, unless `JAX_PLATFORMS` says that they are not used."""
+    program = shutil.which("nvidia-smi")
+    if program is None or os.environ.get("JAX_PLATFORMS") == "cpu":
+        return 0
+    listed = subprocess.run([program, "-L"], capture_output=True, text=True, check=False)
+    return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
+
+
+def _short_pairs(shared: str | None, tokenizer_name: str) -> list[dict[str, Any]]:
+    """The first pairs that fit a row even when nothing is shared."""
+    tokenizer = chat.load_tokenizer(tokenizer_name)
+    if shared:
+        with open(f"{shared}/data/hh_harmless.train.jsonl", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in islice(file, 400)]
+    else:
+        rows = synthetic.make_rows("cafe", "train")
+    short = (row for row in rows if _row_tokens(row, tokenizer) <= ROW_TOKENS)
+    return list(islice(short, PAIRS))
+
+
+def _row_tokens(row: dict[str, Any], tokenizer: Any) -> int:
+    try:
+        text = chat.render_pair(row, tokenizer, False)
+        pair = tokenize_pair(text, tokenizer, max_length=2048, max_prompt_length=1800, truncation_mode="keep_end")
+    except BadRow:
+        return ROW_TOKENS + 1
+    # Two more: the wrong variant with two BOS has to fit too.
+    return int(PairLengths.of([pair]).row_tokens(False)[0]) + 2
+
+
+def run_sides(job: Job, say: Callable[[str], None] = print) -> None:
+    """Runs all cells of a job.
+
+    Raises:
+        SideFailed: a process ended with an error; its output is in the job's folder.
+    """
+    for folder in ("found", "variants"):
+        shutil.rmtree(Path(job.work) / folder, ignore_errors=True)
+    job.save()
+    file, torch_side = str(job.file), [sys.executable, "-m", "parity.torch_side"]
+    if job.new_models:
+        run_process(job, "torch-start", [*torch_side, "start", file], say)
+    run_process(job, "torch", [*torch_side, "run", file], say)
+    if any(cell.backend == ZERO3 for cell in job.cells):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        run_process(job, "zero3", [*launcher, "-m", "parity.torch_side", "run", file], say)
+    run_process(job, "jax", [sys.executable, "-m", "parity.jax_side", file], say)
+    run_process(job, "torch-crosswise", [*torch_side, "crosswise", file], say)
+
+
+def run_process(job: Job, name: str, command: list[str], say: Callable[[str], None]) -> None:
+    """Runs a command with its output in a file of the job's folder.
+
+    Raises:
+        SideFailed: it ended with an error.
+    """
+    say(f"running {name}")
+    log = Path(job.work) / f"{name}.log"
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if job.new_models:  # on the CPU whatever there is, and one thread each: models this small gain nothing from more
+        environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(CPU_DEVICES), "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"OMP_NUM_THREADS": "1"}
+    else:
+        environment.setdefault("JAX_NUM_CPU_DEVICES", str(CPU_DEVICES))
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process,
+    ):
+        try:
+            status = process.wait()
+        except BaseException:  # interrupted: a launcher's children go with it
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if status:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise SideFailed(f"{name} ended with status {status}; its output is in {log}:\n{tail}")

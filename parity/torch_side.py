@@ -1,0 +1,182 @@
+"""The PyTorch side of the matrix, in processes of its own: `python -m parity.torch_side WHAT JOB.json`.
+
+`start` makes the random start models, `run` runs the cells (those of ZeRO-3 when torchrun started the processes), and
+`crosswise` loads what JAX exported, with transformers alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+
+from jax_simpo.config import load_config
+from jax_simpo.data.chat import load_tokenizer
+from parity.cases import MESHES, SIZES, TORCH, ZERO3, Cell, Job, make_plan
+from parity.results import EXPORT, GRADIENTS, JAX_IN_TRANSFORMERS, TokenTable, save_found
+from torch_ref.batches import Batch, RankStep, build_rank_step
+from torch_ref.distributed import Ranks, open_ranks
+from torch_ref.engine import Engine
+from torch_ref.export import export_model
+from torch_ref.optim import learning_rate_schedule
+from torch_ref.setup import Setup
+from torch_ref.trainer import batch_part, make_engine
+
+
+class Listening:
+    """An engine whose log-probs are kept, for the functions of the trainer to be run as they are."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def logps(self, batch: Batch) -> Tensor:
+        found = self._engine.logps(batch)
+        self.heard = found.detach().double().cpu()
+        return found
+
+
+def make_start(job: Job) -> None:
+    """Writes the random start models. Norms are not one, and biases not zero, so that leaving them out shows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for family, values in job.new_models.items():
+        config = load_config(job.configs[family])
+        assert config.model_name_or_path and config.tokenizer_name_or_path
+        tokenizer = load_tokenizer(config.tokenizer_name_or_path)
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        vocabulary = -(-len(tokenizer) // 8) * 8
+        rest = {**SIZES, **ids, "vocab_size": vocabulary, **values}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(rest.pop("model_type"), **rest))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn(parameter.shape))
+        model.save_pretrained(config.model_name_or_path)
+
+
+class Run:
+    """One cell on these ranks."""
+
+    def __init__(self, job: Job, cell: Cell, ranks: Ranks) -> None:
+        self.job, self.ranks, self.folder = job, ranks, job.found(cell)
+        config = job.config(cell)
+        self.setup = Setup(config, Console(quiet=True), ranks)
+        self.pairs = self.setup.train_pairs()
+        self.plan = make_plan(job, config, self.pairs.lengths)
+        self.engine = make_engine(self.setup, job.deepspeed_file if ranks.launched else None)
+        self.schedule = learning_rate_schedule(config, job.steps)
+
+    def step(self, number: int) -> RankStep:
+        """This rank's share of a step."""
+        return build_rank_step(self.plan, self.pairs, number, self.ranks.rank, self.ranks.world)
+
+    def accumulate(self, step: RankStep) -> tuple[TokenTable, dict[str, float]]:
+        """Adds up the gradients of a step. Returns its log-probs and metrics, of all ranks."""
+        objective, listening = self.setup.objective, Listening(self.engine)
+        table = TokenTable(self.plan.lengths.of_pairs(step.pairs))
+        sums = np.zeros(len(objective.metrics))
+        for number, batch in enumerate(step.micro_batches, start=1):
+            part = batch_part(listening, objective, batch.to(self.ranks.device), step)  # type: ignore[arg-type]
+            self._put(table, batch, listening.heard)
+            self.engine.backward(part.loss, last=number == len(step.micro_batches))
+            sums += part.metrics.double().cpu().numpy()
+        table.logps = self.ranks.sum(table.logps)
+        return table, dict(zip(objective.metrics, self.ranks.sum(sums).tolist(), strict=True))
+
+    def logps(self, step: RankStep) -> TokenTable:
+        """The log-probs of a step's pairs with the weights as they are."""
+        table = TokenTable(self.plan.lengths.of_pairs(step.pairs))
+        with torch.no_grad():
+            for batch in step.micro_batches:
+                self._put(table, batch, self.engine.logps(batch.to(self.ranks.device)).double().cpu())
+        table.logps = self.ranks.sum(table.logps)
+        return table
+
+    @staticmethod
+    def _put(table: TokenTable, batch: Batch, logps: Tensor) -> None:
+        for rank, responses in enumerate((batch.chosen, batch.rejected)):
+            for pair, response in zip(batch.pairs.tolist(), responses.tolist(), strict=True):
+                table.put(pair, rank, logps[batch.target_response == response].numpy())
+
+    def run(self) -> None:
+        """Runs the steps and writes what was found."""
+        records, first, table = [], self.step(0), None
+        for k in range(self.job.steps):
+            found, metrics = self.accumulate(first if k == 0 else self.step(k))
+            if k == 0:
+                table = found
+                self._save_gradients()
+            norm = self.engine.update(self.schedule(k))
+            records.append({**metrics, "grad_norm": norm})
+        assert table is not None
+        self.engine.policy.eval()
+        final = self.logps(first)
+        export_model(self.engine, self.folder / EXPORT, "float32", self.setup.tokenizer, self.ranks)
+        if self.ranks.is_first:
+            means = np.add.reduceat(table.logps, np.cumsum([0, *table.lengths.ravel()[:-1]])).reshape(-1, 2)
+            chosen, rejected = torch.from_numpy((means / table.lengths).astype(np.float32)).T
+            losses = self.setup.objective.losses(chosen, rejected).numpy()
+            facts = {"attention": self.setup.attention.name, "engine": self.engine.name, "torch": torch.__version__}
+            save_found(self.folder, table=table, losses=losses, steps=records, final=final, facts=facts)
+
+    def _save_gradients(self) -> None:
+        gradients = self.engine.gradients()
+        if self.ranks.is_first:
+            folder = self.folder / GRADIENTS
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({n: g.float().cpu().contiguous() for n, g in gradients.items()}, folder / "model.safetensors")
+
+
+def crosswise(job: Job) -> None:
+    """Loads what JAX exported with transformers alone, and computes its log-probs one plain sequence at a time."""
+    from transformers import AutoModelForCausalLM
+
+    for cell in (c for c in job.cells if c.backend in MESHES and c.dtype == "float32"):
+        setup = Setup(job.config(cell), Console(quiet=True), Ranks(0, 1, torch.device("cpu"), launched=False))
+        pairs = setup.train_pairs()
+        plan = make_plan(job, job.config(cell), pairs.lengths)
+        model = AutoModelForCausalLM.from_pretrained(job.found(cell) / EXPORT, attn_implementation="eager")
+        step = plan.pairs(0)
+        table = TokenTable(plan.lengths.of_pairs(step))
+        for number, pair in enumerate(pairs.pairs(step)):
+            for rank, response in enumerate(pair.responses):
+                table.put(number, rank, sequence_logps(model, response.ids, response.prompt_length))
+        np.save(job.found(cell) / JAX_IN_TRANSFORMERS, table.logps)
+
+
+@torch.no_grad()
+def sequence_logps(model: Any, ids: np.ndarray, prompt_length: int) -> np.ndarray:
+    """Log-prob of each response token, from the full logits of that sequence alone."""
+    tokens = torch.from_numpy(ids.astype(np.int64))
+    logits = model(input_ids=tokens[None, :-1], use_cache=False).logits[0, prompt_length - 1 :].float()
+    return logits.log_softmax(-1).gather(-1, tokens[prompt_length:, None])[:, 0].double().numpy()
+
+
+def main() -> None:
+    what, job = sys.argv[1], Job.load(sys.argv[2])
+    if what == "start":
+        make_start(job)
+    elif what == "crosswise":
+        crosswise(job)
+    else:
+        with open_ranks() as ranks:
+            for cell in (c for c in job.cells if c.backend == (ZERO3 if ranks.launched else TORCH)):
+                if ranks.is_first:
+                    print(cell.name, flush=True)
+                Run(job, cell, ranks).run()
+                gc.collect()
+        if ranks.launched:
+            sys.stdout.flush()
+            os._exit(0)  # what DeepSpeed leaves behind may abort while Python is taken down; torch_ref does the same
+
+
+if __name__ == "__main__":
+    main()

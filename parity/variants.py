@@ -1,0 +1,239 @@
+"""Wrong variants of the JAX side, each a mistake that implementations of SimPO or of prefix sharing have made.
+
+They are built from outside, out of other rows, another objective or other denominators; the program is not touched.
+Each must break a bound: one that passes is a defect of the check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from jax_simpo.data.loader import PairSource, StepBatch
+from jax_simpo.data.pairs import Response, TokenizedPair, common_prefix_length
+from jax_simpo.data.rows import RowBatch
+from jax_simpo.losses import ResponseLogps
+from jax_simpo.models.config import Rope
+from jax_simpo.train.step import Forward, Objective, Params, Rows
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows, and what their sums are divided by."""
+
+    rows: RowBatch
+    pairs: float
+    chosen_tokens: float
+
+
+def whole_step(step: StepBatch) -> list[MicroBatch]:
+    """As it is right: every micro-batch is divided by the whole step's numbers."""
+    return [MicroBatch(rows, len(step.pairs), step.chosen_tokens) for rows in step.micro_batches]
+
+
+def _same_pair(pair: TokenizedPair) -> TokenizedPair:
+    return pair
+
+
+def _same_rows(rows: RowBatch) -> RowBatch:
+    return rows
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is done otherwise, and where.
+
+    Attributes:
+        what: the mistake, in words.
+        pair: done to every tokenised pair.
+        rows: done to the rows that were built of them.
+        batches: the micro-batches of a step with their denominators.
+        objective: done to the objective.
+        forward: done to what computes log-probs.
+        changes_program: whether other functions must be compiled.
+        applies: whether it makes a difference at all, to this model, objective and first step.
+    """
+
+    what: str
+    pair: Callable[[TokenizedPair], TokenizedPair] = _same_pair
+    rows: Callable[[RowBatch], RowBatch] = _same_rows
+    batches: Callable[[StepBatch], list[MicroBatch]] = whole_step
+    objective: Callable[[Objective], Objective] = lambda objective: objective
+    forward: Callable[[Forward], Forward] = lambda forward: forward
+    changes_program: bool = False
+    applies: Callable[[Forward, Objective, StepBatch], bool] = lambda forward, objective, step: True
+
+    @property
+    def changes_pairs(self) -> bool:
+        return self.pair is not _same_pair
+
+    def micro_batches(self, step: StepBatch) -> list[MicroBatch]:
+        """A step's micro-batches."""
+        return [replace(batch, rows=self.rows(batch.rows)) for batch in self.batches(step)]
+
+
+@dataclass(frozen=True)
+class VariantPairs:
+    """Pairs with something done to each."""
+
+    source: PairSource
+    change: Callable[[TokenizedPair], TokenizedPair]
+
+    def pairs(self, indices: Int[np.ndarray, " P"]) -> list[TokenizedPair]:
+        return [self.change(pair) for pair in self.source.pairs(indices)]
+
+
+# --- rows
+
+
+def _pair_start(rows: RowBatch) -> Int[np.ndarray, "B L"]:
+    """Where in the row the pair of each token begins. (A pair's positions begin at 0, once if it shares anything.)"""
+    index = np.arange(rows.tokens.shape[1])
+    starts = np.where((rows.positions == 0) & (rows.key_end > 0), index, 0)
+    return np.maximum.accumulate(starts, axis=1)
+
+
+def _plain_causal(rows: RowBatch) -> RowBatch:
+    pair_end = np.take_along_axis(rows.key_end, _pair_start(rows), axis=1)
+    return replace(rows, key_end=np.where(rows.key_end > 0, pair_end, 0).astype(np.int32))
+
+
+def _positions_go_on(rows: RowBatch) -> RowBatch:
+    positions = np.arange(rows.tokens.shape[1]) - _pair_start(rows)
+    return replace(rows, positions=np.where(rows.key_end > 0, positions, 0).astype(np.int32))
+
+
+# --- pairs
+
+
+def _each_response(change: Callable[[Response], Response]) -> Callable[[TokenizedPair], TokenizedPair]:
+    return lambda pair: TokenizedPair(tuple(change(response) for response in pair.responses))
+
+
+def _double_bos(response: Response) -> Response:
+    return Response(np.concatenate([response.ids[:1], response.ids]), response.prompt_length + 1)
+
+
+def _without_eos(response: Response) -> Response:
+    return replace(response, ids=response.ids[:-1]) if len(response.targets) > 1 else response
+
+
+def _without_first_token(response: Response) -> Response:
+    return replace(response, prompt_length=response.prompt_length + 1) if len(response.targets) > 1 else response
+
+
+def _shared_tokens_not_scored(pair: TokenizedPair) -> TokenizedPair:
+    shared = common_prefix_length(pair.chosen.inputs, pair.rejected.inputs)
+    change = lambda r: replace(r, prompt_length=min(max(r.prompt_length, shared), len(r.ids) - 1))  # noqa: E731
+    return _each_response(change)(pair)
+
+
+# --- the program
+
+
+class _LengthAfterSharing(Forward):
+    """Divides the sum over the whole response by the number of its tokens that are not shared."""
+
+    def response_logps(self, params: Params, rows: Rows) -> ResponseLogps:
+        found = super().response_logps(params, rows)
+        slots = rows["response_pair"].shape[1]
+        index, response = rows["target_index"], rows["target_response"]
+        other = (index[:, :, None] == index[:, None, :]) & (response[:, :, None] != response[:, None, :])
+        shared = (other & (response < slots)[:, None, :]).any(-1)
+        count = (shared[..., None] & (response[..., None] == jnp.arange(slots))).sum(1)
+        return ResponseLogps(found.sum, jnp.maximum(found.length - count, 1.0))
+
+
+def _without_rope_scaling(forward: Forward) -> Forward:
+    config = forward.model.config
+    plain = replace(config, rope=Rope(theta=config.rope.theta))
+    return replace(forward, model=replace(forward.model, config=plain))
+
+
+def _mean_of_device_means(step: StepBatch) -> list[MicroBatch]:
+    """Every row as the share of one device, which divides by its own pairs; then the mean over the devices."""
+    shares: list[MicroBatch] = []
+    for batch in step.micro_batches:
+        for row in range(len(batch.tokens)):
+            pairs = int(((batch.response_pair[row] >= 0) & (batch.response_rank[row] == 0)).sum())
+            if pairs:
+                shares.append(MicroBatch(_only_row(batch, row), pairs, step.chosen_tokens))
+    return [replace(share, pairs=share.pairs * len(shares)) for share in shares]
+
+
+def _only_row(batch: RowBatch, row: int) -> RowBatch:
+    arrays = {name: array.copy() for name, array in batch.arrays().items()}
+    empty = {"target_response": batch.response_pair.shape[1], "response_pair": -1}
+    for name, array in arrays.items():
+        array[np.arange(len(array)) != row] = empty.get(name, 0)
+    return RowBatch(**arrays)
+
+
+def _uneven(_: Forward, __: Objective, step: StepBatch) -> bool:
+    counts = {int((row >= 0).sum()) for batch in step.micro_batches for row in batch.response_pair}
+    return len(counts - {0}) > 1
+
+
+def _shares_targets(_: Forward, __: Objective, step: StepBatch) -> bool:
+    """Whether a response token is predicted in the part that both responses share."""
+    for batch in step.micro_batches:
+        for index, response in zip(batch.target_index, batch.target_response, strict=True):
+            held = index[response < batch.response_pair.shape[1]]
+            if len(np.unique(held)) < len(held):
+                return True
+    return False
+
+
+def _has_margin(_: Forward, objective: Objective, __: StepBatch) -> bool:
+    return objective.gamma_beta_ratio > 0 and objective.beta != 1.0
+
+
+def _scales_rope(forward: Forward, _: Objective, __: StepBatch) -> bool:
+    return forward.model.config.rope.scaling is not None
+
+
+RIGHT = Variant("as the program is")
+
+VARIANTS = {
+    "plain causal mask": Variant("rejected tokens see the chosen response before them", rows=_plain_causal),
+    "positions not restarted": Variant(
+        "the rejected branch goes on counting where the chosen one ended", rows=_positions_go_on
+    ),
+    "length from the end of sharing": Variant(
+        "the sum over the whole response is divided by its tokens that are not shared",
+        forward=lambda f: _LengthAfterSharing(f.model, f.attention, f.logprob_chunk),
+        changes_program=True,
+        applies=_shares_targets,
+    ),
+    "shared tokens not scored": Variant(
+        "response tokens that both responses begin with are taken for the prompt",
+        pair=_shared_tokens_not_scored,
+        applies=_shares_targets,
+    ),
+    "gamma times beta twice": Variant(
+        "the target margin is beta * gamma inside beta",
+        objective=lambda o: replace(o, gamma_beta_ratio=o.beta * o.gamma_beta_ratio),
+        changes_program=True,
+        applies=_has_margin,
+    ),
+    "mean of device means": Variant(
+        "devices with different numbers of pairs count the same", batches=_mean_of_device_means, applies=_uneven
+    ),
+    "double BOS": Variant("the sequence begins with BOS twice", pair=_each_response(_double_bos)),
+    "RoPE scaling dropped": Variant(
+        "llama3's three bands of frequencies are ignored",
+        forward=_without_rope_scaling,
+        changes_program=True,
+        applies=_scales_rope,
+    ),
+    "EOS missing": Variant(
+        "the response's last token is neither seen nor predicted", pair=_each_response(_without_eos)
+    ),
+    "first token not scored": Variant(
+        "the response's first token is taken for the prompt", pair=_each_response(_without_first_token)
+    ),
+}
