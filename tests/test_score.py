@@ -150,7 +150,9 @@ def test_real_pairs_changing_one_answer_leaves_the_other_where_it_was(
     edited.mkdir()
     (edited / "hh_harmless.train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     after = score(model, edited, "hh_harmless.train", tmp_path)
-    # The pairs have other lengths now, so they sit in other rows: equal to rounding, not to the bit.
+    # The pairs have other lengths now, so they sit in other rows and sums are taken in another order: equal to rounding
+    # (2.0e-6 measured), not to the bit. In the same rows they are equal to the bit: tests/train/test_step.py.
     for name, moved in ((other, False), (changed, True)):
         distance = [abs(a[f"{name}_logp"] - b[f"{name}_logp"]) for a, b in zip(before, after, strict=True)]
-        assert np.median(distance) > 1e-2 if moved else max(distance) < 1e-5, (name, distance)
+        print(f"{changed} changed, {name}: largest distance {max(distance):.1e}")
+        assert np.median(distance) > 1e-2 if moved else max(distance) < 4e-6, (name, distance)
