@@ -19,8 +19,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_simpo.errors import ModelError
-from jax_simpo.models import families
 from jax_simpo.models.config import ModelConfig
+from jax_simpo.models.families import FAMILIES
 from jax_simpo.models.safetensors_files import TensorWriter, WeightFiles, plan_files, write_index
 from jax_simpo.models.transformer import Model, Params
 
@@ -114,7 +114,7 @@ class _Tensor:
 def _tensors(model: Model) -> list[_Tensor]:
     """Every tensor of the model's checkpoint, layer by layer in the order of the family's table."""
     shapes = {_join(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(model.abstract)}
-    names = {path: name for path, name in families.of(model.config.model_type).NAMES.items() if path in shapes}
+    names = {path: name for path, name in FAMILIES[model.config.model_type].names.items() if path in shapes}
 
     def tensor(path: str, layer: int | None) -> _Tensor:
         shape, transposed = shapes[path][0 if layer is None else 1 :], path.endswith("/kernel")
@@ -193,12 +193,12 @@ def _check_tensors(files: WeightFiles, model: Model, tensors: list[_Tensor]) -> 
             f"{files.folder}: {_some(missing)} missing from the safetensors files; config.json asks for "
             f"{model.config.num_layers} layers of a {model.config.model_type} model"
         )
-    family = families.of(model.config.model_type)
-    spare = "|".join(family.IGNORED)
+    family = FAMILIES[model.config.model_type]
+    spare = "|".join(family.ignored)
     extra = [name for name in files if name not in names and not re.fullmatch(spare, name)]
-    head = family.NAMES["lm_head/embedding"]
+    head = family.names["lm_head/embedding"]
     if model.config.tie_word_embeddings and head in extra:  # some exporters write the tied head a second time
-        _check_tied(files, family.NAMES["embed/embedding"], head)
+        _check_tied(files, family.names["embed/embedding"], head)
         extra.remove(head)
     if extra:
         raise ModelError(

@@ -5,28 +5,31 @@ program uses. Parameters are float32 and live in a nested dict outside; the modu
 are split over the mesh (logical axis names) and what is computed with them, in `dtype`.
 
 The layers are stacked: each of their parameters has a leading `layers` axis, and one compiled layer runs over it. So
-compile time does not grow with depth, and only one layer's parameters are gathered at a time.
+compile time does not grow with depth, and only one layer's parameters are gathered at a time. Where layers differ in
+their sliding windows, what is compiled and run over is one period of the pattern (two layers of Gemma 2).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jax_simpo.errors import MeshError
-from jax_simpo.models.config import LinearScaling, Llama3Scaling, ModelConfig, Rope
+from jax_simpo.models.config import Activation, ModelConfig
 from jax_simpo.models.embedding import lookup
+from jax_simpo.models.rope import rope_tables, rotate
 from jax_simpo.ops.attention import Mask, attention
-from jax_simpo.ops.blockwise import SAVED, matmul_precision
+from jax_simpo.ops.blockwise import SAVED
+from jax_simpo.ops.linear import PRODUCT, linear
 from jax_simpo.sharding import RULES, constrain, gather, named
 
 Params = dict[str, Any]  # nested, leaves are arrays
@@ -41,20 +44,25 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(sizes[1]), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "B L In"]) -> Float[Array, "B L Out"]:
-        y = jnp.matmul(x, _use(self.kernel, x.dtype), precision=matmul_precision(x.dtype))
+        y = linear(x, _use(self.kernel, x.dtype))
         return y if self.bias is None else y + _use(self.bias, x.dtype)
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm as Llama has it: float32 inside, back to the input's dtype, then the scale."""
+    """Root-mean-square norm over the last axis, float32 inside.
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.scale = nnx.Param(jnp.ones(config.hidden_size), axes=("embed",))
-        self.eps = config.rms_norm_eps
+    Llama goes back to the input's dtype and multiplies by the scale then; Gemma multiplies by `1 + scale` in float32.
+    """
 
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    def __init__(self, config: ModelConfig, size: int, axis: str | None = "embed") -> None:
+        self.scale = nnx.Param(jnp.zeros(size) if config.norm_offset else jnp.ones(size), axes=(axis,))
+        self.eps, self.offset = config.rms_norm_eps, config.norm_offset
+
+    def __call__(self, x: Float[Array, "*B N"]) -> Float[Array, "*B N"]:
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        if self.offset:
+            return (normed * (1.0 + _use(self.scale, jnp.float32))).astype(x.dtype)
         return _use(self.scale, x.dtype) * normed.astype(x.dtype)
 
 
@@ -78,46 +86,77 @@ class Attention(nnx.Module):
         self.config = config
         width, queries = config.hidden_size, config.num_heads * config.head_dim
         keys = config.num_kv_heads * config.head_dim
-        linear = partial(Linear, bias=config.attention_bias, std=config.initializer_range, rngs=rngs)
-        self.q = linear(("embed", "heads"), (width, queries))
-        self.k = linear(("embed", "heads"), (width, keys))
-        self.v = linear(("embed", "heads"), (width, keys))
-        self.o = linear(("heads", "embed"), (queries, width))
+        make = partial(Linear, std=config.initializer_range, rngs=rngs)
+        self.q = make(("embed", "heads"), (width, queries), config.qkv_bias)
+        self.k = make(("embed", "heads"), (width, keys), config.qkv_bias)
+        self.v = make(("embed", "heads"), (width, keys), config.qkv_bias)
+        self.o = make(("heads", "embed"), (queries, width), config.output_bias)
+        # One scale for all heads, so it is whole on every device.
+        self.q_norm = RMSNorm(config, config.head_dim, None) if config.qk_norm else None
+        self.k_norm = RMSNorm(config, config.head_dim, None) if config.qk_norm else None
 
-    def __call__(self, x: Float[Array, "B L D"], rope: tuple[Array, Array], mask: Mask) -> Float[Array, "B L D"]:
-        q = rotate(_split_heads(self.q(x), self.config.num_heads), *rope)
-        k = rotate(_split_heads(self.k(x), self.config.num_kv_heads), *rope)
-        v = _split_heads(self.v(x), self.config.num_kv_heads)
-        out = attention(q, k, v, mask, scale=self.config.head_dim**-0.5)
+    def __call__(
+        self, x: Float[Array, "B L D"], rope: tuple[Array, Array], mask: Mask, window: int | None
+    ) -> Float[Array, "B L D"]:
+        config = self.config
+        q, k = _split_heads(self.q(x), config.num_heads), _split_heads(self.k(x), config.num_kv_heads)
+        v = _split_heads(self.v(x), config.num_kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = attention(
+            rotate(q, *rope),
+            rotate(k, *rope),
+            v,
+            mask,
+            scale=config.query_pre_attn_scalar**-0.5,
+            window=window,
+            softcap=config.attention_softcap,
+        )
         return self.o(out.reshape(*x.shape[:2], -1))
 
 
 class MLP(nnx.Module):
-    """The gated feed-forward part (SwiGLU)."""
+    """The gated feed-forward part."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         width, inner = config.hidden_size, config.intermediate_size
-        linear = partial(Linear, bias=config.mlp_bias, std=config.initializer_range, rngs=rngs)
-        self.gate = linear(("embed", "mlp"), (width, inner))
-        self.up = linear(("embed", "mlp"), (width, inner))
-        self.down = linear(("mlp", "embed"), (inner, width))
+        make = partial(Linear, bias=config.mlp_bias, std=config.initializer_range, rngs=rngs)
+        self.gate = make(("embed", "mlp"), (width, inner))
+        self.up = make(("embed", "mlp"), (width, inner))
+        self.down = make(("mlp", "embed"), (inner, width))
+        self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return self.down(constrain(jax.nn.silu(self.gate(x)) * self.up(x), "batch", None, "mlp"))
+        # The activation in float32 and rounded once, as PyTorch does: in bfloat16 its own steps would each round.
+        gate = _ACTIVATIONS[self.activation](self.gate(x).astype(jnp.float32)).astype(x.dtype)
+        return self.down(constrain(gate * self.up(x), "batch", None, "mlp"))
+
+
+_ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 class Layer(nnx.Module):
     """One decoder layer: attention, then feed-forward, each on the norm of the stream and added to it."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.attention_norm = RMSNorm(config)
+        norm = partial(RMSNorm, config, config.hidden_size)
+        self.attention_norm = norm()
         self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config)
+        self.attention_post_norm = norm() if config.post_norms else None
+        self.mlp_norm = norm()
         self.mlp = MLP(config, rngs)
+        self.mlp_post_norm = norm() if config.post_norms else None
 
-    def __call__(self, x: Float[Array, "B L D"], rope: tuple[Array, Array], mask: Mask) -> Float[Array, "B L D"]:
-        x = x + self.attention(self.attention_norm(x), rope, mask)
-        x = x + self.mlp(self.mlp_norm(x))
+    def __call__(
+        self, x: Float[Array, "B L D"], rope: tuple[Array, Array], mask: Mask, window: int | None
+    ) -> Float[Array, "B L D"]:
+        y = self.attention(self.attention_norm(x), rope, mask, window)
+        x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
+        y = self.mlp(self.mlp_norm(x))
+        x = x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y))
         return constrain(x, "batch", None, None)
 
 
@@ -129,58 +168,44 @@ class Decoder(nnx.Module):
         self.embed = Embedding(config, rngs)
         stacked = nnx.split_rngs(splits=config.num_layers)(nnx.vmap(partial(Layer, config)))
         self.layers = stacked(rngs)
-        self.final_norm = RMSNorm(config)
+        self.final_norm = RMSNorm(config, config.hidden_size)
         self.lm_head = None if config.tie_word_embeddings else Embedding(config, rngs)
 
     def __call__(self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], mask: Mask) -> Float[Array, "B L D"]:
-        x = constrain(self.embed(tokens, self.dtype), "batch", None, None)
+        x = self.embed(tokens, self.dtype)
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
+        x = constrain(x, "batch", None, None)
         rope = rope_tables(self.config.rope, self.config.head_dim, positions, self.dtype)
-        layer, stacked_params = nnx.split(self.layers)
+        layer, stacked = nnx.split(self.layers)
+        windows = _one_period(self.config.layer_windows)
+        count, periods = len(windows), self.config.num_layers // len(windows)
+        if count > 1:
+            stacked = jax.tree.map(lambda leaf: leaf.reshape(periods, count, *leaf.shape[1:]), stacked)
 
-        def run_layer(x: Array, params: Any) -> tuple[Array, None]:
-            return nnx.merge(layer, params)(x, rope, mask), None
+        def run_layer(number: int, x: Array, params: Any) -> Array:
+            # A layer is taken out of its period inside what is rematerialised: what is kept for the backward pass is
+            # then the stack of parameters itself, not a copy of it.
+            if count > 1:
+                params = jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, number, keepdims=False), params)
+            return nnx.merge(layer, params)(x, rope, mask, windows[number])
 
-        # prevent_cse guards against a compiler that undoes the rematerialisation; inside a loop it cannot.
-        run_layer = jax.checkpoint(run_layer, policy=_REMAT[self.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(run_layer, x, stacked_params)
+        def run_period(x: Array, params: Any) -> tuple[Array, None]:
+            for number in range(count):
+                # prevent_cse guards against a compiler that undoes the rematerialisation; inside a loop it cannot.
+                run = jax.checkpoint(partial(run_layer, number), policy=_REMAT[self.remat], prevent_cse=periods == 1)
+                x = run(x, params)
+            return x, None
+
+        x, _ = jax.lax.scan(run_period, x, stacked)
         return self.final_norm(x)
 
 
-def rope_tables(
-    rope: Rope, head_dim: int, positions: Int[Array, "B L"], dtype: Any
-) -> tuple[Float[Array, "B L 1 Half"], Float[Array, "B L 1 Half"]]:
-    """Cosines and sines of every token's rotary angles: float32 angles, then cast."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-
-def rotate(x: Float[Array, "B L H Dh"], cos: Array, sin: Array) -> Float[Array, "B L H Dh"]:
-    """Turns feature i together with feature i + Dh/2 (the half-split layout of Hugging Face checkpoints)."""
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def rope_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " Half"]:
-    """Radians per position, float32, one for each pair of features."""
-    # Exponents rounded to float32 first, as in PyTorch; its float32 power is the float64 one rounded, nearly always.
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float32(1) / np.power(np.float64(rope.theta), exponents.astype(np.float64)).astype(np.float32)
-    if isinstance(rope.scaling, LinearScaling):
-        return frequencies / np.float32(rope.scaling.factor)
-    if isinstance(rope.scaling, Llama3Scaling):
-        return _llama3_frequencies(rope.scaling, frequencies)
-    return frequencies
-
-
-def _llama3_frequencies(scaling: Llama3Scaling, frequencies: Float[np.ndarray, " Half"]) -> Float[np.ndarray, " Half"]:
-    """Three bands by wavelength, in the order of operations of transformers (float32 throughout)."""
-    factor, low, high = (np.float32(x) for x in (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor))
-    length = np.float32(scaling.original_max_position_embeddings)
-    wavelength = np.float32(2 * math.pi) / frequencies
-    ramp = (length / wavelength - low) / (high - low)
-    blend = (1 - ramp) * frequencies / factor + ramp * frequencies
-    between = (wavelength >= length / high) & (wavelength <= length / low)
-    return np.where(between, blend, np.where(wavelength > length / low, frequencies / factor, frequencies))
+def _one_period(windows: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    """The shortest pattern that the layers' windows repeat; all of them where they repeat none."""
+    count = len(windows)
+    lengths = (n for n in range(1, count + 1) if count % n == 0)
+    return next(windows[:n] for n in lengths if windows[:n] * (count // n) == windows)
 
 
 def _use(param: nnx.Param, dtype: Any) -> Array:
@@ -192,13 +217,13 @@ def _split_heads(x: Float[Array, "B L HDh"], heads: int) -> Float[Array, "B L H 
     return constrain(x.reshape(*x.shape[:2], heads, -1), "batch", None, "heads", None)
 
 
-def _made_of_activations(_: Any, *inputs: Any, **__: Any) -> bool:
-    """Activations are [B, L, ...]; what is made of parameters alone has at most two axes.
+def _made_of_activations(primitive: Any, *inputs: Any, **_: Any) -> bool:
+    """Activations are [B, L, ...]; what is made of one layer's parameters alone has at most two axes.
 
     Without this rule a "none" policy would keep every layer's gathered parameters for the backward pass, which is the
-    whole model on every device.
+    whole model on every device. (Slices cost nothing to make again, and one takes a layer out of its period.)
     """
-    return any(len(getattr(x, "shape", ())) >= 3 for x in inputs)
+    return primitive.name not in ("slice", "squeeze") and any(len(getattr(x, "shape", ())) >= 3 for x in inputs)
 
 
 _keep_attention = jax.checkpoint_policies.save_only_these_names(SAVED)
@@ -207,7 +232,7 @@ _keep_both = jax.checkpoint_policies.save_from_both_policies
 # What the forward pass of a layer keeps for its backward pass; what it does not keep is computed again.
 _REMAT = {
     "none": _keep_both(_made_of_activations, _keep_attention),
-    "dots": _keep_both(jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _keep_attention),
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -246,7 +271,7 @@ class Model:
     def logical_axes(self) -> Params:
         """The logical axis names of the parameters; stacked ones start with `layers`."""
 
-        def axes(path: tuple[Any, ...], param: nnx.Param) -> tuple[str, ...]:
+        def axes(path: tuple[Any, ...], param: nnx.Param) -> tuple[str | None, ...]:
             return ("layers", *param.axes) if path[0].key == "layers" else param.axes
 
         is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
@@ -286,7 +311,7 @@ class Model:
                 )
 
     def init(self, seed: int, mesh: Mesh) -> Params:
-        """Fresh parameters as Hugging Face draws them: normal with `initializer_range`, biases zero, norms one.
+        """Fresh parameters as Hugging Face draws them: normal with `initializer_range`, biases zero, norms neutral.
 
         They are born split over the mesh, and the same seed gives the same numbers on every mesh.
         """

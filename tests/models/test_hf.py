@@ -52,7 +52,9 @@ def edit_config(folder: Path, **change: Any) -> None:
 # --- round trips -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama2", "llama3_tied", "llama3.1", "biases"])
+@pytest.mark.parametrize(
+    "family", ["llama2", "llama3_tied", "llama3.1", "biases", "mistral", "gemma2", "qwen2", "qwen3"]
+)
 @pytest.mark.parametrize("read_shard", ["1GB", "60KB"], ids=["from one file", "from several"])
 @pytest.mark.parametrize("write_shard", [10**9, 60_000], ids=["to one file", "to several"])
 def test_weights_go_in_and_out_without_changing_a_bit(
@@ -79,15 +81,21 @@ def test_loaded_parameters_survive_a_step_that_donates_them(saved: Path) -> None
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), doubled, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama3.1", torch.bfloat16), ("llama3.1", torch.float16), ("gemma2", torch.bfloat16), ("qwen3", torch.bfloat16)],
+)
 def test_half_precision_files_are_read_exactly(
-    dtype: torch.dtype, make_hf: Callable[..., LlamaForCausalLM], tmp_path: Path
+    family: str, dtype: torch.dtype, make_hf: Callable[..., LlamaForCausalLM], tmp_path: Path
 ) -> None:
-    make_hf().to(dtype).save_pretrained(tmp_path / "in")
+    make_hf(family).to(dtype).save_pretrained(tmp_path / "in")
     params, model = load(tmp_path / "in")
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     out = hf.save_model(params, model, tmp_path / "out", "float32")
     assert same(weights(out), {name: tensor.float() for name, tensor in weights(tmp_path / "in").items()})
+    if dtype is torch.bfloat16:
+        out = hf.save_model(params, model, tmp_path / "rounded", "bfloat16")
+        assert same(weights(out), weights(tmp_path / "in"))
 
 
 def test_a_bfloat16_export_rounds_as_pytorch_does(saved: Path, tmp_path: Path) -> None:
@@ -101,9 +109,16 @@ def test_parameters_without_a_mesh_are_exported_too(saved: Path, tmp_path: Path)
     assert same(weights(out), weights(saved))
 
 
-def test_transformers_loads_the_export_and_gives_the_same_logits(saved: Path, tmp_path: Path) -> None:
-    out = hf.save_model(*load(saved), tmp_path / "out", "float32", max_shard_bytes=100_000)
-    theirs, ours = (AutoModelForCausalLM.from_pretrained(folder) for folder in (saved, out))
+@pytest.mark.parametrize("family", ["llama3.1", "mistral", "gemma2", "qwen2", "qwen2_windows", "qwen3"])
+def test_transformers_loads_the_export_and_gives_the_same_logits(
+    family: str, make_hf: Callable[..., LlamaForCausalLM], tmp_path: Path
+) -> None:
+    make_hf(family).save_pretrained(tmp_path / "in")
+    out = hf.save_model(*load(tmp_path / "in"), tmp_path / "out", "float32", max_shard_bytes=100_000)
+    theirs, ours = (
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager") for folder in (tmp_path / "in", out)
+    )
+    assert type(ours) is type(theirs)
     assert ours.config.use_cache and ours.dtype == torch.float32
     assert ours.config.rope_parameters == theirs.config.rope_parameters
     tokens = torch.arange(40)[None]

@@ -21,7 +21,8 @@ from transformers import LlamaForCausalLM
 from jax_simpo.errors import MeshError
 from jax_simpo.models import hf
 from jax_simpo.models.config import ModelConfig
-from jax_simpo.models.transformer import Model, rope_frequencies
+from jax_simpo.models.rope import rope_frequencies
+from jax_simpo.models.transformer import Model
 from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.sharding import make_mesh
 
@@ -98,10 +99,11 @@ def test_rope_frequencies_are_those_of_transformers_to_the_last_bit(
     np.testing.assert_array_equal(ours, theirs.model.rotary_emb.inv_freq.numpy())
 
 
+@pytest.mark.parametrize("family", ["llama3.1", "gemma2", "qwen3"])
 def test_bfloat16_stays_as_close_to_float32_as_transformers_does(
-    make_hf: Callable[..., LlamaForCausalLM], tmp_path: Path
+    family: str, make_hf: Callable[..., LlamaForCausalLM], tmp_path: Path
 ) -> None:
-    theirs = make_hf()
+    theirs = make_hf(family)
     theirs.save_pretrained(tmp_path)
     model = Model(hf.load_model_config(tmp_path)[0], "bfloat16")
     params = hf.load_params(tmp_path, model, MESHES["one device"]())
@@ -127,13 +129,14 @@ def test_init_gives_the_same_numbers_on_every_mesh(mesh: str) -> None:
     assert jax.tree.map(lambda x: x.sharding, fresh_params(mesh)) == SMALL.shardings(MESHES[mesh]())
 
 
-def test_init_draws_as_transformers_does(hf_config: dict[str, Any]) -> None:
-    config = ModelConfig.from_hf({**hf_config, "attention_bias": True})
+@pytest.mark.parametrize(("family", "scale"), [("llama", 1), ("gemma2", 0)])
+def test_init_draws_as_transformers_does(family: str, scale: int, hf_config: dict[str, Any]) -> None:
+    config = ModelConfig.from_hf({**hf_config, "model_type": family, "architectures": None, "attention_bias": True})
     params = Model(config).init(0, MESHES["one device"]())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         match path[-1].key:
             case "scale":
-                assert (leaf == 1).all()
+                assert (leaf == scale).all()
             case "bias":
                 assert (leaf == 0).all()
             case _:

@@ -1,14 +1,18 @@
-"""One module per model family: how the tensors of its Hugging Face checkpoints are called."""
+"""One module per model family: what its configuration says beyond Llama's, and how its tensors are called."""
 
 from __future__ import annotations
 
-from types import ModuleType
+from jax_simpo.models.families.family import Family
+from jax_simpo.models.families.gemma2 import GEMMA2
+from jax_simpo.models.families.llama import LLAMA
+from jax_simpo.models.families.mistral import MISTRAL
+from jax_simpo.models.families.qwen2 import QWEN2
+from jax_simpo.models.families.qwen3 import QWEN3
 
-from jax_simpo.models.families import llama
-
-_BY_MODEL_TYPE: dict[str, ModuleType] = {"llama": llama}
-
-
-def of(model_type: str) -> ModuleType:
-    """The family's module, with `NAMES` (our path -> Hugging Face name) and `IGNORED` (patterns of spare tensors)."""
-    return _BY_MODEL_TYPE[model_type]
+FAMILIES: dict[str, Family] = {  # by the `model_type` of config.json
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "gemma2": GEMMA2,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+}

@@ -1,7 +1,14 @@
-"""Llama 2, 3 and 3.x: our parameter paths and the names of the same tensors in Hugging Face checkpoints.
+"""Llama 2, 3 and 3.x; the other families are told by what they do differently."""
 
-`{}` is the layer number. Kernels are stored the other way round there ([out, in]); everything else as it is.
-"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jax_simpo.models.families.family import Family
+from jax_simpo.models.fields import Fields
+
+if TYPE_CHECKING:
+    from jax_simpo.models.config import ModelConfig
 
 NAMES = {
     "embed/embedding": "model.embed_tokens.weight",
@@ -25,5 +32,15 @@ NAMES = {
     "lm_head/embedding": "lm_head.weight",
 }
 
-# Old checkpoints carry the RoPE frequencies, which follow from config.json.
-IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
+
+def _read(fields: Fields) -> dict[str, Any]:
+    fields.require("hidden_act", "silu")
+    bias = fields.flag("attention_bias", False)
+    return {"qkv_bias": bias, "output_bias": bias, "mlp_bias": fields.flag("mlp_bias", False)}
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    return {"hidden_act": "silu", "attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+
+
+LLAMA = Family("LlamaForCausalLM", NAMES, _read, _write, absent={})

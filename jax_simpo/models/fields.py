@@ -1,0 +1,155 @@
+"""Reads the fields of a Hugging Face model configuration one by one, and refuses those that nobody has read.
+
+Every field is either read, known to be harmless, or an error: a field that changes the mathematics and is unknown here
+would give a model that runs and is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax_simpo.errors import ModelError
+
+# Fields that describe files, defaults of generation or of other tasks' heads: the hidden states do not depend on them.
+_HARMLESS = frozenset(
+    "architectures dtype torch_dtype transformers_version use_cache return_dict output_attentions output_hidden_states "
+    "torchscript problem_type finetuning_task task_specific_params tokenizer_class prefix id2label label2id "
+    "num_labels classifier_dropout chunk_size_feed_forward use_bfloat16 tf_legacy_loss pretraining_tp name_or_path "
+    "attn_implementation experts_implementation sep_token_id decoder_start_token_id max_sequence_length max_length "
+    "min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p "
+    "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences "
+    "output_scores return_dict_in_generate remove_invalid_values cache_implementation unsloth_version unsloth_fixed "
+    "unsloth_training transformers.js_config tie_last_hidden_states".split()
+)
+
+# Fields that would change the mathematics, with the only value under which they do not.
+_ONLY: dict[str, Any] = {
+    "attention_dropout": 0,
+    "is_encoder_decoder": False,
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    "partial_rotary_factor": 1,
+    "use_sliding_window": False,
+    "use_bidirectional_attention": False,
+    "use_mrope": False,
+}
+
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+class Fields:
+    """The fields of one configuration; remembers which were read, so that the rest can be refused."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+        self.raw, self.where = raw, where
+        self.read: set[str] = {"model_type"}
+
+    def _get(self, key: str, default: Any) -> Any:
+        self.read.add(key)
+        value = self.raw.get(key)
+        if value is not None:
+            return value
+        if default is None:
+            raise ModelError(f"{self.where}: no field `{key}`; a model cannot be built without it")
+        return default
+
+    def size(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            kind = "positive whole number" if least else "whole number that is not negative"
+            raise ModelError(f"{self.where}: {key}={value!r}, expected a {kind}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ModelError(f"{self.where}: {key}={value!r}, expected a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise ModelError(f"{self.where}: {key}={value!r}, expected true or false")
+        return value
+
+    def size_or_none(self, key: str) -> int | None:
+        """A size that a null switches off."""
+        return None if self._is_null(key) else self.size(key)
+
+    def number_or_none(self, key: str) -> float | None:
+        """A number that a null switches off."""
+        return None if self._is_null(key) else self.number(key)
+
+    def _is_null(self, key: str) -> bool:
+        self.read.add(key)
+        return self.raw.get(key) is None
+
+    def token(self, key: str, several: bool = False) -> Any:
+        self.read.add(key)
+        value = self.raw.get(key)
+        ids = value if several and isinstance(value, list | tuple) else [value]
+        if value is not None and any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+            raise ModelError(f"{self.where}: {key}={value!r}, expected a token id{' or a list of them' * several}")
+        return tuple(ids) if several and isinstance(value, list | tuple) else value
+
+    def windows(self, window: int | None, otherwise: list[bool]) -> tuple[int | None, ...]:
+        """The window of each layer: `window` where `layer_types`, or without it `otherwise`, says that there is one.
+
+        Raises:
+            ModelError: `layer_types` is not a type for each layer, or names windows that have no size.
+        """
+        windowed = otherwise
+        if not self._is_null("layer_types"):
+            types = self.raw["layer_types"]
+            if not isinstance(types, list | tuple) or any(kind not in _LAYER_TYPES for kind in types):
+                raise ModelError(
+                    f"{self.where}: layer_types={types!r}, expected a list of {' and '.join(map(repr, _LAYER_TYPES))}"
+                )
+            if len(types) != len(otherwise):
+                raise ModelError(
+                    f"{self.where}: layer_types has {len(types)} entries, but num_hidden_layers={len(otherwise)}"
+                )
+            windowed = [kind == "sliding_attention" for kind in types]
+        if window is None and any(windowed):
+            raise ModelError(
+                f"{self.where}: layers with sliding attention, but no window; set `sliding_window` (and, for a Qwen "
+                "model, `use_sliding_window`)"
+            )
+        return tuple(window if yes else None for yes in windowed)
+
+    def ignore(self, *keys: str) -> None:
+        """Fields that this family's model does not look at."""
+        self.read.update(keys)
+
+    def require(self, key: str, only: Any) -> None:
+        value = self._get(key, only)
+        if value != only:
+            raise ModelError(f"{self.where}: {key}={value!r} is not supported; only {only!r} is")
+
+    def refuse_the_rest(self) -> None:
+        if self.raw.get("quantization_config"):
+            raise ModelError(
+                f"{self.where}: the weights are quantised (`quantization_config`); training needs the float32, "
+                "bfloat16 or float16 weights, so use the unquantised model"
+            )
+        if self.raw.get("auto_map"):
+            raise ModelError(
+                f"{self.where}: `auto_map` says that the model runs code of its own, which is not supported; if it is "
+                f"a plain {self.raw.get('model_type')} model, remove the field"
+            )
+        for key in sorted(_ONLY.keys() - self.read):
+            self.require(key, _ONLY[key])
+        # A null switches a field off, and a leading underscore marks transformers' own notes.
+        unknown = [
+            key
+            for key, value in self.raw.items()
+            if key not in self.read | _HARMLESS and value not in (None, {}, []) and not key.startswith("_")
+        ]
+        if unknown:
+            named = ", ".join(f"`{key}`={self.raw[key]!r}" for key in unknown)
+            raise ModelError(
+                f"{self.where}: unknown field(s) {named}; they may change what the model computes. Remove those that "
+                "do not; a model that needs them is not supported"
+            )
