@@ -3,56 +3,47 @@
 Key `k` of a row is visible to query `q` iff `k <= q < key_end[k]`; a sliding window adds
 `positions[q] - positions[k] < window`. That one rule is causality, branch isolation (chosen from rejected), isolation
 of packed pairs and padding. A query that sees no key (padding) gets zeros, in values and gradients.
+
+Which implementation a run takes is decided in `attention_choice.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_simpo.errors import ConfigError
 from jax_simpo.ops import blockwise
+from jax_simpo.ops.attention_choice import IMPLEMENTATIONS, resolve_implementation
 from jax_simpo.sharding import RULES
 
-IMPLEMENTATIONS = ("dense", "blockwise")
+__all__ = ["IMPLEMENTATIONS", "Mask", "attention", "prepare_mask", "resolve_implementation", "visible"]
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("key_end", "positions", "live_blocks"),
-    meta_fields=("windows", "implementation"),
+    data_fields=("key_end", "positions", "tables"),
+    meta_fields=("windows", "implementation", "interpret"),
 )
 @dataclass(frozen=True)
 class Mask:
     """The mask of a batch in the form its implementation wants, made once per batch by `prepare_mask`.
 
-    `live_blocks` holds, for each of `windows`, which key blocks each query block has to visit (blockwise only). Every
-    array has the rows first, so that the mask shards with the batch.
+    `tables` holds, for each of `windows`, what the implementation's module made of the mask: lists of live blocks, or
+    where the tokens of each response lie. Every array has the rows first, so that the mask shards with the batch.
     """
 
     key_end: Int[Array, "B L"]
     positions: Int[Array, "B L"]
-    live_blocks: tuple[blockwise.LiveBlocks, ...]
+    tables: tuple[Any, ...]
     windows: tuple[int | None, ...]
     implementation: str
-
-
-def resolve_implementation(name: str) -> tuple[str, str]:
-    """The implementation that a config's `attention` stands for, and why.
-
-    Raises:
-        ConfigError: the implementation does not exist in this version.
-    """
-    if name == "auto":
-        return "blockwise", "memory linear in the row length, on any device"
-    if name not in IMPLEMENTATIONS:
-        raise ConfigError(f"`attention: {name}` is not in this version; choose auto, {', '.join(IMPLEMENTATIONS)}")
-    return name, "as configured"
+    interpret: bool
 
 
 def prepare_mask(
@@ -60,6 +51,9 @@ def prepare_mask(
     positions: Int[Array, "B L"],
     windows: tuple[int | None, ...] = (None,),
     implementation: str = "blockwise",
+    *,
+    sequences: int | None = None,
+    interpret: bool = False,
 ) -> Mask:
     """Does, once per batch and outside the layer scan, all that attention needs to know of the mask.
 
@@ -68,13 +62,38 @@ def prepare_mask(
         positions: int32 RoPE positions, each in its own response's sequence.
         windows: the distinct sliding windows (in positions) of the model's layers; `None` is full attention.
         implementation: one of `IMPLEMENTATIONS`.
+        sequences: at most so many responses in a row; `cudnn` needs it, the others do not look at it.
+        interpret: run `splash`, `pallas` and `cudnn` without their hardware, slowly, for tests.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
-    live: tuple[blockwise.LiveBlocks, ...] = ()
-    if implementation == "blockwise":
-        live = tuple(blockwise.find_live_blocks(key_end, positions, window) for window in windows)
-    return Mask(key_end, positions, live, windows, implementation)
+    if implementation == "cudnn" and sequences is None:
+        raise ValueError("attention implementation 'cudnn' must be told `sequences`, how many responses a row may hold")
+
+    def local(key_end: Array, positions: Array) -> tuple[Any, ...]:
+        if implementation == "dense":
+            return ()
+        if implementation == "cudnn":
+            from jax_simpo.ops import cudnn
+
+            assert sequences is not None
+            return (cudnn.prepare(key_end, positions, sequences=sequences),) * len(windows)
+        if implementation == "blockwise":
+            prepare: Any = blockwise.find_live_blocks
+        elif implementation == "splash":
+            from jax_simpo.ops import splash
+
+            prepare = splash.prepare
+        else:
+            from jax_simpo.ops import pallas_gpu
+
+            prepare = pallas_gpu.prepare
+        return tuple(prepare(key_end, positions, window) for window in windows)
+
+    by_row = P(RULES["batch"])
+    if not jax.sharding.get_abstract_mesh().empty:
+        local = jax.shard_map(local, in_specs=(by_row, by_row), out_specs=by_row, check_vma=False)
+    return Mask(key_end, positions, local(key_end, positions), windows, implementation, interpret)
 
 
 def attention(
@@ -93,10 +112,7 @@ def attention(
     has q's dtype. Under the mesh of `jax.set_mesh` rows are split over `batch` and heads over `heads`, and every device
     works on its own rows and heads alone.
     """
-    if mask.implementation == "dense":
-        local = partial(_dense, scale=scale, window=window, softcap=softcap)
-    else:
-        local = partial(_blockwise, scale=scale, window=window, softcap=softcap)
+    local = partial(_local, scale=scale, window=window, softcap=softcap)
     if jax.sharding.get_abstract_mesh().empty:
         return local(q, k, v, mask)
     by_head = P(RULES["batch"], None, RULES["heads"], None)
@@ -116,6 +132,31 @@ def visible(
     if window is not None:
         see &= positions[:, :, None] - positions[:, None, :] < window
     return see
+
+
+def _local(
+    q: Array, k: Array, v: Array, mask: Mask, *, scale: float, window: int | None, softcap: float | None
+) -> Array:
+    """What one device does. Kernels are imported where they are taken: each needs libraries that not all have."""
+    if mask.implementation == "dense":
+        return _dense(q, k, v, mask, scale=scale, window=window, softcap=softcap)
+    table = mask.tables[mask.windows.index(window)]
+    arrays = q, k, v, mask.key_end, mask.positions, table
+    if mask.implementation == "blockwise":
+        return blockwise.attention(*arrays, scale=scale, window=window, softcap=softcap)
+    if mask.implementation == "splash":
+        from jax_simpo.ops import splash
+
+        kernel: Any = splash.attention
+    elif mask.implementation == "pallas":
+        from jax_simpo.ops import pallas_gpu
+
+        kernel = pallas_gpu.attention
+    else:
+        from jax_simpo.ops import cudnn
+
+        kernel = cudnn.attention
+    return kernel(*arrays, scale=scale, window=window, softcap=softcap, interpret=mask.interpret)
 
 
 def _dense(
@@ -138,10 +179,3 @@ def _dense(
     weights = jnp.where(alive, weights, 0.0).astype(v.dtype)
     out = jnp.einsum("bkgqs,bskd->bqkgd", weights, v, precision=precision, preferred_element_type=jnp.float32)
     return out.reshape(q.shape).astype(q.dtype)
-
-
-def _blockwise(
-    q: Array, k: Array, v: Array, mask: Mask, *, scale: float, window: int | None, softcap: float | None
-) -> Array:
-    live = mask.live_blocks[mask.windows.index(window)]
-    return blockwise.attention(q, k, v, mask.key_end, mask.positions, live, scale=scale, window=window, softcap=softcap)

@@ -48,26 +48,81 @@ def values_and_gradients(logps, seed: int, targets: int):  # type: ignore[no-unt
     seed=st.integers(0, 10**6),
     targets=st.sampled_from([1, 7, 20]),
     chunk=st.sampled_from([1, 5, 16, 4096]),
+    block=st.sampled_from([7, 16, 40, 4096]),  # of 48 entries
+    keep_bytes=st.sampled_from([0, 1 << 20]),
     softcap=st.sampled_from([None, 2.0]),
 )
 @settings(max_examples=12)
 def test_values_and_gradients_are_those_of_the_full_logits(
-    seed: int, targets: int, chunk: int, softcap: float | None
+    seed: int, targets: int, chunk: int, block: int, keep_bytes: int, softcap: float | None
 ) -> None:
     oracle = values_and_gradients(lambda *a: all_logits(*a, softcap), seed, targets)
-    found = values_and_gradients(lambda *a: target_logps(*a, softcap=softcap, chunk=chunk), seed, targets)
+    tiles = {"chunk": chunk, "block": block, "keep_bytes": keep_bytes}
+    found = values_and_gradients(lambda *a: target_logps(*a, softcap=softcap, **tiles), seed, targets)
     for a, b in zip(oracle, found, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1)])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_on_a_mesh_values_and_gradients_are_the_same(mesh: tuple[int, int, int], softcap: float | None) -> None:
+@pytest.mark.parametrize(("softcap", "keep_bytes"), [(None, 0), (2.0, 1 << 20)])
+def test_on_a_mesh_values_and_gradients_are_the_same(
+    mesh: tuple[int, int, int], softcap: float | None, keep_bytes: int
+) -> None:
     oracle = values_and_gradients(lambda *a: all_logits(*a, softcap), 1, 20)
     with jax.set_mesh(make_mesh(*mesh)):
-        found = values_and_gradients(lambda *a: target_logps(*a, softcap=softcap, chunk=6), 1, 20)
+        found = values_and_gradients(
+            lambda *a: target_logps(*a, softcap=softcap, chunk=6, block=5, keep_bytes=keep_bytes), 1, 20
+        )
     for a, b in zip(oracle, found, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@given(counts=st.lists(st.integers(0, 20), min_size=B, max_size=B), chunk=st.sampled_from([3, 8]))
+@settings(max_examples=6)
+def test_padding_targets_give_zeros_in_values_and_gradients(counts: list[int], chunk: int) -> None:
+    real = np.arange(20) < np.array(counts)[:, None]
+    found = values_and_gradients(
+        lambda *a: target_logps(*a, counts=jnp.asarray(counts, jnp.int32), chunk=chunk, block=16), 2, 20
+    )
+    oracle = values_and_gradients(lambda *a: jnp.where(real, all_logits(*a, None), 0.0), 2, 20)
+    for a, b in zip(oracle, found, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 1 << 30])
+def test_padding_that_points_at_a_token_with_huge_logits_gives_no_nan(keep_bytes: int) -> None:
+    hidden, head, index, token, _ = problem(0, 20)
+    hidden, index = hidden.at[:, 0].multiply(1000), index.at[:, 5:].set(0).at[:, :5].set(3)
+    counts = jnp.full(B, 5, jnp.int32)
+
+    def total(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return target_logps(hidden, head, index, token, counts=counts, chunk=160, keep_bytes=keep_bytes).sum()
+
+    assert float(jnp.abs(hidden[:, 0] @ head.T).max()) > 89  # whose exponential float32 cannot hold
+    assert all(np.isfinite(gradient).all() for gradient in jax.grad(total, (0, 1))(hidden, head))
+
+
+def test_chunks_of_padding_alone_are_not_computed() -> None:
+    # What is skipped cannot be seen in a result; a state that is not finite can.
+    hidden, head, index, token, _ = problem(0, 20)
+    hidden, index = hidden.at[:, 0].set(jnp.nan), index.at[:, 5:].set(0).at[:, :5].set(3)
+    counts = jnp.full(B, 5, jnp.int32)  # 40 real targets in chunks of 8: none of them holds padding
+
+    def total(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return target_logps(hidden, head, index, token, counts=counts, chunk=8).sum()
+
+    assert all(np.isfinite(gradient).all() for gradient in jax.grad(total, (0, 1))(hidden, head))
+
+
+def test_kept_logits_are_used_and_a_head_product_is_saved() -> None:
+    def products(keep_bytes: int) -> float:
+        def total(hidden: jax.Array, head: jax.Array) -> jax.Array:
+            return target_logps(hidden, head, index, token, chunk=160, block=V, keep_bytes=keep_bytes).sum()
+
+        hidden, head, index, token, _ = problem(0, 20)
+        return str(jax.make_jaxpr(jax.grad(total, (0, 1)))(hidden, head)).count("dot_general")
+
+    assert (products(0), products(4 * 160 * V)) == (4, 3)
 
 
 def test_bfloat16_states_give_float32_log_probs_and_a_float32_head_gradient() -> None:

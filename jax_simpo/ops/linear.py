@@ -1,0 +1,55 @@
+"""The product of activations with a weight matrix, forwards and backwards, in the form each platform is fast at."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from jax_simpo.ops.blockwise import matmul_precision
+
+PRODUCT = "product"  # name by which a rematerialisation policy keeps a product
+
+
+def linear(x: Float[Array, "B L In"], w: Float[Array, "In Out"]) -> Float[Array, "B L Out"]:
+    """`x @ w` in their common dtype: sums in float32, rounded once."""
+    if x.dtype == jnp.float32:
+        product = jnp.matmul(x, w, precision=matmul_precision(x.dtype))
+    else:
+        product = _rounded(x, w)
+    return checkpoint_name(product, PRODUCT)
+
+
+@jax.custom_vjp
+def _rounded(x: Array, w: Array) -> Array:
+    return _einsum("bli,io->blo", x, w)
+
+
+def _forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _rounded(x, w), (x, w)
+
+
+def _backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, w = saved
+    return _einsum("blo,io->bli", dy, w), _einsum("bli,blo->io", x, dy)
+
+
+_rounded.defvjp(_forward, _backward)
+
+
+def _einsum(subscripts: str, a: Array, b: Array) -> Array:
+    """On a CPU, XLA takes the matrix units of 16-bit numbers only where it is asked for a float32 result.
+
+    Elsewhere asking for one would write it to memory before it is rounded.
+    """
+    narrow = partial(jnp.einsum, subscripts)
+
+    def wide(a: Array, b: Array) -> Array:
+        product = jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+        # Folded into the product, a transposition that follows makes a form of it that XLA cannot run.
+        return jax.lax.optimization_barrier(product).astype(a.dtype)
+
+    return jax.lax.platform_dependent(a, b, cpu=wide, default=narrow)

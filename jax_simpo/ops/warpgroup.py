@@ -1,0 +1,322 @@
+"""What the `pallas` kernels are made of: products on the tensor cores, rings of shared memory, walks over live blocks.
+
+A kernel runs on `workers` warpgroups that compute and one more that does nothing but fetch (Hopper's TMA). The fetching
+one goes through the list of live blocks ahead of the others and fills rings of shared memory, `stages` steps deep.
+
+Mosaic GPU's interpreter knows copies, barriers, threads and loops, but (jax 0.10 to 0.12) no tensor core product with
+an operand in registers and no accumulator that starts from a value. These two have a second, plain spelling here, taken
+when `interpret` is set; everything else of a kernel is the same code on a GPU and in the interpreter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+LOG2E = math.log2(math.e)
+SHARED_MEMORY = 223 * 1024  # bytes a block of threads may have on Hopper (227 KiB), less some for the barriers
+THREAD = "warpgroup"
+
+Ref = Any  # a reference to memory inside a kernel; jax has no public type for it
+Index = Any  # a traced int32 inside a kernel
+
+
+class Rule(NamedTuple):
+    """What turns products into weights, static."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut up, static."""
+
+    block: int  # queries and keys in a block of the lists, and rows of a tile: `workers` times `rows`
+    workers: int  # warpgroups that compute
+    rows: int  # rows of one of them; on a GPU always 64, what one tensor core instruction takes
+    step: int  # rows of the other side that are in a stage of a ring; divides `block`
+    stages: int
+
+
+class Ring(NamedTuple):
+    """Shared memory that one matrix, and vectors along its rows, pass through."""
+
+    matrix: tuple[Ref, ...]  # its parts, each [stages, step, Dh]
+    vectors: tuple[Ref, ...]  # each [stages, step]
+    ready: Ref  # a barrier a stage: filled
+    free: Ref  # a barrier a stage: read by all workers
+
+    def parts(self, slot: Index) -> list[Ref]:
+        return [part.at[slot] for part in self.matrix]
+
+    def targets(self, slot: Index) -> list[Ref]:
+        return [*self.parts(slot), *(vector.at[slot] for vector in self.vectors)]
+
+    def release(self, slot: Index, interpret: bool) -> None:
+        """Says that this worker has read the slot."""
+        if interpret:
+            # Where the tensor cores read on a GPU, lanes do in the interpreter, and its search for races asks them to
+            # say so to the copy engine.
+            plgpu.commit_smem()
+        plgpu.barrier_arrive(self.free.at[slot])
+
+
+def ring_scratch(tiles: Tiles, parts: int, width: int, vectors: Sequence[Any] = ()) -> Ring:
+    """The scratch memory of a ring whose vectors have these dtypes."""
+    stages = tiles.stages
+    return Ring(
+        (plgpu.SMEM((stages, tiles.step, width), jnp.bfloat16),) * parts,
+        tuple(plgpu.SMEM((stages, tiles.step), dtype) for dtype in vectors),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=parts + len(vectors)),
+        plgpu.Barrier(num_barriers=stages, num_arrivals=tiles.workers),
+    )
+
+
+class Held(NamedTuple):
+    """Shared memory for what a worker keeps all the time: matrices, and vectors along their rows."""
+
+    matrices: tuple[tuple[Ref, ...], ...]  # of each its parts, [workers, rows, Dh]
+    vectors: tuple[Ref, ...]  # each [workers, rows]
+    arrived: Ref  # a barrier a worker
+
+    def receive(self, worker: Index, sources: Sequence[Ref]) -> tuple[list[list[Ref]], list[jax.Array]]:
+        """Copies the sources, in the order of the fields, and waits; the matrices by their parts, and the vectors."""
+        matrices = [[part.at[worker] for part in matrix] for matrix in self.matrices]
+        targets = [*(part for matrix in matrices for part in matrix), *(vector.at[worker] for vector in self.vectors)]
+        for source, target in zip(sources, targets, strict=True):
+            plgpu.copy_gmem_to_smem(source, target, self.arrived.at[worker])
+        plgpu.barrier_wait(self.arrived.at[worker])
+        return matrices, [vector[worker] for vector in self.vectors]
+
+    def send(self, worker: Index, results: Sequence[jax.Array], targets: Sequence[Sequence[Ref]]) -> None:
+        """Copies results, by their parts, to their targets through the memory of the matrices, which are lost."""
+        copies = []
+        for matrix, result, target in zip(self.matrices, results, targets, strict=False):
+            for memory, part, there in zip(matrix, split(result, len(matrix)), target, strict=True):
+                memory[worker] = part
+                copies.append((memory.at[worker], there))
+        plgpu.commit_smem()
+        for memory, there in copies:
+            plgpu.copy_smem_to_gmem(memory, there)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def held_scratch(tiles: Tiles, parts: int, width: int, matrices: int, vectors: Sequence[Any] = ()) -> Held:
+    """The scratch memory of that many matrices, and of vectors with these dtypes."""
+    matrix = (plgpu.SMEM((tiles.workers, tiles.rows, width), jnp.bfloat16),) * parts
+    return Held(
+        (matrix,) * matrices,
+        tuple(plgpu.SMEM((tiles.workers, tiles.rows), dtype) for dtype in vectors),
+        plgpu.Barrier(num_barriers=tiles.workers, num_arrivals=matrices * parts + len(vectors)),
+    )
+
+
+class Walk(NamedTuple):
+    """The way of one tile over its live blocks, in steps; the first `full` need no mask.
+
+    With `heads` > 1 every step is taken once for each query head of the group.
+    """
+
+    blocks: Ref  # [B, Q, Q]
+    row: Index
+    line: Index  # the tile's own block
+    full: Index
+    live: Index
+    heads: int
+    tiles: Tiles
+
+    @classmethod
+    def of(cls, blocks: Ref, counts: Ref, row: Index, line: Index, tiles: Tiles, heads: int = 1) -> Walk:
+        each = heads * (tiles.block // tiles.step)
+        return cls(blocks, row, line, counts[row, line, 0] * each, counts[row, line, 1] * each, heads, tiles)
+
+    def at(self, t: Index) -> tuple[Index, Index]:
+        """Where step `t` starts in the row, and which head of the group it is for."""
+        block, step = self.tiles.block, self.tiles.step
+        t, head = _divide(t, self.heads)
+        index, part = _divide(t, block // step)
+        return self.blocks[self.row, self.line, index] * block + part * step, head
+
+    def fetch(self, rings: Sequence[Ring], sources: Callable[[Index, Index], Sequence[Sequence[Ref]]]) -> None:
+        """Fills the rings step by step; `sources(start, head)` names for each ring what goes into its targets."""
+
+        @pl.loop(0, self.live)
+        def _(t: Index) -> None:
+            start, head = self.at(t)
+            slot = self.slot(t)
+            for ring, pieces in zip(rings, sources(start, head), strict=True):
+                pl.when(t >= self.tiles.stages)(partial(plgpu.barrier_wait, ring.free.at[slot]))
+                for piece, target in zip(pieces, ring.targets(slot), strict=True):
+                    plgpu.copy_gmem_to_smem(piece, target, ring.ready.at[slot])
+
+        # Nobody may leave before the last stages are read: their barriers would vanish under the readers.
+        @pl.loop(jnp.maximum(self.live - self.tiles.stages, 0), self.live)
+        def _(t: Index) -> None:
+            for ring in rings:
+                plgpu.barrier_wait(ring.free.at[self.slot(t)])
+
+    def each(self, body: Callable[..., Any], state: Any) -> Any:
+        """Runs `body(t, slot, state, mixed)` over all steps, `mixed` being static."""
+
+        def steps(first: Index, last: Index, state: Any, mixed: bool) -> Any:
+            return lax.fori_loop(first, last, lambda t, s: body(t, self.slot(t), s, mixed), state)
+
+        return steps(self.full, self.live, steps(jnp.int32(0), self.full, state, False), True)
+
+    def slot(self, t: Index) -> Index:
+        if self.tiles.stages == 1:
+            # Always 0. Were that plain, the compiler would compute the addresses of all stages before the loop and keep
+            # them in registers, which a kernel with one stage has none to spare of (1 KB of spills a lane).
+            return t & (self.full > self.live).astype(jnp.int32)
+        return lax.rem(t, jnp.int32(self.tiles.stages))
+
+
+def _divide(t: Index, by: int) -> tuple[Index, Index]:
+    return (t, 0) if by == 1 else (lax.div(t, jnp.int32(by)), lax.rem(t, jnp.int32(by)))
+
+
+def split(x: jax.Array, parts: int) -> list[jax.Array]:
+    """A float32 array as a sum of that many bfloat16 ones: 8 bits of mantissa each."""
+    pieces = [x.astype(jnp.bfloat16)]
+    for _ in range(parts - 1):
+        x = x - pieces[-1].astype(jnp.float32)
+        pieces.append(x.astype(jnp.bfloat16))
+    return pieces
+
+
+def _terms(a: Sequence[Any], b: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """The products of parts that matter: those left out are below the precision of the last part."""
+    return [(a[i], b[j]) for i in range(len(a)) for j in range(len(b)) if i + j < len(b)]
+
+
+def products(pairs: Sequence[tuple[Sequence[Ref], Sequence[Ref]]], interpret: bool) -> list[jax.Array]:
+    """`a @ b.T` in float32 for each pair of matrices in shared memory, given by their parts."""
+    if interpret:
+        return [_dot(_terms(a, [y[...].T for y in b])) for a, b in pairs]
+
+    def body(*totals: Ref) -> list[jax.Array]:
+        for total, (a, b) in zip(totals, pairs, strict=True):
+            for x, y in _terms(a, b):
+                plgpu.wgmma(total, x, y.transpose((1, 0)))
+        return [total[...] for total in totals]
+
+    shapes = [(a[0].shape[0], b[0].shape[0]) for a, b in pairs]
+    return pl.run_scoped(body, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in shapes])
+
+
+def accumulate(
+    totals: Sequence[jax.Array], pairs: Sequence[tuple[jax.Array, Sequence[Ref]]], interpret: bool
+) -> list[jax.Array]:
+    """`total + a @ b` for each pair of a float32 matrix in registers and one in shared memory, given by its parts."""
+    operands = [(split(a, len(b)), b) for a, b in pairs]
+    if interpret:
+        return [total + _dot(_terms(a, b)) for total, (a, b) in zip(totals, operands, strict=True)]
+
+    def body(accumulators: Sequence[Ref]) -> None:
+        for accumulator, (a, b) in zip(accumulators, operands, strict=True):
+            for x, y in _terms(a, b):
+                plgpu.wgmma(accumulator, x, y)
+
+    return pl.run_state(body)([plgpu.WGMMAAccumulatorRef.init(total) for total in totals])
+
+
+def _dot(terms: Sequence[tuple[Any, Any]]) -> jax.Array:
+    """What the interpreter does in place of the tensor cores."""
+    dots = [jnp.dot(a[...], b[...], preferred_element_type=jnp.float32) for a, b in terms]
+    return jnp.stack(dots).sum(axis=0)
+
+
+def along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """A vector that lies along `axis`, repeated over the other one."""
+    return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def logits(products: jax.Array, rule: Rule) -> tuple[jax.Array, jax.Array | None]:
+    """Scaled, capped scores times log2(e), and for the backward what the cap's slope is (None: there is no cap)."""
+    if rule.softcap is None:
+        return products * (rule.scale * LOG2E), None
+    # tanh by way of exp2: the GPU's own approximation is off by 5e-4, which a cap of 50 would turn into 0.02.
+    tanh = 1.0 - 2.0 / (1.0 + jnp.exp2(products * (2.0 * LOG2E * rule.scale / rule.softcap)))
+    return tanh * (rule.softcap * LOG2E), 1.0 - tanh * tanh
+
+
+class Side(NamedTuple):
+    """The queries or the keys of a step: where they start, on which axis they lie, and their vectors."""
+
+    start: Index
+    axis: int
+    positions: Sequence[jax.Array]  # one vector, or none where there is no window
+    key_end: jax.Array | None = None  # keys only
+
+
+def masked(scores: jax.Array, queries: Side, keys: Side, rule: Rule) -> jax.Array:
+    """The scores with -inf where the query may not see the key."""
+    shape = scores.shape
+
+    query = queries.start + lax.broadcasted_iota(jnp.int32, shape, queries.axis)
+    key = keys.start + lax.broadcasted_iota(jnp.int32, shape, keys.axis)
+    assert keys.key_end is not None
+    see = (key <= query) & (query < along(keys.key_end, shape, keys.axis))
+    if rule.window is not None:
+        query_at, key_at = (along(side.positions[0], shape, side.axis) for side in (queries, keys))
+        see &= query_at - key_at < rule.window
+    return jnp.where(see, scores, -jnp.inf)
+
+
+def interpreter() -> Any:
+    """The parameters that make Mosaic GPU interpret a kernel on the CPU."""
+    if hasattr(plgpu, "InterpretGPUParams"):
+        return plgpu.InterpretGPUParams()
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax 0.10 does not export it
+
+    return InterpretGPUParams()
+
+
+def launch(
+    compute: Callable[..., None],
+    fetch: Callable[..., None],
+    *,
+    name: str,
+    outputs: Any,
+    grid: dict[str, int],
+    scratch: Sequence[Any],
+    tiles: Tiles,
+    interpret: bool,
+) -> Callable[..., Any]:
+    """A kernel whose workers run `compute(worker, *refs)` while one more warpgroup runs `fetch(*refs)`."""
+
+    def kernel(*refs: Ref) -> None:
+        warpgroup = lax.axis_index(THREAD)
+
+        # Three warpgroups share 512 registers a lane: the one that only fetches gives most of its share away.
+        @pl.when(warpgroup < tiles.workers)
+        def _() -> None:
+            plgpu.set_max_registers(240, action="increase")
+            compute(warpgroup, *refs)
+
+        @pl.when(warpgroup == tiles.workers)
+        def _() -> None:
+            plgpu.set_max_registers(24, action="decrease")
+            fetch(*refs)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=outputs,
+        scratch_types=scratch,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=tiles.workers + 1,
+        thread_name=THREAD,
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=interpreter() if interpret else None,
+    )
