@@ -179,8 +179,10 @@ def _console(*, stderr: bool = True) -> Console:
 
 def _setup(settings: TrainConfig, console: Console, model: str | None) -> Setup:
     """What scoring and exporting start from. A step that is not there is found before the pairs are tokenised."""
+    from jax_simpo.train.compilation import keep_compiled_programs
     from jax_simpo.train.setup import Setup, open_checkpoints
 
+    keep_compiled_programs()
     if model is not None and model.isdecimal():
         with open_checkpoints(settings) as checkpoints:
             if int(model) not in checkpoints.steps():

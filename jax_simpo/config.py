@@ -231,7 +231,9 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     prefix_sharing: bool = _key(True, "Computes what the two sequences of a pair have in common once. Same results.")
     packing: bool = _key(True, "Puts several pairs of a step into one row. Same results.")
     row_length: Literal["auto"] | Whole = _key(
-        "auto", "Tokens in a row, a multiple of 128; `auto` picks what computes the fewest tokens per step."
+        "auto",
+        "Tokens in a row, a multiple of 128; `auto` picks what is cheapest per step: few tokens computed, few "
+        "micro-batches.",
     )
     rows_per_device: Whole = _key(1, "Rows each data-parallel device computes at a time (one micro-batch).", ge=1)
 
@@ -244,7 +246,10 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     )
     export_dtype: Literal["float32", "bfloat16"] | None = _key(None, "Type of the exported weights. Default: `dtype`.")
     attention: Literal["auto", "dense", "blockwise", "splash", "pallas", "cudnn"] = _key(
-        "auto", "Attention implementation; all compute the same."
+        "auto",
+        "Attention implementation; all compute the same. `blockwise` runs anywhere, `splash` on TPUs, `pallas` on "
+        "Hopper GPUs, `cudnn` on NVIDIA GPUs without soft caps, `dense` for tiny rows. `auto` takes the best for the "
+        "device; the log says which and why.",
     )
     torch_attention: Literal["auto", "sdpa", "flex", "flash_attention_2", "flash_attention_3", "dense"] = _key(
         "auto",
@@ -254,7 +259,11 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     remat: Literal["none", "dots", "full"] = _key(
         "full", "What of a layer is recomputed in the backward pass: nothing, all but matrix products, or all."
     )
-    logprob_chunk: Whole = _key(1024, "Targets per chunk of the loss head; less memory when smaller.", ge=1)
+    logprob_chunk: Literal["auto"] | Annotated[Whole, Field(ge=1)] = _key(
+        "auto",
+        "Targets per tile of the loss head; `auto` takes what is fastest on the device and, in training, keeps the "
+        "logits for the backward pass where memory allows.",
+    )
 
     # --- evaluation and saving
     do_eval: bool = _key(

@@ -63,7 +63,7 @@ WITHOUT_MEANING: dict[str, str] = {
     "tf32": "`dtype` is the type computed in",
     "bf16_full_eval": "`dtype` is the type computed in, evaluation included",
     "torch_compile": "everything is compiled by XLA",
-    "use_liger_kernel": "log-probs are always taken in chunks (`logprob_chunk`)",
+    "use_liger_kernel": "log-probs are always taken in tiles (`logprob_chunk: 1024` never keeps logits)",
     "use_cache": "the exported model always has `use_cache: true`",
     "save_safetensors": "models are always written as safetensors",
     "save_only_model": "checkpoints always hold what a resume needs; `jax-simpo export` writes the model alone",

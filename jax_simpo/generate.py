@@ -74,9 +74,8 @@ def _decoder(forward: Forward, mesh: Mesh, max_new_tokens: int) -> Decode:
         # all steps: one document per row, as long as the buffer.
         model = forward.model
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        mask = prepare_mask(
-            jnp.full_like(tokens, tokens.shape[1]), positions, forward.model.config.windows, forward.attention
-        )
+        key_end = jnp.full_like(tokens, tokens.shape[1])
+        mask = prepare_mask(key_end, positions, forward.model.config.windows, forward.attention, sequences=1)
         hidden = model.hidden_states(params, tokens, positions, mask)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
         head = gather(model.head(params), last.dtype, "vocab", "embed")

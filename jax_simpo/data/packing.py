@@ -22,16 +22,30 @@ ROW_MULTIPLE = 128  # row lengths and target counts are multiples of it: whole a
 _SAMPLED_PAIRS = 4096  # pairs whose steps are simulated to choose a row shape: at least 4 steps, at most 24
 _CANDIDATES = 40  # row lengths tried for `row_length: auto`
 _GOOD_ENOUGH = 1.005  # within half a per cent of the cheapest length the shortest wins: it needs the least memory
+# What a micro-batch of a row a device costs whatever the row holds, in tokens: its gradient is written and added to the
+# step's, some 16 bytes per parameter, where a token takes 6 operations per parameter. At 100 operations in the time of
+# a byte moved (what GPUs and TPUs do, and CPUs with the large heads of small models) that is 16 / 6 * 100.
+MICRO_BATCH_TOKENS = 256
+
+
+def pack(tokens: Int[np.ndarray, " P"], targets: Int[np.ndarray, " P"], shape: RowShape) -> list[Int[np.ndarray, " _"]]:
+    """Packs pairs into few rows. Returns the positions of the pairs of each row.
+
+    First-fit-decreasing, and where that needs more rows than the tokens alone would, `fill_rows` too. Every pair must
+    fit an empty row. `shape.responses` is a third capacity (two slots a pair).
+    """
+    rows = first_fit_decreasing(tokens, targets, shape)
+    if len(rows) * shape.length - tokens.sum() < shape.length:
+        return rows
+    filled = fill_rows(tokens, shape.length)
+    fits = all(targets[row].sum() <= shape.targets and 2 * len(row) <= shape.responses for row in filled)
+    return filled if fits and len(filled) < len(rows) else rows
 
 
 def first_fit_decreasing(
     tokens: Int[np.ndarray, " P"], targets: Int[np.ndarray, " P"], shape: RowShape
 ) -> list[Int[np.ndarray, " _"]]:
-    """Packs pairs into rows, longest first, each into the first row that has room for its tokens and its targets.
-
-    `shape.responses` is a third capacity (two slots a pair). Returns the positions of the pairs of each row. Every pair
-    must fit an empty row.
-    """
+    """Takes pairs longest first, and puts each into the first row that has room for its tokens, targets and slots."""
     order = np.argsort(-tokens, kind="stable")
     room = np.empty((len(tokens), 3), np.int64)
     rows: list[list[int]] = []
@@ -45,6 +59,33 @@ def first_fit_decreasing(
         room[first] -= need
         rows[first].append(int(p))
     return [np.array(row) for row in rows]
+
+
+def fill_rows(tokens: Int[np.ndarray, " P"], length: int) -> list[Int[np.ndarray, " _"]]:
+    """Fills one row after the other: with the longest pair left, and the pairs that best fill what remains of the row.
+
+    Which sums the pairs can make is a subset-sum problem, solved with one integer as a set of sums: bit n says that n
+    tokens can be filled, and a pair of t tokens shifts it by t (Gupta and Ho, "A new heuristic algorithm for the
+    one-dimensional bin-packing problem", 1999, fill bins in this way).
+    """
+    left = [(int(tokens[p]), int(p)) for p in np.argsort(-tokens, kind="stable")]
+    rows = []
+    while left:
+        size, first = left.pop(0)
+        room = length - size
+        sums, within = [1], (1 << (room + 1)) - 1
+        for size, _ in left:
+            sums.append((sums[-1] | sums[-1] << size) & within)
+            if sums[-1] >> room:
+                break
+        row, rest = [first], sums[-1].bit_length() - 1
+        for k in range(len(sums) - 2, -1, -1):
+            if not sums[k] >> rest & 1:  # only with this pair
+                size, p = left.pop(k)
+                row.append(p)
+                rest -= size
+        rows.append(np.array(row))
+    return rows
 
 
 @dataclass(frozen=True)
@@ -94,7 +135,7 @@ class StepPlan:
         pairs = self.pairs(step)
         if self.packing:
             lengths = self.lengths.of_pairs(pairs)
-            rows = first_fit_decreasing(lengths.row_tokens(self.prefix_sharing), lengths.targets(), self.shape)
+            rows = pack(lengths.row_tokens(self.prefix_sharing), lengths.targets(), self.shape)
         else:
             rows = list(np.arange(len(pairs))[:, None])
         epoch, at = divmod(step, self.steps_per_epoch)
@@ -135,7 +176,7 @@ def _epoch_order(count: int, seed: int | None, epoch: int) -> Int[np.ndarray, " 
 
 @dataclass(frozen=True)
 class PackingReport:
-    """What a plan costs per step, over the steps that were simulated; everything in tokens but `pairs`."""
+    """What a plan costs per step, over the steps that were simulated; in tokens unless said otherwise."""
 
     pairs: float
     input_tokens: float  # after sharing, without padding
@@ -144,6 +185,7 @@ class PackingReport:
     targets: float
     computed_targets: float
     empty_rows: float  # share of the computed rows
+    rows: float  # computed, empty ones included
 
     @property
     def fill(self) -> float:
@@ -155,7 +197,7 @@ def measure(plan: StepPlan) -> PackingReport:
     """Simulates steps spread over the first epoch and adds up what they compute."""
     tokens, separate = (plan.lengths.row_tokens(sharing) for sharing in (plan.prefix_sharing, False))
     targets = plan.lengths.targets()
-    sums = np.zeros(7)
+    sums = np.zeros(8)
     steps = _sampled_steps(plan)
     for k in steps:
         step = plan.step(int(k))
@@ -168,21 +210,18 @@ def measure(plan: StepPlan) -> PackingReport:
             targets[step.pairs].sum(),
             rows * plan.shape.targets,
             (rows - len(step.rows)) / rows,
+            rows,
         )
     return PackingReport(*(sums / len(steps)))
 
 
-def choose_row_shape(
-    plan: StepPlan, *, row_length: int | None, max_row_length: int, target_cost: float = 1.0
-) -> StepPlan:
+def choose_row_shape(plan: StepPlan, *, row_length: int | None, max_row_length: int) -> StepPlan:
     """Gives a plan the row shape that costs least, and returns it with that shape.
 
     Args:
         plan: everything but the shape, which is ignored.
         row_length: a fixed row length, or None to choose one.
         max_row_length: the longest row that memory allows; the longest pair always gets a row that holds it.
-        target_cost: what a target costs in units of what a token costs: vocabulary x width over the parameters of the
-            layers.
     """
     tokens, targets = plan.lengths.row_tokens(plan.prefix_sharing), plan.lengths.targets()
     shortest = _round_up(int(tokens.max()))
@@ -200,20 +239,19 @@ def choose_row_shape(
         return replace(plan, shape=RowShape(int(candidates[0]), most_targets, 2))
 
     unbounded = [RowShape(int(length), int(targets.sum()), 2 * len(tokens)) for length in candidates]
-    by_length = _cheapest([replace(plan, shape=shape) for shape in unbounded], slack=_GOOD_ENOUGH)
-    steps = [by_length.step(int(k)) for k in _sampled_steps(plan)]
-    held = [targets[step.pairs[row]].sum() for step in steps for row in step.rows]
+    plan = _cheapest([replace(plan, shape=shape) for shape in unbounded])
+    steps = [plan.step(int(k)) for k in _sampled_steps(plan)]
+    held = max(targets[step.pairs[row]].sum() for step in steps for row in step.rows)
     responses = 2 * max(len(row) for step in steps for row in step.rows)
-    bounds = {max(most_targets, _round_up(int(np.quantile(held, q)))) for q in (0.5, 0.75, 0.9, 0.97, 1.0)}
-    bounded = [RowShape(by_length.shape.length, bound, responses) for bound in sorted(bounds)]
-    return _cheapest([replace(plan, shape=shape) for shape in bounded], target_cost)
+    # Room for all targets of the fullest row: the loss head skips what is left empty.
+    return replace(plan, shape=RowShape(plan.shape.length, max(most_targets, _round_up(int(held))), responses))
 
 
-def _cheapest(plans: list[StepPlan], target_cost: float = 0.0, slack: float = 1.0) -> StepPlan:
-    """The first plan (they come smallest first) whose cost is the lowest, or within `slack` times the lowest."""
+def _cheapest(plans: list[StepPlan]) -> StepPlan:
+    """The shortest row whose cost is the lowest, or nearly."""
     reports = [measure(plan) for plan in plans]
-    costs = [report.computed_tokens + target_cost * report.computed_targets for report in reports]
-    return next(plan for plan, cost in zip(plans, costs, strict=True) if cost <= slack * min(costs))
+    costs = [report.computed_tokens + MICRO_BATCH_TOKENS * report.rows for report in reports]
+    return next(plan for plan, cost in zip(plans, costs, strict=True) if cost <= _GOOD_ENOUGH * min(costs))
 
 
 def _sampled_steps(plan: StepPlan) -> Int[np.ndarray, " _"]:

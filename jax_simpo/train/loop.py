@@ -66,17 +66,22 @@ class TrainingLoop:
             if self.evaluation is not None and not first_step:
                 self._evaluate(params, step=0, epoch=0.0)
             self._clock = _Clock(_counted_before(self.output, self.plan, first_step))
-            for batch in batches:
+            for batch in self._clock.waiting(batches):
                 params, state, metrics = self._step(params, state, batch)
                 self._clock.count(len(batch.pairs), batch.input_tokens)
                 self._after(batch, params, state, metrics)
+        counted = self._clock.total
+        if counted.seconds:
+            share = counted.waited / counted.seconds
+            self.setup.console.print(f"the host's row building kept the device waiting {share:.1%} of the time at most")
         return params
 
     def _step(self, params: Params, state: Any, batch: StepBatch) -> tuple[Params, Any, dict[str, Any]]:
         denominators = Denominators(jnp.float32(len(batch.pairs)), jnp.float32(batch.chosen_tokens))
-        so_far = self.functions.start(params)
+        so_far = None
         for rows in batch.micro_batches:
             so_far = self.functions.accumulate(params, so_far, put_rows(rows.arrays(), self.setup.mesh), denominators)
+        assert so_far is not None  # no step is without pairs
         params, state, norm = self.functions.update(params, state, so_far.gradients)
         return params, state, {**so_far.metrics, "grad_norm": norm}
 
@@ -131,6 +136,7 @@ class TrainingLoop:
             "tokens_per_second": rates.tokens / rates.seconds,
             "pairs_per_second": rates.pairs / rates.seconds,
             "packing_fill": batch.input_tokens / batch.computed_tokens,
+            "idle": rates.waited / rates.seconds,
             **{f"total_{name}": value for name, value in vars(self._clock.total).items()},
         }
         self._log.write(record)
@@ -148,20 +154,22 @@ class TrainingLoop:
 
 @dataclass
 class _Counted:
-    """What was trained on, and the seconds it took without evaluating and saving."""
+    """What was trained on, the seconds it took without evaluating and saving, and of those the wait for rows."""
 
     pairs: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
 
 
 def _counted_before(output: Path, plan: StepPlan, first_step: int) -> _Counted:
     """What the steps before `first_step` consumed. Their seconds are those of the last of them that was logged."""
     tokens = plan.lengths.row_tokens(plan.prefix_sharing)
     steps = [plan.pairs(step) for step in range(first_step)]
-    logged = [record.get("total_seconds", 0.0) for record in read_metrics(output) if "step" in record]
-    seconds = logged[-1] if steps and logged else 0.0
-    return _Counted(sum(map(len, steps)), int(sum(tokens[pairs].sum() for pairs in steps)), seconds)
+    logged = [record for record in read_metrics(output) if "step" in record]
+    last = logged[-1] if steps and logged else {}
+    seconds, waited = (last.get(f"total_{name}", 0.0) for name in ("seconds", "waited"))
+    return _Counted(sum(map(len, steps)), int(sum(tokens[pairs].sum() for pairs in steps)), seconds, waited)
 
 
 class _Clock:
@@ -184,6 +192,16 @@ class _Clock:
         since = _Counted(*(getattr(self.total, name) - last for name, last in vars(self._last).items()))
         self._since, self._last = now, _Counted(**vars(self.total))
         return since
+
+    def waiting(self, batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
+        """The batches, with the time counted that each had to be waited for."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.total.waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
 
     @contextmanager
     def paused(self) -> Iterator[None]:

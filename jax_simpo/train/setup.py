@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,13 +115,28 @@ class Setup:
 
     @cached_property
     def attention(self) -> str:
-        name, why = resolve_implementation(self.config.attention)
+        model = self.model.config
+        name, why = resolve_implementation(
+            self.config.attention,
+            self.mesh.devices.flat[0],
+            dtype=self.model.dtype,
+            head_dim=model.head_dim,
+            softcap=model.attention_softcap,
+        )
         self.console.print(f"attention: {name} ({why})")
         return name
 
     @cached_property
     def forward(self) -> Forward:
         return Forward(self.model, self.attention, self.config.logprob_chunk)
+
+    @cached_property
+    def training_forward(self) -> Forward:
+        """With memory to spare, a micro-batch's logits are kept for the backward pass."""
+        if self.config.logprob_chunk != "auto":
+            return self.forward
+        memory = capacity.device_memory(self.mesh)
+        return replace(self.forward, logits_bytes=capacity.logits_bytes(self.model, self.mesh, memory))
 
     @cached_property
     def objective(self) -> Objective:
@@ -193,7 +208,6 @@ class Setup:
             seed: of the order; None keeps file order.
         """
         config, model = self.config, self.model
-        head = model.config.vocab_size * model.config.hidden_size
         rows = config.rows_per_device * self.data_parallel
         memory = capacity.device_memory(self.mesh)
         plan = choose_row_shape(
@@ -208,7 +222,6 @@ class Setup:
             ),
             row_length=None if config.row_length == "auto" else config.row_length,
             max_row_length=capacity.longest_row(model, self.mesh, config.rows_per_device, memory),
-            target_cost=head / max(1, model.parameter_count - head),
         )
         plan.check(pairs.origin)
         return plan

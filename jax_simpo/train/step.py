@@ -1,15 +1,16 @@
 """The pure functions of a training step: rows in, gradients and metrics out.
 
-A step is a number of micro-batches, all of one static shape, so two programs are compiled per run: `accumulate` adds a
-micro-batch's gradients to the step's, `update` applies them. Every term is divided by the whole step's denominator
-(known on the host before the step starts) as it is added, so the number of micro-batches never shows in the result.
+A step is a number of micro-batches, all of one static shape, so few programs are compiled per run: `accumulate` for the
+first micro-batch of a step, whose gradients start the sum, and for the later ones, which add theirs to it; `update`
+applies the sum. Every term is divided by the whole step's denominator (known on the host before the step starts) as it
+is added, so the number of micro-batches never shows in the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,20 +64,27 @@ class Forward:
 
     model: Model
     attention: str
-    logprob_chunk: int
+    logprob_chunk: int | Literal["auto"] = "auto"
+    logits_bytes: int = 0  # memory of a device that training may spend on keeping a micro-batch's logits
 
     def response_logps(self, params: Params, rows: Rows) -> ResponseLogps:
         """Sum of log-probs and length of every response slot, float32 [B, R]."""
-        mask = prepare_mask(rows["key_end"], rows["positions"], self.model.config.windows, self.attention)
+        slots = rows["response_pair"].shape[1]
+        mask = prepare_mask(
+            rows["key_end"], rows["positions"], self.model.config.windows, self.attention, sequences=slots
+        )
         hidden = self.model.hidden_states(params, rows["tokens"], rows["positions"], mask)
         logps = target_logps(
             hidden,
             self.model.head(params),
             rows["target_index"],
             rows["target_token"],
-            chunk=self.logprob_chunk,
+            counts=(rows["target_response"] < slots).sum(1),
+            softcap=self.model.config.logit_softcap,
+            chunk=None if self.logprob_chunk == "auto" else self.logprob_chunk,
+            keep_bytes=self.logits_bytes,
         )
-        return response_logps(logps, rows["target_response"], rows["response_pair"].shape[1])
+        return response_logps(logps, rows["target_response"], slots)
 
 
 class Denominators(NamedTuple):
@@ -127,16 +135,15 @@ class TrainFunctions:
     """The compiled functions of a run. They are called under `jax.set_mesh(mesh)`.
 
     Attributes:
-        start: `params -> Accumulated`, zeros.
-        accumulate: `params, Accumulated, rows, Denominators -> Accumulated`; takes the old one's memory.
+        accumulate: `params, so far, rows, Denominators -> Accumulated`; takes the memory of the sum so far, which is
+            None for the first micro-batch of a step.
         update: `params, optimizer state, gradients -> params, optimizer state, gradient norm before clipping`; takes
             the memory of the first two.
         init_optimizer: `params -> optimizer state`.
         optimizer_shardings: where that state lies.
     """
 
-    start: Callable[[Params], Accumulated]
-    accumulate: Callable[[Params, Accumulated, Rows, Denominators], Accumulated]
+    accumulate: Callable[[Params, Accumulated | None, Rows, Denominators], Accumulated]
     update: Callable[[Params, Any, Params], tuple[Params, Any, Array]]
     init_optimizer: Callable[[Params], Any]
     optimizer_shardings: Any
@@ -151,22 +158,18 @@ def make_train_functions(
     optimizer_shardings = state_shardings(optimizer, forward.model.abstract, param_shardings, everywhere)
     accumulated = Accumulated(param_shardings, dict.fromkeys(objective.metrics, everywhere))
 
-    def start(params: Params) -> Accumulated:
-        return Accumulated(jax.tree.map(jnp.zeros_like, params), {name: jnp.zeros(()) for name in objective.metrics})
-
-    def accumulate(params: Params, so_far: Accumulated, rows: Rows, denominators: Denominators) -> Accumulated:
+    def accumulate(params: Params, so_far: Accumulated | None, rows: Rows, denominators: Denominators) -> Accumulated:
         def loss(p: Params) -> tuple[Array, dict[str, Array]]:
             return micro_batch_loss(forward, objective, p, rows, denominators)
 
-        gradients, metrics = jax.grad(loss, has_aux=True)(params)
-        return jax.tree.map(jnp.add, so_far, Accumulated(gradients, metrics))
+        here = Accumulated(*jax.grad(loss, has_aux=True)(params))
+        return here if so_far is None else jax.tree.map(jnp.add, so_far, here)
 
     def update(params: Params, state: Any, gradients: Params) -> tuple[Params, Any, Array]:
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, optax.tree.norm(gradients)
 
     return TrainFunctions(
-        start=jax.jit(start, out_shardings=accumulated),
         accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=accumulated),
         update=jax.jit(update, donate_argnums=(0, 1), out_shardings=(param_shardings, optimizer_shardings, everywhere)),
         init_optimizer=jax.jit(optimizer.init, out_shardings=optimizer_shardings),

@@ -20,6 +20,7 @@ from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.generate import generate
 from jax_simpo.models import hf
 from jax_simpo.samples import read_answers, read_samples, sample_prompts, with_answers, write_samples
+from jax_simpo.train.compilation import keep_compiled_programs
 from jax_simpo.train.evaluate import PAIRS_PER_PLAN, Evaluation
 from jax_simpo.train.loop import TrainingLoop
 from jax_simpo.train.metrics import read_metrics
@@ -39,6 +40,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     """
     output = Path(config.output_dir)
     check_output(config, output)
+    keep_compiled_programs()
     setup = Setup(config, console)
     mesh = setup.mesh
     console.print(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())} ({mesh.devices.flat[0]})")
@@ -62,7 +64,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
         remove_run(output)
     with Checkpoints(output / CHECKPOINTS, keep=config.save_total_limit) as checkpoints, jax.set_mesh(mesh):
         schedule, optimizer = _optimizer(config, total_steps)
-        functions = make_train_functions(setup.forward, setup.objective, optimizer, mesh)
+        functions = make_train_functions(setup.training_forward, setup.objective, optimizer, mesh)
         if first_step:
             abstract = setup.model.abstract
             params = checkpoints.params(first_step, abstract_state(abstract, setup.model.shardings(mesh)))

@@ -72,6 +72,7 @@ class History:
 
     records: list[dict[str, float]]
     params: Any
+    programs: int = 0  # compiled for the steps
 
     def values(self, name: str) -> np.ndarray:
         return np.array([record[name] for record in self.records])
@@ -90,6 +91,7 @@ def run_steps(
     optimizer: Any = None,
     attention: str = "blockwise",
     params: Any = None,
+    logits_bytes: int = 0,
 ) -> History:
     """Runs optimizer steps as the trainer does, without its shell."""
     model = model or tiny_model()
@@ -99,18 +101,20 @@ def run_steps(
     plan = plan_of(pairs, mesh, batch=batch, sharing=sharing, packing=packing)
     records = []
     with jax.set_mesh(mesh):
-        functions = make_train_functions(Forward(model, attention, 64), objective, optimizer, mesh)
+        functions = make_train_functions(Forward(model, attention, 64, logits_bytes), objective, optimizer, mesh)
         params = model.init(0, mesh) if params is None else jax.device_put(params, model.shardings(mesh))
         state = functions.init_optimizer(params)
         for k in range(steps):
             step = build_step(plan, pairs, k)
             denominators = Denominators(jnp.float32(len(step.pairs)), jnp.float32(step.chosen_tokens))
-            so_far = functions.start(params)
+            so_far = None
             for rows in step.micro_batches:
                 so_far = functions.accumulate(params, so_far, put_rows(rows.arrays(), mesh), denominators)
+            assert so_far is not None
             params, state, norm = functions.update(params, state, so_far.gradients)
             records.append({name: float(v) for name, v in {**so_far.metrics, "grad_norm": norm}.items()})
-        return History(records, jax.device_get(params))
+        programs = functions.accumulate._cache_size() + functions.update._cache_size()  # type: ignore[attr-defined]
+        return History(records, jax.device_get(params), programs)
 
 
 def edited(pair: TokenizedPair, rank: int, rng: np.random.Generator) -> TokenizedPair:

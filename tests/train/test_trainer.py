@@ -84,6 +84,8 @@ def test_a_run_writes_its_records_and_a_model(finished: tuple[TrainConfig, list[
     names = "rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected grad_norm"
     rates = "tokens tokens_per_second pairs_per_second packing_fill"
     assert set(f"{names} {rates}".split()) < set(records[0])
+    assert all(0 <= r["idle"] <= 1 for r in records)
+    assert records[-1]["total_waited"] <= records[-1]["total_seconds"]
     assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["12", "4", "8"]
     assert (output / "config.yaml").read_text() == config.to_yaml()
 
@@ -305,7 +307,7 @@ def test_resume_from_checkpoint_takes_the_step_it_is_given(
         ({"resume_from_checkpoint": True}, CheckpointError, "holds no checkpoint"),
         ({"resume_from_checkpoint": 7}, CheckpointError, "there is no step 7; there are: none"),
         ({"resume_from_checkpoint": "elsewhere/7"}, ConfigError, "expected true, false, a step number, or a folder"),
-        ({"attention": "splash"}, ConfigError, "`attention: splash` is not in this version"),
+        ({"attention": "splash"}, ConfigError, "`attention: splash` needs a TPU"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_an_error_that_says_why(
