@@ -84,9 +84,9 @@ def score(
 
 def _console(settings: TrainConfig, ranks: Ranks) -> Console:
     """Where notes go: stderr, of the first rank only."""
-    console = Console(stderr=True, quiet=not ranks.is_first)
+    console = Console(stderr=True, quiet=not ranks.is_first, markup=False)  # paths may hold brackets
     for notice in settings.notices:
-        console.print(f"note: {notice}", style="yellow", markup=False)
+        console.print(f"note: {notice}", style="yellow")
     return console
 
 

@@ -17,6 +17,7 @@ from torch_ref.attention import RowMask, register
 from torch_ref.attention_choice import AttentionChoice, uses_rows
 from torch_ref.batches import Batch
 
+TARGETS_A_CHUNK = 1024  # unless `logprob_chunk` says otherwise
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -111,7 +112,7 @@ def load_model_config(config: TrainConfig, choice: str | None, new_model: dict[s
             model_config = AutoConfig.for_model(kind, **rest)
     # transformers has an exception for each: a missing folder, no network, broken JSON, an unknown family.
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].partition(". Should contain one of")[0]  # hundreds of names
         raise ModelError(
             f"model {name or '`model_config`'}: its configuration cannot be used ({reason}). Give a folder with "
             "config.json or a hub id, of a family that transformers knows"
@@ -208,7 +209,7 @@ def load_policy(
         if config.remat != "none":
             _recompute_layers(causal_lm)
         causal_lm = add_adapter(config, causal_lm)
-    policy = Policy(causal_lm, config.logprob_chunk)
+    policy = Policy(causal_lm, TARGETS_A_CHUNK if config.logprob_chunk == "auto" else config.logprob_chunk)
     if not is_deepspeed_zero3_enabled() and not getattr(causal_lm, "is_quantized", False):
         policy.to(device)
     return policy.train(trained)

@@ -152,8 +152,7 @@ class Setup:
             batch: pairs a step.
             seed: of the order; None keeps file order.
         """
-        config, model_config = self.config, self.model_config
-        head = model_config.vocab_size * model_config.hidden_size
+        config = self.config
         plan = choose_row_shape(
             StepPlan(
                 lengths=pairs.lengths,
@@ -166,7 +165,6 @@ class Setup:
             ),
             row_length=None if config.row_length == "auto" else config.row_length,
             max_row_length=self._longest_row(),
-            target_cost=head / max(1, self.parameter_count - head),
         )
         plan.check(pairs.origin)
         text = f"{name}: {len(plan.lengths)} pairs"

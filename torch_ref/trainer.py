@@ -25,8 +25,10 @@ from torch_ref.evaluate import PAIRS_PER_PLAN, Evaluation, Forward
 from torch_ref.export import export_model
 from torch_ref.losses import Objective, StepPart, response_sums, step_part
 from torch_ref.metrics import METRICS_FILE, Clock, open_metrics
+from torch_ref.model import DTYPES
 from torch_ref.optim import Schedule, learning_rate_schedule
 from torch_ref.setup import Setup
+from torch_ref.start_weights import StartWeights
 from torch_ref.zero3 import Zero3Engine, Zero3Model, deepspeed_settings, partitioned_forward
 
 MODEL = "model"
@@ -70,7 +72,7 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
                 "`output_dir`, or set `overwrite_output_dir: true` to train it again"
             )
     evaluation = _evaluation(setup) if config.do_eval else None
-    engine = make_engine(setup, deepspeed_file)
+    engine = make_engine(setup, deepspeed_file, resumes=bool(resume))
     console.print(f"engine: {engine.name}")
     if resume:
         checkpoints.load(resume, engine)
@@ -87,14 +89,19 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
     return record
 
 
-def make_engine(setup: Setup, deepspeed_file: Path | None = None) -> Engine:
+def make_engine(setup: Setup, deepspeed_file: Path | None = None, *, resumes: bool = False) -> Engine:
     """The engine for the ranks there are, its model loaded: DeepSpeed where a launcher started the process."""
     if not setup.ranks.launched:
         policy = setup.load_policy(torch.float32, trained=True)
         return PlainEngine(policy, setup.config)
     _ = setup.attention, setup.parameter_count  # looked at before models are made partitioned
     partition = Zero3Model(deepspeed_settings(setup.config, deepspeed_file))
-    return Zero3Engine(setup.load_policy(trained=True), setup.config, setup.ranks, partition)
+    engine = Zero3Engine(setup.load_policy(trained=True), setup.config, setup.ranks, partition)
+    config = setup.config
+    if config.model_name_or_path is not None and config.dtype != "float32" and not resumes:
+        with StartWeights(config.model_name_or_path, config.model_revision) as start:
+            engine.start_exactly(start, DTYPES[config.dtype])
+    return engine
 
 
 def make_forward(setup: Setup, deepspeed_file: Path | None = None) -> Forward:

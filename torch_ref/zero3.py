@@ -22,6 +22,7 @@ from torch_ref.distributed import Ranks
 from torch_ref.engine import hugging_face_names
 from torch_ref.model import Policy
 from torch_ref.optim import make_adamw, parameter_groups, set_learning_rate
+from torch_ref.start_weights import StartWeights
 
 ZERO3_FILE = Path(__file__).parents[1] / "configs" / "deepspeed_zero3.json"
 
@@ -101,6 +102,22 @@ class Zero3Engine:
             config=partition.settings,
             dist_init_required=False,
         )
+
+    def start_exactly(self, start: StartWeights, dtype: torch.dtype) -> None:
+        """Gives the float32 master weights the bits that loading in 16 bits took away.
+
+        Parameters are born in the compute dtype, and DeepSpeed makes the masters from them. Trained from there, a
+        float32 checkpoint would begin at rounded weights. One tensor is read at a time; a rank takes its part.
+        """
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        for name, parameter in hugging_face_names(self.policy).items():
+            exact = start.more_exact(name, dtype) if parameter.requires_grad else None
+            if exact is not None:
+                size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+                whole = torch.nn.functional.pad(exact.flatten(), (0, size * self._ranks.world - exact.numel()))
+                part = whole.narrow(0, size * self._ranks.rank, size)
+                safe_set_local_fp32_param(parameter, part.to(self._ranks.device))
 
     def logps(self, batch: Batch) -> Float[Tensor, " N"]:
         return self._engine(batch)

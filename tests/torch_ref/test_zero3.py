@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.torch_ref.start import config_file, make_start
 from torch_ref.__main__ import app
@@ -141,6 +142,13 @@ def test_an_adapter_trains(folder: Path) -> None:
 def test_bfloat16_stays_near_float32(folder: Path) -> None:
     distance = np.abs(curve(folder, "bfloat16", "loss") - curve(folder, "plain", "loss"))
     assert 0 < distance.max() < 0.05
+
+
+def test_bfloat16_starts_from_the_float32_weights_of_the_checkpoint(folder: Path) -> None:
+    """DeepSpeed alone would make its master weights from rounded ones."""
+    start, checkpoint = load_file(folder / "start.safetensors"), load_file(folder / "start/model/model.safetensors")
+    assert start.keys() == checkpoint.keys()
+    assert all(torch.equal(start[name], checkpoint[name]) for name in checkpoint)
 
 
 def test_scores_are_those_of_a_single_process(folder: Path, found: dict[str, Any], tmp_path: Path) -> None:

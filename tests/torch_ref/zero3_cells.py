@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jax_simpo.config import TrainConfig, load_config
@@ -107,6 +108,11 @@ def cells(folder: Path, ranks: Ranks) -> dict[str, Any]:
     train(settings(folder, "adapter", "--use_peft=true", "--do_eval=true"), quiet, ranks, deepspeed)
     gc.collect()
     train(settings(folder, "bfloat16", "--dtype=bfloat16", "--save_strategy=no"), quiet, ranks, deepspeed)
+    gc.collect()
+    setup = Setup(settings(folder, "bfloat16-start", "--dtype=bfloat16"), quiet, ranks)
+    weights = make_engine(setup, deepspeed).weights(torch.float32)
+    if ranks.is_first:
+        save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "start.safetensors")
     gc.collect()
     setup = Setup(settings(folder, "score"), quiet, ranks)
     pairs = setup.split_pairs("test")
