@@ -18,7 +18,8 @@ from jax_simpo.data.rows import RowShape
 
 # Tiny random models: name -> what of a Hugging Face config differs from `SIZES`.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": 4, "tie_word_embeddings": False},
+    # Heads of 64: the GPU kernels take no smaller ones.
+    "llama": {"num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False},
     "llama3": {
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
@@ -32,6 +33,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
         },
     },
+    # Windows shorter than the sequences, soft caps within the reach of scores and logits.
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 24},
+    "gemma2": {
+        "model_type": "gemma2",
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "tie_word_embeddings": True,
+    },
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 32},
 }
 SIZES: dict[str, Any] = {
     "model_type": "llama",
@@ -47,9 +62,18 @@ USER_FAMILY = "checkpoint"  # what the model of a user's own config is called in
 LAYOUTS = {"separate": (False, False), "shared": (True, False), "shared + packed": (True, True)}  # sharing, packing
 DTYPES = ("float32", "bfloat16")
 MESHES = {"jax, 1 device": (1, 1), "jax, fsdp=8": (8, 1), "jax, fsdp=4 x tensor=2": (4, 2)}  # fsdp, tensor
+# On a machine with GPUs also these, of the tiny models (a user's own run on GPUs throughout). -> `torch_attention`
+JAX_GPU = "jax, 1 GPU"
+TORCH_GPU = {"torch, GPU, FlexAttention": "flex", "torch, GPU, flash attention 2": "flash_attention_2"}
+GPU_BACKENDS = (JAX_GPU, *TORCH_GPU)
 TORCH, ZERO3 = "torch, 1 process", "torch, ZeRO-3 on 2 ranks"
 REFERENCE = TORCH
 ROW_MULTIPLE = 128
+
+# Llama runs in the full matrix; what the others do otherwise does not depend on mesh and dtype.
+FULL_FAMILIES = ("llama", "llama3")
+PART_LAYOUTS, PART_DTYPES = ("separate", "shared + packed"), ("float32",)
+PART_BACKENDS = (TORCH, "jax, fsdp=4 x tensor=2")
 
 # Everything is partitioned, however small, and nothing is kept for later.
 DEEPSPEED = {
@@ -62,8 +86,9 @@ DEEPSPEED = {
     }
 }
 
-# Where the wrong variants are tried.
+# Where the wrong variants are tried: on one model, but for those that only another can show.
 VARIANTS_FAMILY, VARIANTS_LAYOUT, VARIANTS_BACKEND = "llama3", "shared + packed", "jax, 1 device"
+FAMILY_OF_VARIANT = {"Gemma norm without the one": "gemma2", "sliding window dropped": "mistral"}
 
 
 @dataclass(frozen=True)
@@ -89,10 +114,20 @@ class Cell:
         return Cell(self.family, self.layout, self.dtype, backend)
 
     @property
+    def exists(self) -> bool:
+        """Whether it is part of the matrix. Flash attention knows no masks of rows, and computes in 16 bits."""
+        if self.family in FAMILIES and self.family not in FULL_FAMILIES:
+            return self.layout in PART_LAYOUTS and self.dtype in PART_DTYPES and self.backend in PART_BACKENDS
+        flash = TORCH_GPU.get(self.backend) == "flash_attention_2"
+        return not flash or (self.layout == "separate" and self.dtype == "bfloat16")
+
+    @property
     def overrides(self) -> list[str]:
         """What makes the family's config that of this run."""
         sharing, packing = LAYOUTS[self.layout]
         keys = {"prefix_sharing": sharing, "packing": packing, "dtype": self.dtype}
+        if self.backend in TORCH_GPU:
+            keys["torch_attention"] = TORCH_GPU[self.backend]
         return [f"--{key}={str(value).lower()}" for key, value in keys.items()]
 
 
@@ -154,17 +189,22 @@ class Job:
         """The folder of a wrong variant's results."""
         return Path(self.work) / "variants" / name.replace(" ", "-")
 
-    @property
-    def variant_cell(self) -> Cell:
-        """The cell that the wrong variants are variants of."""
-        family = VARIANTS_FAMILY if VARIANTS_FAMILY in self.configs else next(iter(self.configs))
+    def layouts(self, family: str) -> list[str]:
+        """The layouts that a family is run in."""
+        return [layout for layout in LAYOUTS if any((c.family, c.layout) == (family, layout) for c in self.cells)]
+
+    def variant_cell(self, name: str) -> Cell:
+        """The cell that a wrong variant is a variant of."""
+        wanted = FAMILY_OF_VARIANT.get(name, VARIANTS_FAMILY)
+        family = wanted if wanted in self.configs else next(iter(self.configs))
         return Cell(family, VARIANTS_LAYOUT, "float32", VARIANTS_BACKEND)
 
 
 def matrix(families: Iterable[str], dtypes: Iterable[str], backends: Iterable[str]) -> list[Cell]:
-    """All combinations with all layouts."""
+    """All combinations with all layouts, as far as there are such."""
     backends = list(backends)
-    return [Cell(f, layout, d, b) for f in families for d in dtypes for b in backends for layout in LAYOUTS]
+    cells = [Cell(f, layout, d, b) for f in families for d in dtypes for b in backends for layout in LAYOUTS]
+    return [cell for cell in cells if cell.exists]
 
 
 def make_plan(job: Job, config: TrainConfig, lengths: PairLengths) -> StepPlan:

@@ -1,11 +1,11 @@
-"""The JAX side of the matrix, in a process of its own: `python -m parity.jax_side JOB.json`."""
+"""The JAX side of the matrix, in processes of its own: `python -m parity.jax_side run|run-gpu JOB.json`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from jax_simpo.train.step import (
     make_train_functions,
     put_rows,
 )
-from parity.cases import MESHES, REFERENCE, Cell, Job, make_plan
+from parity.cases import JAX_GPU, MESHES, REFERENCE, Cell, Job, make_plan
 from parity.results import EXPORT, GRADIENTS, PYTORCH_IN_JAX, TokenTable, save_found
 from parity.variants import RIGHT, VARIANTS, MicroBatch, Variant, VariantPairs
 
@@ -108,7 +108,7 @@ class Runner:
 
     def accumulate(self, params: Params, micro_batches: Iterable[MicroBatch]) -> Any:
         """The gradients and metrics of a step."""
-        so_far = self.functions.start(params)
+        so_far = None
         for batch in micro_batches:
             denominators = Denominators(jnp.float32(batch.pairs), jnp.float32(batch.chosen_tokens))
             rows = put_rows(batch.rows.arrays(), self.mesh)
@@ -139,18 +139,30 @@ class Runner:
 
 def token_logps(forward: Forward, params: Params, rows: Rows) -> Float[Array, "B T"]:
     """`Forward.response_logps` before it adds up."""
-    mask = prepare_mask(rows["key_end"], rows["positions"], forward.model.config.windows, forward.attention)
+    mask = prepare_mask(
+        rows["key_end"],
+        rows["positions"],
+        forward.model.config.windows,
+        forward.attention,
+        sequences=rows["response_pair"].shape[1],
+    )
     hidden = forward.model.hidden_states(params, rows["tokens"], rows["positions"], mask)
-    head = forward.model.head(params)
-    return target_logps(hidden, head, rows["target_index"], rows["target_token"], chunk=forward.logprob_chunk)
+    return target_logps(
+        hidden,
+        forward.model.head(params),
+        rows["target_index"],
+        rows["target_token"],
+        softcap=forward.model.config.logit_softcap,
+        chunk=None if forward.logprob_chunk == "auto" else forward.logprob_chunk,
+    )
 
 
 def make_runner(job: Job, cell: Cell, variant: Variant = RIGHT) -> Runner:
     """The runner of a cell's model and mesh."""
     setup = Setup(job.config(cell), Console(quiet=True))
-    fsdp, tensor = MESHES[cell.backend]
+    fsdp, tensor = MESHES.get(cell.backend, (1, 1))
     mesh = make_mesh(1, fsdp, tensor, devices=jax.devices()[: fsdp * tensor])
-    return Runner(job, setup, mesh, variant.forward(setup.forward), variant.objective(setup.objective))
+    return Runner(job, setup, mesh, variant.forward(setup.training_forward), variant.objective(setup.objective))
 
 
 def run_cell(job: Job, runner: Runner, cell: Cell, folder: Path, steps: int, variant: Variant = RIGHT) -> None:
@@ -178,12 +190,12 @@ def score_export(runner: Runner, job: Job, cell: Cell) -> None:
 
 def try_variants(job: Job) -> None:
     """Runs the first step of every wrong variant that makes a difference here."""
-    cell = job.variant_cell
-    plain = make_runner(job, cell)
-    pairs = plain.setup.train_pairs()
-    first = build_step(make_plan(job, job.config(cell), pairs.lengths), pairs, 0)
+    made = cache(partial(make_runner, job))
     for name in job.variants:
-        variant = VARIANTS[name]
+        variant, cell = VARIANTS[name], job.variant_cell(name)
+        plain = made(cell)
+        pairs = plain.setup.train_pairs()
+        first = build_step(make_plan(job, job.config(cell), pairs.lengths), pairs, 0)
         if not variant.applies(plain.forward, plain.objective, first):
             continue
         print(f"wrong variant: {name}", flush=True)
@@ -192,11 +204,12 @@ def try_variants(job: Job) -> None:
 
 
 def main() -> None:
-    """Runs the cells of a job one after the other, and then its wrong variants."""
-    job = Job.load(sys.argv[1])
+    """Runs the cells of a job one after the other, and then its wrong variants; or the cells that are for a GPU."""
+    what, job = sys.argv[1], Job.load(sys.argv[2])
+    backends = (JAX_GPU,) if what == "run-gpu" else tuple(MESHES)
     runners: dict[tuple[str, str, str], Runner] = {}
     injected = RIGHT if job.inject is None else VARIANTS[job.inject]
-    for cell in (c for c in job.cells if c.backend in MESHES):
+    for cell in (c for c in job.cells if c.backend in backends):
         key = (cell.family, cell.dtype, cell.backend)
         if key not in runners:
             runners.clear()  # one at a time in memory
@@ -205,7 +218,7 @@ def main() -> None:
         run_cell(job, runners[key], cell, job.found(cell), job.steps, injected)
         if (job.found(cell.on(REFERENCE)) / EXPORT).exists():
             score_export(runners[key], job, cell)
-    if job.variants:
+    if job.variants and what == "run":
         try_variants(job)
 
 

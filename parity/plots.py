@@ -14,13 +14,18 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import MaxNLocator
 
-from parity.cases import MESHES, REFERENCE, TORCH, ZERO3
+from parity.cases import GPU_BACKENDS, MESHES, REFERENCE, TORCH, ZERO3
 from parity.compare import Comparison
 from parity.results import Found
 
 PYTORCH_COLOR, JAX_COLOR = "#d9480f", "#2f6fde"
 TEXT, FAINT = "#1f2430", "#c9cdd6"
-COLORS = {TORCH: PYTORCH_COLOR, ZERO3: "#f59f00", **dict(zip(MESHES, (JAX_COLOR, "#12b886", "#7048e8"), strict=True))}
+COLORS = {
+    TORCH: PYTORCH_COLOR,
+    ZERO3: "#f59f00",
+    **dict(zip(MESHES, (JAX_COLOR, "#12b886", "#7048e8"), strict=True)),
+    **dict(zip(GPU_BACKENDS, ("#1098ad", "#c2255c", "#868e96"), strict=True)),
+}
 # From far below the bound to beyond it.
 _STEPS = (0.01, 0.03, 0.1, 0.3, 1.0)
 _SHADES = ListedColormap(["#e7f5ec", "#c8ead3", "#a0d9b4", "#f3e3a2", "#f4c27a", "#e8590c"])

@@ -20,7 +20,19 @@ from jax_simpo.data.messages import BadRow
 from jax_simpo.data.pairs import PairLengths
 from jax_simpo.data.tokenize import tokenize_pair
 from jax_simpo.errors import UserError
-from parity.cases import FAMILIES, MESHES, TORCH, USER_FAMILY, ZERO3, Job, matrix, write_config
+from parity.cases import (
+    FAMILIES,
+    GPU_BACKENDS,
+    JAX_GPU,
+    MESHES,
+    TORCH,
+    TORCH_GPU,
+    USER_FAMILY,
+    ZERO3,
+    Job,
+    matrix,
+    write_config,
+)
 
 ROOT = Path(__file__).parents[1]
 ROW_TOKENS = 256  # the longest row of the tiny models
@@ -39,7 +51,6 @@ SETTINGS: dict[str, Any] = {
     "weight_decay": 0.1,
     "max_grad_norm": 1.0,
     "auto_insert_empty_system_msg": False,
-    "logprob_chunk": 256,
     "remat": "full",
 }
 
@@ -72,7 +83,7 @@ def built_in_job(work: Path, dtypes: Sequence[str], variants: Sequence[str], inj
         work=str(work),
         configs=configs,
         new_models=FAMILIES,
-        cells=matrix(FAMILIES, dtypes, backends()),
+        cells=matrix(FAMILIES, dtypes, [*backends(), *gpu_backends()]),
         variants=list(variants),
         pairs=len(rows),
         batch=BATCH,
@@ -112,6 +123,15 @@ def backends(gpus: int = 0) -> list[str]:
     zero3 = find_spec("deepspeed") is not None and gpus != 1
     meshes = [name for name, (fsdp, tensor) in MESHES.items() if fsdp * tensor <= (gpus or CPU_DEVICES)]
     return [TORCH, *([ZERO3] if zero3 else []), *meshes]
+
+
+def gpu_backends() -> list[str]:
+    """What of `GPU_BACKENDS` can run here."""
+    if not count_gpus():
+        return []
+    jax_runs = any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    needs = {JAX_GPU: jax_runs, "flash_attention_2": find_spec("flash_attn") is not None}
+    return [name for name in GPU_BACKENDS if needs.get(TORCH_GPU.get(name, name), True)]
 
 
 def count_gpus() -> int:
@@ -161,11 +181,17 @@ def run_sides(job: Job, say: Callable[[str], None] = print) -> None:
     if any(cell.backend == ZERO3 for cell in job.cells):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         run_process(job, "zero3", [*launcher, "-m", "parity.torch_side", "run", file], say)
-    run_process(job, "jax", [sys.executable, "-m", "parity.jax_side", file], say)
+    jax_side = [sys.executable, "-m", "parity.jax_side"]
+    run_process(job, "jax", [*jax_side, "run", file], say)
+    there = {cell.backend for cell in job.cells}
+    if there & set(TORCH_GPU):
+        run_process(job, "torch-gpu", [*torch_side, "run-gpu", file], say, on_gpu=True)
+    if JAX_GPU in there:
+        run_process(job, "jax-gpu", [*jax_side, "run-gpu", file], say, on_gpu=True)
     run_process(job, "torch-crosswise", [*torch_side, "crosswise", file], say)
 
 
-def run_process(job: Job, name: str, command: list[str], say: Callable[[str], None]) -> None:
+def run_process(job: Job, name: str, command: list[str], say: Callable[[str], None], *, on_gpu: bool = False) -> None:
     """Runs a command with its output in a file of the job's folder.
 
     Raises:
@@ -175,7 +201,8 @@ def run_process(job: Job, name: str, command: list[str], say: Callable[[str], No
     log = Path(job.work) / f"{name}.log"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    if job.new_models:  # on the CPU whatever there is, and one thread each: models this small gain nothing from more
+    # Tiny models: on the CPU whatever there is, and one thread each, for they gain nothing from more.
+    if job.new_models and not on_gpu:
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(CPU_DEVICES), "CUDA_VISIBLE_DEVICES": ""}
         environment |= {"OMP_NUM_THREADS": "1"}
     else:

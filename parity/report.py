@@ -106,7 +106,7 @@ def _sections(outcome: Outcome) -> list[tuple[str, str, Table]]:
     if rounded:
         text = (
             "How far a run in bfloat16 is from its own side's float32, over how far PyTorch in a single process is: "
-            f"at most {BFLOAT16_RATIO:g}."
+            f"at most {BFLOAT16_RATIO:g}. Over the steps: of the layouts together."
         )
         sections.append(("bfloat16", text, worst_table(rounded)))
     text = "PyTorch in a single process against itself, in another layout: what rounding alone amounts to."
@@ -186,6 +186,10 @@ def _runs(job: Job) -> dict[str, dict[str, Found]]:
     layout = list(LAYOUTS)[-1]
     backends: dict[str, Any] = dict.fromkeys(cell.backend for cell in job.cells)
     return {
-        f"{family}, {layout}": {b: read_found(job.found(Cell(family, layout, "float32", b))) for b in backends}
+        f"{family}, {layout}": {
+            b: read_found(job.found(cell))
+            for b in backends
+            if (cell := Cell(family, layout, "float32", b)) in job.cells
+        }
         for family in job.configs
     }

@@ -1,7 +1,7 @@
 """The PyTorch side of the matrix, in processes of its own: `python -m parity.torch_side WHAT JOB.json`.
 
-`start` makes the random start models, `run` runs the cells (those of ZeRO-3 when torchrun started the processes), and
-`crosswise` loads what JAX exported, with transformers alone.
+`start` makes the random start models, `run` runs the cells (those of ZeRO-3 when torchrun started the processes),
+`run-gpu` those for a GPU, and `crosswise` loads what JAX exported, with transformers alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jax_simpo.config import load_config
 from jax_simpo.data.chat import load_tokenizer
-from parity.cases import MESHES, SIZES, TORCH, ZERO3, Cell, Job, make_plan
+from parity.cases import MESHES, SIZES, TORCH, TORCH_GPU, ZERO3, Cell, Job, make_plan
 from parity.results import EXPORT, GRADIENTS, JAX_IN_TRANSFORMERS, TokenTable, save_found
 from torch_ref.batches import Batch, RankStep, build_rank_step
 from torch_ref.distributed import Ranks, open_ranks
@@ -168,7 +168,8 @@ def main() -> None:
         crosswise(job)
     else:
         with open_ranks() as ranks:
-            for cell in (c for c in job.cells if c.backend == (ZERO3 if ranks.launched else TORCH)):
+            own = tuple(TORCH_GPU) if what == "run-gpu" else (ZERO3 if ranks.launched else TORCH,)
+            for cell in (c for c in job.cells if c.backend in own):
                 if ranks.is_first:
                     print(cell.name, flush=True)
                 Run(job, cell, ranks).run()

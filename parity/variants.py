@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -148,10 +149,13 @@ class _LengthAfterSharing(Forward):
         return ResponseLogps(found.sum, jnp.maximum(found.length - count, 1.0))
 
 
-def _without_rope_scaling(forward: Forward) -> Forward:
-    config = forward.model.config
-    plain = replace(config, rope=Rope(theta=config.rope.theta))
-    return replace(forward, model=replace(forward.model, config=plain))
+def _with(**changes: Any) -> Callable[[Forward], Forward]:
+    """The forward pass of a model with other switches."""
+    return lambda f: replace(f, model=replace(f.model, config=replace(f.model.config, **changes)))
+
+
+def _without_windows(forward: Forward) -> Forward:
+    return _with(layer_windows=(None,) * forward.model.config.num_layers)(forward)
 
 
 def _mean_of_device_means(step: StepBatch) -> list[MicroBatch]:
@@ -196,6 +200,12 @@ def _scales_rope(forward: Forward, _: Objective, __: StepBatch) -> bool:
     return forward.model.config.rope.scaling is not None
 
 
+def _leaves_windows(forward: Forward, _: Objective, step: StepBatch) -> bool:
+    """Whether a sequence is longer than a window."""
+    longest = max(int(batch.positions.max()) for batch in step.micro_batches) + 1
+    return any(window is not None and window < longest for window in forward.model.config.windows)
+
+
 RIGHT = Variant("as the program is")
 
 VARIANTS = {
@@ -205,7 +215,7 @@ VARIANTS = {
     ),
     "length from the end of sharing": Variant(
         "the sum over the whole response is divided by its tokens that are not shared",
-        forward=lambda f: _LengthAfterSharing(f.model, f.attention, f.logprob_chunk),
+        forward=lambda f: _LengthAfterSharing(**vars(f)),
         changes_program=True,
         applies=_shares_targets,
     ),
@@ -226,9 +236,21 @@ VARIANTS = {
     "double BOS": Variant("the sequence begins with BOS twice", pair=_each_response(_double_bos)),
     "RoPE scaling dropped": Variant(
         "llama3's three bands of frequencies are ignored",
-        forward=_without_rope_scaling,
+        forward=lambda f: _with(rope=Rope(theta=f.model.config.rope.theta))(f),
         changes_program=True,
         applies=_scales_rope,
+    ),
+    "Gemma norm without the one": Variant(
+        "norms multiply by w instead of 1 + w",
+        forward=_with(norm_offset=False),
+        changes_program=True,
+        applies=lambda forward, *_: forward.model.config.norm_offset,
+    ),
+    "sliding window dropped": Variant(
+        "attention sees everything before it, however far",
+        forward=_without_windows,
+        changes_program=True,
+        applies=_leaves_windows,
     ),
     "EOS missing": Variant(
         "the response's last token is neither seen nor predicted", pair=_each_response(_without_eos)
