@@ -1,0 +1,90 @@
+"""What all contenders are given alike: a start model, pairs, a batch. Imports neither jax nor torch."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lengths import Profile, draw_lengths
+from jax_simpo.data import chat, synthetic
+
+BETA, GAMMA_BETA_RATIO = 2.5, 0.55
+LEARNING_RATE = 1e-6
+MAX_LENGTH = 8192  # cuts nothing
+
+
+@dataclass(frozen=True)
+class Job:
+    """A comparison, as its workers read it.
+
+    Attributes:
+        work: folder for everything written.
+        model: the start model's Hugging Face configuration.
+        tokenizer: folder, hub id or `builtin:NAME`.
+        pairs: pairs a step; a step takes all there are.
+        device: `cpu` or `gpu`.
+        stacked_batch: pairs a micro-batch of the contenders that stack chosen and rejected along the batch.
+        remat: as the config key; TRL and torch_ref know `none` and `full`.
+    """
+
+    work: str
+    model: dict[str, Any]
+    tokenizer: str
+    pairs: int
+    device: str
+    stacked_batch: int = 8
+    remat: str = "none"
+
+    @property
+    def start(self) -> Path:
+        """The start model's folder."""
+        return Path(self.work) / "start"
+
+    @property
+    def rows(self) -> Path:
+        """The pairs' file."""
+        return Path(self.work) / "pairs.jsonl"
+
+    @property
+    def file(self) -> Path:
+        return Path(self.work) / "job.json"
+
+    def save(self) -> None:
+        self.file.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @staticmethod
+    def load(file: str) -> Job:
+        return Job(**json.loads(Path(file).read_text(encoding="utf-8")))
+
+    def texts(self) -> list[chat.PairText]:
+        """The pairs after the chat template."""
+        tokenizer = chat.load_tokenizer(self.tokenizer)
+        lines = self.rows.read_text(encoding="utf-8").splitlines()
+        return [chat.render_pair(json.loads(line), tokenizer, False) for line in lines]
+
+
+def first_pairs(file: Path, count: int) -> list[dict[str, Any]]:
+    """The first pairs of a JSONL file."""
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in islice(lines, count)]
+
+
+def spoken_pairs(profile: Profile, count: int) -> list[dict[str, Any]]:
+    """Pairs of words that `builtin:cafe` knows, in a profile's lengths: text, for contenders that tokenise it."""
+    chance = random.Random(0)
+    words = [*synthetic.SIZES, *synthetic.DRINKS, *synthetic.EXTRAS]
+
+    def say(tokens: int) -> str:
+        # The template adds two tokens and more; every word is one.
+        return " ".join(chance.choice(words) for _ in range(max(1, tokens - 2)))
+
+    pairs = []
+    for prompt, chosen, rejected in draw_lengths(profile, count).tolist():
+        question = {"role": "user", "content": say(prompt)}
+        answers = ({"role": "assistant", "content": say(n)} for n in (chosen, rejected))
+        pairs.append(dict(zip(("chosen", "rejected"), ([question, answer] for answer in answers), strict=True)))
+    return pairs

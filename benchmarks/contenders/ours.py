@@ -1,0 +1,64 @@
+"""jax-simpo's step, prefix shared and packed: `python -m benchmarks.contenders.ours JOB.json DTYPE`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from benchmarks.workers import Requests
+
+
+def main(file: str, dtype: str) -> None:
+    requests = Requests()
+
+    import jax
+
+    from benchmarks.contenders.job import MAX_LENGTH, Job
+    from benchmarks.facts import peak_resident_bytes
+    from benchmarks.lengths import Pairs
+    from benchmarks.steps import Trainee, make_plan, one_device
+    from benchmarks.timing import seconds_of
+    from jax_simpo.data import chat
+    from jax_simpo.data.tokenize import tokenize_pair
+    from jax_simpo.models import hf
+    from jax_simpo.models.transformer import Model
+
+    job = Job.load(file)
+    tokenizer = chat.load_tokenizer(job.tokenizer)
+    pairs = Pairs(
+        [
+            tokenize_pair(
+                text, tokenizer, max_length=MAX_LENGTH, max_prompt_length=MAX_LENGTH - 1, truncation_mode="keep_end"
+            )
+            for text in job.texts()
+        ]
+    )
+    config, _ = hf.load_model_config(job.start)
+    model = Model(config, dtype, job.remat)  # type: ignore[arg-type]
+    mesh = one_device()
+    plan = make_plan(model, pairs, "shared+packed", batch=job.pairs)
+    trainee = Trainee(model, plan, pairs, mesh)
+    print(f"rows: {plan.shape}, {plan.step(0).micro_batches} micro-batches, attention {trainee.attention_name}")
+
+    def peak() -> int:
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or peak_resident_bytes()
+
+    with jax.set_mesh(mesh):
+        weights = trainee.fresh_weights(hf.load_params(job.start, model, mesh))
+
+        def handle(request: dict[str, Any]) -> dict[str, Any]:
+            if request["do"] == "warm":  # compiles; then from the start again, so that the first loss is the start's
+                trainee.compute(weights, trainee.build(0))
+                weights.params = weights.state = None
+                fresh = trainee.fresh_weights(hf.load_params(job.start, model, mesh))
+                weights.params, weights.state = fresh.params, fresh.state
+                return {}
+            found: dict[str, float] = {}
+            seconds = seconds_of(lambda: found.update(trainee.compute(weights, trainee.build(request["step"]))))
+            return {"seconds": seconds, "loss": found["loss"], "peak_bytes": peak()}
+
+        requests.serve(handle)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

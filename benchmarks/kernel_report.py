@@ -1,0 +1,230 @@
+"""Do our attention kernels compile for an H100, and what do they take of it?
+
+Compiles the forward and backward kernels of `attention: pallas` for an H100 that need not be there, and reports of each
+kernel the registers, what the assembler had to spill, the shared memory, and its tensor core instructions. Nothing is
+run: this shows that the kernels fit the hardware, not how fast they are.
+
+Expected: every combination compiles without complaint; no kernel asks for more than the 227 KiB of shared memory a
+Hopper block may have; heads of up to 128 in bfloat16 spill less than 100 bytes a lane, no kernel more than 500.
+
+Needs no GPU, but its compiler: `pip install "jax[cuda12]" absl-py jaxtyping typer`. Takes two to four minutes on two
+CPU cores (`--quick`: half a minute).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.facts import machine_facts
+from benchmarks.results import Result, Table
+
+# What XLA asks of a GPU that is not there: NVIDIA's data sheet of the H100 SXM, and CUDA's limits for capability 9.0.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84929347584
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+}
+runtime_version { major: 12 minor: 9 patch: 1 }
+dnn_version_info { major: 9 minor: 10 }
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+ROWS, LENGTH, HEADS, KV_HEADS = 2, 1024, 8, 2
+# Masks and caps as models have them: none (Llama), a window (Mistral), window and cap (Gemma 2).
+VARIANTS: dict[str, tuple[int | None, float | None]] = {
+    "plain": (None, None),
+    "window": (512, None),
+    "window, cap": (512, 50.0),
+}
+
+COMPLAINTS = {
+    "'setmaxnreg' ignored": "trade of registers ignored",
+    "wgmma.mma_async instructions are serialized": "tensor core products serialised",
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the assembler and the compiler say about one kernel.
+
+    Attributes:
+        registers: a lane, at launch; warpgroups then trade theirs (240 for one that computes, 24 for the one that
+            fetches), and it is by those numbers that the assembler allots and spills.
+        shared_bytes: of a block of threads.
+        wgmma: tensor core instructions in the program text.
+        complaints: of the assembler, that it left the trade of registers out or lets products wait for each other.
+    """
+
+    dtype: str
+    head_size: int
+    variant: str
+    name: str
+    registers: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    shared_bytes: int
+    wgmma: int
+    complaints: list[str]
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
+    quick: Annotated[bool, typer.Option(help="One dtype and head size, to see that it works.")] = False,
+) -> None:
+    """Compiles the kernels and writes the report."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Read by Mosaic GPU when it compiles; must be set before jax is imported.
+        os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+        device = _device()
+        from jax_simpo.ops.attention_choice import PALLAS_HEADS
+
+        kernels = []
+        for dtype, sizes in [("bfloat16", (128,))] if quick else PALLAS_HEADS.items():
+            for size in sizes:
+                for variant in VARIANTS:
+                    _compile(device, dtype, size, variant)
+                    kernels += list(_kernels(Path(folder), dtype, size, variant))
+                    print(f"compiled {dtype} {size} {variant}", flush=True)
+    columns = [
+        "dtype",
+        "head size",
+        "variant",
+        "kernel",
+        "registers",
+        "spilled bytes",
+        "shared memory",
+        "wgmma",
+        "complaints",
+    ]
+    rows = [[*_row(kernel), "; ".join(kernel.complaints) or "none"] for kernel in kernels]
+    note = (
+        "Registers are those a lane has at launch, three warpgroups sharing 64k a block; those that compute then take "
+        "240, the one that fetches keeps 24. Spilled bytes are a lane's, written once where they stand in the program. "
+        "A block may have 227 KiB of shared memory."
+    )
+    Result(
+        name="kernel_report",
+        title="What the attention kernels take of an H100",
+        about="Compiled for an H100 without one; nothing was run. " + _about(),
+        facts=machine_facts(f"none; compiled for {device.device_kind}") | {"cuda": _versions()},
+        tables=[Table("Kernels", columns, rows, note)],
+        data=[asdict(kernel) for kernel in kernels],
+    ).write(output)
+
+
+def _row(k: Kernel) -> list[Any]:
+    shared = f"{k.shared_bytes / 1024:.0f} KiB"
+    return [k.dtype, k.head_size, k.variant, k.name, k.registers, k.spill_store_bytes, shared, k.wgmma]
+
+
+def _about() -> str:
+    return f"{ROWS} rows of {LENGTH}, {HEADS} query heads and {KV_HEADS} key/value heads."
+
+
+def _versions() -> str:
+    from importlib import metadata
+
+    return ", ".join(f"{name} {metadata.version(name)}" for name in ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"))
+
+
+def _device() -> Any:
+    """An H100 to compile for."""
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda", topology_name="H100", topology="1x1x8", target_config=H100
+        )
+    except Exception as error:  # jax has no one type for a platform that is not installed
+        raise SystemExit(
+            f"No CUDA compiler in this environment ({type(error).__name__}: {str(error)[:200]}).\n"
+            'Install one, no GPU is needed: pip install "jax[cuda12]" absl-py jaxtyping typer (5.6 GB)'
+        ) from error
+    return found.devices[0]
+
+
+def _compile(device: Any, dtype: str, size: int, variant: str) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from jax_simpo.ops import pallas_gpu
+
+    window, softcap = VARIANTS[variant]
+
+    def attend_and_back(q: Any, k: Any, v: Any, key_end: Any, positions: Any, dout: Any) -> Any:
+        bounds = pallas_gpu.prepare(key_end, positions, window)
+
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            options = {"scale": size**-0.5, "window": window, "softcap": softcap}
+            return pallas_gpu.attention(q, k, v, key_end, positions, bounds, **options)
+
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, pull(dout)
+
+    there = jax.sharding.SingleDeviceSharding(device)
+
+    def array(heads: int | None) -> jax.ShapeDtypeStruct:
+        if heads is None:
+            return jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=there)
+        return jax.ShapeDtypeStruct((ROWS, LENGTH, heads, size), dtype, sharding=there)
+
+    shapes = [array(heads) for heads in (HEADS, KV_HEADS, KV_HEADS, None, None, HEADS)]
+    jax.jit(attend_and_back).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
+
+
+def _kernels(folder: Path, dtype: str, size: int, variant: str) -> Iterator[Kernel]:
+    """Reads, and removes, what Mosaic GPU dumped of each kernel: the assembler's report, its input, the compiler's."""
+    for report in sorted(folder.glob("*.ptxas")):
+        assembled = report.read_text()
+        ptx, passes = report.with_suffix(".ptx"), report.with_suffix(".mlir-passes.log")
+
+        def number(pattern: str, text: str = assembled) -> int:
+            found = re.search(pattern, text)
+            assert found is not None, f"{pattern} not in the assembler's report: {text}"
+            return int(found[1])
+
+        with passes.open(errors="replace") as lines:  # tens of MB
+            launch = next(line for line in lines if re.search(r"dynamic_shared_memory_size %c\d+_i32", line))
+        yield Kernel(
+            dtype=dtype,
+            head_size=size,
+            variant=variant,
+            name=re.sub(r"^attention_|_\d+$", "", report.stem).replace("_", ", "),
+            registers=number(r"Used (\d+) registers"),
+            spill_store_bytes=number(r"(\d+) bytes spill stores"),
+            spill_load_bytes=number(r"(\d+) bytes spill loads"),
+            shared_bytes=number(r"dynamic_shared_memory_size %c(\d+)_i32", launch),
+            wgmma=ptx.read_text().count("wgmma.mma_async"),
+            complaints=[text for code, text in COMPLAINTS.items() if code in assembled],
+        )
+        for file in folder.glob(f"{report.stem}.*"):
+            file.unlink()
+
+
+if __name__ == "__main__":
+    typer.run(main)

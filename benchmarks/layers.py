@@ -1,0 +1,165 @@
+"""Where in a layer does prefix sharing pay, and which attention kernel is fastest under the mask it needs?
+
+The paper's Figures 3 to 5: forward and backward of the MLP, of attention alone and of a layer's whole attention part,
+for one pair as two sequences and with its prefix computed once; prefixes of 128 to 16k tokens, several response
+lengths, Mistral-7B's shapes. Speed-ups stand beside the ideals 2(p+c)/(p+2c) (linear parts) and
+2(p+c)²/(p²+4pc+2c²) (attention). Each of our implementations is timed, and on PyTorch's side FlexAttention, SDPA and
+flash-attn where they run. JAX and PyTorch run in processes of their own, a cell at a time in turns.
+
+Expected: near the ideal from a prefix of some 1000 tokens on; at short ones the blocks of 128 that are mixed cost what
+whole ones do.
+
+Takes about 10 minutes with `--model small` on two CPU cores (`--quick`: one minute), 3 minutes on a GPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.facts import machine_facts
+from benchmarks.flops import attention_ideal, attention_layer_ideal, linear_ideal
+from benchmarks.models import model_mapping
+from benchmarks.results import Result, Table, picture
+from benchmarks.timing import speed_up
+from benchmarks.workers import Worker, WorkerFailed
+from jax_simpo.models.config import ModelConfig
+
+Ideal = Callable[[str, int, int], float]  # of a part, at a prefix and a response length
+PARTS = ("mlp", "attention", "attention layer")
+_QUIETLY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
+    model: Annotated[str, typer.Option(help="Whose shapes, one of benchmarks/models.py.")] = "mistral-7b",
+    dtype: Annotated[str, typer.Option(help="Compute dtype.")] = "bfloat16",
+    prefix: Annotated[list[int] | None, typer.Option(help="Prefix lengths (repeatable).")] = None,
+    response: Annotated[list[int] | None, typer.Option(help="Response lengths (repeatable).")] = None,
+    implementation: Annotated[
+        list[str] | None, typer.Option(help="Our attention implementations (repeatable). Default: all that run here.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Runs of each, after one that compiles.")] = 5,
+    name: Annotated[str, typer.Option(help="Stem of the files.")] = "layers",
+    quick: Annotated[bool, typer.Option(help="Tiny shapes and short prefixes, to see that it runs.")] = False,
+) -> None:
+    """Times each part in every cell."""
+    prefixes, responses = prefix or [128, 512, 2048, 8192, 16384], response or [128, 512, 2048]
+    if quick:
+        model, dtype, prefixes, responses, rounds = "tiny", "float32", prefix or [256], response or [128], 2
+    cells: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as logs:
+        sides = {
+            side: Worker(["benchmarks.layers_sides", side, model, dtype], Path(logs) / f"{side}.log", _QUIETLY)
+            for side in ("jax", "torch")
+        }
+        try:
+            facts = sides["jax"].ask(do="facts")
+            ask = {"do": "time", "implementations": implementation or facts["implementations"], "rounds": rounds}
+            for p in prefixes:
+                for c in responses:
+                    found: dict[str, Any] = {}
+                    for side, worker in sides.items():
+                        if side in failed:
+                            continue
+                        try:
+                            found |= worker.ask(prefix=p, response=c, **ask)
+                        except WorkerFailed as error:
+                            failed[side] = str(error)
+                            print(f"{side}: {error}", flush=True)
+                    cells.append({"prefix": p, "response": c, "times": found})
+                    print(f"prefix {p}, response {c}: done", flush=True)
+        finally:
+            for worker in sides.values():
+                worker.close()
+    shapes = model_mapping(model, 1)
+    ideal = partial(_ideal, ModelConfig.from_hf(shapes))
+    about = (
+        f"{model}: hidden {shapes['hidden_size']}, {shapes['num_attention_heads']} heads, "
+        f"{shapes['num_key_value_heads']} key/value heads of {shapes['head_dim']}, feed-forward "
+        f"{shapes['intermediate_size']}; {dtype}, forward and backward, one pair, medians of {rounds} rounds in turns."
+    )
+    tables = [_speed_ups(cells, ideal), _times(cells)]
+    _draw(output, name, cells, ideal)
+    Result(
+        *(name, "A layer's parts", about, machine_facts(facts["device"]), tables),
+        {"cells": cells, "failed": failed},
+        [f"{name}.png"],
+    ).write(output)
+
+
+def _pairs_of(cell: Mapping[str, Any]) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
+    """(part, implementation) -> seconds separate and shared, of those that ran both."""
+    times = {tuple(label.split("/")): found.get("seconds") for label, found in cell["times"].items()}
+    found = {}
+    for part, implementation, layout in times:
+        separate, shared = (times.get((part, implementation, which)) for which in ("separate", "shared"))
+        if layout == "shared" and separate and shared:
+            found[part, implementation] = separate, shared
+    return found
+
+
+def _ideal(config: ModelConfig, part: str, prefix: int, response: int) -> float:
+    if part == "attention layer":
+        return attention_layer_ideal(config, prefix, response)
+    return {"mlp": linear_ideal, "attention": attention_ideal}[part](prefix, response)
+
+
+def _speed_ups(cells: list[dict[str, Any]], ideal_of: Ideal) -> Table:
+    rows = []
+    for cell in cells:
+        p, c = cell["prefix"], cell["response"]
+        for (part, implementation), (separate, shared) in sorted(_pairs_of(cell).items()):
+            ideal = ideal_of(part, p, c)
+            found = speed_up(separate, shared)
+            rows.append((p, c, part, implementation, ideal, found, f"{100 * found / ideal:.0f} %"))
+    columns = ("prefix", "response", "part", "implementation", "ideal", "measured", "of ideal")
+    note = (
+        "The ideal of the attention layer (attention with its projections) is that of its floating-point operations. "
+        "One pair a row; as separate sequences they stand one after the other in it."
+    )
+    return Table("What sharing gains", columns, rows, note)
+
+
+def _times(cells: list[dict[str, Any]]) -> Table:
+    """Milliseconds of attention alone."""
+    names = sorted({tuple(label.split("/")[1:]) for cell in cells for label in cell["times"] if "attention/" in label})
+    rows = []
+    for cell in cells:
+        times = [cell["times"].get("/".join(("attention", *name)), {}) for name in names]
+        values = [1e3 * statistics.median(t["seconds"]) if "seconds" in t else "failed" if t else "" for t in times]
+        rows.append((cell["prefix"], cell["response"], *values))
+    columns = ("prefix", "response", *(", ".join(name) for name in names))
+    note = "Milliseconds. SDPA and flash-attn are given the separate pair as a batch of two, their best case."
+    return Table("Attention alone, forward and backward", columns, rows, note)
+
+
+def _draw(output: Path, name: str, cells: list[dict[str, Any]], ideal_of: Ideal) -> None:
+    responses = sorted({cell["response"] for cell in cells})
+    with picture(output, f"{name}.png", columns=len(PARTS)) as axes:
+        for part, ax in zip(PARTS, axes, strict=True):
+            for number, c in enumerate(responses):
+                column = [cell for cell in cells if cell["response"] == c]
+                ax.plot([x["prefix"] for x in column], [ideal_of(part, x["prefix"], c) for x in column], f"C{number}:")
+                best = {}
+                for cell in column:
+                    found = [(sum(s[1]), speed_up(*s)) for (what, _), s in _pairs_of(cell).items() if what == part]
+                    if found:
+                        best[cell["prefix"]] = min(found)[1]  # of the implementation that is fastest when shared
+                ax.plot(list(best), list(best.values()), f"C{number}o-", label=f"responses of {c}")
+            ax.set_title(part)
+            ax.set_xscale("log", base=2)
+            ax.set_xlabel("prefix, tokens (dotted: ideal)")
+        axes[0].set_ylabel("speed-up of sharing")
+        axes[0].legend()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,190 @@
+"""The two sides of `benchmarks.layers`, each in a process of its own: `python -m benchmarks.layers_sides jax|torch`.
+
+A request names a cell (prefix and response lengths), the answer has seconds of forward plus backward of every part and
+implementation that runs there, separate and shared, in turns.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.timing import in_turns, seconds_of
+from benchmarks.workers import Requests
+
+# Elsewhere an implementation is missing, or interpreted and no measure of anything.
+RUNS_ON = {
+    "cpu": ("dense", "blockwise"),
+    "gpu": ("dense", "blockwise", "pallas", "cudnn"),
+    "tpu": ("dense", "blockwise", "splash"),
+}
+DENSE_LIMIT = 2**30  # scores of all heads; more of them would fill the memory of a device
+
+
+def layouts(prefix: int, response: int) -> dict[str, list[np.ndarray]]:
+    """`key_end` and positions [1, L] of one pair as two sequences in a row, and with its prefix shared."""
+    whole = prefix + response
+    separate = np.repeat([whole, 2 * whole], whole), np.tile(np.arange(whole), 2)
+    ends = np.repeat([whole + response, whole, whole + response], [prefix, response, response])
+    shared = ends, np.concatenate([np.arange(whole), np.arange(prefix, whole)])
+    rows = {"separate": separate, "shared": shared}
+    return {name: [array.astype(np.int32)[None] for array in row] for name, row in rows.items()}
+
+
+def time_all(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Any]:
+    """Seconds of each run, after one that compiles; what fails is named with the reason."""
+    working: dict[str, Callable[[], object]] = {}
+    found: dict[str, Any] = {}
+    for name, run in runs.items():
+        try:
+            run()
+            working[name] = run
+        except Exception as error:  # out of memory, or a kernel that this device has not: the others go on
+            found[name] = {"failed": f"{type(error).__name__}: {error}".partition("\n")[0][:200]}
+    if working:
+        seconds = in_turns({name: partial(_timed, run) for name, run in working.items()}, rounds)
+        found |= {name: {"seconds": taken} for name, taken in seconds.items()}
+    return found
+
+
+def _timed(run: Callable[[], object], _: int) -> float:
+    return seconds_of(run)
+
+
+def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Our MLP, our attention implementations, and a layer's attention with its projections around each."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from benchmarks.steps import device_name
+    from jax_simpo.models.config import ModelConfig
+    from jax_simpo.models.rope import rope_tables
+    from jax_simpo.models.transformer import MLP, Attention
+    from jax_simpo.ops.attention import IMPLEMENTATIONS, attention, prepare_mask
+
+    config = ModelConfig.from_hf(mapping)
+    mlp, mlp_params = nnx.split(MLP(config, nnx.Rngs(0)))
+    layer, layer_params = nnx.split(Attention(config, nnx.Rngs(0)))
+    here = [name for name in IMPLEMENTATIONS if name in RUNS_ON[jax.default_backend()]]
+
+    def random(*shape: int) -> Any:
+        return jax.random.normal(jax.random.key(len(shape)), shape, jnp.dtype(dtype))
+
+    def gradient(forward: Callable[..., Any], *arguments: Any) -> Callable[[], object]:
+        run = jax.jit(jax.grad(lambda *a: forward(*a).astype(jnp.float32).sum(), tuple(range(len(arguments)))))
+        return lambda: jax.block_until_ready(run(*arguments))
+
+    def alone(key_end: Any, positions: Any, which: str, q: Any, k: Any, v: Any) -> Any:
+        mask = prepare_mask(key_end, positions, (None,), which, sequences=2)
+        return attention(q, k, v, mask, scale=config.head_dim**-0.5)
+
+    def whole(key_end: Any, positions: Any, which: str, x: Any, params: Any) -> Any:
+        mask = prepare_mask(key_end, positions, (None,), which, sequences=2)
+        rope = rope_tables(config.rope, config.head_dim, positions, x.dtype)
+        return nnx.merge(layer, params)(x, rope, mask, None)
+
+    def handle(request: dict[str, Any]) -> dict[str, Any]:
+        if request["do"] == "facts":
+            return {"device": device_name(), "implementations": here}
+        runs: dict[str, Callable[[], object]] = {}
+        for name, row in layouts(request["prefix"], request["response"]).items():
+            key_end, positions = (jnp.asarray(array) for array in row)
+            length = key_end.shape[1]
+            x = random(1, length, config.hidden_size)
+            q = random(1, length, config.num_heads, config.head_dim)
+            k, v = (random(1, length, config.num_kv_heads, config.head_dim) for _ in range(2))
+            runs[f"mlp/jax-simpo/{name}"] = gradient(lambda x, p: nnx.merge(mlp, p)(x), x, mlp_params)
+            for which in request["implementations"]:
+                if which == "dense" and config.num_heads * length**2 > DENSE_LIMIT:
+                    continue
+                at = key_end, positions, which
+                runs[f"attention/{which}/{name}"] = gradient(partial(alone, *at), q, k, v)
+                runs[f"attention layer/{which}/{name}"] = gradient(partial(whole, *at), x, layer_params)
+        return time_all(runs, request["rounds"])
+
+    return handle
+
+
+def torch_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """FlexAttention under the same masks, PyTorch's SDPA (its flash kernel on a GPU), and flash-attn if installed."""
+    from importlib.util import find_spec
+
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    from benchmarks.facts import cores
+    from torch_ref.attention import RowMask, flex_attention, sdpa_attention
+
+    torch.set_num_threads(cores())
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    heads, groups = mapping["num_attention_heads"], mapping["num_attention_heads"] // mapping["num_key_value_heads"]
+    width = mapping["head_dim"]
+    scale = width**-0.5
+    flash = find_spec("flash_attn") is not None and gpu
+
+    def random(*shape: int) -> Any:
+        return torch.randn(*shape, device=device, dtype=getattr(torch, dtype), requires_grad=True)
+
+    def gradient(forward: Callable[..., Any], *arguments: Any) -> Callable[[], object]:
+        def run() -> None:
+            torch.autograd.grad(forward(*arguments).sum(), arguments)
+            if gpu:
+                torch.cuda.synchronize()
+
+        return run
+
+    def handle(request: dict[str, Any]) -> dict[str, Any]:
+        prefix, response = request["prefix"], request["response"]
+        runs: dict[str, Callable[[], object]] = {}
+        for name, row in layouts(prefix, response).items():
+            key_end, positions = (torch.from_numpy(a).to(device) for a in row)
+            length = key_end.shape[1]
+            q, k, v = random(1, heads, length, width), *(random(1, heads // groups, length, width) for _ in range(2))
+            mask = RowMask(key_end, positions)
+            if gpu:
+                blocks = mask.block_mask(None)
+
+                def flexed(q: Any, k: Any, v: Any, blocks: Any = blocks) -> Any:
+                    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+                    return flex_attention(q, k, v, blocks, scale, None)
+
+                runs[f"attention/flex/{name}"] = gradient(flexed, q, k, v)
+            elif heads * length**2 <= DENSE_LIMIT:
+                seen = mask.sdpa_mask(None)
+
+                def masked(q: Any, k: Any, v: Any, seen: Any = seen) -> Any:
+                    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+                    return sdpa_attention(q, k, v, seen, scale)
+
+                runs[f"attention/torch sdpa, mask/{name}"] = gradient(masked, q, k, v)
+        whole = prefix + response
+        q, k, v = random(2, heads, whole, width), *(random(2, heads // groups, whole, width) for _ in range(2))
+        causal = lambda q, k, v: sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True)  # noqa: E731
+        runs["attention/torch sdpa, causal/separate"] = gradient(causal, q, k, v)
+        if flash:
+            from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+
+            lying = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
+            call = lambda q, k, v: flash_attn_func(q, k, v, causal=True, softmax_scale=scale)  # noqa: E731
+            runs["attention/flash-attn/separate"] = gradient(call, *lying)
+        return time_all(runs, request["rounds"])
+
+    return handle
+
+
+def main() -> None:
+    requests = Requests()
+    side, model, dtype = sys.argv[1:4]
+    from benchmarks.models import model_mapping
+
+    requests.serve({"jax": jax_side, "torch": torch_side}[side](model_mapping(model, 1), dtype))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""What does the loss head save that never holds the logits of all targets in full?
+
+Forward and backward of the loss head alone, over vocabularies of 32k to 256k: `target_logps`, which makes logits in
+tiles, twice or (`keep_bytes`) once, against the full logits in float32 under autodiff, as most trainers have it. Each
+way and vocabulary runs in a process of its own; the ways of a vocabulary take turns.
+
+Expected: the tiled head's temporaries do not grow with targets x vocabulary, full logits' do, several times over; it is
+no slower, though it makes the logits twice.
+
+Takes about 6 minutes on two CPU cores (`--quick`: half a minute), 2 minutes on a GPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.facts import forget_peak, machine_facts, peak_resident_bytes
+from benchmarks.results import Result, Table, gib, picture
+from benchmarks.timing import in_turns, speed_up
+from benchmarks.workers import Requests, Worker, WorkerFailed
+
+VOCABULARIES = (32000, 64000, 128256, 256000)
+WAYS = ("full logits", "tiles", "tiles, logits kept")
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
+    width: Annotated[int, typer.Option(help="Of the hidden states.")] = 512,
+    targets: Annotated[int, typer.Option(help="Targets a micro-batch.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="Compute dtype.")] = "float32",
+    rounds: Annotated[int, typer.Option(help="Runs of each.")] = 5,
+    name: Annotated[str, typer.Option(help="Stem of the files.")] = "loss_head",
+    quick: Annotated[bool, typer.Option(help="Two tiny vocabularies, to see that it runs.")] = False,
+) -> None:
+    """Times both ways and measures their memory."""
+    vocabularies = [1000, 2000] if quick else list(VOCABULARIES)
+    if quick:
+        width, targets, rounds = 64, 256, 2
+    found: dict[int, Any] = {}
+    for vocabulary in vocabularies:
+        with tempfile.TemporaryDirectory() as work, ExitStack() as workers:
+            arguments = [str(n) for n in (vocabulary, width, targets)]
+            found[vocabulary] = _measure(arguments, dtype, rounds, Path(work), workers)
+            print(f"{vocabulary}: {found[vocabulary]}", flush=True)
+    device = next(a["device"] for ways in found.values() for a in ways.values() if "device" in a)
+    about = f"{targets} targets of width {width}, {dtype}; medians of {rounds} rounds in turns."
+    with picture(output, f"{name}.png", columns=2) as (left, right):
+        for way in WAYS:
+            ran = [v for v in found if "seconds" in found[v][way]]
+            left.plot(ran, [statistics.median(found[v][way]["seconds"]) for v in ran], "o-", label=way)
+            right.plot(ran, [found[v][way]["extra_bytes"] / 2**30 for v in ran], "o-", label=way)
+        left.set_ylabel("seconds, forward and backward")
+        right.set_ylabel("memory beyond inputs, GiB")
+        for axes in (left, right):
+            axes.set_xlabel("vocabulary")
+            axes.set_ylim(bottom=0)
+            axes.legend()
+    tables = [_table(found)]
+    Result(
+        name,
+        "The loss head",
+        about,
+        machine_facts(device),
+        tables,
+        {str(v): f for v, f in found.items()},
+        [f"{name}.png"],
+    ).write(output)
+
+
+def _measure(arguments: list[str], dtype: str, rounds: int, work: Path, workers: ExitStack) -> dict[str, Any]:
+    """Seconds and memory of each way at one vocabulary, or why it could not run."""
+    found: dict[str, Any] = {}
+    running = {}
+    for way in WAYS:
+        worker = Worker(
+            ["benchmarks.loss_head", "--worker", way, *arguments, dtype],
+            work / f"{way}.log",
+            {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        )
+        workers.callback(worker.close)
+        try:
+            found[way] = worker.ask(do="warm")
+            running[way] = worker
+        except WorkerFailed as error:
+            found[way] = {"failed": str(error)}
+    for way, seconds in in_turns({way: partial(_seconds, worker) for way, worker in running.items()}, rounds).items():
+        found[way]["seconds"] = seconds
+    return found
+
+
+def _seconds(worker: Worker, _: int) -> float:
+    return float(worker.ask()["seconds"])
+
+
+def _table(found: Mapping[int, Any]) -> Table:
+    rows: list[tuple[Any, ...]] = []
+    for vocabulary, ways in found.items():
+        full = ways[WAYS[0]].get("seconds")
+        for way, measured in ways.items():
+            seconds = measured.get("seconds")
+            rows.append(
+                (
+                    *(vocabulary, way),
+                    "out of memory" if seconds is None else 1e3 * statistics.median(seconds),
+                    speed_up(full, seconds) if full and seconds else "",
+                    *(gib(measured.get(what)) for what in ("extra_bytes", "temporary_bytes")),
+                )
+            )
+    columns = ("vocabulary", "way", "ms", "speed-up over full", "memory", "temporaries")
+    note = (
+        "Memory: what the process held at most beyond its inputs (on a GPU, what was allocated). Temporaries: what the "
+        "compiled program says it needs apart from inputs and results."
+    )
+    return Table("Forward and backward", columns, rows, note)
+
+
+def _worker(way: str, vocabulary: int, width: int, targets: int, dtype: str) -> None:
+    requests = Requests()
+    keep = 2**62 if way == WAYS[2] else 0
+
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.steps import device_name
+    from benchmarks.timing import seconds_of
+    from jax_simpo.ops.blockwise import matmul_precision
+    from jax_simpo.ops.logprobs import target_logps
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (1, targets, width), jnp.dtype(dtype))
+    head = 0.02 * jax.random.normal(keys[1], (vocabulary, width))
+    token = jax.random.randint(keys[2], (1, targets), 0, vocabulary)
+    index = jnp.arange(targets)[None]
+
+    def full(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        weights = head.astype(hidden.dtype)
+        logits = jnp.einsum("bnd,vd->bnv", hidden, weights, precision=matmul_precision(hidden.dtype))
+        logps = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        return jnp.take_along_axis(logps, token[..., None], -1).mean()
+
+    def tiled(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return target_logps(hidden, head, index, token, keep_bytes=keep).mean()
+
+    gradient = jax.jit(jax.grad(full if way == WAYS[0] else tiled, argnums=(0, 1)))
+    compiled = gradient.lower(hidden, head).compile()
+
+    def run() -> None:
+        jax.block_until_ready(compiled(hidden, head))
+
+    def held() -> int:
+        stats = jax.devices()[0].memory_stats()
+        return stats["peak_bytes_in_use"] if stats else peak_resident_bytes()
+
+    def handle(request: dict[str, Any]) -> dict[str, Any]:
+        if request.get("do") != "warm":
+            return {"seconds": seconds_of(run)}
+        jax.block_until_ready((hidden, head))
+        stats = jax.devices()[0].memory_stats()
+        if stats is None:
+            forget_peak()
+        before = stats["bytes_in_use"] if stats else peak_resident_bytes()
+        run()
+        memory: Any = compiled.memory_analysis()
+        return {"extra_bytes": held() - before, "temporary_bytes": memory.temp_size_in_bytes, "device": device_name()}
+
+    requests.serve(handle)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        _worker(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), sys.argv[6])
+    else:
+        typer.run(main)

@@ -1,0 +1,79 @@
+"""The models that benchmarks run: shapes of published ones, and small ones in their proportions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Hugging Face configurations. The small ones keep an 8B model's proportion of head to layers (7 %) where throughput is
+# asked for; `hh-155m` has a whole Llama-3 vocabulary, as a small model that is really trained has.
+MODELS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": False,
+    },
+    "small": {
+        "vocab_size": 1024,
+        "hidden_size": 256,
+        "intermediate_size": 896,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+    },
+    "hh-155m": {
+        "vocab_size": 128256,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+    },
+    "llama-3.2-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "llama-3-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+    "mistral-7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+}
+_REST = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072}
+
+
+def model_mapping(name: str, layers: int | None = None) -> dict[str, Any]:
+    """A model's Hugging Face configuration.
+
+    Args:
+        name: one of `MODELS`.
+        layers: fewer or more of them than the model has, where all do not fit. A step's cost per layer stays the same.
+    """
+    mapping = {**_REST, **MODELS[name]}
+    mapping["head_dim"] = mapping["hidden_size"] // mapping["num_attention_heads"]
+    if layers is not None:
+        mapping["num_hidden_layers"] = layers
+    return mapping

@@ -1,0 +1,112 @@
+"""What does each rematerialisation policy cost in time, and save in memory?
+
+The trainer's step under `remat: none`, `dots` and `full`: memory of the compiled program of a micro-batch and seconds
+of whole optimizer steps, in turns, on the same pairs from the same weights. Beside it, compiled only and not run, the
+memory of a 1B model's micro-batch.
+
+Expected: `full` computes the layers' forward twice (at most 4/3 of the time of `none`) and keeps one hidden state a
+layer; `dots` lies between.
+
+Takes about 5 minutes on two CPU cores (`--quick`: half a minute).
+"""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import typer
+
+from benchmarks.facts import machine_facts
+from benchmarks.lengths import PROFILES, profile_pairs
+from benchmarks.models import model_mapping
+from benchmarks.results import Result, Table, gib, picture
+from benchmarks.steps import Trainee, device_name, make_plan, one_device
+from benchmarks.timing import in_turns, speed_up
+from jax_simpo.models.config import ModelConfig
+from jax_simpo.models.transformer import Model
+
+POLICIES = ("none", "dots", "full")
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
+    model: Annotated[str, typer.Option(help="One of benchmarks/models.py.")] = "hh-155m",
+    layers: Annotated[int | None, typer.Option(help="Fewer layers than the model has.")] = None,
+    profile: Annotated[str, typer.Option(help="Lengths of the pairs.")] = "hh-rlhf",
+    batch: Annotated[int, typer.Option(help="Pairs a step.")] = 16,
+    row_length: Annotated[int, typer.Option(help="Tokens a row.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="Compute dtype.")] = "float32",
+    rounds: Annotated[int, typer.Option(help="Steps of each policy.")] = 3,
+    compile_only: Annotated[str, typer.Option(help="Model to compile and not run; empty for none.")] = "llama-3.2-1b",
+    compile_row_length: Annotated[int, typer.Option(help="Its tokens a row.")] = 4096,
+    name: Annotated[str, typer.Option(help="Stem of the files.")] = "remat",
+    quick: Annotated[bool, typer.Option(help="Tiny models, to see that it runs.")] = False,
+) -> None:
+    """Compares the policies."""
+    if quick:
+        model, batch, rounds, compile_only, row_length, compile_row_length = "tiny", 8, 2, "tiny", 1024, 1024
+    mesh = one_device()
+
+    def trainees(which: str, count: int | None, compute: str, length: int) -> dict[str, Trainee]:
+        config = ModelConfig.from_hf(model_mapping(which, count))
+        pairs = profile_pairs(PROFILES[profile], 8 * batch, config.vocab_size)
+        models = [Model(config, compute, policy) for policy in POLICIES]  # type: ignore[arg-type]
+        plan = make_plan(models[0], pairs, "shared+packed", batch=batch, row_length=length)
+        return {one.remat: Trainee(one, plan, pairs, mesh) for one in models}
+
+    with jax.set_mesh(mesh):
+        run = trainees(model, layers, dtype, row_length)
+        held = {policy: trainee.compiled_bytes() for policy, trainee in run.items()}
+        weights = run["none"].fresh_weights()
+        for trainee in run.values():
+            trainee.compute(weights, trainee.build(0))
+        seconds = in_turns({policy: partial(trainee.seconds, weights) for policy, trainee in run.items()}, rounds)
+        del weights
+        compiled = {}
+        if compile_only:
+            large = trainees(compile_only, None, "bfloat16", compile_row_length)
+            compiled = {policy: trainee.compiled_bytes() for policy, trainee in large.items()}
+    parameters = run["none"].model.parameter_count
+    rows: list[tuple[Any, ...]] = [
+        (
+            *(policy, statistics.median(seconds[policy]), speed_up(seconds[policy], seconds["none"])),
+            *(gib(held[policy]), gib(held[policy] - 8 * parameters)),
+        )
+        for policy in POLICIES
+    ]
+    columns = ("remat", "seconds a step", "time beside none", "memory", "of which activations")
+    tables = [Table(f"{model}, measured", columns, rows, _NOTE)]
+    if compiled:
+        count = large["none"].model.parameter_count
+        rows = [(p, gib(compiled[p]), gib(compiled[p] - 8 * count)) for p in POLICIES]
+        title = f"{compile_only}, bfloat16, rows of {compile_row_length}, compiled only"
+        tables.append(Table(title, ("remat", "memory", "of which activations"), rows))
+    about = (
+        f"{model}, {parameters / 1e6:.0f} M parameters, {dtype}, {batch} pairs of {profile} a step in rows of "
+        f"{row_length}; medians of {rounds} rounds in turns."
+    )
+    with picture(output, f"{name}.png") as axes:
+        for policy in POLICIES:
+            point = (held[policy] - 8 * parameters) / 2**30, statistics.median(seconds[policy])
+            axes.plot(*point, "o")
+            axes.annotate(policy, point, xytext=(6, 4), textcoords="offset points")
+        axes.set_xlabel("activations of a micro-batch, GiB")
+        axes.set_ylabel("seconds a step")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.2)
+    data = {"seconds": seconds, "bytes": held, "parameters": parameters, "compiled_only_bytes": compiled}
+    Result(name, "Rematerialisation", about, machine_facts(device_name()), tables, data, [f"{name}.png"]).write(output)
+
+
+_NOTE = (
+    "Memory: of the compiled program of a micro-batch, the optimizer's state apart. Activations: what is left when "
+    "parameters and the gradients' sum, float32 both, are taken off; a micro-batch's own gradients are among it."
+)
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,109 @@
+"""Writes what a benchmark found as JSON, Markdown and pictures, all beginning with the script's name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows for a reader. Numbers are written with three digits; what has more to say goes into the JSON."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        lines = [f"## {self.title}", "", _line(self.columns), _line(["---"] * len(self.columns))]
+        lines += [_line([_cell(value) for value in row]) for row in self.rows]
+        return "\n".join([*lines, *(["", self.note] if self.note else []), ""])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a script found.
+
+    Attributes:
+        name: the files' stem.
+        title: of the page.
+        about: what was measured and how, for the page.
+        facts: from `machine_facts`.
+        tables: for the page.
+        data: everything measured, for the JSON.
+        pictures: file names, as `picture` wrote them.
+    """
+
+    name: str
+    title: str
+    about: str
+    facts: Mapping[str, str]
+    tables: Sequence[Table]
+    data: Any
+    pictures: Sequence[str] = field(default_factory=list)
+
+    def write(self, folder: Path) -> None:
+        """Writes `name.json` and `name.md` and prints the tables."""
+        folder.mkdir(parents=True, exist_ok=True)
+        command = " ".join(["python -m", _module(), *sys.argv[1:]])
+        content = {"command": command, "facts": dict(self.facts), "data": self.data}
+        content["tables"] = [asdict(table) for table in self.tables]
+        (folder / f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        tables = [table.markdown() for table in self.tables]
+        facts = "; ".join(f"{key}: {value}" for key, value in self.facts.items())
+        page = [f"# {self.title}", "", self.about, "", f"`{command}`", ""]
+        page += [f"![{self.title}]({name})\n" for name in self.pictures]
+        page += [*tables, f"*{facts}*", ""]
+        (folder / f"{self.name}.md").write_text("\n".join(page), encoding="utf-8")
+        print("\n".join(tables))
+        print(folder / f"{self.name}.md")
+
+
+@contextmanager
+def picture(folder: Path, name: str, columns: int = 1) -> Iterator[Any]:
+    """Gives the axes (an array of them when there are several columns) of a picture that is saved at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, figsize=(1.5 + 4.5 * columns, 4.0), layout="constrained")
+    try:
+        yield axes
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / name, dpi=110)
+    finally:
+        plt.close(figure)
+
+
+def gib(count: float | None) -> str:
+    """Bytes for a reader."""
+    if count is None:
+        return "not known"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
+
+
+def percent(share: float) -> str:
+    """A share for a reader."""
+    return f"{100 * share:.1f} %"
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec is not None else Path(sys.argv[0]).stem

@@ -1,0 +1,238 @@
+"""How much faster do prefix sharing and packing make training, on which lengths of pairs?
+
+The paper's Tables 1 and 2: six length profiles, and real HH-RLHF pairs where there are some, times separate, shared,
+separate+packed and shared+packed. Every variant makes whole optimizer steps on the same pairs in turns: planning,
+building and sending rows included.
+
+Expected: sharing speeds packed steps up by the ratio of tokens computed, within 5 %; packed rows of eight medians are
+filled to 95 % at 128 pairs a step and to 97 % at 512.
+
+Takes about 15 minutes on two CPU cores (`--quick`: one minute), 3 to 5 minutes on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import typer
+
+from benchmarks.facts import machine_facts
+from benchmarks.flops import linear_ideal, useful_flops, work_of
+from benchmarks.lengths import PROFILES, Pairs, profile_pairs, read_pairs
+from benchmarks.models import model_mapping
+from benchmarks.results import Result, Table, gib, percent, picture
+from benchmarks.steps import VARIANTS, Trainee, device_name, make_plan, matmul_peak, one_device
+from benchmarks.timing import in_turns, speed_up, total_speed_up
+from jax_simpo.data.packing import ROW_MULTIPLE, measure
+from jax_simpo.models.config import ModelConfig
+from jax_simpo.models.transformer import Model
+
+MEDIANS_A_ROW = 8
+POOL = 1024  # pairs drawn of each profile
+FILL_BATCHES = (128, 512)
+FILL_POOLS = 4  # as many pairs more for the fill, which is planned and not computed
+PACKED = ("separate+packed", "shared+packed")
+HH = "hh (real)"
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
+    model: Annotated[str, typer.Option(help="One of benchmarks/models.py.")] = "small",
+    layers: Annotated[int | None, typer.Option(help="Fewer layers than the model has.")] = None,
+    dtype: Annotated[str, typer.Option(help="Compute dtype.")] = "float32",
+    remat: Annotated[str, typer.Option(help="As the config key.")] = "none",
+    attention: Annotated[str, typer.Option(help="As the config key.")] = "auto",
+    batch: Annotated[int, typer.Option(help="Pairs a step when packed.")] = 64,
+    unpacked_batch: Annotated[int, typer.Option(help="Pairs a step when not packed; 0 leaves those variants out.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Steps of each variant.")] = 3,
+    profiles: Annotated[list[str] | None, typer.Option(help="Profiles to run (repeatable). Default: all.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="JSONL of real pairs. Default: where SIMPO_SHARED says.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="For `--pairs`. Default: Llama-3's of SIMPO_SHARED.")] = None,
+    name: Annotated[str, typer.Option(help="Stem of the files.")] = "throughput",
+    quick: Annotated[bool, typer.Option(help="A tiny model on two profiles, to see that it runs.")] = False,
+) -> None:
+    """Times optimizer steps of four layouts on each length profile."""
+    if quick:
+        model, batch, unpacked_batch, rounds, profiles = "tiny", 16, 4, 2, profiles or ["hh-rlhf"]
+    pool = 128 if quick else POOL
+    policy = Model(ModelConfig.from_hf(model_mapping(model, layers)), dtype, remat)  # type: ignore[arg-type]
+    mesh = one_device()
+    data = _data(profiles or list(PROFILES), pool, policy.config.vocab_size, pairs, tokenizer)
+    with jax.set_mesh(mesh):
+        peak = matmul_peak(dtype)
+        measured = {}
+        for label, (these, row_length) in data.items():
+            print(f"{label}: {len(these)} pairs", flush=True)
+            batches = dict.fromkeys(VARIANTS, unpacked_batch) if unpacked_batch else {}
+            batches |= dict.fromkeys(PACKED, batch)
+            trainees = {
+                variant: Trainee(
+                    policy, make_plan(policy, these, variant, batch=size, row_length=row_length), these, mesh, attention
+                )
+                for variant, size in batches.items()
+            }
+            measured[label] = measure_steps(trainees, rounds)
+    fills = {label: packing_fill(policy, label, FILL_POOLS * pool) for label in data if label in PROFILES}
+    facts = machine_facts(device_name())
+    model_text = (
+        f"{model}{'' if layers is None else f', {layers} layers'}: {policy.parameter_count / 1e6:.1f} M parameters"
+    )
+    about = (
+        f"{model_text}, {dtype}, remat {remat}, attention {attention}; {batch} pairs a step when packed, in rows of "
+        f"{MEDIANS_A_ROW} medians, {unpacked_batch} when not; {rounds} steps each, in turns. Matrix products reach "
+        f"{peak / 1e12:.3g} TFLOP/s in this run. {__doc__.split(chr(10) * 2)[1]}"
+    )
+    tables = [_table(measured, peak), _speed_ups(measured), _fills(fills)]
+    _draw(output, name, measured)
+    everything = {"matmul_flops_per_second": peak, "measured": measured, "fill": fills}
+    Result(name, "Throughput", about, facts, tables, everything, [f"{name}.png"]).write(output)
+
+
+def _data(
+    profiles: list[str], pool: int, vocabulary: int, file: Path | None, tokenizer: str | None
+) -> dict[str, tuple[Pairs, int]]:
+    """Pairs by name, each with the length of packed rows."""
+    found = {}
+    for label in profiles:
+        profile = PROFILES[label]
+        found[label] = profile_pairs(profile, pool, vocabulary), _row_length(profile.length)
+    shared = os.environ.get("SIMPO_SHARED")
+    if file is None and shared:
+        file = Path(shared) / "data" / "hh_harmless.train.jsonl"
+    if file is not None:
+        real = read_pairs(file, tokenizer or f"{shared}/tokenizers/llama3", pool, vocabulary)
+        longest = _round_up(int(real.lengths.row_tokens(False).max()))  # real lengths are not cut at four medians
+        found[HH] = real, max(longest, _row_length(float(np.median(real.lengths.chosen_inputs + 1))))
+    return found
+
+
+def _row_length(median: float) -> int:
+    """Eight medians: a profile's longest pair, nothing shared, is just so long."""
+    return _round_up(int(MEDIANS_A_ROW * median))
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def measure_steps(trainees: Mapping[str, Trainee], rounds: int) -> dict[str, Any]:
+    """Times steps of all variants in turns, from the same weights on, after a step that compiles."""
+    weights = next(iter(trainees.values())).fresh_weights()
+    bytes_held = {}
+    for variant, trainee in trainees.items():
+        bytes_held[variant] = trainee.compiled_bytes()
+        trainee.compute(weights, trainee.build(0))
+    seconds = in_turns({variant: partial(trainee.seconds, weights) for variant, trainee in trainees.items()}, rounds)
+    return {
+        variant: {**_counts(trainee, rounds), "seconds": seconds[variant], "bytes": bytes_held[variant]}
+        for variant, trainee in trainees.items()
+    }
+
+
+def _counts(trainee: Trainee, rounds: int) -> dict[str, Any]:
+    """What the timed steps have computed."""
+    steps = [trainee.build(k) for k in range(rounds)]
+    plan, config = trainee.plan, trainee.model.config
+    work = [work_of(plan.lengths.of_pairs(step.pairs), plan.prefix_sharing) for step in steps]
+    return {
+        "pairs": sum(len(step.pairs) for step in steps),
+        "input_tokens": sum(step.input_tokens for step in steps),
+        "computed_tokens": sum(step.computed_tokens for step in steps),
+        "useful_flops": sum(useful_flops(config, w) for w in work),
+        "row": vars(plan.shape),
+    }
+
+
+def packing_fill(model: Model, profile: str, count: int) -> dict[str, float]:
+    """Share of computed tokens that are not padding, by pairs a step, over steps of an epoch."""
+    pool = profile_pairs(PROFILES[profile], count, model.config.vocab_size)
+    row_length = _row_length(PROFILES[profile].length)
+    plans = {
+        f"{variant}, {batch}": make_plan(model, pool, variant, batch=batch, row_length=row_length)
+        for variant in PACKED
+        for batch in FILL_BATCHES
+    }
+    return {label: measure(plan).fill for label, plan in plans.items()}
+
+
+def _table(measured: Mapping[str, Any], peak: float) -> Table:
+    rows = []
+    for label, variants in measured.items():
+        for variant, found in variants.items():
+            time = sum(found["seconds"])
+            rows.append(
+                (
+                    *(label, variant),
+                    *(found["pairs"] / time, found["input_tokens"] / time),
+                    percent(found["useful_flops"] / time / peak),
+                    percent(found["input_tokens"] / found["computed_tokens"]),
+                    gib(found["bytes"]),
+                )
+            )
+    note = (
+        "Tokens are those computed, padding apart. Useful FLOPs are those of each layout's own tokens, without padding "
+        "and recomputation, against the matrix products of this run. Memory is that of the compiled program of a "
+        "micro-batch: parameters, gradients, temporaries; the optimizer's state comes on top. Without packing a row is "
+        "as long as the longest pair of all, as the trainer has it."
+    )
+    columns = ("pairs", "layout", "pairs/s", "tokens/s", "useful FLOPs", "filled", "memory")
+    return Table("Optimizer steps", columns, rows, note)
+
+
+def _speed_ups(measured: Mapping[str, Any]) -> Table:
+    rows = []
+    for label, found in measured.items():
+        profile = PROFILES.get(label)
+        for slow, fast in (PACKED, ("separate", "shared")):
+            if slow not in found:
+                continue
+            times = found[slow]["seconds"], found[fast]["seconds"]
+            tokens = found[slow]["computed_tokens"] / found[fast]["computed_tokens"]
+            total = total_speed_up(*times)
+            paper = "" if profile is None else profile.paper if slow == PACKED[0] else profile.paper_unpacked
+            ideal = "" if profile is None else linear_ideal(profile.prompt, profile.response)
+            rows.append(
+                (label, f"{fast} over {slow}", ideal, tokens, total, speed_up(*times), percent(total / tokens), paper)
+            )
+    note = (
+        "Ideal: 2(p+c)/(p+2c) at the medians. Tokens: computed by one over computed by the other, padding included. "
+        "Total: all time over all time; median: of the ratios within a round. Share: total over tokens. Paper: 8 H100, "
+        "FlexAttention with sharing over FlashAttention 3."
+    )
+    return Table(
+        "What sharing gains", ("pairs", "", "ideal", "tokens", "total", "median", "share", "paper"), rows, note
+    )
+
+
+def _fills(fills: Mapping[str, Mapping[str, float]]) -> Table:
+    columns = list(next(iter(fills.values()), {}))
+    rows = [(label, *(f"{fill[column]:.3f}" for column in columns)) for label, fill in fills.items()]
+    return Table(
+        f"Packing fill, rows of {MEDIANS_A_ROW} medians", ("pairs", *(f"{c} pairs a step" for c in columns)), rows
+    )
+
+
+def _draw(output: Path, name: str, measured: Mapping[str, Any]) -> None:
+    with picture(output, f"{name}.png") as axes:
+        for at, (label, found) in enumerate(measured.items()):
+            times = [found[variant]["seconds"] for variant in PACKED]
+            tokens = found[PACKED[0]]["computed_tokens"] / found[PACKED[1]]["computed_tokens"]
+            axes.bar(at, total_speed_up(*times), color="tab:blue", width=0.6, label="measured" if not at else None)
+            axes.plot([at - 0.3, at + 0.3], [tokens] * 2, "k-", label="tokens computed" if not at else None)
+            if label in PROFILES:
+                paper = PROFILES[label].paper
+                axes.plot([at - 0.3, at + 0.3], [paper] * 2, "r:", label="paper, 8 H100" if not at else None)
+        axes.set_xticks(range(len(measured)), list(measured), rotation=30, ha="right")
+        axes.set_ylabel("speed-up of sharing, packed")
+        axes.axhline(1.0, color="grey", linewidth=0.5)
+        axes.legend()
+
+
+if __name__ == "__main__":
+    typer.run(main)

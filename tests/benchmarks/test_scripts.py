@@ -1,0 +1,57 @@
+"""Every script runs on its tiny preset and writes well-formed results. No speed is checked here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Script -> what must be measured in its JSON.
+SCRIPTS = {
+    "throughput": "measured",
+    "layers": "cells",
+    "peers": "measured",
+    "loss_head": "1000",
+    "remat": "seconds",
+    "host": "host",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_says_what_it_asks_expects_and_takes(script: str) -> None:
+    text = importlib.import_module(f"benchmarks.{script}").__doc__ or ""
+    assert "?" in text.splitlines()[0]
+    assert "\nExpected" in text and "\nTakes about" in text
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(s, marks=pytest.mark.slow) if s in ("throughput", "peers", "remat") else s for s in SCRIPTS]
+)
+def test_a_script_writes_well_formed_results(script: str, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "SIMPO_SHARED"}
+    environment |= {"JAX_NUM_CPU_DEVICES": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{script}", "--quick", "--output", str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads((tmp_path / f"{script}.json").read_text())
+    assert found["data"][SCRIPTS[script]]
+    assert not found["data"].get("failed")
+    assert {"device", "machine", "versions", "date", "commit"} <= found["facts"].keys()
+    assert f"benchmarks.{script}" in found["command"]
+    page = (tmp_path / f"{script}.md").read_text()
+    for table in found["tables"]:
+        assert table["rows"] and all(len(row) == len(table["columns"]) for row in table["rows"])
+        assert f"## {table['title']}" in page
+    for picture in tmp_path.glob("*.png"):
+        assert f"({picture.name})" in page
