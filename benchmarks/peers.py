@@ -58,7 +58,7 @@ def main(
     tokenizer: Annotated[str | None, typer.Option(help="For real pairs. Default: Llama-3's of SIMPO_SHARED.")] = None,
     batch: Annotated[int, typer.Option(help="Pairs a step.")] = 32,
     stacked_batch: Annotated[int, typer.Option(help="Pairs a micro-batch where none are packed.")] = 8,
-    remat: Annotated[str, typer.Option(help="none or full, for all.")] = "none",
+    remat: Annotated[str, typer.Option(help="none (jax-simpo: dots) or full.")] = "none",
     rounds: Annotated[int, typer.Option(help="Steps of each contender.")] = 3,
     only: Annotated[list[str] | None, typer.Option(help="Contenders whose name has this (repeatable).")] = None,
     resident: Annotated[
@@ -84,9 +84,10 @@ def main(
         start = [sys.executable, "-m", "benchmarks.contenders.start", str(job.file)]
         subprocess.run(start, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         found, failed = _compare(job, chosen, rounds, device == "gpu" if resident is None else resident)
+    recompute = "none (jax-simpo: dots)" if remat == "none" else remat
     about = (
         f"{model}{'' if layers is None else f', {layers} layers'}, {batch} pairs of {profile or file.name} a step, "
-        f"micro-batches of {stacked_batch} where not packed, remat {remat}; {rounds} rounds in turns, each contender "
+        f"micro-batches of {stacked_batch} where not packed, remat {recompute}; {rounds} rounds in turns, each contender "
         "in its own process. Medians."
     )
     tables = [_table(found, batch), _ratios(found), *_failures(failed)]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,10 @@ DEEPSPEED = {
     }
 }
 
+# How far a curve in bfloat16 is from its float32 is a single draw: rounding errors of early steps are carried along. So
+# there the pairs are also taken in other orders, by the layout that everyone uses.
+ORDERS, ORDERS_LAYOUT = 8, "shared + packed"
+
 # Where the wrong variants are tried: on one model, but for those that only another can show.
 VARIANTS_FAMILY, VARIANTS_LAYOUT, VARIANTS_BACKEND = "llama3", "shared + packed", "jax, 1 device"
 FAMILY_OF_VARIANT = {"Gemma norm without the one": "gemma2", "sliding window dropped": "mistral"}
@@ -93,31 +98,35 @@ FAMILY_OF_VARIANT = {"Gemma norm without the one": "gemma2", "sliding window dro
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a model, a layout, a dtype and what computes it."""
+    """One run: a model, a layout, a dtype, what computes it, and the order of the pairs (0 is the config's own)."""
 
     family: str
     layout: str
     dtype: str
     backend: str
+    order: int = 0
 
     @property
     def folder(self) -> str:
         """Where its results lie, below the folder of all results."""
-        return "/".join(part.replace(" ", "").replace(",", "-") for part in asdict(self).values())
+        return "/".join(str(part).replace(" ", "").replace(",", "-") for part in asdict(self).values())
 
     @property
     def name(self) -> str:
-        return f"{self.family}, {self.layout}, {self.dtype}: {self.backend}"
+        order = f", order {self.order}" if self.order else ""
+        return f"{self.family}, {self.layout}, {self.dtype}{order}: {self.backend}"
 
     def on(self, backend: str) -> Cell:
         """The same run by another backend."""
-        return Cell(self.family, self.layout, self.dtype, backend)
+        return replace(self, backend=backend)
 
     @property
     def exists(self) -> bool:
         """Whether it is part of the matrix. Flash attention knows no masks of rows, and computes in 16 bits."""
         if self.family in FAMILIES and self.family not in FULL_FAMILIES:
             return self.layout in PART_LAYOUTS and self.dtype in PART_DTYPES and self.backend in PART_BACKENDS
+        if self.order and (self.layout != ORDERS_LAYOUT or (self.dtype == "float32" and self.backend != REFERENCE)):
+            return False
         flash = TORCH_GPU.get(self.backend) == "flash_attention_2"
         return not flash or (self.layout == "separate" and self.dtype == "bfloat16")
 
@@ -126,6 +135,8 @@ class Cell:
         """What makes the family's config that of this run."""
         sharing, packing = LAYOUTS[self.layout]
         keys = {"prefix_sharing": sharing, "packing": packing, "dtype": self.dtype}
+        if self.order:
+            keys["seed"] = self.order
         if self.backend in TORCH_GPU:
             keys["torch_attention"] = TORCH_GPU[self.backend]
         return [f"--{key}={str(value).lower()}" for key, value in keys.items()]
@@ -201,9 +212,11 @@ class Job:
 
 
 def matrix(families: Iterable[str], dtypes: Iterable[str], backends: Iterable[str]) -> list[Cell]:
-    """All combinations with all layouts, as far as there are such."""
-    backends = list(backends)
-    cells = [Cell(f, layout, d, b) for f in families for d in dtypes for b in backends for layout in LAYOUTS]
+    """All combinations with all layouts, as far as there are such; with other orders of the pairs for bfloat16."""
+    dtypes, backends = list(dtypes), list(backends)
+    orders = range(ORDERS if "bfloat16" in dtypes else 1)
+    each = product(families, dtypes, backends, orders, LAYOUTS)
+    cells = [Cell(family, layout, dtype, backend, order) for family, dtype, backend, order, layout in each]
     return [cell for cell in cells if cell.exists]
 
 

@@ -29,7 +29,7 @@ WEIGHT_MOVEMENT = 1e-4  # distance of the final weights, over how far they moved
 # --- bound, bfloat16: how far JAX may be from float32, over how far PyTorch is
 
 BFLOAT16_RATIO = 1.5
-ALL_LAYOUTS = "all layouts"
+ALL_RUNS = "all layouts and orders"
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def compare(job: Job) -> Outcome:
             _worst(gradient_noise[family], relative_distances(a.gradients, b.gradients))
             _worst(weight_noise[family], relative_distances(a.weights, b.weights, start))
     for cell in job.cells:
-        if cell.backend == REFERENCE:
+        if cell.backend == REFERENCE or cell.order:
             continue
         ours, theirs = found(cell), found(cell.on(REFERENCE))
         if cell.dtype == "float32":
@@ -134,9 +134,9 @@ def compare(job: Job) -> Outcome:
         else:
             figures = bfloat16_figures(_rounding(cell, job, found))
         cells.append(Comparison(cell, REFERENCE, figures, {"facts": dict(ours.facts)}))
-    for whole in dict.fromkeys(replace(c.cell, layout=ALL_LAYOUTS) for c in cells if c.cell.dtype == "bfloat16"):
-        cells_of = [c for c in job.cells if replace(c, layout=ALL_LAYOUTS) == whole]
-        runs = {c.layout: _rounding(c, job, found) for c in cells_of}
+    for whole in dict.fromkeys(replace(c.cell, layout=ALL_RUNS) for c in cells if c.cell.dtype == "bfloat16"):
+        cells_of = [c for c in job.cells if replace(c, layout=ALL_RUNS, order=0) == whole]
+        runs = {f"order {c.order}" if c.order else c.layout: _rounding(c, job, found) for c in cells_of}
         cells.append(Comparison(whole, REFERENCE, bfloat16_step_figures(runs)))
     variants = {}
     for name in (n for n in job.variants if was_run(job.variant(n))):
@@ -264,17 +264,17 @@ def bfloat16_figures(run: Rounding) -> list[Figure]:
 
 
 def bfloat16_step_figures(runs: Mapping[str, Rounding]) -> list[Figure]:
-    """What rounding does to the curves, over what it does to the reference's: root mean square over the layouts.
+    """What rounding does to the curves, over what it does to the reference's: root mean square over `runs`.
 
-    The rounding errors of early steps are carried along, so a curve's distance from its float32 is a single draw. The
-    reference's own differs by a factor of 1.7 between runs (docs/parity.md). The layouts are one computation, rounded
-    differently: together they say how far a side is from float32, and one alone does not.
+    The rounding errors of early steps are carried along, so a curve's distance from its float32 is a single draw, and
+    the ratio of two draws says little (docs/parity.md has the spread). Layouts and orders of the pairs together say how
+    far a side is from float32.
     """
     steps = len(next(iter(runs.values())).ours.steps)
 
     def figure(name: str, key: str) -> Figure:
         each = np.array([run.distances(lambda found: found.curve(key)) for run in runs.values()])
-        detail = ", ".join(f"{layout} {a / b:.2f}" for layout, (a, b) in zip(runs, each, strict=True))
+        detail = ", ".join(f"{run} {a / b:.2f}" for run, (a, b) in zip(runs, each, strict=True))
         return _ratio(f"{name}, {steps} steps", _rms(each[:, 0]), _rms(each[:, 1]), detail)
 
     each = list(runs.values())

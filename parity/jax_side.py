@@ -216,7 +216,7 @@ def main() -> None:
             runners[key] = make_runner(job, cell, injected)
         print(cell.name, flush=True)
         run_cell(job, runners[key], cell, job.found(cell), job.steps, injected)
-        if (job.found(cell.on(REFERENCE)) / EXPORT).exists():
+        if not cell.order and (job.found(cell.on(REFERENCE)) / EXPORT).exists():
             score_export(runners[key], job, cell)
     if job.variants and what == "run":
         try_variants(job)

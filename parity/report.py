@@ -106,7 +106,7 @@ def _sections(outcome: Outcome) -> list[tuple[str, str, Table]]:
     if rounded:
         text = (
             "How far a run in bfloat16 is from its own side's float32, over how far PyTorch in a single process is: "
-            f"at most {BFLOAT16_RATIO:g}. Over the steps: of the layouts together."
+            f"at most {BFLOAT16_RATIO:g}. Over the steps: of all layouts and orders of the pairs together."
         )
         sections.append(("bfloat16", text, worst_table(rounded)))
     text = "PyTorch in a single process against itself, in another layout: what rounding alone amounts to."

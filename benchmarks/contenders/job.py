@@ -28,7 +28,7 @@ class Job:
         pairs: pairs a step; a step takes all there are.
         device: `cpu` or `gpu`.
         stacked_batch: pairs a micro-batch of the contenders that stack chosen and rejected along the batch.
-        remat: as the config key; TRL and torch_ref know `none` and `full`.
+        remat: `none` or `full`; where the others recompute nothing, jax-simpo takes `dots`, its fastest there.
     """
 
     work: str
