@@ -87,8 +87,8 @@ def main(
     recompute = "none (jax-simpo: dots)" if remat == "none" else remat
     about = (
         f"{model}{'' if layers is None else f', {layers} layers'}, {batch} pairs of {profile or file.name} a step, "
-        f"micro-batches of {stacked_batch} where not packed, remat {recompute}; {rounds} rounds in turns, each contender "
-        "in its own process. Medians."
+        f"micro-batches of {stacked_batch} where not packed, remat {recompute}; {rounds} rounds in turns, each "
+        "contender in its own process. Medians."
     )
     tables = [_table(found, batch), _ratios(found), *_failures(failed)]
     _draw(output, name, found, batch)
