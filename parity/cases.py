@@ -124,7 +124,8 @@ class Cell:
     def exists(self) -> bool:
         """Whether it is part of the matrix. Flash attention knows no masks of rows, and computes in 16 bits."""
         if self.family in FAMILIES and self.family not in FULL_FAMILIES:
-            return self.layout in PART_LAYOUTS and self.dtype in PART_DTYPES and self.backend in PART_BACKENDS
+            part = self.layout in PART_LAYOUTS and self.dtype in PART_DTYPES and self.backend in PART_BACKENDS
+            return part and not self.order
         if self.order and (self.layout != ORDERS_LAYOUT or (self.dtype == "float32" and self.backend != REFERENCE)):
             return False
         flash = TORCH_GPU.get(self.backend) == "flash_attention_2"
