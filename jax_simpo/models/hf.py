@@ -237,6 +237,22 @@ def _some(names: list[str], most: int = 5) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def shard_bytes(size: str) -> int:
+    """A file size as Hugging Face writes it: "5GB", "500MB", or a number of bytes.
+
+    Raises:
+        ModelError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?)?B?", size, re.IGNORECASE)
+    if found is None:
+        raise ModelError(f"max_shard_size {size!r} is no file size; write 500MB, 5GB or a number of bytes")
+    unit = (found[2] or "").lower()
+    number = float(found[1]) * (1024 if unit.endswith("i") else 1000) ** " kmg".index(unit[:1] or " ")
+    if number < 1:
+        raise ModelError(f"max_shard_size {size!r}: a file has at least a byte")
+    return int(number)
+
+
 def save_model(
     params: Params,
     model: Model,
