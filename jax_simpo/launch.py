@@ -123,6 +123,8 @@ def join(launch: Launch) -> None:
         LaunchError: as of `find`, or the others do not answer.
     """
     global _joined
+    if _joined:  # JAX joins once; a second command of one process goes on in the same company
+        return
     found = find(launch, os.environ)
     if found is None:
         return

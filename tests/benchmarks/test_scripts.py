@@ -20,6 +20,7 @@ SCRIPTS = {
     "loss_head": "1000",
     "remat": "seconds",
     "host": "host",
+    "streaming": "equal",
 }
 
 

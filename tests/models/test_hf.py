@@ -160,7 +160,7 @@ def test_an_export_that_dies_leaves_the_former_model_and_nothing_else(
     out = hf.save_model(params, model, tmp_path / "out" / "model", "float32")
     written = []
 
-    def die_at_the_tenth(self: TensorWriter, name: str, tensor: np.ndarray) -> None:
+    def die_at_the_tenth(self: TensorWriter, name: str, rows: np.ndarray, start: int = 0) -> None:
         written.append(name)
         if len(written) == 10:
             raise OSError(28, "No space left on device")
