@@ -62,20 +62,23 @@ def find(launch: Launch, environment: Mapping[str, str]) -> Join | None:
             raise LaunchError("--no-distributed is one process, but its place among others is given; give only one")
         return None
     if any(value is not None for value in given):
-        return _explicit(launch)
+        return _explicit(launch, environment)
     if launch.distributed:
         return Join()
-    if all(name in environment for name in _SLURM):
+    if _in_slurm(environment):
         return _slurm(environment)
     if _tpu_hosts(environment) > 1:
         return Join()
     return _kubernetes(environment)
 
 
-def _explicit(launch: Launch) -> Join | None:
+def _explicit(launch: Launch, environment: Mapping[str, str]) -> Join | None:
     address, count, number = launch.coordinator_address, launch.num_processes, launch.process_id
     if count == 1 and not number:
         return None
+    known = launch.distributed or _in_slurm(environment) or _tpu_hosts(environment) > 1
+    if known and None in (address, count, number):  # JAX finds the rest
+        return Join(address, count, number)
     if address is None or count is None or number is None:
         raise LaunchError(f"the place of this process among others takes three options: {_MANY}; give all of them")
     if count < 1 or not 0 <= number < count:
@@ -83,6 +86,10 @@ def _explicit(launch: Launch) -> Join | None:
     if not re.fullmatch(r".+:\d+", address):
         raise LaunchError(f"--coordinator_address {address}: give HOST:PORT, such as {address.split(':')[0]}:8476")
     return Join(address, count, number)
+
+
+def _in_slurm(environment: Mapping[str, str]) -> bool:
+    return all(name in environment for name in _SLURM)
 
 
 def _slurm(environment: Mapping[str, str]) -> Join | None:

@@ -324,9 +324,9 @@ def save_model(
 def _blocks(leaf: jax.Array, tensor: _Tensor, dtype: str) -> Iterator[tuple[int, np.ndarray]]:
     """A tensor as the checkpoint has it, in blocks of its rows, each with the number of its first row.
 
-    A block is cast on the devices and gathered to each of them, so that any process can read it. So many devices hold
-    it that it must be small, and it must be gathered alone: where the rows are split over devices, it takes the same
-    rows of each one's part.
+    A block is cast on the devices. Where they belong to several processes it is gathered to each of them, so that any
+    process can read it; so many hold it then that it must be small, and it must be gathered alone: where the rows are
+    split over devices, a block is made of the same rows of each one's part.
     """
     own = leaf.sharding
     axis = leaf.ndim - 1 if tensor.transposed else leaf.ndim - len(tensor.shape)  # of the checkpoint's rows
@@ -334,12 +334,16 @@ def _blocks(leaf: jax.Array, tensor: _Tensor, dtype: str) -> Iterator[tuple[int,
     parts = leaf.shape[axis] // held
     row_bytes = int(np.prod(tensor.shape[1:], dtype=np.int64)) * jnp.dtype(dtype).itemsize
     count = min(held, max(1, BLOCK_BYTES // (row_bytes * parts)))
-    sharding = NamedSharding(own.mesh, PartitionSpec()) if isinstance(own, NamedSharding) else own
+    everywhere = None
+    if isinstance(own, NamedSharding) and not own.is_fully_addressable:
+        everywhere = NamedSharding(own.mesh, PartitionSpec())
     for start in range(0, held, count):
         start = min(start, held - count)  # the last block begins earlier, to be of the same shape
-        block = np.asarray(_pick(leaf, tensor.layer, start, axis, (parts, count), dtype, sharding).addressable_data(0))
+        x = _pick(leaf, tensor.layer, start, axis, (parts, count), dtype, everywhere)
+        block = np.asarray(x if everywhere is None else x.addressable_data(0))
         for part, rows in enumerate(block):
             yield part * held + start, rows
+        del x, block  # before the next one is made
 
 
 @partial(jax.jit, static_argnames=("axis", "block", "dtype", "sharding"))
@@ -350,14 +354,15 @@ def _pick(
     axis: int,
     block: tuple[int, int],
     dtype: str,
-    sharding: jax.sharding.Sharding,
+    sharding: NamedSharding | None,
 ) -> jax.Array:
     parts, count = block
     if layer is not None:
         leaf, axis = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), axis - 1
     x = leaf.reshape(*leaf.shape[:axis], parts, -1, *leaf.shape[axis + 1 :])
     x = jax.lax.dynamic_slice_in_dim(x, start, count, axis + 1).astype(dtype)
-    return jax.lax.with_sharding_constraint(jnp.moveaxis(x, (axis, axis + 1), (0, 1)), sharding)
+    x = jnp.moveaxis(x, (axis, axis + 1), (0, 1))
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 def _with_special_tokens(config: ModelConfig, tokenizer: Any) -> ModelConfig:

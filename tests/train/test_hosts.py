@@ -56,7 +56,10 @@ WITHIN = 60.0  # seconds in which a dead process must have taken the others down
 
 
 class Hosts:
-    """Two processes on this machine that run the same commands, as two hosts would."""
+    """Two processes on this machine that run the same commands, as two hosts would.
+
+    Each has a cache and a working directory of its own, which nothing lies in unless a command's path is relative.
+    """
 
     def __init__(self, folder: Path, commands: Sequence[Sequence[str]], **job: Any) -> None:
         self.folder = folder
@@ -72,13 +75,17 @@ class Hosts:
                 "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": str(number),
                 "JAX_NUM_CPU_DEVICES": "4",
+                "HF_DATASETS_CACHE": str(folder / f"cache.{number}"),
+                "PYTHONPATH": str(ROOT),
             }
+            own = folder / f"cwd.{number}"
+            own.mkdir()
             with ExitStack() as files:
                 out, err = (
                     files.enter_context((folder / f"{name}.{number}").open("w")) for name in ("stdout", "stderr")
                 )
                 command = [sys.executable, "-m", "tests.train.hosts_child", str(file)]
-                process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **place}, stdout=out, stderr=err)
+                process = subprocess.Popen(command, cwd=own, env={**os.environ, **place}, stdout=out, stderr=err)
             self.processes.append(process)
 
     def wait(self, seconds: float) -> list[int]:
@@ -243,7 +250,7 @@ def endless(folder: Path) -> list[str]:
         "model_config": {**CONFIG["model_config"], "num_hidden_layers": 1},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    return ["train", str(folder / "config.yaml"), f"--output_dir={folder}/run", f"--data_cache_dir={folder}/cache"]
+    return ["train", str(folder / "config.yaml"), f"--output_dir={folder}/run"]
 
 
 def test_a_process_that_fails_takes_the_other_down_and_both_say_why(tmp_path: Path) -> None:
@@ -252,6 +259,7 @@ def test_a_process_that_fails_takes_the_other_down_and_both_say_why(tmp_path: Pa
     assert hosts.wait(WITHIN + 60) == [1, 1]
     assert "process 1 of 2" in hosts.said(1) and "OSError: the disk is gone" in hosts.said(1)
     assert "ends because of process 1 of 2" in hosts.said(0) and "OSError: the disk is gone" in hosts.said(0)
+    assert "1 process(es) did not find what process 0 tokenised" in hosts.said(0)
 
 
 def test_a_process_told_to_end_saves_a_step_with_the_other(tmp_path: Path) -> None:
@@ -261,6 +269,14 @@ def test_a_process_told_to_end_saves_a_step_with_the_other(tmp_path: Path) -> No
     assert hosts.wait(WITHIN) == [1, 1], hosts.said(0) + hosts.said(1)
     (step,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert f"ended by SIGTERM after step {step} of 1000000, which is saved" in hosts.said(0)
+
+
+@pytest.mark.slow
+def test_an_output_directory_that_is_not_shared_is_found_out_before_training(tmp_path: Path) -> None:
+    hosts = Hosts(tmp_path, [[*endless(tmp_path)[:2], "--output_dir=run"]])  # each in its own working directory
+    assert hosts.wait(WITHIN + 120) == [1, 1]
+    assert "`output_dir` run is not the same folder on all hosts" in hosts.said(0)
+    assert not list(tmp_path.glob("cwd.*/run/*"))
 
 
 @pytest.mark.slow
