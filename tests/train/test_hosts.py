@@ -262,6 +262,16 @@ def test_a_process_that_fails_takes_the_other_down_and_both_say_why(tmp_path: Pa
     assert "1 process(es) did not find what process 0 tokenised" in hosts.said(0)
 
 
+def test_a_bad_row_ends_those_that_wait_for_the_tokens_too(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "Anna", "chosen": "One tea", "rejected": "One tea"}\n')
+    command = [*endless(tmp_path), "--dataset_mixer={" + str(tmp_path / "bad.jsonl") + ": 1.0}"]
+    hosts = Hosts(tmp_path, [command])
+    assert hosts.wait(WITHIN + 60) == [1, 1]
+    assert "process 0 of 2" in hosts.said(0) and "error: 1 of 1 rows of train cannot be used" in hosts.said(0)
+    assert "Traceback" not in hosts.said(0)  # it is the user's to mend
+    assert "ends because of process 0 of 2" in hosts.said(1) and "rows of train cannot be used" in hosts.said(1)
+
+
 def test_a_process_told_to_end_saves_a_step_with_the_other(tmp_path: Path) -> None:
     hosts = Hosts(tmp_path, [endless(tmp_path)])
     hosts.await_file("run/metrics.jsonl")
