@@ -80,7 +80,11 @@ def local_rows(mesh: Mesh, rows: int) -> Int[np.ndarray, " _"]:
 
 def hosts_share_tensor(mesh: Mesh) -> bool:
     """Whether devices of different processes are neighbours along `tensor`, whose collectives are the most frequent."""
-    processes = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    return differ_along_tensor(np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices))
+
+
+def differ_along_tensor(processes: Int[np.ndarray, "data fsdp tensor"]) -> bool:
+    """Whether numbers of processes, as their devices lie in the mesh, change along its last axis."""
     return bool((processes != processes[..., :1]).any())
 
 

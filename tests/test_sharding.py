@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
 import pytest
 
-from jax_simpo.sharding import hosts_share_tensor, local_rows, make_mesh
+from jax_simpo.sharding import differ_along_tensor, hosts_share_tensor, local_rows, make_mesh
 
 
 def test_one_process_holds_all_rows() -> None:
@@ -17,6 +14,9 @@ def test_one_process_holds_all_rows() -> None:
 
 @pytest.mark.parametrize(("sizes", "shared"), [((2, 2, 2), False), ((1, 2, 4), False), ((1, 1, 8), True)])
 def test_tensor_is_said_to_reach_over_processes_where_it_does(sizes: tuple[int, int, int], shared: bool) -> None:
-    devices = [SimpleNamespace(process_index=i // 4) for i in range(8)]  # two processes of four devices
-    mesh: Any = SimpleNamespace(devices=np.array(devices, object).reshape(sizes))
-    assert hosts_share_tensor(mesh) == shared
+    processes = np.arange(8).reshape(sizes) // 4  # two of four devices each
+    assert differ_along_tensor(processes) == shared
+
+
+def test_one_process_shares_no_tensor_axis() -> None:
+    assert not hosts_share_tensor(make_mesh(fsdp=1, tensor=8))

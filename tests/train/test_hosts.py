@@ -176,7 +176,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         folder,
         [
             [*train, f"--output_dir={folder}/two", "--mesh.fsdp=4", "--mesh.tensor=2", cache],
-            [*train, resumed, "--mesh.data=2", "--mesh.fsdp=4", cache],
+            [*train, resumed, "--mesh.fsdp=4", "--mesh.tensor=2", cache],
             *commands("two"),
         ],
     )
@@ -272,6 +272,7 @@ def test_a_bad_row_ends_those_that_wait_for_the_tokens_too(tmp_path: Path) -> No
     assert "ends because of process 0 of 2" in hosts.said(1) and "rows of train cannot be used" in hosts.said(1)
 
 
+@pytest.mark.slow
 def test_a_process_told_to_end_saves_a_step_with_the_other(tmp_path: Path) -> None:
     hosts = Hosts(tmp_path, [endless(tmp_path)])
     hosts.await_file("run/metrics.jsonl")
