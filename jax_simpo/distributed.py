@@ -66,9 +66,22 @@ def join(address: str | None, count: int | None, number: int | None, local_devic
             f"the processes of the run cannot be joined: {error}. Check that all were started, that the address of "
             "process 0 can be reached from the others, and that its port is free"
         ) from error
+    _keep_stdout_for_results()
     if not is_first():  # one bar for all of them
         os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     threading.Thread(target=_watch, name="fate", daemon=True).start()
+
+
+def _keep_stdout_for_results() -> None:
+    """Only process 0 has results to print. What libraries write past Python (Gloo does) goes to stderr, or nowhere."""
+    sys.stdout.flush()
+    if is_first():
+        results = os.dup(1)
+        os.dup2(2, 1)
+        sys.stdout = open(results, "w", encoding="utf-8", buffering=1)
+    else:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
 
 
 def is_first() -> bool:
