@@ -68,7 +68,16 @@ def peak_resident_bytes() -> int:
 
     Not `ru_maxrss`: that is handed down by whoever started the process.
     """
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return _status_bytes("VmHWM")
+
+
+def resident_bytes() -> int:
+    """Memory this process holds now, mapped pages of files included; Linux only."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(name: str) -> int:
+    found = re.search(rf"^{name}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]) * 1024
 

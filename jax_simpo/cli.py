@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 from rich.console import Console
 
+from jax_simpo import launch
 from jax_simpo.config import TrainConfig, load_config
 from jax_simpo.errors import CheckpointError, ConfigError, MeshError, UserError
 
@@ -39,11 +40,60 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+# The place of this process in a run of several.
+_PANEL = "Several processes (found by themselves under SLURM, GKE and Kubernetes; docs/launch.md)"
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        "--coordinator_address",
+        envvar="JAX_COORDINATOR_ADDRESS",
+        help="HOST:PORT of process 0.",
+        rich_help_panel=_PANEL,
+        show_default=False,
+    ),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--num_processes",
+        envvar="JAX_NUM_PROCESSES",
+        help="Processes of the run.",
+        rich_help_panel=_PANEL,
+        show_default=False,
+    ),
+]
+ProcessId = Annotated[
+    int | None,
+    typer.Option(
+        "--process_id",
+        envvar="JAX_PROCESS_ID",
+        help="Number of this process, from 0.",
+        rich_help_panel=_PANEL,
+        show_default=False,
+    ),
+]
+Distributed = Annotated[
+    bool | None,
+    typer.Option(
+        help="Whether to join other processes. Default: where the environment names them; "
+        "on Cloud TPU VMs and with Open MPI, ask for it.",
+        rich_help_panel=_PANEL,
+        show_default=False,
+    ),
+]
 
 
 @app.command(context_settings=OVERRIDES)
-def train(context: typer.Context, config: ConfigFile) -> None:
+def train(
+    context: typer.Context,
+    config: ConfigFile,
+    coordinator_address: Coordinator = None,
+    num_processes: Processes = None,
+    process_id: ProcessId = None,
+    distributed: Distributed = None,
+) -> None:
     """Trains; resumes by itself when the output directory holds a checkpoint of the same run."""
+    launch.join(launch.Launch(coordinator_address, num_processes, process_id, distributed))
     settings, console = _begin(config, context.args)
     from jax_simpo.train.trainer import train as run
 
@@ -57,8 +107,13 @@ def score(
     split: Annotated[str, typer.Option(help="Split to score.", show_default=False)],
     output: Annotated[Path, typer.Option(help="JSONL file to write, one object per pair.", show_default=False)],
     model: Model = None,
+    coordinator_address: Coordinator = None,
+    num_processes: Processes = None,
+    process_id: ProcessId = None,
+    distributed: Distributed = None,
 ) -> None:
     """Writes log-probs, rewards, margin and loss of every pair of a split, in file order."""
+    launch.join(launch.Launch(coordinator_address, num_processes, process_id, distributed))
     settings, console = _begin(config, context.args)
     with _written_whole(output) as file:
         from jax_simpo.train.evaluate import pair_records
@@ -80,15 +135,21 @@ def evaluate(
         str | None, typer.Option(help="Split to evaluate. Default: all the config names.", show_default=False)
     ] = None,
     model: Model = None,
+    coordinator_address: Coordinator = None,
+    num_processes: Processes = None,
+    process_id: ProcessId = None,
+    distributed: Distributed = None,
 ) -> None:
     """Prints the evaluation metrics of a split."""
+    launch.join(launch.Launch(coordinator_address, num_processes, process_id, distributed))
     settings, console = _begin(config, context.args)
     from jax_simpo.train.evaluate import evaluation_metrics
 
     setup = _setup(settings, console, model)
     pairs, scores = _score(setup, split)
     metrics = evaluation_metrics(scores, setup.objective)
-    print(json.dumps({f"eval_{name}": value for name, value in {**metrics, "pairs": len(pairs)}.items()}, indent=2))
+    if launch.is_first():
+        print(json.dumps({f"eval_{name}": value for name, value in {**metrics, "pairs": len(pairs)}.items()}, indent=2))
 
 
 @app.command(context_settings=OVERRIDES)
@@ -100,21 +161,31 @@ def export(
         str | None,
         typer.Option(help="The number of a step, or a model folder. Default: the newest step.", show_default=False),
     ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option("--max_shard_size", help="Largest weight file, such as 500MB or 5GB.")
+    ] = "5GB",
+    coordinator_address: Coordinator = None,
+    num_processes: Processes = None,
+    process_id: ProcessId = None,
+    distributed: Distributed = None,
 ) -> None:
     """Writes a Hugging Face checkpoint from a step of the run."""
+    launch.join(launch.Launch(coordinator_address, num_processes, process_id, distributed))
     settings, console = _begin(config, context.args)
     import jax
 
     from jax_simpo.models import hf
     from jax_simpo.train.setup import open_checkpoints
 
+    most = hf.shard_bytes(max_shard_size)
     if model is None:
         with open_checkpoints(settings) as checkpoints:
             model = str(checkpoints.latest())
     setup = _setup(settings, console, model)
     with jax.set_mesh(setup.mesh):
         dtype = settings.export_dtype or settings.dtype
-        hf.save_model(setup.load_params(), setup.model, output, dtype, tokenizer=setup.tokenizer)
+        params = setup.load_params()
+        hf.save_model(params, setup.model, output, dtype, tokenizer=setup.tokenizer, max_shard_bytes=most)
     console.print(f"{'step ' if model.isdecimal() else ''}{model} exported: {output}")
 
 
@@ -173,8 +244,11 @@ def _begin(path: Path, overrides: list[str]) -> tuple[TrainConfig, Console]:
 
 
 def _console(*, stderr: bool = True) -> Console:
-    """What is printed holds paths and texts of users: nothing in it is markup, and stderr's lines are left whole."""
-    return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=stderr)
+    """What is printed holds paths and texts of users: nothing in it is markup, and stderr's lines are left whole.
+
+    Of several processes only the first prints.
+    """
+    return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=stderr, quiet=not launch.is_first())
 
 
 def _setup(settings: TrainConfig, console: Console, model: str | None) -> Setup:
@@ -209,9 +283,15 @@ def _score(setup: Setup, split: str | None) -> tuple[PairDataset, PairScores]:
 def _written_whole(output: Path) -> Iterator[TextIO]:
     """Opens a file that takes its place only when all is written; that it can be is found out before the work.
 
+    Of several processes only the first has the file; what the others write goes nowhere.
+
     Raises:
         ConfigError: it cannot be written.
     """
+    if not launch.is_first():
+        with open(os.devnull, "w", encoding="utf-8") as nothing:
+            yield nothing
+        return
     path = output.absolute()
     missing = [folder for folder in path.parents if not os.path.exists(folder)]
     # A folder is refused on opening; a device such as /dev/stdout is written to, never replaced.
@@ -239,20 +319,23 @@ def _written_whole(output: Path) -> Iterator[TextIO]:
         raise
 
 
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """A mistake of the user's is told without a traceback."""
-    try:
-        yield
-    except UserError as error:
-        _console().print(f"error: {error}", style="red")
-        sys.exit(1)
-
-
 def main() -> None:
     """Entry point of the `jax-simpo` command."""
-    with _user_errors():
+    try:
         app()
+    except SystemExit as end:  # how typer ends, also when all went well
+        if end.code:
+            launch.fail(end)
+        else:
+            launch.finish()
+        raise
+    except UserError as error:  # a mistake of the user's is told without a traceback
+        launch.fail(error)
+        _console().print(f"error: {error}", style="red")
+        sys.exit(1)
+    except BaseException as error:
+        launch.fail(error)
+        raise
 
 
 if __name__ == "__main__":

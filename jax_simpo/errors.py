@@ -29,5 +29,9 @@ class CheckpointError(UserError):
     """A checkpoint or output directory that cannot be used by this run."""
 
 
+class LaunchError(UserError):
+    """Processes that are to be one run, and cannot find each other or do not agree."""
+
+
 class TrainingError(UserError):
     """A run that cannot go on, such as a loss that is no longer finite."""

@@ -59,7 +59,11 @@ def generate(
         row[: len(prompt)] = prompt
     # Rows that only fill the devices have no length and are finished from the start.
     known = np.pad(lengths, (0, rows - len(prompts)))
-    batch = jax.device_put(tokens, named(mesh, "batch", None)), jax.device_put(known, named(mesh, "batch"))
+    # Every process has all prompts, and its devices take theirs.
+    batch = (
+        jax.make_array_from_callback(tokens.shape, named(mesh, "batch", None), tokens.__getitem__),
+        jax.make_array_from_callback(known.shape, named(mesh, "batch"), known.__getitem__),
+    )
     written, ends = jax.device_get(_decoder(forward, mesh, max_new_tokens)(params, *batch, jnp.int32(eos_id)))
     answers = [row[start:end].tolist() for row, start, end in zip(written, lengths, ends, strict=False)]
     return [ids[: ids.index(eos_id)] if eos_id in ids else ids for ids in answers]

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jax_simpo.errors import MeshError
 
@@ -69,6 +70,22 @@ def spec(*logical_axes: str | None) -> P:
 def named(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
     """The sharding of an array whose axes carry these logical names."""
     return NamedSharding(mesh, spec(*logical_axes))
+
+
+def local_rows(mesh: Mesh, rows: int) -> Int[np.ndarray, " _"]:
+    """Which of so many rows, split over `data` and `fsdp`, lie on devices of this process: their numbers, in order."""
+    held = named(mesh, "batch").addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in held]))
+
+
+def hosts_share_tensor(mesh: Mesh) -> bool:
+    """Whether devices of different processes are neighbours along `tensor`, whose collectives are the most frequent."""
+    return differ_along_tensor(np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices))
+
+
+def differ_along_tensor(processes: Int[np.ndarray, "data fsdp tensor"]) -> bool:
+    """Whether numbers of processes, as their devices lie in the mesh, change along its last axis."""
+    return bool((processes != processes[..., :1]).any())
 
 
 def constrain(x: Array, *logical_axes: str | None) -> Array:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -92,6 +93,25 @@ def build_rows(
         for number, pair in pairs:
             writer.add(number, pair, prefix_sharing)
     return batch
+
+
+class Slots(NamedTuple):
+    """Which response each slot of B rows holds: `response_pair` and `response_rank` of a `RowBatch`."""
+
+    pair: Int[np.ndarray, "B R"]
+    rank: Int[np.ndarray, "B R"]
+
+
+def response_slots(rows: Sequence[Sequence[int]], shape: RowShape) -> Slots:
+    """The slots of rows from the numbers of their pairs alone, so that a process knows them of rows it does not build.
+
+    As `build_rows` fills them: pair after pair, of each the chosen response and then the rejected one.
+    """
+    slots = Slots(np.full((len(rows), shape.responses), -1, np.int32), np.zeros((len(rows), shape.responses), np.int32))
+    for b, pairs in enumerate(rows):
+        slots.pair[b, : 2 * len(pairs)] = np.repeat(np.array(pairs, np.int32), 2)
+        slots.rank[b, 1 : 2 * len(pairs) : 2] = 1
+    return slots
 
 
 class _RowWriter:

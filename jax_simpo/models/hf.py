@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -21,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_simpo.errors import ModelError
 from jax_simpo.models.config import ModelConfig
 from jax_simpo.models.families import FAMILIES
-from jax_simpo.models.safetensors_files import TensorWriter, WeightFiles, plan_files, write_index
+from jax_simpo.models.safetensors_files import BLOCK_BYTES, TensorWriter, WeightFiles, plan_files, write_index
 from jax_simpo.models.transformer import Model, Params
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -126,6 +127,11 @@ def _tensors(model: Model) -> list[_Tensor]:
     return [single[0], *layers, *single[1:]]  # the embedding first, the norm and the head last
 
 
+def tensor_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of the model's checkpoint, in the order they are exported."""
+    return {tensor.name: tensor.shape for tensor in _tensors(model)}
+
+
 def _join(path: tuple[Any, ...]) -> str:
     return "/".join(key.key for key in path)
 
@@ -169,7 +175,8 @@ def _load_parameter(
     for bounds, devices in devices_of.items():
         host = _read_part(files, tensors, tuple(slice(*b) for b in bounds))
         parts += [jax.device_put(host, device) for device in devices]
-        jax.block_until_ready(parts)  # this part has left the host before the next one is read
+        jax.block_until_ready(parts)
+        del host  # this part has left the host before the next one is read
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
@@ -237,6 +244,22 @@ def _some(names: list[str], most: int = 5) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def shard_bytes(size: str) -> int:
+    """A file size as Hugging Face writes it: "5GB", "500MB", or a number of bytes.
+
+    Raises:
+        ModelError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?)?B?", size, re.IGNORECASE)
+    if found is None:
+        raise ModelError(f"max_shard_size {size!r} is no file size; write 500MB, 5GB or a number of bytes")
+    unit = (found[2] or "").lower()
+    number = float(found[1]) * (1024 if unit.endswith("i") else 1000) ** " kmg".index(unit[:1] or " ")
+    if number < 1:
+        raise ModelError(f"max_shard_size {size!r}: a file has at least a byte")
+    return int(number)
+
+
 def save_model(
     params: Params,
     model: Model,
@@ -270,16 +293,16 @@ def save_model(
     folder = Path(folder).absolute()
     tensors = {tensor.name: tensor for tensor in _tensors(model)}
     leaves = {_join(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    files = plan_files({name: tensor.shape for name, tensor in tensors.items()}, dtype, max_shard_bytes)
+    files = plan_files(tensor_shapes(model), dtype, max_shard_bytes)
     temporary = None
     try:
         temporary = _fresh_folder_beside(folder) if jax.process_index() == 0 else None
         for file, shapes in files.items():
             with TensorWriter(temporary / file, shapes, dtype) if temporary else nullcontext() as writer:
                 for name in shapes:
-                    array = _on_host(leaves[tensors[name].path], tensors[name], dtype)
-                    if writer:
-                        writer.write(name, array)
+                    for start, rows in _blocks(leaves[tensors[name].path], tensors[name], dtype):
+                        if writer:
+                            writer.write(name, rows, start)
         if temporary:
             write_index(temporary, files, dtype)
             config = _with_special_tokens(model.config, tokenizer)
@@ -298,21 +321,48 @@ def save_model(
     return folder
 
 
-def _on_host(leaf: jax.Array, tensor: _Tensor, dtype: str) -> np.ndarray:
-    """One tensor as the checkpoint has it: cast on the devices, then gathered to each, so any process can read it."""
+def _blocks(leaf: jax.Array, tensor: _Tensor, dtype: str) -> Iterator[tuple[int, np.ndarray]]:
+    """A tensor as the checkpoint has it, in blocks of its rows, each with the number of its first row.
+
+    A block is cast on the devices. Where they belong to several processes it is gathered to each of them, so that any
+    process can read it; so many hold it then that it must be small, and it must be gathered alone: where the rows are
+    split over devices, a block is made of the same rows of each one's part.
+    """
     own = leaf.sharding
-    sharding = NamedSharding(own.mesh, PartitionSpec()) if isinstance(own, NamedSharding) else own
-    whole = _pick(leaf, tensor.layer, tensor.transposed, dtype, sharding)
-    return np.asarray(whole.addressable_data(0))
+    axis = leaf.ndim - 1 if tensor.transposed else leaf.ndim - len(tensor.shape)  # of the checkpoint's rows
+    held = own.shard_shape(leaf.shape)[axis]
+    parts = leaf.shape[axis] // held
+    row_bytes = int(np.prod(tensor.shape[1:], dtype=np.int64)) * jnp.dtype(dtype).itemsize
+    count = min(held, max(1, BLOCK_BYTES // (row_bytes * parts)))
+    everywhere = None
+    if isinstance(own, NamedSharding) and not own.is_fully_addressable:
+        everywhere = NamedSharding(own.mesh, PartitionSpec())
+    for start in range(0, held, count):
+        start = min(start, held - count)  # the last block begins earlier, to be of the same shape
+        x = _pick(leaf, tensor.layer, start, axis, (parts, count), dtype, everywhere)
+        block = np.asarray(x if everywhere is None else x.addressable_data(0))
+        for part, rows in enumerate(block):
+            yield part * held + start, rows
+        del x, block  # before the next one is made
 
 
-@partial(jax.jit, static_argnames=("transposed", "dtype", "sharding"))
+@partial(jax.jit, static_argnames=("axis", "block", "dtype", "sharding"))
 def _pick(
-    leaf: jax.Array, layer: jax.Array | None, transposed: bool, dtype: str, sharding: jax.sharding.Sharding
+    leaf: jax.Array,
+    layer: jax.Array | None,
+    start: jax.Array,
+    axis: int,
+    block: tuple[int, int],
+    dtype: str,
+    sharding: NamedSharding | None,
 ) -> jax.Array:
-    x = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
-    x = x.astype(dtype)
-    return jax.lax.with_sharding_constraint(x.T if transposed else x, sharding)
+    parts, count = block
+    if layer is not None:
+        leaf, axis = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), axis - 1
+    x = leaf.reshape(*leaf.shape[:axis], parts, -1, *leaf.shape[axis + 1 :])
+    x = jax.lax.dynamic_slice_in_dim(x, start, count, axis + 1).astype(dtype)
+    x = jnp.moveaxis(x, (axis, axis + 1), (0, 1))
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 def _with_special_tokens(config: ModelConfig, tokenizer: Any) -> ModelConfig:

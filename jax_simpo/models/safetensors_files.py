@@ -1,6 +1,7 @@
 """The weight files of a model folder: read slice by slice, written tensor by tensor.
 
-Neither side holds more than one tensor (or one device's slice of one) in host memory.
+Neither side holds more than a block of a tensor in host memory, beside what it was asked for. That goes for mapped
+pages too, which count as the process's memory as long as a file stays open: a file is opened for each block.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _WRITE_DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16))}
-_READ_DTYPES = ("F32", "BF16", "F16")
+_READ_DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # and their bytes
+
+BLOCK_BYTES = 16 * 2**20
 
 
 class WeightFiles:
@@ -28,37 +31,38 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._slices: dict[str, Any] = {}  # tensor name -> lazy slice into its memory-mapped file
         self._file: dict[str, str] = {}
+        self._shape: dict[str, tuple[int, ...]] = {}
+        self._dtype: dict[str, str] = {}
         for file in _weight_files(folder):
             try:
-                opened = safe_open(folder / file, framework="numpy")
-                names = list(opened.keys())
+                with safe_open(folder / file, framework="numpy") as opened:
+                    for name in opened.keys():
+                        self._file[name] = file
+                        self._shape[name] = tuple(opened.get_slice(name).get_shape())
+                        self._dtype[name] = opened.get_slice(name).get_dtype()
             except (OSError, SafetensorError) as error:
                 raise ModelError(
                     f"{folder / file}: cannot be read as safetensors ({error}); it may be cut short: download or "
                     "export the model again"
                 ) from error
-            for name in names:
-                self._slices[name] = opened.get_slice(name)
-                self._file[name] = file
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._slices)
+        return iter(self._file)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._slices
+        return name in self._file
 
     def where(self, name: str) -> str:
         """The tensor's file and name, for error messages."""
         return f"{self.folder / self._file[name]}: tensor `{name}`"
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slices[name].get_shape())
+        return self._shape[name]
 
     def check_dtype(self, name: str) -> None:
         """Raises ModelError unless the tensor is stored in a float type that we can read."""
-        dtype = self._slices[name].get_dtype()
+        dtype = self._dtype[name]
         if dtype not in _READ_DTYPES:
             raise ModelError(
                 f"{self.where(name)} is stored as {dtype}; weights are read from float32, bfloat16 and float16. "
@@ -66,8 +70,17 @@ class WeightFiles:
             )
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """One block of a tensor as float32; only its bytes are read."""
-        return np.asarray(self._slices[name][index], dtype=np.float32)
+        """A part of a tensor as float32; other rows are not read."""
+        bounds = [i.indices(size)[:2] for i, size in zip(index, self._shape[name], strict=True)]
+        part = np.empty([stop - start for start, stop in bounds], np.float32)
+        first, last = bounds[0]
+        row_bytes = int(np.prod(self._shape[name][1:], dtype=np.int64)) * _READ_DTYPES[self._dtype[name]]
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            with safe_open(self.folder / self._file[name], framework="numpy") as file:
+                part[start - first : stop - first] = file.get_slice(name)[(slice(start, stop), *index[1:])]
+        return part
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -123,24 +136,27 @@ def write_index(folder: Path, files: dict[str, dict[str, tuple[int, ...]]], dtyp
 
 
 class TensorWriter:
-    """Writes one safetensors file, tensor by tensor, in the order of `shapes`.
+    """Writes one safetensors file, rows of its tensors in any order.
 
     The format (8 bytes of header length, a JSON header, the raw tensors) needs all shapes first and nothing else, so
-    unlike `safetensors.save_file` this holds one tensor at a time.
+    unlike `safetensors.save_file` this holds only the rows that are being written.
     """
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
         code, self._dtype = _WRITE_DTYPES[dtype]
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+        self._starts: dict[str, int] = {}
         end = 0
         for name, shape in shapes.items():
-            start, end = end, end + _bytes(shape, dtype)
-            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+            self._starts[name], end = end, end + _bytes(shape, dtype)
+            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [self._starts[name], end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        self._left = list(shapes.items())
+        self._shapes = shapes
+        self._data = 8 + len(text)
         self._file = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._data + end)
 
     def __enter__(self) -> TensorWriter:
         return self
@@ -148,11 +164,14 @@ class TensorWriter:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def write(self, name: str, tensor: np.ndarray) -> None:
-        expected, shape = self._left.pop(0)
-        if (name, tensor.shape) != (expected, shape):
-            raise ValueError(f"expected tensor {expected} {shape}, got {name} {tensor.shape}")
-        self._file.write(np.ascontiguousarray(tensor, dtype=self._dtype).view(np.uint8).data)
+    def write(self, name: str, rows: np.ndarray, start: int = 0) -> None:
+        """Writes rows of a tensor from row `start` on."""
+        shape = self._shapes[name]
+        if rows.shape[1:] != shape[1:] or not 0 <= start <= start + len(rows) <= shape[0]:
+            raise ValueError(f"rows {rows.shape} from {start} on are not of tensor {name} {shape}")
+        data = np.ascontiguousarray(rows, dtype=self._dtype)
+        self._file.seek(self._data + self._starts[name] + start * (data.nbytes // max(1, len(rows))))
+        self._file.write(data.view(np.uint8).data)
 
 
 def _bytes(shape: Sequence[int], dtype: str) -> int:

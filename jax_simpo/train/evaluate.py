@@ -18,6 +18,7 @@ from jax_simpo.data.loader import PairSource, step_batches
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.losses import ResponseLogps
+from jax_simpo.sharding import local_rows
 from jax_simpo.train.step import Objective, Params, put_rows
 
 # Pairs planned together. Nothing depends on it but the fill: scoring has no optimizer step to respect.
@@ -68,14 +69,15 @@ def _scored_slots(
     score: ScoreFunction, params: Params, plan: StepPlan, source: PairSource, mesh: Mesh
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Per micro-batch: pair, rank, sum and length of every response slot that holds one."""
-    with closing(step_batches(plan, source, range(plan.steps_per_epoch))) as steps:
+    size = plan.rows_per_micro_batch
+    own = local_rows(mesh, size).tolist()
+    with closing(step_batches(plan, source, range(plan.steps_per_epoch), rows=own)) as steps:
         for step in steps:
-            scored = [(rows, score(params, put_rows(rows.arrays(), mesh))) for rows in step.micro_batches]
-            for rows, logps in scored:
+            scored = [score(params, put_rows(rows.arrays(), mesh, size)) for rows in step.micro_batches]
+            for slots, logps in zip(step.slots, scored, strict=True):
                 logp_sum, length = jax.device_get((logps.sum, logps.length))
-                held = rows.response_pair >= 0
-                pair = step.pairs[rows.response_pair[held]]
-                yield pair, rows.response_rank[held], logp_sum[held], length[held]
+                held = slots.pair >= 0
+                yield step.pairs[slots.pair[held]], slots.rank[held], logp_sum[held], length[held]
 
 
 def pair_records(scores: PairScores, objective: Objective) -> Iterator[dict[str, Any]]:

@@ -13,11 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 
+from jax_simpo import distributed
 from jax_simpo.checkpoint import Checkpoints
 from jax_simpo.data.loader import PairSource, StepBatch, step_batches
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.errors import TrainingError
+from jax_simpo.sharding import local_rows
 from jax_simpo.train.evaluate import Evaluation
 from jax_simpo.train.metrics import MetricsLog, TrainingProgress, read_metrics
 from jax_simpo.train.setup import Setup
@@ -56,12 +59,13 @@ class TrainingLoop:
         """Runs the steps from `first_step` on and returns the trained parameters.
 
         Raises:
-            TrainingError: the loss or the gradient is no longer finite.
+            TrainingError: the loss or the gradient is no longer finite, or a process was told to end (SIGTERM).
         """
+        steps, rows = range(first_step, self.total_steps), local_rows(self.setup.mesh, self.plan.rows_per_micro_batch)
         with (
-            MetricsLog(self.output, first_step=first_step) as self._log,
+            MetricsLog(self.output, first_step=first_step, write=distributed.is_first()) as self._log,
             TrainingProgress(self.setup.console, self.total_steps, first_step) as self._progress,
-            closing(step_batches(self.plan, self.pairs, range(first_step, self.total_steps))) as batches,
+            closing(step_batches(self.plan, self.pairs, steps, rows=rows.tolist())) as batches,
         ):
             if self.evaluation is not None and not first_step:
                 self._evaluate(params, step=0, epoch=0.0)
@@ -80,7 +84,8 @@ class TrainingLoop:
         denominators = Denominators(jnp.float32(len(batch.pairs)), jnp.float32(batch.chosen_tokens))
         so_far = None
         for rows in batch.micro_batches:
-            so_far = self.functions.accumulate(params, so_far, put_rows(rows.arrays(), self.setup.mesh), denominators)
+            put = put_rows(rows.arrays(), self.setup.mesh, self.plan.rows_per_micro_batch)
+            so_far = self.functions.accumulate(params, so_far, put, denominators)
         assert so_far is not None  # no step is without pairs
         params, state, norm = self.functions.update(params, state, so_far.gradients)
         return params, state, {**so_far.metrics, "grad_norm": norm}
@@ -90,6 +95,9 @@ class TrainingLoop:
         done = batch.step + 1
         log = done % self.setup.config.logging_steps == 0 or done == self.total_steps
         evaluate, save = self._is_due("eval", done), self._is_due("save", done)
+        # Of several processes one may be told to end (JAX listens to SIGTERM then): all stop after the same step.
+        stop = reached_preemption_sync_point(done) and done < self.total_steps
+        save |= stop
         if not (log or evaluate or save):
             self._progress.advance(done)
             return
@@ -101,6 +109,11 @@ class TrainingLoop:
                 self._evaluate(params, done, batch.epoch)
             if save:
                 self.checkpoints.save(done, params, state, self.identity)
+        if stop:
+            raise TrainingError(
+                f"ended by SIGTERM after step {done} of {self.total_steps}, which is saved. Start the same command "
+                "again to go on from there"
+            )
 
     def _is_due(self, what: str, done: int) -> bool:
         """Whether to evaluate ("eval") or save after this step; both happen after the last one unless switched off."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,10 +16,16 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends one JSON object per logged step; a resumed run first drops what it is about to write again."""
+    """Appends one JSON object per logged step; a resumed run first drops what it is about to write again.
 
-    def __init__(self, folder: Path, *, first_step: int) -> None:
+    With `write` off it does nothing: of several processes one writes.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int, write: bool = True) -> None:
         self.path = folder / METRICS_FILE
+        self._file: TextIO | None = None
+        if not write:
+            return
         kept = [r for r in read_metrics(folder) if record_step(r) <= first_step] if first_step else []
         rewritten = self.path.with_suffix(".tmp")
         rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
@@ -28,14 +34,16 @@ class MetricsLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes a record at once, so that a killed run loses none."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

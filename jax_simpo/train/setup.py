@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from jax_simpo import distributed
 from jax_simpo.checkpoint import Checkpoints, abstract_state
 from jax_simpo.config import TrainConfig
 from jax_simpo.data import chat, sources
 from jax_simpo.data.packing import PackingReport, StepPlan, choose_row_shape, measure
 from jax_simpo.data.rows import RowShape
 from jax_simpo.data.tokenize import PairDataset, tokenize_split
-from jax_simpo.errors import CheckpointError, ConfigError, ModelError
+from jax_simpo.errors import CheckpointError, ConfigError, DataError, ModelError
 from jax_simpo.models import hf
 from jax_simpo.models.config import ModelConfig
 from jax_simpo.models.transformer import Model
@@ -118,7 +119,7 @@ class Setup:
         model = self.model.config
         name, why = resolve_implementation(
             self.config.attention,
-            self.mesh.devices.flat[0],
+            self.mesh.local_devices[0],
             dtype=self.model.dtype,
             head_dim=model.head_dim,
             softcap=model.attention_softcap,
@@ -135,8 +136,12 @@ class Setup:
         """With memory to spare, a micro-batch's logits are kept for the backward pass."""
         if self.config.logprob_chunk != "auto":
             return self.forward
-        memory = capacity.device_memory(self.mesh)
-        return replace(self.forward, logits_bytes=capacity.logits_bytes(self.model, self.mesh, memory))
+        return replace(self.forward, logits_bytes=capacity.logits_bytes(self.model, self.mesh, self.device_memory))
+
+    @cached_property
+    def device_memory(self) -> int:
+        """Bytes of memory of the smallest device: every process must plan the same rows."""
+        return min(distributed.gather("device memory", capacity.device_memory(self.mesh)))
 
     @cached_property
     def objective(self) -> Objective:
@@ -182,19 +187,34 @@ class Setup:
         return self.tokenize(sources.load_split(config.dataset_mixer, split, dataset_configs=config.dataset_configs))
 
     def tokenize(self, raw: sources.RawSplit) -> PairDataset:
-        """Tokenises a split as the config says, and tells which rows were skipped and why."""
+        """Tokenises a split as the config says, and tells which rows were skipped and why.
+
+        Of several processes the first one tokenises and the others find its work in the shared cache.
+        """
         c = self.config
-        pairs = tokenize_split(
-            raw,
-            self.tokenizer,
-            max_length=c.max_length,
-            max_prompt_length=c.max_prompt_length,
-            truncation_mode=c.truncation_mode,
-            auto_insert_empty_system_msg=c.auto_insert_empty_system_msg,
-            on_bad_row=c.on_bad_row,
-            num_proc=c.preprocessing_num_workers,
-            cache_dir=c.data_cache_dir,
+        pairs = distributed.first_then_others(
+            f"tokenise {raw.name}",
+            lambda: tokenize_split(
+                raw,
+                self.tokenizer,
+                max_length=c.max_length,
+                max_prompt_length=c.max_prompt_length,
+                truncation_mode=c.truncation_mode,
+                auto_insert_empty_system_msg=c.auto_insert_empty_system_msg,
+                on_bad_row=c.on_bad_row,
+                num_proc=c.preprocessing_num_workers,
+                cache_dir=c.data_cache_dir,
+            ),
         )
+        advice = "Give all hosts the same data files and the same versions of transformers and tokenizers"
+        distributed.check_same(f"the pairs of {raw.name}", pairs.fingerprint, advice, DataError)
+        alone = distributed.gather("cache", pairs.cache_hit)[1:].count(False)
+        if alone:
+            self.console.print(
+                f"note: {alone} process(es) did not find what process 0 tokenised and did it again: set "
+                "`data_cache_dir` to a folder that all hosts share",
+                style="yellow",
+            )
         if pairs.skipped:
             self.console.print(pairs.skipped_report(), style="yellow")
         return pairs
@@ -209,7 +229,6 @@ class Setup:
         """
         config, model = self.config, self.model
         rows = config.rows_per_device * self.data_parallel
-        memory = capacity.device_memory(self.mesh)
         plan = choose_row_shape(
             StepPlan(
                 lengths=pairs.lengths,
@@ -221,7 +240,7 @@ class Setup:
                 seed=seed,
             ),
             row_length=None if config.row_length == "auto" else config.row_length,
-            max_row_length=capacity.longest_row(model, self.mesh, config.rows_per_device, memory),
+            max_row_length=capacity.longest_row(model, self.mesh, config.rows_per_device, self.device_memory),
         )
         plan.check(pairs.origin)
         return plan

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,7 +24,7 @@ from jax_simpo.losses import LossType, ResponseLogps, match_pairs, response_logp
 from jax_simpo.models.transformer import Model
 from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.ops.logprobs import target_logps
-from jax_simpo.sharding import named
+from jax_simpo.sharding import local_rows, named
 from jax_simpo.train.optim import state_shardings
 
 Params = Any  # a nested dict of arrays
@@ -182,6 +183,28 @@ def make_score_function(forward: Forward, mesh: Mesh) -> Callable[[Params, Rows]
     return jax.jit(forward.response_logps, out_shardings=NamedSharding(mesh, P()))
 
 
-def put_rows(arrays: Mapping[str, Any], mesh: Mesh) -> Rows:
-    """Sends the arrays of a micro-batch to the devices, rows split over `data` and `fsdp`."""
-    return jax.device_put(dict(arrays), named(mesh, "batch", None))
+def put_rows(arrays: Mapping[str, Any], mesh: Mesh, rows: int | None = None) -> Rows:
+    """Sends the arrays of a micro-batch to the devices, rows split over `data` and `fsdp`.
+
+    Args:
+        arrays: of a `RowBatch`.
+        mesh: where to.
+        rows: rows of the whole micro-batch, where the arrays hold only this process's (those of `local_rows`).
+    """
+    sharding = named(mesh, "batch", None)
+    if sharding.is_fully_addressable:
+        return jax.device_put(dict(arrays), sharding)
+
+    count = len(arrays["tokens"]) if rows is None else rows
+    held = np.arange(count) if rows is None else local_rows(mesh, count)
+
+    def put(array: Any) -> Array:
+        def part(index: tuple[slice, ...] | None) -> Any:
+            assert index is not None
+            start, stop, _ = index[0].indices(count)
+            first = int(np.searchsorted(held, start))
+            return array[first : first + stop - start]
+
+        return jax.make_array_from_callback((count, *array.shape[1:]), sharding, part)
+
+    return {name: put(array) for name, array in arrays.items()}

@@ -12,7 +12,7 @@ import jax
 import optax
 from rich.console import Console
 
-from jax_simpo import model_card, report
+from jax_simpo import distributed, model_card, report
 from jax_simpo.checkpoint import Checkpoints, abstract_state, check_same_run
 from jax_simpo.config import TrainConfig
 from jax_simpo.data.packing import StepPlan
@@ -20,6 +20,7 @@ from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.generate import generate
 from jax_simpo.models import hf
 from jax_simpo.samples import read_answers, read_samples, sample_prompts, with_answers, write_samples
+from jax_simpo.sharding import hosts_share_tensor
 from jax_simpo.train.compilation import keep_compiled_programs
 from jax_simpo.train.evaluate import PAIRS_PER_PLAN, Evaluation
 from jax_simpo.train.loop import TrainingLoop
@@ -34,16 +35,24 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     """Trains as the config says and returns the last record of `metrics.jsonl`.
 
     Everything that can be found wrong without the weights is found before anything is loaded, written or removed.
+    In a run of several processes every one calls this; the first one prints and writes all but the checkpoints.
 
     Raises:
         UserError: whatever the user can mend.
     """
     output = Path(config.output_dir)
-    check_output(config, output)
+    distributed.on_first("output directory", lambda: check_output(config, output))
+    distributed.check_shared(output, "output_dir")
     keep_compiled_programs()
     setup = Setup(config, console)
     mesh = setup.mesh
     console.print(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())} ({mesh.devices.flat[0]})")
+    if hosts_share_tensor(mesh):
+        console.print(
+            "warning: `mesh.tensor` reaches over several processes, whose connection is slower than that within one. "
+            f"Choose a divisor of the {jax.local_device_count()} devices of a process",
+            style="yellow",
+        )
     if config.model_name_or_path is not None and "learning_rate" not in config.model_fields_set:
         console.print(
             f"note: `learning_rate` is not set; {config.learning_rate} is used, published SimPO runs use 3e-7 to 1e-6",
@@ -54,6 +63,8 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     plan = setup.plan(pairs, batch=setup.global_batch_size(saved.get("global_batch_size")), seed=config.seed)
     total_steps = count_steps(config, plan)
     identity = _identity(config, plan, pairs)
+    advice = "Start all processes with the same config and options, on the same files"
+    distributed.check_same("the run", {**identity, "step to begin at": first_step, "rows": str(plan.shape)}, advice)
     if saved:
         check_same_run(saved, identity, output)
         check_not_finished(output, first_step, total_steps)
@@ -61,7 +72,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     evaluation = _evaluation(setup) if config.do_eval else None
 
     if config.overwrite_output_dir:
-        remove_run(output)
+        distributed.on_first("removal", lambda: remove_run(output))
     with Checkpoints(output / CHECKPOINTS, keep=config.save_total_limit) as checkpoints, jax.set_mesh(mesh):
         schedule, optimizer = _optimizer(config, total_steps)
         functions = make_train_functions(setup.training_forward, setup.objective, optimizer, mesh)
@@ -75,16 +86,17 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
             params = setup.load_params()
             state = functions.init_optimizer(params)
             console.print(f"training {setup.model.parameter_count:,} parameters for {total_steps} steps")
-        (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        report.write_facts(
-            output,
-            mesh=mesh.shape,
-            device=mesh.devices.flat[0].device_kind,
-            parameters=setup.model.parameter_count,
-            training_pairs=len(pairs),
-            total_steps=total_steps,
-            tokens_saved=1 - packing.input_tokens / packing.separate_tokens,
-        )
+        if distributed.is_first():
+            (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            report.write_facts(
+                output,
+                mesh=mesh.shape,
+                device=mesh.devices.flat[0].device_kind,
+                parameters=setup.model.parameter_count,
+                training_pairs=len(pairs),
+                total_steps=total_steps,
+                tokens_saved=1 - packing.input_tokens / packing.separate_tokens,
+            )
         sampler = _Sampler(setup, pairs if evaluation is None else evaluation.source, output)
         if not first_step:
             sampler.answer(params, "before")
@@ -95,11 +107,14 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
         params = loop.run(params, state, first_step)
         dtype = config.export_dtype or config.dtype
         hf.save_model(params, setup.model, output / MODEL, dtype, tokenizer=setup.tokenizer)
-        note_export(output, total_steps)
+        if distributed.is_first():
+            note_export(output, total_steps)
         sampler.answer(params, "after")
-    report.write_report(output)
-    model_card.write(output, config, global_batch_size=plan.global_batch_size)
-    report.print_summary(console, output)
+    if distributed.is_first():
+        report.write_report(output)
+        model_card.write(output, config, global_batch_size=plan.global_batch_size)
+        report.print_summary(console, output)
+    distributed.barrier("report")
     return read_metrics(output)[-1]
 
 
@@ -159,8 +174,10 @@ class _Sampler:
         if not config.sample_prompts:
             return
         samples, prompts = sample_prompts(self._pairs, tokenizer, config.sample_prompts)
-        if when == "after":
-            samples = read_samples(self._output) or samples  # with what the untrained model said
         end = tokenizer.eos_token_id
         answers = generate(self._setup.forward, params, self._setup.mesh, prompts, config.sample_tokens, end)
+        if not distributed.is_first():
+            return
+        if when == "after":
+            samples = read_samples(self._output) or samples  # with what the untrained model said
         write_samples(self._output, with_answers(samples, when, read_answers(answers, tokenizer)))

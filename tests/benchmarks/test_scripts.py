@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,24 @@ SCRIPTS = {
     "loss_head": "1000",
     "remat": "seconds",
     "host": "host",
+    "streaming": "equal",
 }
+
+
+def results(script: str, folder: Path, *options: str) -> dict[str, Any]:
+    """Runs a script and reads its JSON."""
+    environment = {key: value for key, value in os.environ.items() if key != "SIMPO_SHARED"}
+    environment |= {"JAX_NUM_CPU_DEVICES": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{script}", *options, "--output", str(folder)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found: dict[str, Any] = json.loads((folder / f"{script}.json").read_text())
+    return found
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -34,17 +52,7 @@ def test_a_script_says_what_it_asks_expects_and_takes(script: str) -> None:
     "script", [pytest.param(s, marks=pytest.mark.slow) if s in ("throughput", "peers", "remat") else s for s in SCRIPTS]
 )
 def test_a_script_writes_well_formed_results(script: str, tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "SIMPO_SHARED"}
-    environment |= {"JAX_NUM_CPU_DEVICES": "1"}
-    ran = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{script}", "--quick", "--output", str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
-    found = json.loads((tmp_path / f"{script}.json").read_text())
+    found = results(script, tmp_path, "--quick")
     assert found["data"][SCRIPTS[script]]
     assert not found["data"].get("failed")
     assert {"device", "machine", "versions", "date", "commit"} <= found["facts"].keys()
@@ -55,3 +63,14 @@ def test_a_script_writes_well_formed_results(script: str, tmp_path: Path) -> Non
         assert f"## {table['title']}" in page
     for picture in tmp_path.glob("*.png"):
         assert f"({picture.name})" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", ["1", "2"])
+def test_a_billion_parameters_stream_in_less_memory_than_a_third_more_than_the_largest_file(
+    tensor: str, tmp_path: Path
+) -> None:
+    found = results("streaming", tmp_path, "--tensor", tensor)["data"]
+    assert found["equal"] and found["parameters"] > 10**9 and found["files"] > 1
+    for direction in ("load", "export"):
+        assert found[direction]["times_largest_file"] < 1.3, found

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from jax_simpo.data.loader import prefetch, step_batches
+from jax_simpo.data.loader import build_step, prefetch, step_batches
 from jax_simpo.data.packing import StepPlan, choose_row_shape
 from jax_simpo.data.pairs import PairLengths, TokenizedPair
 from jax_simpo.data.rows import RowShape
@@ -18,8 +18,10 @@ from tests.pairs import random_pairs
 class Pairs:
     def __init__(self, pairs: list[TokenizedPair]) -> None:
         self._pairs = pairs
+        self.read: list[int] = []
 
     def pairs(self, indices: np.ndarray) -> list[TokenizedPair]:
+        self.read += indices.tolist()
         return [self._pairs[i] for i in indices]
 
 
@@ -37,6 +39,33 @@ def test_a_steps_micro_batches_hold_all_its_pairs_in_static_shapes() -> None:
         assert batch.chosen_tokens == sum(len(pairs[i].chosen.targets) for i in batch.pairs)
         assert batch.computed_tokens == 3 * 128 * len(batch.micro_batches)
         assert batch.input_tokens == plan.lengths.row_tokens(True)[batch.pairs].sum()
+
+
+def test_a_process_builds_its_rows_as_they_are_in_the_whole_step_and_reads_no_other_pairs() -> None:
+    pairs = random_pairs(np.random.default_rng(0), 21, 50, prompt=(3, 30), response=(2, 20))
+    plan = StepPlan(PairLengths.of(pairs), RowShape(0, 0, 0), 8, 4, seed=0)
+    plan = choose_row_shape(plan, row_length=128, max_row_length=128)
+    for step in range(plan.steps_per_epoch):
+        whole = build_step(plan, Pairs(pairs), step)
+        assert len(whole.slots) == len(whole.micro_batches)
+        for slots, rows in zip(whole.slots, whole.micro_batches, strict=True):
+            np.testing.assert_array_equal(slots.pair, rows.response_pair)
+            np.testing.assert_array_equal(slots.rank, rows.response_rank)
+        read = []
+        for own in ([0, 1], [3], [2]):
+            source = Pairs(pairs)
+            part = build_step(plan, source, step, own)
+            read += source.read
+            assert (part.chosen_tokens, part.input_tokens, part.computed_tokens, part.epoch) == (
+                whole.chosen_tokens,
+                whole.input_tokens,
+                whole.computed_tokens,
+                whole.epoch,
+            )
+            for ours, theirs in zip(part.micro_batches, whole.micro_batches, strict=True):
+                for name, array in ours.arrays().items():
+                    np.testing.assert_array_equal(array, theirs.arrays()[name][own])
+        assert sorted(read) == sorted(whole.pairs)
 
 
 def test_what_the_thread_raises_is_raised_where_it_happened() -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
 from jax_simpo.errors import ModelError
-from jax_simpo.models import hf
+from jax_simpo.models import hf, safetensors_files
 from jax_simpo.models.safetensors_files import TensorWriter
 from jax_simpo.models.transformer import Model
 from jax_simpo.sharding import make_mesh
@@ -153,6 +153,25 @@ def test_the_tokens_of_a_configuration_and_its_generation_settings_are_kept(save
 # --- an export that fails --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_blocks_of_rows_add_up_to_the_tensors_on_any_mesh(
+    axes: dict[str, int], saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (hf, safetensors_files):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 1500)  # divides nothing
+    out = hf.save_model(*load(saved, **axes), tmp_path / "out", "float32", max_shard_bytes=hf.shard_bytes("50KB"))
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert same(weights(out), weights(saved))
+
+
+def test_file_sizes_are_read_as_hugging_face_writes_them() -> None:
+    sizes = {"5GB": 5 * 10**9, "500MB": 5 * 10**8, "1.5kb": 1500, "2GiB": 2 * 2**30, "4096": 4096}
+    assert {size: hf.shard_bytes(size) for size in sizes} == sizes
+    for wrong in ("5 apples", "", "-1GB", "0.1"):
+        with pytest.raises(ModelError, match="max_shard_size"):
+            hf.shard_bytes(wrong)
+
+
 def test_an_export_that_dies_leaves_the_former_model_and_nothing_else(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +179,7 @@ def test_an_export_that_dies_leaves_the_former_model_and_nothing_else(
     out = hf.save_model(params, model, tmp_path / "out" / "model", "float32")
     written = []
 
-    def die_at_the_tenth(self: TensorWriter, name: str, tensor: np.ndarray) -> None:
+    def die_at_the_tenth(self: TensorWriter, name: str, rows: np.ndarray, start: int = 0) -> None:
         written.append(name)
         if len(written) == 10:
             raise OSError(28, "No space left on device")

@@ -1,0 +1,126 @@
+"""How much host memory do loading and exporting a checkpoint take beside the parameters themselves?
+
+A checkpoint of a 1B model is written locally, in bfloat16 shards as Hugging Face has them, and read onto eight CPU
+devices (`fsdp=8`), where it is float32; then it is exported again in shards of the same size. Peak memory is the
+process's own (mapped pages of files included), less what it held before; of loading, less the parameters too.
+
+Expected: both peaks are less than 1.3 times the largest file, and do not grow with the model.
+
+Takes about a minute and 12 GiB of memory and disk (`--quick`: a few seconds, with a model too small to tell).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import typer
+
+from benchmarks.facts import forget_peak, machine_facts, peak_resident_bytes, resident_bytes
+from benchmarks.models import model_mapping
+from benchmarks.results import Result, Table, gib
+from benchmarks.steps import device_name
+from jax_simpo.models import hf
+from jax_simpo.models.config import ModelConfig
+from jax_simpo.models.safetensors_files import TensorWriter, plan_files, write_index
+from jax_simpo.models.transformer import Model
+from jax_simpo.sharding import make_mesh
+
+DEVICES = 8
+BOUND = 1.3  # times the largest file
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
+    model: Annotated[str, typer.Option(help="See benchmarks/models.py.")] = "llama-3.2-1b",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file; one tensor is never cut.")] = "500MB",
+    tensor: Annotated[int, typer.Option(help="Devices along `tensor`; the others are along `fsdp`.")] = 1,
+    name: Annotated[str, typer.Option(help="Stem of the files.")] = "streaming",
+    quick: Annotated[bool, typer.Option(help="A small model, to see that it runs.")] = False,
+) -> None:
+    """Measures the peaks of loading and exporting."""
+    if quick:
+        model, max_shard_size = "small", "1MB"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    mesh = make_mesh(fsdp=-1, tensor=tensor)
+    policy = Model(ModelConfig.from_hf(model_mapping(model)), "bfloat16", "full")
+    most = hf.shard_bytes(max_shard_size)
+    with TemporaryDirectory() as folder, jax.set_mesh(mesh):
+        start, exported = Path(folder, "start"), Path(folder, "exported")
+        largest = _write_checkpoint(policy, start, most)
+        measured: dict[str, Any] = {"parameters": policy.parameter_count, "largest_file": largest}
+        # Small allocations, threads and compiled programs of the first use are not what is asked for.
+        jax.block_until_ready(jax.jit(lambda x: x + 1)(np.zeros(8)))
+        params, measured["load"] = _watched(lambda: jax.block_until_ready(hf.load_params(start, policy, mesh)))
+        resident = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        measured["resident"] = resident
+        measured["load"]["beyond"] = measured["load"]["peak"] - resident
+        _, measured["export"] = _watched(
+            lambda: hf.save_model(params, policy, exported, "bfloat16", max_shard_bytes=most)
+        )
+        measured["export"]["beyond"] = measured["export"]["peak"]
+        measured["files"] = len(list(exported.glob("*.safetensors")))
+        measured["equal"] = _same_files(start, exported)
+    rows = []
+    for what in ("load", "export"):
+        found = measured[what]
+        found["times_largest_file"] = found["beyond"] / largest
+        rows.append((what, gib(found["beyond"]), f"{found['times_largest_file']:.2f}", found["seconds"]))
+    note = (
+        f"{policy.parameter_count:,} parameters, {gib(resident)} in float32 over {DEVICES} devices "
+        f"(fsdp={DEVICES // tensor}, tensor={tensor}); {measured['files']} files, the largest of {gib(largest)}. "
+        f"Bound: {BOUND} times that. Exported weights equal to the bit: {'yes' if measured['equal'] else 'NO'}."
+    )
+    columns = ("", "peak beyond the parameters", "times the largest file", "seconds")
+    about = "Host memory of reading a sharded checkpoint onto devices and of writing it again."
+    tables = [Table(f"Streaming {model}", columns, rows, note)]
+    Result(name, "Streaming weights", about, machine_facts(device_name()), tables, measured).write(output)
+
+
+def _write_checkpoint(model: Model, folder: Path, most: int) -> int:
+    """Random weights in bfloat16 shards; returns the bytes of the largest file."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(model.config.to_hf("bfloat16")))
+    files = plan_files(hf.tensor_shapes(model), "bfloat16", most)
+    rng = np.random.default_rng(0)
+    for file, shapes in files.items():
+        with TensorWriter(folder / file, shapes, "bfloat16") as writer:
+            for name, shape in shapes.items():
+                writer.write(name, rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16))
+    write_index(folder, files, "bfloat16")
+    return max((folder / file).stat().st_size for file in files)
+
+
+def _watched(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What work returns, and its seconds and peak memory beyond what was held before."""
+    gc.collect()
+    forget_peak()
+    before = resident_bytes()
+    started = time.perf_counter()
+    result = work()
+    return result, {"seconds": time.perf_counter() - started, "peak": peak_resident_bytes() - before}
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    names = sorted(path.name for path in one.glob("*.safetensors"))
+    if names != sorted(path.name for path in other.glob("*.safetensors")):
+        return False
+    return all(_payload(one / name) == _payload(other / name) for name in names)
+
+
+def _payload(path: Path) -> bytes:
+    data = path.read_bytes()
+    return data[8 + int.from_bytes(data[:8], "little") :]
+
+
+if __name__ == "__main__":
+    typer.run(main)
