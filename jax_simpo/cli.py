@@ -35,7 +35,8 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The con
 Model = Annotated[
     str | None,
     typer.Option(
-        help="A model folder or hub id, or the number of a step of the run. Default: what the config starts from.",
+        help="A folder or hub id, of a model or an adapter, or the number of a step of the run. Default: what the "
+        "config starts from.",
         show_default=False,
     ),
 ]
@@ -98,24 +99,28 @@ def export(
     output: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     model: Annotated[
         str | None,
-        typer.Option(help="The number of a step, or a model folder. Default: the newest step.", show_default=False),
+        typer.Option(
+            help="The number of a step, or a folder of a model or an adapter. Default: the newest step.",
+            show_default=False,
+        ),
     ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base and write the whole.")] = False,
 ) -> None:
-    """Writes a Hugging Face checkpoint from a step of the run."""
+    """Writes a Hugging Face checkpoint from a step of the run; where an adapter was trained, the adapter."""
     settings, console = _begin(config, context.args)
     import jax
 
-    from jax_simpo.models import hf
     from jax_simpo.train.setup import open_checkpoints
 
     if model is None:
         with open_checkpoints(settings) as checkpoints:
             model = str(checkpoints.latest())
     setup = _setup(settings, console, model)
+    if merge and setup.model.lora is None:
+        raise ConfigError(f"--merge: {model} is no adapter, there is nothing to merge. Leave the option out")
     with jax.set_mesh(setup.mesh):
-        dtype = settings.export_dtype or settings.dtype
-        hf.save_model(setup.load_params(), setup.model, output, dtype, tokenizer=setup.tokenizer)
-    console.print(f"{'step ' if model.isdecimal() else ''}{model} exported: {output}")
+        what = setup.export(setup.load_params(), output, merge=merge)
+    console.print(f"{'step ' if model.isdecimal() else ''}{model} exported ({what}): {output}")
 
 
 @app.command(context_settings=OVERRIDES)

@@ -64,7 +64,7 @@ class Adapter(nnx.Module):
 
 
 def merged(
-    kernel: Float[Array, "In Out"], a: Float[Array, "In R"], b: Float[Array, "R Out"], scale: float
+    kernel: Float[Array, "In Out"], a: Float[Array, "In R"], b: Float[Array, "R Out"], scale: Any
 ) -> Float[Array, "In Out"]:
     """The kernel of one linear layer that computes what a layer and its adapter do together, float32."""
     wide = jnp.matmul(a, b, precision=matmul_precision(jnp.dtype(jnp.float32)))

@@ -24,13 +24,13 @@ _READ_DTYPES = ("F32", "BF16", "F16")
 
 
 class WeightFiles:
-    """The tensors of a model folder, whether in one file or in several with an index."""
+    """The tensors of a model folder, whether in one file or in several with an index; or of these files of a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[str] | None = None) -> None:
         self.folder = folder
         self._slices: dict[str, Any] = {}  # tensor name -> lazy slice into its memory-mapped file
         self._file: dict[str, str] = {}
-        for file in _weight_files(folder):
+        for file in _weight_files(folder) if files is None else files:
             try:
                 opened = safe_open(folder / file, framework="numpy")
                 names = list(opened.keys())
@@ -83,7 +83,7 @@ def _weight_files(folder: Path) -> list[str]:
             raise ModelError(f"{folder}: {', '.join(missing)} is named in {INDEX} but not there; download it again")
         return files
     if (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder}: holds a LoRA adapter, not a model; merge it into its base model first")
+        raise ModelError(f"{folder}: holds an adapter, not a model; `jax-simpo export --merge` makes a model of it")
     pickled = sorted(path.name for path in (*folder.glob("pytorch_model*.bin*"), *folder.glob("*.pth")))
     if pickled:
         raise ModelError(

@@ -100,7 +100,7 @@ class TrainingLoop:
             if evaluate:
                 self._evaluate(params, done, batch.epoch)
             if save:
-                self.checkpoints.save(done, params, state, self.identity)
+                self.checkpoints.save(done, self.setup.model.split(params)[0], state, self.identity)
 
     def _is_due(self, what: str, done: int) -> bool:
         """Whether to evaluate ("eval") or save after this step; both happen after the last one unless switched off."""
