@@ -49,7 +49,7 @@ class AdapterFolder:
     base: str | None
     revision: str | None
     rank: int
-    alpha: float
+    alpha: int | float
 
     def lora(self, config: ModelConfig) -> Lora:
         """Which layers of its base it sits on, told by its tensors.

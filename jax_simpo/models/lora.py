@@ -35,7 +35,7 @@ class Lora:
     """
 
     rank: int
-    alpha: float
+    alpha: int | float
     targets: tuple[str, ...]
 
     @property

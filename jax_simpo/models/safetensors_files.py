@@ -83,7 +83,7 @@ def _weight_files(folder: Path) -> list[str]:
             raise ModelError(f"{folder}: {', '.join(missing)} is named in {INDEX} but not there; download it again")
         return files
     if (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder}: holds an adapter, not a model; `jax-simpo export --merge` makes a model of it")
+        raise ModelError(f"{folder}: holds a LoRA adapter, not a model; `jax-simpo export --merge` makes a model of it")
     pickled = sorted(path.name for path in (*folder.glob("pytorch_model*.bin*"), *folder.glob("*.pth")))
     if pickled:
         raise ModelError(
