@@ -239,6 +239,10 @@ class Setup:
         """
         dtype = self.config.export_dtype or self.config.dtype
         if self.model.lora is None or merge or self.base is None:
+            if self.model.lora is not None and not merge:
+                self.console.print(
+                    "note: a new model has no name for an adapter to refer to: it is merged", style="yellow"
+                )
             hf.save_model(params, self.model, folder, dtype, tokenizer=self.tokenizer)
             return "model" if self.model.lora is None else "model, adapter merged"
         name, revision = self.base
