@@ -1,7 +1,8 @@
 """Checkpoints of a run: parameters, optimizer state, and what the run is, in `checkpoints/STEP/` (Orbax).
 
-A step holds three items. `params` and `optimizer` are saved and restored shard by shard; `run` is a small JSON object
-that says which run this is. No iterator state is needed: the step number determines the batches that follow.
+A step holds three items. `params` (those that are trained) and `optimizer` are saved and restored shard by shard; `run`
+is a small JSON object that says which run this is. No iterator state is needed: the step number determines the batches
+that follow.
 """
 
 from __future__ import annotations

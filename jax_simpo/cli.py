@@ -36,7 +36,8 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The con
 Model = Annotated[
     str | None,
     typer.Option(
-        help="A model folder or hub id, or the number of a step of the run. Default: what the config starts from.",
+        help="A folder or hub id, of a model or an adapter, or the number of a step of the run. Default: what the "
+        "config starts from.",
         show_default=False,
     ),
 ]
@@ -159,8 +160,12 @@ def export(
     output: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     model: Annotated[
         str | None,
-        typer.Option(help="The number of a step, or a model folder. Default: the newest step.", show_default=False),
+        typer.Option(
+            help="The number of a step, or a folder of a model or an adapter. Default: the newest step.",
+            show_default=False,
+        ),
     ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base and write the whole.")] = False,
     max_shard_size: Annotated[
         str, typer.Option("--max_shard_size", help="Largest weight file, such as 500MB or 5GB.")
     ] = "5GB",
@@ -169,7 +174,7 @@ def export(
     process_id: ProcessId = None,
     distributed: Distributed = None,
 ) -> None:
-    """Writes a Hugging Face checkpoint from a step of the run."""
+    """Writes a Hugging Face checkpoint from a step of the run; where an adapter was trained, the adapter."""
     launch.join(launch.Launch(coordinator_address, num_processes, process_id, distributed))
     settings, console = _begin(config, context.args)
     import jax
@@ -182,11 +187,11 @@ def export(
         with open_checkpoints(settings) as checkpoints:
             model = str(checkpoints.latest())
     setup = _setup(settings, console, model)
+    if merge and setup.model.lora is None:
+        raise ConfigError(f"--merge: {model} is no adapter, there is nothing to merge. Leave the option out")
     with jax.set_mesh(setup.mesh):
-        dtype = settings.export_dtype or settings.dtype
-        params = setup.load_params()
-        hf.save_model(params, setup.model, output, dtype, tokenizer=setup.tokenizer, max_shard_bytes=most)
-    console.print(f"{'step ' if model.isdecimal() else ''}{model} exported: {output}")
+        what = setup.export(setup.load_params(), output, merge=merge, max_shard_bytes=most)
+    console.print(f"{'step ' if model.isdecimal() else ''}{model} exported ({what}): {output}")
 
 
 @app.command(context_settings=OVERRIDES)

@@ -145,7 +145,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     # --- adapters and quantised weights
     use_peft: bool = _key(
         False,
-        "Trains a LoRA adapter and leaves the model's own weights as they are. With `torch_ref` only.",
+        "Trains a LoRA adapter and leaves the model's own weights as they are, frozen in the type computed in.",
         section="Adapters and quantised weights",
         identity=True,
     )
@@ -153,13 +153,16 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     lora_alpha: Whole = _key(32, "The adapter's output is scaled by `lora_alpha` / `lora_r`.", identity=True, ge=1)
     lora_dropout: Number = _key(
         0.0,
-        "Dropout before the adapter. (The original falls back to 0.05; with dropout, layouts give different numbers.)",
+        "Dropout before the adapter; with `torch_ref` only, unless 0. (The original falls back to 0.05; with dropout, "
+        "layouts give different numbers.)",
         identity=True,
         ge=0,
         lt=1,
     )
     lora_target_modules: list[str] | None = _key(
-        None, "Names of the layers that get an adapter. Default: all linear layers but the head.", identity=True
+        None,
+        "Names of the layers that get an adapter, such as `[q_proj, v_proj]`. Default: all linear layers but the head.",
+        identity=True,
     )
     load_in_4bit: bool = _key(
         False, "Keeps the model's own weights in 4 bits (NF4). With `torch_ref` and a CUDA GPU only.", identity=True
@@ -241,7 +244,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     mesh: MeshConfig = _key(MeshConfig, "Devices per axis; see below.", section="Devices and numerics")
     dtype: Literal["float32", "bfloat16"] = _key(
         "bfloat16",
-        "Type computed in. Parameters, optimizer state, log-probs and losses are always float32.",
+        "Type computed in. Parameters that are trained, optimizer state, log-probs and losses are always float32.",
         identity=True,
     )
     export_dtype: Literal["float32", "bfloat16"] | None = _key(None, "Type of the exported weights. Default: `dtype`.")
@@ -363,8 +366,6 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError("`max_steps` is 0; expected a positive number, or -1 for `num_train_epochs`")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("`load_in_4bit` and `load_in_8bit` contradict each other; keep one of them")
-        if self.use_peft and self.model_name_or_path is None:
-            raise ValueError("`use_peft` adds to a model that exists; give `model_name_or_path`, not `model_config`")
         return self
 
     def __eq__(self, other: object) -> bool:
@@ -418,10 +419,18 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
 # What only the PyTorch reference can do, and why not.
 TORCH_ONLY = {
-    "use_peft": "all weights are trained; `python -m torch_ref` trains adapters",
     "load_in_4bit": "weights are not quantised; use `mesh.fsdp` and `remat` to save memory, or `python -m torch_ref`",
     "load_in_8bit": "weights are not quantised; use `mesh.fsdp` and `remat` to save memory, or `python -m torch_ref`",
+    "lora_dropout": "adapters have no dropout, with which layouts would give different numbers; set it to 0, or use "
+    "`python -m torch_ref`",
 }
+
+
+def torch_only(config: TrainConfig) -> dict[str, str]:
+    """What a config asks for that only the PyTorch reference can do: key -> `key: value` and why not."""
+    asked = {key: getattr(config, key) for key in TORCH_ONLY if key != "lora_dropout" or config.use_peft}
+    shown = {key: str(value).lower() for key, value in asked.items() if value}
+    return {key: f"`{key}: {value}` cannot be honoured: {TORCH_ONLY[key]}" for key, value in shown.items()}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool = False) -> TrainConfig:
@@ -456,9 +465,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool 
         ]
         # A key that may be one of two types complains once for each.
         raise ConfigError("\n".join(dict.fromkeys(messages))) from None
-    for key, why in TORCH_ONLY.items():
-        if getattr(config, key) and not torch:
-            raise ConfigError(f"{places.get(key, path)}: `{key}: true` cannot be honoured: {why}")
+    for key, why in ({} if torch else torch_only(config)).items():
+        raise ConfigError(f"{places.get(key, path)}: {why}")
     if not config.use_peft:
         default = TrainConfig.model_fields
         adapter = [k for k in values if k.startswith("lora_") and getattr(config, k) != default[k].default]

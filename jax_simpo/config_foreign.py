@@ -84,7 +84,6 @@ WITHOUT_MEANING: dict[str, str] = {
     "base_model_revision": "`model_revision` names the revision that is read",
     "model_code_revision": "models are built in; no code is taken from a model's repository",
     "data_seed": "`seed` orders the pairs",
-    "lora_modules_to_save": "with `use_peft` only the adapter is trained",
     "bnb_4bit_quant_type": "4-bit weights are always NF4",
     "use_bnb_nested_quant": "the scales of quantised weights are not quantised",
 }
@@ -111,6 +110,7 @@ NOT_SUPPORTED: dict[str, str] = {
     "lr_scheduler_kwargs": "the schedules take no further settings",
     "optim_args": "AdamW takes adam_beta1, adam_beta2, adam_epsilon and weight_decay",
     "optim_target_modules": "all weights are trained by AdamW",
+    "lora_modules_to_save": "with `use_peft` only the adapter is trained; remove the key",
 }
 
 

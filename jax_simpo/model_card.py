@@ -33,6 +33,7 @@ _HYPERPARAMETERS = (
     "dtype",
     "seed",
 )
+_ADAPTER = ("lora_r", "lora_alpha", "lora_target_modules")
 
 _CITATION = """\
 ```bibtex
@@ -57,12 +58,13 @@ def write(output: Path, config: TrainConfig, *, global_batch_size: int | None = 
     """
     run = read_run(output)
     base = config.model_name_or_path
+    adapter = _is_adapter(config)
     data = ModelCardData(
         base_model=base if base is not None and _is_hub_id(base) else None,
         datasets=[source for source in config.dataset_mixer if _is_hub_id(source)] or None,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["simpo", "jax", "preference-optimization"],
+        tags=["simpo", "jax", "preference-optimization", *(["lora"] if adapter else [])],
         model_name=run.name,
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(run, config, global_batch_size)}\n")
@@ -80,10 +82,11 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
         for source, fraction in config.dataset_mixer.items()
     )
     last = run.train[-1]
+    adapter = " These are the weights of a LoRA adapter, to be loaded on that model." if _is_adapter(config) else ""
     parts = [
         f"# {run.name}",
         f"Trained from {start} on the preference pairs of {sources} with SimPO (simple preference optimization with a "
-        "reference-free reward), using jax-simpo.",
+        f"reference-free reward), using jax-simpo.{adapter}",
         run.outcome(),
         "## Training",
         f"{last['step']:,} steps, {run.pairs_seen:,} pairs ({last['epoch']:.3g} epochs).",
@@ -106,14 +109,20 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
 
 def _settings(config: TrainConfig, global_batch_size: int | None) -> list[list[str]]:
     rows = [] if global_batch_size is None else [["`global_batch_size`", str(global_batch_size)]]
-    defaults = {"label_smoothing": 0.0, "sft_weight": 0.0}  # not worth a line
-    values: dict[str, Any] = {key: getattr(config, key) for key in _HYPERPARAMETERS}
+    defaults = {"label_smoothing": 0.0, "sft_weight": 0.0, "lora_target_modules": None}  # not worth a line
+    keys = _HYPERPARAMETERS + (_ADAPTER if config.use_peft else ())
+    values: dict[str, Any] = {key: getattr(config, key) for key in keys}
     return rows + [[f"`{key}`", str(value)] for key, value in values.items() if value != defaults.get(key)]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _is_adapter(config: TrainConfig) -> bool:
+    """Whether the folder holds an adapter: that of a new model is merged into it."""
+    return config.use_peft and config.model_name_or_path is not None
 
 
 def _is_hub_id(name: str) -> bool:

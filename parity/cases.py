@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,20 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
     "initializer_range": 0.1,
+}
+# Adapters on a frozen model: name -> the family whose start model is the base, and what of its config is different.
+ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3 + LoRA": ("llama3", {"use_peft": True, "lora_r": 4, "lora_alpha": 6}),
+    "mistral + LoRA": ("mistral", {"use_peft": True, "lora_r": 8, "lora_alpha": 8}),
+    "gemma2 + LoRA": (
+        "gemma2",
+        {"use_peft": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": ["q_proj", "v_proj", "down_proj"]},
+    ),
+    "qwen2 + LoRA": (
+        "qwen2",
+        {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"]},
+    ),
+    "qwen3 + LoRA": ("qwen3", {"use_peft": True, "lora_r": 2, "lora_alpha": 4}),
 }
 USER_FAMILY = "checkpoint"  # what the model of a user's own config is called in reports
 
@@ -123,7 +137,7 @@ class Cell:
     @property
     def exists(self) -> bool:
         """Whether it is part of the matrix. Flash attention knows no masks of rows, and computes in 16 bits."""
-        if self.family in FAMILIES and self.family not in FULL_FAMILIES:
+        if self.family in ADAPTED or (self.family in FAMILIES and self.family not in FULL_FAMILIES):
             part = self.layout in PART_LAYOUTS and self.dtype in PART_DTYPES and self.backend in PART_BACKENDS
             return part and not self.order
         if self.order and (self.layout != ORDERS_LAYOUT or (self.dtype == "float32" and self.backend != REFERENCE)):
@@ -158,6 +172,7 @@ class Job:
         rows: rows of a micro-batch, over all devices: a multiple of the devices of every backend.
         steps: optimizer steps.
         inject: a wrong variant in every cell of JAX, to see the check fail.
+        adapters: family -> the folder of the adapter that it starts from and trains, if it trains one.
     """
 
     work: str
@@ -170,6 +185,7 @@ class Job:
     rows: int
     steps: int
     inject: str | None = None
+    adapters: dict[str, str] = field(default_factory=dict)
 
     @property
     def file(self) -> Path:

@@ -22,7 +22,7 @@ from jax_simpo.data.loader import PairSource, build_step
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.pairs import PairLengths
 from jax_simpo.losses import match_pairs
-from jax_simpo.models import hf
+from jax_simpo.models import adapters, hf
 from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.ops.logprobs import target_logps
 from jax_simpo.sharding import make_mesh
@@ -52,6 +52,7 @@ class Runner:
     mesh: Mesh
     forward: Forward
     objective: Objective
+    adapter: Path | None = None  # to start from
 
     @cached_property
     def functions(self) -> Any:
@@ -77,11 +78,23 @@ class Runner:
         return jax.jit(token_logps, static_argnums=0, out_shardings=NamedSharding(self.mesh, P()))
 
     def load(self, folder: Path | None = None) -> Params:
-        """The weights of a folder, or those the run starts from."""
-        config = self.setup.config
+        """The weights of a folder, or those the run starts from. An adapter's folder is loaded on the run's base."""
+        config, model = self.setup.config, self.setup.model
         assert config.model_name_or_path is not None
-        start = folder or hf.resolve_model_folder(config.model_name_or_path, config.model_revision)
-        return hf.load_params(start, self.setup.model, self.mesh)
+        start = hf.resolve_model_folder(config.model_name_or_path, config.model_revision)
+        if self.adapter is None:
+            return hf.load_params(folder or start, model, self.mesh)
+        adapter = adapters.load(folder or self.adapter, model, self.mesh)
+        return model.join(adapter, hf.load_params(start, model, self.mesh))
+
+    def save(self, params: Params, folder: Path) -> None:
+        """Writes weights, or gradients, of what is trained."""
+        model, tokenizer = self.setup.model, self.setup.tokenizer
+        if self.adapter is None:
+            hf.save_model(params, model, folder, "float32", tokenizer=tokenizer)
+        else:
+            base = self.setup.config.model_name_or_path
+            adapters.save(params, model, folder, "float32", base=base, tokenizer=tokenizer)
 
     def table(self, params: Params, micro_batches: Iterable[MicroBatch], lengths: PairLengths) -> TokenTable:
         """The log-prob of every target of a step's rows."""
@@ -126,13 +139,13 @@ class Runner:
             for k in range(max(1, steps)):
                 so_far = self.accumulate(params, variant.micro_batches(build_step(plan, pairs, k)))
                 if k == 0:
-                    hf.save_model(so_far.gradients, self.setup.model, folder / GRADIENTS, "float32")
+                    self.save(so_far.gradients, folder / GRADIENTS)
                 params, state, norm = self.functions.update(params, state, so_far.gradients)
                 metrics = jax.device_get({**so_far.metrics, "grad_norm": norm})
                 records.append({name: float(value) for name, value in metrics.items()})
             if steps:
                 final = self.table(params, first, lengths)
-                hf.save_model(params, self.setup.model, folder / EXPORT, "float32", tokenizer=self.setup.tokenizer)
+                self.save(params, folder / EXPORT)
         facts = {"attention": self.forward.attention, "jax": metadata.version("jax")}
         save_found(folder, table=table, losses=losses, steps=records, final=final, facts=facts)
 
@@ -162,7 +175,9 @@ def make_runner(job: Job, cell: Cell, variant: Variant = RIGHT) -> Runner:
     setup = Setup(job.config(cell), Console(quiet=True))
     fsdp, tensor = MESHES.get(cell.backend, (1, 1))
     mesh = make_mesh(1, fsdp, tensor, devices=jax.devices()[: fsdp * tensor])
-    return Runner(job, setup, mesh, variant.forward(setup.training_forward), variant.objective(setup.objective))
+    adapter = Path(job.adapters[cell.family]) if cell.family in job.adapters else None
+    forward, objective = variant.forward(setup.training_forward), variant.objective(setup.objective)
+    return Runner(job, setup, mesh, forward, objective, adapter)
 
 
 def run_cell(job: Job, runner: Runner, cell: Cell, folder: Path, steps: int, variant: Variant = RIGHT) -> None:

@@ -21,6 +21,7 @@ from jax_simpo.data.pairs import PairLengths
 from jax_simpo.data.tokenize import tokenize_pair
 from jax_simpo.errors import UserError
 from parity.cases import (
+    ADAPTED,
     FAMILIES,
     GPU_BACKENDS,
     JAX_GPU,
@@ -68,14 +69,16 @@ def built_in_job(work: Path, dtypes: Sequence[str], variants: Sequence[str], inj
     rows = _short_pairs(shared, tokenizer)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     configs = {}
-    for family in FAMILIES:
+    plain: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in FAMILIES}
+    for family, (model, more) in {**plain, **ADAPTED}.items():
         file = work / family / "config.yaml"
         values = {
-            "model_name_or_path": str(work / family / "start"),
+            "model_name_or_path": str(work / model / "start"),
             "tokenizer_name_or_path": tokenizer,
             "dataset_mixer": {str(data): 1.0},
             "data_cache_dir": str(work / "cache"),
             **SETTINGS,
+            **more,
         }
         write_config(file, values)
         configs[family] = str(file)
@@ -83,13 +86,14 @@ def built_in_job(work: Path, dtypes: Sequence[str], variants: Sequence[str], inj
         work=str(work),
         configs=configs,
         new_models=FAMILIES,
-        cells=matrix(FAMILIES, dtypes, [*backends(), *gpu_backends()]),
+        cells=matrix([*FAMILIES, *ADAPTED], dtypes, [*backends(), *gpu_backends()]),
         variants=list(variants),
         pairs=len(rows),
         batch=BATCH,
         rows=CPU_DEVICES,
         steps=STEPS,
         inject=inject,
+        adapters={family: str(work / family / "start") for family in ADAPTED},
     )
 
 

@@ -9,21 +9,23 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jax_simpo.config import load_config
 from jax_simpo.data.chat import load_tokenizer
 from parity.cases import MESHES, SIZES, TORCH, TORCH_GPU, ZERO3, Cell, Job, make_plan
 from parity.results import EXPORT, GRADIENTS, JAX_IN_TRANSFORMERS, TokenTable, save_found
+from torch_ref.adapters import add_adapter, load_adapter
 from torch_ref.batches import Batch, RankStep, build_rank_step
 from torch_ref.distributed import Ranks, open_ranks
-from torch_ref.engine import Engine
+from torch_ref.engine import Engine, hugging_face_names
 from torch_ref.export import export_model
 from torch_ref.optim import learning_rate_schedule
 from torch_ref.setup import Setup
@@ -60,6 +62,36 @@ def make_start(job: Job) -> None:
                 if parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn(parameter.shape))
         model.save_pretrained(config.model_name_or_path)
+    for family, folder in job.adapters.items():
+        adapted = add_adapter(load_config(job.configs[family], torch=True), _base_model(job, family))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name:  # zero at first, so that the other matrix had no gradient
+                    parameter.copy_(0.1 * torch.randn(parameter.shape))
+        adapted.save_pretrained(folder)
+
+
+def _base_model(job: Job, family: str) -> Any:
+    """The frozen model of a family with an adapter."""
+    from transformers import AutoModelForCausalLM
+
+    name = load_config(job.configs[family], torch=True).model_name_or_path
+    return AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager")
+
+
+def _peft_name(name: str) -> str:
+    """A parameter's name as peft writes it, which leaves out what the adapter is called."""
+    return name.replace(".default.", ".")
+
+
+def start_from_adapter(engine: Engine, folder: Path) -> None:
+    """Puts an adapter's weights in the place of those that were drawn. Of a single process, in float32."""
+    start = load_file(folder / "adapter_model.safetensors")
+    trained = {_peft_name(n): p for n, p in hugging_face_names(engine.policy).items() if p.requires_grad}
+    assert start.keys() == trained.keys()
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(start[name])
 
 
 class Run:
@@ -72,6 +104,8 @@ class Run:
         self.pairs = self.setup.train_pairs()
         self.plan = make_plan(job, config, self.pairs.lengths)
         self.engine = make_engine(self.setup, job.deepspeed_file if ranks.launched else None)
+        if cell.family in job.adapters:
+            start_from_adapter(self.engine, Path(job.adapters[cell.family]))
         self.schedule = learning_rate_schedule(config, job.steps)
 
     def step(self, number: int) -> RankStep:
@@ -132,7 +166,8 @@ class Run:
         if self.ranks.is_first:
             folder = self.folder / GRADIENTS
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({n: g.float().cpu().contiguous() for n, g in gradients.items()}, folder / "model.safetensors")
+            tensors = {_peft_name(name): gradient.float().cpu().contiguous() for name, gradient in gradients.items()}
+            save_file(tensors, folder / "model.safetensors")
 
 
 def crosswise(job: Job) -> None:
@@ -143,7 +178,11 @@ def crosswise(job: Job) -> None:
         setup = Setup(job.config(cell), Console(quiet=True), Ranks(0, 1, torch.device("cpu"), launched=False))
         pairs = setup.train_pairs()
         plan = make_plan(job, job.config(cell), pairs.lengths)
-        model = AutoModelForCausalLM.from_pretrained(job.found(cell) / EXPORT, attn_implementation="eager")
+        export = job.found(cell) / EXPORT
+        if cell.family in job.adapters:
+            model = load_adapter(_base_model(job, cell.family), str(export))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(export, attn_implementation="eager")
         step = plan.pairs(0)
         table = TokenTable(plan.lengths.of_pairs(step))
         for number, pair in enumerate(pairs.pairs(step)):

@@ -104,6 +104,32 @@ def test_train_score_eval_export_and_report_as_a_user_runs_them(user: User) -> N
     assert user.types("report config.yaml")[0] == 0 and (run / "report.html").exists()
 
 
+def test_an_adapter_is_trained_scored_exported_and_merged(user: User) -> None:
+    assert user.types("train config.yaml --max_steps=1")[0] == 0
+    status, _, err = user.types("export config.yaml --output x --merge")
+    assert status == 1 and "--merge: 1 is no adapter, there is nothing to merge" in err
+    user.configures(
+        model_config=None,
+        model_name_or_path="run/model",
+        use_peft=True,
+        output_dir="adapted",
+        tokenizer_name_or_path=None,
+    )
+    status, _, log = user.types("train config.yaml --lora_r=2 --max_steps=2")
+    assert status == 0 and "frozen ones" in log, log
+    assert (user.folder / "adapted/model/adapter_model.safetensors").exists()
+    status, _, log = user.types("export config.yaml --lora_r=2 --output merged --merge")
+    assert status == 0 and "step 2 exported (model, adapter merged)" in log
+    assert (user.folder / "merged/config.json").exists()
+    # Whatever the config says of adapters: a folder says itself what it is.
+    user.configures()
+    for name, model in {"a": "adapted/model", "b": "merged"}.items():
+        status, _, log = user.types(f"score config.yaml --split train --output {name}.jsonl --model {model}")
+        assert status == 0, log
+    a, b = ([json.loads(line) for line in (user.folder / f"{n}.jsonl").read_text().splitlines()] for n in "ab")
+    assert [x["chosen_logp"] for x in a] == pytest.approx([x["chosen_logp"] for x in b], abs=2e-5)
+
+
 def test_inspect_writes_what_the_model_is_fed_in_input_order(user: User) -> None:
     assert user.types("inspect config.yaml --json fed.jsonl")[0] == 0
     fed = [json.loads(line) for line in (user.folder / "fed.jsonl").read_text().splitlines()]

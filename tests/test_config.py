@@ -169,9 +169,20 @@ def test_two_names_of_one_setting_that_disagree_are_an_error(message):
     assert "`bf16: true` and `dtype: float32` contradict each other" in message("bf16: true\ndtype: float32\n")
 
 
-@pytest.mark.parametrize("line", ["fp16: true", "optim: adafactor", "use_peft: true", "load_best_model_at_end: true"])
+@pytest.mark.parametrize(
+    "line", ["fp16: true", "optim: adafactor", "load_in_4bit: true", "load_best_model_at_end: true"]
+)
 def test_a_key_that_cannot_be_honoured_is_an_error(message, line):
     assert f"`{line}` cannot be honoured" in message(line)
+
+
+def test_dropout_of_an_adapter_is_refused_with_its_line_and_left_to_the_reference(load, message):
+    told = message("use_peft: true\nlora_dropout: 0.05\n")
+    assert "line " in told and "`lora_dropout: 0.05` cannot be honoured" in told and "torch_ref" in told
+    assert load("use_peft: true\nlora_dropout: 0\n").use_peft
+    (notice,) = load("lora_dropout: 0.05").notices
+    assert "`lora_dropout` has no effect without `use_peft`" in notice
+    assert "`lora_modules_to_save: ['lm_head']` cannot be honoured" in message("lora_modules_to_save: [lm_head]")
 
 
 @pytest.mark.parametrize("line", ["fp16: false", "use_peft: false", "report_to: none", "push_to_hub: false"])

@@ -122,6 +122,8 @@ def _fits(config: TrainConfig, ranks: Ranks) -> bool:
 def _check(config: TrainConfig) -> None:
     if (config.load_in_4bit or config.load_in_8bit) and not config.use_peft:
         raise ConfigError("quantised weights cannot be trained; add an adapter to them with `use_peft: true`")
+    if config.use_peft and config.model_name_or_path is None:
+        raise ConfigError("`use_peft` adds to a model that exists; give `model_name_or_path`, not `model_config`")
 
 
 def prepare_output(config: TrainConfig) -> Path:

@@ -7,11 +7,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_simpo.errors import ModelError
+from jax_simpo.models import lora
 from jax_simpo.models.config import ModelConfig
 from jax_simpo.models.families import FAMILIES
 from jax_simpo.models.safetensors_files import BLOCK_BYTES, TensorWriter, WeightFiles, plan_files, write_index
@@ -77,7 +78,9 @@ def load_model_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Reads `config.json` of a model folder: our configuration, and the file as it is."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ModelError(f"{path}: no such file; a model folder has a config.json")
+        adapter = (path.parent / "adapter_config.json").is_file()
+        hint = ". This is an adapter; `jax-simpo export --merge` makes a model of it and its base" if adapter else ""
+        raise ModelError(f"{path}: no such file; a model folder has a config.json{hint}")
     try:
         raw = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -142,15 +145,16 @@ def _join(path: tuple[Any, ...]) -> str:
 
 
 def load_params(folder: str | Path, model: Model, mesh: Mesh) -> Params:
-    """Reads the weights of a model folder as float32 onto the mesh.
+    """Reads the weights of a model folder onto the mesh: float32, or the compute dtype where they are frozen.
 
-    Each device's part is read from the files on its own, so the host holds one part of one parameter at a time.
+    Each device's part is read from the files on its own, so the host holds one part of one parameter at a time. Of a
+    model with adapters this is the base.
 
     Raises:
         ModelError: a tensor is missing, extra or has another shape than `config.json` says.
         MeshError: the mesh does not divide the model.
     """
-    shardings = model.shardings(mesh)
+    (_, base), (_, shardings) = lora.split(model.abstract), lora.split(model.shardings(mesh))
     files = WeightFiles(Path(folder))
     tensors = _tensors(model)
     _check_tensors(files, model, tensors)
@@ -159,34 +163,35 @@ def load_params(folder: str | Path, model: Model, mesh: Mesh) -> Params:
         tensors_of.setdefault(tensor.path, []).append(tensor)
 
     def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
-        return _load_parameter(files, tensors_of[_join(path)], leaf.shape, sharding)
+        return _load_parameter(files, tensors_of[_join(path)], leaf, sharding)
 
-    return jax.tree_util.tree_map_with_path(load, model.abstract, shardings)
+    return jax.tree_util.tree_map_with_path(load, base, shardings)
 
 
 def _load_parameter(
-    files: WeightFiles, tensors: list[_Tensor], shape: tuple[int, ...], sharding: NamedSharding
+    files: WeightFiles, tensors: list[_Tensor], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding
 ) -> jax.Array:
+    shape = leaf.shape
     devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}  # replicas of a part are read once
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(i.indices(size)[:2] for i, size in zip(index or (), shape, strict=True))
         devices_of.setdefault(bounds, []).append(device)
     parts = []
     for bounds, devices in devices_of.items():
-        host = _read_part(files, tensors, tuple(slice(*b) for b in bounds))
+        host = _read_part(files, tensors, tuple(slice(*b) for b in bounds), leaf.dtype)
         parts += [jax.device_put(host, device) for device in devices]
         jax.block_until_ready(parts)
         del host  # this part has left the host before the next one is read
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
-def _read_part(files: WeightFiles, tensors: list[_Tensor], index: tuple[slice, ...]) -> np.ndarray:
+def _read_part(files: WeightFiles, tensors: list[_Tensor], index: tuple[slice, ...], dtype: Any) -> np.ndarray:
     def read(tensor: _Tensor, index: tuple[slice, ...]) -> np.ndarray:
         return files.read(tensor.name, index[::-1]).T if tensor.transposed else files.read(tensor.name, index)
 
     if tensors[0].layer is None:
-        return np.ascontiguousarray(read(tensors[0], index))
-    part = np.empty([i.stop - i.start for i in index], np.float32)
+        return np.ascontiguousarray(read(tensors[0], index), dtype)
+    part = np.empty([i.stop - i.start for i in index], dtype)
     for i, tensor in enumerate(tensors[index[0]]):
         part[i] = read(tensor, index[1:])
     return part
@@ -270,7 +275,7 @@ def save_model(
     generation_config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads.
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads. Adapters are merged into their kernels.
 
     The folder is written under another name beside its place and then moved there, so a killed export leaves the
     former model, or none, but never half a model. In a multi-process run every process calls this and the first one
@@ -290,26 +295,40 @@ def save_model(
     """
     if dtype not in ("float32", "bfloat16"):
         raise ModelError(f"export dtype {dtype!r} is not supported; use float32 or bfloat16")
-    folder = Path(folder).absolute()
     tensors = {tensor.name: tensor for tensor in _tensors(model)}
     leaves = {_join(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     files = plan_files(tensor_shapes(model), dtype, max_shard_bytes)
-    temporary = None
-    try:
-        temporary = _fresh_folder_beside(folder) if jax.process_index() == 0 else None
+    with replacing(folder) as temporary:
         for file, shapes in files.items():
             with TensorWriter(temporary / file, shapes, dtype) if temporary else nullcontext() as writer:
                 for name in shapes:
-                    for start, rows in _blocks(leaves[tensors[name].path], tensors[name], dtype):
+                    tensor = tensors[name]
+                    for start, rows in _blocks(leaves[tensor.path], tensor, dtype, _adapter(leaves, tensor, model)):
                         if writer:
                             writer.write(name, rows, start)
         if temporary:
             write_index(temporary, files, dtype)
             config = _with_special_tokens(model.config, tokenizer)
-            _write_json(temporary / "config.json", config.to_hf(dtype))
-            _write_json(temporary / "generation_config.json", generation_config or _generation_config(config))
+            write_json(temporary / "config.json", config.to_hf(dtype))
+            write_json(temporary / "generation_config.json", generation_config or _generation_config(config))
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
+    return Path(folder).absolute()
+
+
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path | None]:
+    """A new folder to write to, which takes the place of `folder` when all is written; None but on the first process.
+
+    Raises:
+        ModelError: something that is no model is in the way, or the folder cannot be written.
+    """
+    folder = Path(folder).absolute()
+    temporary = None
+    try:
+        temporary = _fresh_folder_beside(folder) if jax.process_index() == 0 else None
+        yield temporary
+        if temporary:
             _move_into_place(temporary, folder)
     except OSError as error:
         raise ModelError(f"{folder}: the model cannot be written there ({error})") from error
@@ -318,15 +337,31 @@ def save_model(
             shutil.rmtree(temporary, ignore_errors=True)  # gone already, unless something failed
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_model")
-    return folder
 
 
-def _blocks(leaf: jax.Array, tensor: _Tensor, dtype: str) -> Iterator[tuple[int, np.ndarray]]:
+class _Adapter(NamedTuple):
+    """What is merged into a kernel: `lora.merged`'s matrices, of all layers, and their scale."""
+
+    a: jax.Array
+    b: jax.Array
+    scale: float
+
+
+def _adapter(leaves: Mapping[str, jax.Array], tensor: _Tensor, model: Model) -> _Adapter | None:
+    """The adapter of a linear layer's kernel, if it has one."""
+    path = f"{tensor.path.removesuffix('/kernel')}/{lora.KEY}"
+    if f"{path}/a" not in leaves:
+        return None
+    assert model.lora is not None
+    return _Adapter(leaves[f"{path}/a"], leaves[f"{path}/b"], model.lora.scale)
+
+
+def _blocks(leaf: jax.Array, tensor: _Tensor, dtype: str, adapter: _Adapter | None) -> Iterator[tuple[int, np.ndarray]]:
     """A tensor as the checkpoint has it, in blocks of its rows, each with the number of its first row.
 
-    A block is cast on the devices. Where they belong to several processes it is gathered to each of them, so that any
-    process can read it; so many hold it then that it must be small, and it must be gathered alone: where the rows are
-    split over devices, a block is made of the same rows of each one's part.
+    A block is merged and cast on the devices. Where they belong to several processes it is gathered to each of them, so
+    that any process can read it; so many hold it then that it must be small, and it must be gathered alone: where the
+    rows are split over devices, a block is made of the same rows of each one's part.
     """
     own = leaf.sharding
     axis = leaf.ndim - 1 if tensor.transposed else leaf.ndim - len(tensor.shape)  # of the checkpoint's rows
@@ -339,7 +374,7 @@ def _blocks(leaf: jax.Array, tensor: _Tensor, dtype: str) -> Iterator[tuple[int,
         everywhere = NamedSharding(own.mesh, PartitionSpec())
     for start in range(0, held, count):
         start = min(start, held - count)  # the last block begins earlier, to be of the same shape
-        x = _pick(leaf, tensor.layer, start, axis, (parts, count), dtype, everywhere)
+        x = _pick(leaf, adapter, tensor.layer, start, axis, (parts, count), dtype, everywhere)
         block = np.asarray(x if everywhere is None else x.addressable_data(0))
         for part, rows in enumerate(block):
             yield part * held + start, rows
@@ -349,6 +384,7 @@ def _blocks(leaf: jax.Array, tensor: _Tensor, dtype: str) -> Iterator[tuple[int,
 @partial(jax.jit, static_argnames=("axis", "block", "dtype", "sharding"))
 def _pick(
     leaf: jax.Array,
+    adapter: _Adapter | None,
     layer: jax.Array | None,
     start: jax.Array,
     axis: int,
@@ -356,12 +392,20 @@ def _pick(
     dtype: str,
     sharding: NamedSharding | None,
 ) -> jax.Array:
-    parts, count = block
-    if layer is not None:
-        leaf, axis = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), axis - 1
-    x = leaf.reshape(*leaf.shape[:axis], parts, -1, *leaf.shape[axis + 1 :])
-    x = jax.lax.dynamic_slice_in_dim(x, start, count, axis + 1).astype(dtype)
-    x = jnp.moveaxis(x, (axis, axis + 1), (0, 1))
+    def of_layer(x: jax.Array) -> jax.Array:
+        return x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+
+    def cut(x: jax.Array, axis: int) -> jax.Array:
+        """The block's rows, [parts, rows of a part, ...]."""
+        x = x.reshape(*x.shape[:axis], block[0], -1, *x.shape[axis + 1 :])
+        return jnp.moveaxis(jax.lax.dynamic_slice_in_dim(x, start, block[1], axis + 1), (axis, axis + 1), (0, 1))
+
+    x = cut(of_layer(leaf), axis if layer is None else axis - 1)
+    if adapter is not None:  # rows of the checkpoint are a kernel's columns
+        columns = jax.vmap(lora.merged, in_axes=(0, None, 0, None))
+        turned = columns(x.mT, of_layer(adapter.a), cut(of_layer(adapter.b), 1).mT, adapter.scale)
+        x = turned.mT
+    x = x.astype(dtype)
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
@@ -381,7 +425,8 @@ def _generation_config(config: ModelConfig) -> dict[str, Any]:
     return {"_from_model_config": True, **tokens}
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a file as transformers writes its own."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

@@ -27,14 +27,14 @@ BLOCK_BYTES = 16 * 2**20
 
 
 class WeightFiles:
-    """The tensors of a model folder, whether in one file or in several with an index."""
+    """The tensors of a model folder, whether in one file or in several with an index; or of these files of a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[str] | None = None) -> None:
         self.folder = folder
         self._file: dict[str, str] = {}
         self._shape: dict[str, tuple[int, ...]] = {}
         self._dtype: dict[str, str] = {}
-        for file in _weight_files(folder):
+        for file in _weight_files(folder) if files is None else files:
             try:
                 with safe_open(folder / file, framework="numpy") as opened:
                     for name in opened.keys():
@@ -96,7 +96,7 @@ def _weight_files(folder: Path) -> list[str]:
             raise ModelError(f"{folder}: {', '.join(missing)} is named in {INDEX} but not there; download it again")
         return files
     if (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder}: holds a LoRA adapter, not a model; merge it into its base model first")
+        raise ModelError(f"{folder}: holds a LoRA adapter, not a model; `jax-simpo export --merge` makes a model of it")
     pickled = sorted(path.name for path in (*folder.glob("pytorch_model*.bin*"), *folder.glob("*.pth")))
     if pickled:
         raise ModelError(

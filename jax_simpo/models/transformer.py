@@ -1,8 +1,9 @@
 """The decoder: tokens, positions and a mask in, hidden states out.
 
 Read from the top: the parts of a layer, the layer, the stack of layers, and `Model`, the handle that the rest of the
-program uses. Parameters are float32 and live in a nested dict outside; the modules below say which there are, how they
-are split over the mesh (logical axis names) and what is computed with them, in `dtype`.
+program uses. Parameters are float32 (the frozen ones beside adapters are in `dtype`) and live in a nested dict outside;
+the modules below say which there are, how they are split over the mesh (logical axis names) and what is computed with
+them, in `dtype`.
 
 The layers are stacked: each of their parameters has a leading `layers` axis, and one compiled layer runs over it. So
 compile time does not grow with depth, and only one layer's parameters are gathered at a time. Where layers differ in
@@ -26,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from jax_simpo.errors import MeshError
 from jax_simpo.models.config import Activation, ModelConfig
 from jax_simpo.models.embedding import lookup
+from jax_simpo.models.lora import Adapter, Lora, join, split
 from jax_simpo.models.rope import rope_tables, rotate
 from jax_simpo.ops.attention import Mask, attention
 from jax_simpo.ops.blockwise import SAVED
@@ -37,15 +39,25 @@ Remat = Literal["none", "dots", "full"]
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`."""
+    """`x @ kernel + bias`, and what an adapter adds to it."""
 
-    def __init__(self, axes: tuple[str, str], sizes: tuple[int, int], bias: bool, std: float, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        axes: tuple[str, str],
+        sizes: tuple[int, int],
+        bias: bool,
+        std: float,
+        rngs: nnx.Rngs,
+        lora: Lora | None = None,
+    ) -> None:
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), sizes), axes=axes)
         self.bias = nnx.Param(jnp.zeros(sizes[1]), axes=axes[1:]) if bias else None
+        self.adapter = None if lora is None else Adapter(lora, axes, sizes, rngs)
 
     def __call__(self, x: Float[Array, "B L In"]) -> Float[Array, "B L Out"]:
         y = linear(x, _use(self.kernel, x.dtype))
-        return y if self.bias is None else y + _use(self.bias, x.dtype)
+        y = y if self.bias is None else y + _use(self.bias, x.dtype)
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class RMSNorm(nnx.Module):
@@ -82,15 +94,18 @@ class Embedding(nnx.Module):
 class Attention(nnx.Module):
     """Self-attention with grouped key/value heads and rotary positions."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, lora: Lora | None = None) -> None:
         self.config = config
         width, queries = config.hidden_size, config.num_heads * config.head_dim
         keys = config.num_kv_heads * config.head_dim
-        make = partial(Linear, std=config.initializer_range, rngs=rngs)
-        self.q = make(("embed", "heads"), (width, queries), config.qkv_bias)
-        self.k = make(("embed", "heads"), (width, keys), config.qkv_bias)
-        self.v = make(("embed", "heads"), (width, keys), config.qkv_bias)
-        self.o = make(("heads", "embed"), (queries, width), config.output_bias)
+
+        def make(name: str, axes: tuple[str, str], sizes: tuple[int, int], bias: bool) -> Linear:
+            return Linear(axes, sizes, bias, config.initializer_range, rngs, _adapted(f"attention/{name}", lora))
+
+        self.q = make("q", ("embed", "heads"), (width, queries), config.qkv_bias)
+        self.k = make("k", ("embed", "heads"), (width, keys), config.qkv_bias)
+        self.v = make("v", ("embed", "heads"), (width, keys), config.qkv_bias)
+        self.o = make("o", ("heads", "embed"), (queries, width), config.output_bias)
         # One scale for all heads, so it is whole on every device.
         self.q_norm = RMSNorm(config, config.head_dim, None) if config.qk_norm else None
         self.k_norm = RMSNorm(config, config.head_dim, None) if config.qk_norm else None
@@ -118,12 +133,16 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """The gated feed-forward part."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, lora: Lora | None = None) -> None:
         width, inner = config.hidden_size, config.intermediate_size
-        make = partial(Linear, bias=config.mlp_bias, std=config.initializer_range, rngs=rngs)
-        self.gate = make(("embed", "mlp"), (width, inner))
-        self.up = make(("embed", "mlp"), (width, inner))
-        self.down = make(("mlp", "embed"), (inner, width))
+
+        def make(name: str, axes: tuple[str, str], sizes: tuple[int, int]) -> Linear:
+            adapter = _adapted(f"mlp/{name}", lora)
+            return Linear(axes, sizes, config.mlp_bias, config.initializer_range, rngs, adapter)
+
+        self.gate = make("gate", ("embed", "mlp"), (width, inner))
+        self.up = make("up", ("embed", "mlp"), (width, inner))
+        self.down = make("down", ("mlp", "embed"), (inner, width))
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
@@ -141,13 +160,13 @@ _ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 class Layer(nnx.Module):
     """One decoder layer: attention, then feed-forward, each on the norm of the stream and added to it."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, lora: Lora | None = None) -> None:
         norm = partial(RMSNorm, config, config.hidden_size)
         self.attention_norm = norm()
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(config, rngs, lora)
         self.attention_post_norm = norm() if config.post_norms else None
         self.mlp_norm = norm()
-        self.mlp = MLP(config, rngs)
+        self.mlp = MLP(config, rngs, lora)
         self.mlp_post_norm = norm() if config.post_norms else None
 
     def __call__(
@@ -163,10 +182,10 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, the stack of layers, the final norm; and the LM head's weights, unless they are the embedding's."""
 
-    def __init__(self, config: ModelConfig, dtype: Any, remat: Remat, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, dtype: Any, remat: Remat, lora: Lora | None, rngs: nnx.Rngs) -> None:
         self.config, self.dtype, self.remat = config, dtype, remat
         self.embed = Embedding(config, rngs)
-        stacked = nnx.split_rngs(splits=config.num_layers)(nnx.vmap(partial(Layer, config)))
+        stacked = nnx.split_rngs(splits=config.num_layers)(nnx.vmap(partial(Layer, config, lora=lora)))
         self.layers = stacked(rngs)
         self.final_norm = RMSNorm(config, config.hidden_size)
         self.lm_head = None if config.tie_word_embeddings else Embedding(config, rngs)
@@ -209,8 +228,17 @@ def _one_period(windows: tuple[int | None, ...]) -> tuple[int | None, ...]:
 
 
 def _use(param: nnx.Param, dtype: Any) -> Array:
-    """A parameter as a layer computes with it: in the compute dtype, whole along `fsdp`."""
+    """A parameter as a layer computes with it: in the compute dtype, whole along `fsdp`.
+
+    Every weight of a layer's base passes here, and nowhere else: what is stored in another form (quantised, say) is
+    made a number again in this place.
+    """
     return gather(param[...], dtype, *param.axes)
+
+
+def _adapted(path: str, lora: Lora | None) -> Lora | None:
+    """The adapter of a linear layer, if it has one."""
+    return lora if lora is not None and path in lora.targets else None
 
 
 def _split_heads(x: Float[Array, "B L HDh"], heads: int) -> Float[Array, "B L H Dh"]:
@@ -243,12 +271,14 @@ class Model:
 
     Hashable, so that a jitted function can take it as a static argument. Parameters are a plain nested dict of arrays
     (`params["layers"]["attention"]["q"]["kernel"]`); the last key is `kernel` ([in, out]), `bias`, `scale` (norms) or
-    `embedding` ([vocabulary, width], the LM head too).
+    `embedding` ([vocabulary, width], the LM head too). With `lora`, linear layers have an `adapter` of two matrices,
+    `a` ([in, rank]) and `b` ([rank, out]): these alone are trained, and the rest is frozen and held in `dtype`.
     """
 
     config: ModelConfig
     dtype: Any = "bfloat16"
     remat: Remat = "full"
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -260,12 +290,24 @@ class Model:
         return nnx.split(nnx.eval_shape(lambda: self._fresh(jax.random.key(0))))
 
     def _fresh(self, key: Array) -> Decoder:
-        return Decoder(self.config, self.dtype, self.remat, nnx.Rngs(params=key))
+        # Adapters draw from a stream of their own: the base is the same with them and without.
+        rngs = nnx.Rngs(params=key, adapters=jax.random.fold_in(key, 1))
+        return Decoder(self.config, self.dtype, self.remat, self.lora, rngs)
 
     @cached_property
     def abstract(self) -> Params:
-        """Shapes and dtypes (float32) of the parameters."""
-        return nnx.to_pure_dict(self._split[1])
+        """Shapes and dtypes of the parameters: float32, and the compute dtype for what is frozen."""
+        trained, frozen = self.split(nnx.to_pure_dict(self._split[1]))
+        held = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), frozen)
+        return self.join(trained, held)
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Parameters, or anything of their structure, in two: what is trained, and what is frozen."""
+        return (params, {}) if self.lora is None else split(params)
+
+    def join(self, trained: Params, frozen: Params) -> Params:
+        """The whole of what `split` has split."""
+        return trained if self.lora is None else join(trained, frozen)
 
     @cached_property
     def logical_axes(self) -> Params:
@@ -280,8 +322,13 @@ class Model:
 
     @cached_property
     def parameter_count(self) -> int:
-        """How many numbers the model learns; a tied head counts once."""
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract))
+        """How many numbers the model is made of; a tied head counts once."""
+        return _count(self.abstract)
+
+    @cached_property
+    def trained_count(self) -> int:
+        """How many of them are trained."""
+        return _count(self.split(self.abstract)[0])
 
     def shardings(self, mesh: Mesh) -> Params:
         """Where each parameter lies on the mesh.
@@ -317,9 +364,18 @@ class Model:
         """
 
         def fresh(key: Array) -> Params:
-            return nnx.to_pure_dict(nnx.state(self._fresh(key)))
+            params = nnx.to_pure_dict(nnx.state(self._fresh(key)))
+            return jax.tree.map(lambda x, like: x.astype(like.dtype), params, self.abstract)
 
         return jax.jit(fresh, out_shardings=self.shardings(mesh))(jax.random.key(seed))
+
+    def init_trained(self, seed: int, mesh: Mesh) -> Params:
+        """That part of `init` which is trained, without making the rest."""
+
+        def fresh(key: Array) -> Params:
+            return self.split(nnx.to_pure_dict(nnx.state(self._fresh(key))))[0]
+
+        return jax.jit(fresh, out_shardings=self.split(self.shardings(mesh))[0])(jax.random.key(seed))
 
     def hidden_states(
         self, params: Params, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], mask: Mask
@@ -335,5 +391,9 @@ class Model:
         return nnx.merge(self._split[0], nnx.State(params))(tokens, positions, mask)
 
     def head(self, params: Params) -> Float[Array, "V D"]:
-        """The float32 weights of the LM head; the embedding's when they are tied."""
+        """The weights of the LM head; the embedding's when they are tied."""
         return params["embed" if self.config.tie_word_embeddings else "lm_head"]["embedding"]
+
+
+def _count(tree: Params) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

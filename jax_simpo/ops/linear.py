@@ -15,12 +15,15 @@ PRODUCT = "product"  # name by which a rematerialisation policy keeps a product
 
 
 def linear(x: Float[Array, "B L In"], w: Float[Array, "In Out"]) -> Float[Array, "B L Out"]:
-    """`x @ w` in their common dtype: sums in float32, rounded once."""
+    """`x @ w` in their common dtype: sums in float32, rounded once. Rematerialisation may keep it."""
+    return checkpoint_name(product(x, w), PRODUCT)
+
+
+def product(x: Float[Array, "B L In"], w: Float[Array, "In Out"]) -> Float[Array, "B L Out"]:
+    """`linear`, but made again in the backward pass wherever anything is."""
     if x.dtype == jnp.float32:
-        product = jnp.matmul(x, w, precision=matmul_precision(x.dtype))
-    else:
-        product = _rounded(x, w)
-    return checkpoint_name(product, PRODUCT)
+        return jnp.matmul(x, w, precision=matmul_precision(x.dtype))
+    return _rounded(x, w)
 
 
 @jax.custom_vjp

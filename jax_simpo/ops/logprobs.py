@@ -47,12 +47,14 @@ def target_logps(
     chunk: int | None = None,
     block: int | None = None,
     keep_bytes: int = 0,
+    frozen: bool = False,
 ) -> Float[Array, "B T"]:
     """Log-probability of each target token, float32; padding targets get 0.
 
     Args:
         hidden: hidden states after the final norm, in the compute dtype.
-        head: the LM head (the embedding of a tied model), float32 master weights, `[vocabulary, width]`.
+        head: the LM head (the embedding of a tied model), float32 master weights, `[vocabulary, width]`; a frozen one
+            in any dtype.
         target_index: int32, index in the row of the hidden state that predicts the target.
         target_token: int32, the token predicted.
         counts: int32, how many targets of each row are real; they come first. None: all.
@@ -60,6 +62,7 @@ def target_logps(
         chunk: most targets of a tile; None takes what is fastest on the device.
         block: most vocabulary entries of a tile; None takes as many as make a tile of the device's favourite size.
         keep_bytes: memory a device may spend on keeping all logits for the backward pass. They are kept if they fit.
+        frozen: the head has no gradient, and none is computed: one matrix product of four less, and no memory for it.
     """
     if counts is None:
         counts = jnp.full(len(target_index), target_index.shape[1], jnp.int32)
@@ -67,7 +70,7 @@ def target_logps(
     # Chunks are the grain in which padding is skipped: small ones where there are few targets.
     chunk = chunk or max(256, min(targets, _round_up(target_index.size // _data_parallel() // 8)))
     block = block or max(_LANES, size // (4 * chunk) // _LANES * _LANES)
-    static = _Static(softcap, chunk, block, keep_bytes)
+    static = _Static(softcap, chunk, block, keep_bytes, frozen)
     return _target_logps(static, hidden, head, target_index, target_token, counts)
 
 
@@ -76,6 +79,7 @@ class _Static(NamedTuple):
     chunk: int
     block: int
     keep_bytes: int
+    frozen: bool
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -90,9 +94,10 @@ def _forward(static: _Static, *arrays: Array) -> tuple[Array, tuple[Array, ...]]
 
 
 def _backward(static: _Static, saved: tuple[Array, ...], dlogps: Array) -> tuple[Array | None, ...]:
-    run = _per_shard(_local_backward, static, "hidden head targets targets rows targets kept targets", "hidden head")
-    dhidden, dhead = run(*saved, dlogps)
-    return dhidden, dhead, None, None, None
+    gradients = "hidden" if static.frozen else "hidden head"
+    run = _per_shard(_local_backward, static, "hidden head targets targets rows targets kept targets", gradients)
+    dhidden, *dhead = run(*saved, dlogps)
+    return dhidden, (None if static.frozen else dhead[0]), None, None, None
 
 
 _target_logps.defvjp(_forward, _backward)
@@ -166,7 +171,7 @@ def _local_backward(
     dlogps: Array,
     *,
     meshed: bool,
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     whole_head = _gather_head(head, hidden.dtype, meshed)
     order = _Order(static.chunk, index, counts)
     tokens, dlogps = _local_token(token, len(whole_head), meshed), jnp.where(order.real, dlogps, 0.0)
@@ -176,31 +181,40 @@ def _local_backward(
     keeps = order.keeps(static, blocks)
     dot = partial(jnp.einsum, precision=matmul_precision(hidden.dtype), preferred_element_type=jnp.float32)
 
-    def one_block(so_far: tuple[Array, Array], at: _Block) -> tuple[tuple[Array, Array], None]:
+    # (The gradient of a frozen head is None throughout.)
+    def one_block(so_far: tuple[Array | None, Array], at: _Block) -> tuple[tuple[Array | None, Array], None]:
         dhead, dstates = so_far
         weights = blocks.slice(whole_head, at)
 
-        def one_tile(i: Array, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
+        def one_tile(i: Array, so_far: tuple[Array | None, Array]) -> tuple[Array | None, Array]:
             dweights, dstates = so_far
             logits = kept[at.number, i] if keeps else _logits(states[i], weights, static.softcap)
             dlogits = blocks.is_target(at, tokens[i]) - jnp.exp(logits - lses[i][:, None])
             if static.softcap is not None:
                 dlogits *= 1.0 - (logits / static.softcap) ** 2
             dlogits = jnp.where(blocks.counted(at), gs[i][:, None] * dlogits, 0.0).astype(hidden.dtype)
-            dweights += _weight_gradient(dlogits, states[i])
+            if dweights is not None:
+                dweights += _weight_gradient(dlogits, states[i])
             return dweights, dstates.at[i].add(dot("nv,vd->nd", dlogits, weights))
 
-        dweights, dstates = jax.lax.fori_loop(0, order.live, one_tile, (jnp.zeros(weights.shape), dstates))
-        return (jax.lax.dynamic_update_slice_in_dim(dhead, dweights, at.start, 0), dstates), None
+        dweights = None if dhead is None else jnp.zeros(weights.shape)
+        dweights, dstates = jax.lax.fori_loop(0, order.live, one_tile, (dweights, dstates))
+        if dhead is not None:
+            dhead = jax.lax.dynamic_update_slice_in_dim(dhead, dweights, at.start, 0)
+        return (dhead, dstates), None
 
     # Every block of the head's gradient is written.
-    begin = (jax.lax.empty(whole_head.shape, jnp.float32), jnp.zeros(states.shape))
-    (dhead, dstates), _ = jax.lax.scan(one_block, begin, blocks.all())
+    dhead = None if static.frozen else jax.lax.empty(whole_head.shape, jnp.float32)
+    (dhead, dstates), _ = jax.lax.scan(one_block, (dhead, jnp.zeros(states.shape)), blocks.all())
     if meshed:
         dstates = psum(dstates, str(RULES["vocab"]))
+    dhidden = order.add_states(dstates, hidden)
+    if dhead is None:
+        return (dhidden,)
+    if meshed:
         dhead = jax.lax.psum_scatter(dhead, RULES["embed"], scatter_dimension=1, tiled=True)
         dhead = psum(dhead, "data")
-    return order.add_states(dstates, hidden), dhead.astype(head.dtype)
+    return dhidden, dhead.astype(head.dtype)
 
 
 class _Order:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jax_simpo.models.transformer import Model
 
-# Per parameter: float32 master weight, AdamW's two moments, the step's gradient sum and a micro-batch's gradient.
+# Per trained parameter: float32 master weight, AdamW's two moments, the step's gradient sum, a micro-batch's gradient.
 _STATE_BYTES = 20
 _SPARE = 0.5  # share of what is left that rows may take; the rest is for temporaries we do not count
 _LONGEST = 32768  # longer rows fill no better
@@ -54,5 +54,7 @@ def _left(model: Model, mesh: Mesh, memory: int) -> int:
     """Bytes beside parameters, optimizer state and the loss head, which is whole along `fsdp` while it is used."""
     shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
     head = model.config.vocab_size * model.config.hidden_size // mesh.shape["tensor"]
-    # In the compute dtype, and its gradient in float32.
-    return memory - _STATE_BYTES * model.parameter_count // shards - head * (model.dtype.itemsize + 4)
+    frozen = model.parameter_count - model.trained_count
+    held = (_STATE_BYTES * model.trained_count + model.dtype.itemsize * frozen) // shards
+    # The head in the compute dtype, and its gradient, where it has one, in float32.
+    return memory - held - head * (model.dtype.itemsize + (0 if frozen else 4))

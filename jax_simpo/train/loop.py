@@ -108,7 +108,7 @@ class TrainingLoop:
             if evaluate:
                 self._evaluate(params, done, batch.epoch)
             if save:
-                self.checkpoints.save(done, params, state, self.identity)
+                self.checkpoints.save(done, self.setup.model.split(params)[0], state, self.identity)
         if stop:
             raise TrainingError(
                 f"ended by SIGTERM after step {done} of {self.total_steps}, which is saved. Start the same command "

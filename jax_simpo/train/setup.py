@@ -15,14 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from jax_simpo import distributed
 from jax_simpo.checkpoint import Checkpoints, abstract_state
-from jax_simpo.config import TrainConfig
+from jax_simpo.config import TrainConfig, torch_only
 from jax_simpo.data import chat, sources
 from jax_simpo.data.packing import PackingReport, StepPlan, choose_row_shape, measure
 from jax_simpo.data.rows import RowShape
 from jax_simpo.data.tokenize import PairDataset, tokenize_split
 from jax_simpo.errors import CheckpointError, ConfigError, DataError, ModelError
-from jax_simpo.models import hf
+from jax_simpo.models import adapters, hf
 from jax_simpo.models.config import ModelConfig
+from jax_simpo.models.lora import Lora, choose_targets
 from jax_simpo.models.transformer import Model
 from jax_simpo.ops.attention import resolve_implementation
 from jax_simpo.sharding import make_mesh
@@ -40,7 +41,8 @@ class Setup:
     Attributes:
         config: the run's settings.
         console: where notes for the user go.
-        model_choice: `--model`: a folder, or the number of a step of the run; None is the config's own start model.
+        model_choice: `--model`: a folder, of a model or of an adapter, or the number of a step of the run; None is the
+            config's own start model.
         any_mesh: ignore the config's mesh and use the devices there are (scoring needs no particular mesh).
     """
 
@@ -48,6 +50,10 @@ class Setup:
     console: Console
     model_choice: str | None = None
     any_mesh: bool = False
+
+    def __post_init__(self) -> None:
+        for why in torch_only(self.config).values():  # a config made in Python has not been asked
+            raise ConfigError(why)
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -67,22 +73,58 @@ class Setup:
         per_device = config.per_device_train_batch_size * config.gradient_accumulation_steps
         return config.global_batch_size or saved or per_device * self.data_parallel
 
+    @cached_property
+    def step(self) -> int | None:
+        """The step of the run that `--model` names, if it names one."""
+        return int(self.model_choice) if self.model_choice is not None and self.model_choice.isdecimal() else None
+
+    @cached_property
+    def adapter(self) -> adapters.AdapterFolder | None:
+        """The adapter that `--model` names, if it names one."""
+        if self.model_choice is None or self.step is not None:
+            return None
+        if adapters.find(hf.resolve_model_folder(self.model_choice, weights=False)) is None:
+            return None
+        # Which layers it sits on, its tensors say.
+        return adapters.find(hf.resolve_model_folder(self.model_choice))
+
+    @cached_property
+    def base(self) -> tuple[str, str | None] | None:
+        """The model that the run starts from or that `--model` means, below an adapter: name and revision.
+
+        None for a new model.
+
+        Raises:
+            ModelError: an adapter does not say which model it belongs to, and neither does the config.
+        """
+        own = self.config.model_name_or_path
+        if self.adapter is not None and self.adapter.base is not None:
+            if own is None or Path(self.adapter.base).resolve() != Path(own).resolve():
+                self.console.print(f"note: the adapter's own base model is used: {self.adapter.base}", style="yellow")
+            return self.adapter.base, self.adapter.revision
+        if self.adapter is not None and own is None:
+            raise ModelError(
+                f"{self.adapter.folder / adapters.CONFIG}: names no `base_model_name_or_path`; give the adapter's base "
+                "model as `model_name_or_path`"
+            )
+        if self.model_choice is not None and self.step is None and self.adapter is None:
+            return self.model_choice, None
+        return None if own is None else (own, self.config.model_revision)
+
     def _resolve_model(self, *, weights: bool) -> Path | None:
-        choice = self.model_choice
-        if choice is not None and _step_number(choice) is None:
-            return hf.resolve_model_folder(choice, weights=weights)
-        if self.config.model_name_or_path is not None:
-            return hf.resolve_model_folder(self.config.model_name_or_path, self.config.model_revision, weights=weights)
-        return None
+        return None if self.base is None else hf.resolve_model_folder(*self.base, weights=weights)
 
     @cached_property
     def model_folder(self) -> Path | None:
-        """Folder with the model's config and tokenizer; None for a new model. Its weights may not be there yet."""
+        """Folder with the model's config; None for a new model. Its weights may not be there yet."""
         return self._resolve_model(weights=False)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        name = self.config.tokenizer_name_or_path or str(self.model_folder)
+        folder = self.model_folder
+        if self.adapter is not None and (self.adapter.folder / "tokenizer_config.json").exists():
+            folder = self.adapter.folder  # saved with it
+        name = self.config.tokenizer_name_or_path or str(folder)
         own = self.config.tokenizer_name_or_path is None  # the revision is the model's
         return chat.load_tokenizer(
             name,
@@ -96,7 +138,9 @@ class Setup:
         """The decoder without its weights.
 
         Raises:
-            ModelError: the model is of no supported kind, or has fewer tokens than the tokenizer.
+            ModelError: the model is of no supported kind, or has fewer tokens than the tokenizer, or does not fit the
+                adapter.
+            ConfigError: the config's adapter names layers that the model does not have.
         """
         if self.model_folder is not None:
             model_config, _ = hf.load_model_config(self.model_folder)
@@ -107,7 +151,17 @@ class Setup:
                 f"the tokenizer has {len(self.tokenizer)} tokens, the model only {model_config.vocab_size}. Use the "
                 "tokenizer the model was trained with (`tokenizer_name_or_path`), or raise `model_config.vocab_size`"
             )
-        return Model(model_config, self.config.dtype, self.config.remat)
+        return Model(model_config, self.config.dtype, self.config.remat, self._lora(model_config))
+
+    def _lora(self, model_config: ModelConfig) -> Lora | None:
+        """The adapter of `--model`, or of the run."""
+        config = self.config
+        if self.adapter is not None:
+            return self.adapter.lora(model_config)
+        if not config.use_peft or (self.model_choice is not None and self.step is None):
+            return None
+        targets = choose_targets(config.lora_target_modules, model_config.model_type)
+        return Lora(config.lora_r, config.lora_alpha, targets)
 
     def _new_model_mapping(self) -> dict[str, Any]:
         """`model_config`, with the tokenizer's size and special tokens where it does not give its own."""
@@ -149,15 +203,63 @@ class Setup:
         return Objective(c.beta, c.gamma_beta_ratio, c.loss_type, c.label_smoothing, c.sft_weight)
 
     def load_params(self) -> Params:
-        """The weights to start from, split over the mesh: of a step of the run, a folder, or new ones."""
-        step = None if self.model_choice is None else _step_number(self.model_choice)
-        if step is not None:
+        """The parameters to start from, split over the mesh: of a step of the run, a folder, or new ones."""
+        if self.step is not None:
             with open_checkpoints(self.config) as checkpoints:
-                return checkpoints.params(step, abstract_state(self.model.abstract, self.model.shardings(self.mesh)))
+                return self.restore_params(checkpoints, self.step)
+        return self._start_params()
+
+    def restore_params(self, checkpoints: Checkpoints, step: int) -> Params:
+        """The parameters of a step of the run. What is frozen is in no checkpoint, but where the run started from."""
+        trained, _ = self.model.split(abstract_state(self.model.abstract, self.model.shardings(self.mesh)))
+        frozen = {} if self.model.lora is None else self.model.split(self._start_params())[1]
+        return self.model.join(checkpoints.params(step, trained), frozen)
+
+    def _start_params(self) -> Params:
         folder = self._resolve_model(weights=True)
-        if folder is not None:
-            return hf.load_params(folder, self.model, self.mesh)
-        return self.model.init(self.config.seed, self.mesh)
+        if folder is None:
+            return self.model.init(self.config.seed, self.mesh)
+        base = hf.load_params(folder, self.model, self.mesh)
+        if self.model.lora is None:
+            return base
+        if self.adapter is None:
+            return self.model.join(self.model.init_trained(self.config.seed, self.mesh), base)
+        return self.model.join(adapters.load(self.adapter.folder, self.model, self.mesh), base)
+
+    def export(
+        self, params: Params, folder: Path, *, merge: bool = False, max_shard_bytes: int = hf.MAX_SHARD_BYTES
+    ) -> str:
+        """Writes the model as a Hugging Face folder; where an adapter was trained, the adapter as a peft folder.
+
+        The adapter of a new model is always merged: its base has no name by which it could be found again.
+
+        Args:
+            params: as `load_params` gives them.
+            folder: where to.
+            merge: write the whole model, adapter included.
+            max_shard_bytes: most bytes of a model's weight file.
+
+        Returns:
+            What was written, in words.
+
+        Raises:
+            ModelError: the folder cannot be written.
+        """
+        dtype = self.config.export_dtype or self.config.dtype
+        if self.model.lora is None or merge or self.base is None:
+            if self.model.lora is not None and not merge:
+                self.console.print(
+                    "note: a new model has no name for an adapter to refer to: it is merged", style="yellow"
+                )
+            hf.save_model(params, self.model, folder, dtype, tokenizer=self.tokenizer, max_shard_bytes=max_shard_bytes)
+            return "model" if self.model.lora is None else "model, adapter merged"
+        name, revision = self.base
+        local = Path(name).expanduser()
+        if local.is_dir():  # it is to be found from any other folder too
+            name, revision = str(local.absolute()), None
+        revision = None if revision == "main" else revision
+        adapters.save(params, self.model, folder, dtype, base=name, revision=revision, tokenizer=self.tokenizer)
+        return f"adapter of {name}"
 
     def train_pairs(self) -> PairDataset:
         """The tokenised training pairs, each source cut to its fraction."""
@@ -274,7 +376,3 @@ def open_checkpoints(config: TrainConfig) -> Checkpoints:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} does not exist: no checkpoint of a run was written to `output_dir`")
     return Checkpoints(folder, read_only=True)
-
-
-def _step_number(choice: str) -> int | None:
-    return int(choice) if choice.isdecimal() else None

@@ -84,6 +84,7 @@ class Forward:
             softcap=self.model.config.logit_softcap,
             chunk=None if self.logprob_chunk == "auto" else self.logprob_chunk,
             keep_bytes=self.logits_bytes,
+            frozen=self.model.lora is not None,
         )
         return response_logps(logps, rows["target_response"], slots)
 
@@ -127,13 +128,16 @@ def micro_batch_loss(
 class Accumulated(NamedTuple):
     """Gradients and metrics of the micro-batches of a step so far."""
 
-    gradients: Params
+    gradients: Params  # of what is trained
     metrics: dict[str, Any]  # float32 scalars
 
 
 @dataclass(frozen=True)
 class TrainFunctions:
     """The compiled functions of a run. They are called under `jax.set_mesh(mesh)`.
+
+    Parameters are a model's whole; gradients and optimizer state are of that part of them which is trained
+    (`Model.split`). The frozen part passes through `update` without being touched or copied.
 
     Attributes:
         accumulate: `params, so far, rows, Denominators -> Accumulated`; takes the memory of the sum so far, which is
@@ -154,26 +158,34 @@ def make_train_functions(
     forward: Forward, objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainFunctions:
     """Builds the functions of a run for a mesh. Nothing is compiled before the first call."""
-    param_shardings = forward.model.shardings(mesh)
+    model = forward.model
+    param_shardings = model.shardings(mesh)
     everywhere = NamedSharding(mesh, P())
-    optimizer_shardings = state_shardings(optimizer, forward.model.abstract, param_shardings, everywhere)
-    accumulated = Accumulated(param_shardings, dict.fromkeys(objective.metrics, everywhere))
+    trained_shardings = model.split(param_shardings)[0]
+    optimizer_shardings = state_shardings(optimizer, model.split(model.abstract)[0], trained_shardings, everywhere)
+    accumulated = Accumulated(trained_shardings, dict.fromkeys(objective.metrics, everywhere))
 
     def accumulate(params: Params, so_far: Accumulated | None, rows: Rows, denominators: Denominators) -> Accumulated:
-        def loss(p: Params) -> tuple[Array, dict[str, Array]]:
-            return micro_batch_loss(forward, objective, p, rows, denominators)
+        trained, frozen = model.split(params)
 
-        here = Accumulated(*jax.grad(loss, has_aux=True)(params))
+        def loss(p: Params) -> tuple[Array, dict[str, Array]]:
+            return micro_batch_loss(forward, objective, model.join(p, frozen), rows, denominators)
+
+        here = Accumulated(*jax.grad(loss, has_aux=True)(trained))
         return here if so_far is None else jax.tree.map(jnp.add, so_far, here)
 
     def update(params: Params, state: Any, gradients: Params) -> tuple[Params, Any, Array]:
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, optax.tree.norm(gradients)
+        trained, frozen = model.split(params)
+        updates, state = optimizer.update(gradients, state, trained)
+        return model.join(optax.apply_updates(trained, updates), frozen), state, optax.tree.norm(gradients)
+
+    def init_optimizer(params: Params) -> Any:
+        return optimizer.init(model.split(params)[0])
 
     return TrainFunctions(
         accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=accumulated),
         update=jax.jit(update, donate_argnums=(0, 1), out_shardings=(param_shardings, optimizer_shardings, everywhere)),
-        init_optimizer=jax.jit(optimizer.init, out_shardings=optimizer_shardings),
+        init_optimizer=jax.jit(init_optimizer, out_shardings=optimizer_shardings),
         optimizer_shardings=optimizer_shardings,
     )
 

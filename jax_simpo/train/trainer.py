@@ -18,7 +18,6 @@ from jax_simpo.config import TrainConfig
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.generate import generate
-from jax_simpo.models import hf
 from jax_simpo.samples import read_answers, read_samples, sample_prompts, with_answers, write_samples
 from jax_simpo.sharding import hosts_share_tensor
 from jax_simpo.train.compilation import keep_compiled_programs
@@ -77,22 +76,23 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
         schedule, optimizer = _optimizer(config, total_steps)
         functions = make_train_functions(setup.training_forward, setup.objective, optimizer, mesh)
         if first_step:
-            abstract = setup.model.abstract
-            params = checkpoints.params(first_step, abstract_state(abstract, setup.model.shardings(mesh)))
-            shapes = jax.eval_shape(optimizer.init, abstract)
+            params = setup.restore_params(checkpoints, first_step)
+            shapes = jax.eval_shape(functions.init_optimizer, setup.model.abstract)
             state = checkpoints.optimizer(first_step, abstract_state(shapes, functions.optimizer_shardings))
             console.print(f"resuming at step {first_step} of {total_steps}")
         else:
             params = setup.load_params()
             state = functions.init_optimizer(params)
-            console.print(f"training {setup.model.parameter_count:,} parameters for {total_steps} steps")
+            count, trained = setup.model.parameter_count, setup.model.trained_count
+            frozen = f" (beside {count - trained:,} frozen ones)" if trained < count else ""
+            console.print(f"training {trained:,} parameters{frozen} for {total_steps} steps")
         if distributed.is_first():
             (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             report.write_facts(
                 output,
                 mesh=mesh.shape,
                 device=mesh.devices.flat[0].device_kind,
-                parameters=setup.model.parameter_count,
+                parameters=setup.model.trained_count,
                 training_pairs=len(pairs),
                 total_steps=total_steps,
                 tokens_saved=1 - packing.input_tokens / packing.separate_tokens,
@@ -105,8 +105,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
             setup, plan, pairs, functions, schedule, evaluation, checkpoints, identity, total_steps, output
         )
         params = loop.run(params, state, first_step)
-        dtype = config.export_dtype or config.dtype
-        hf.save_model(params, setup.model, output / MODEL, dtype, tokenizer=setup.tokenizer)
+        setup.export(params, output / MODEL)
         if distributed.is_first():
             note_export(output, total_steps)
         sampler.answer(params, "after")

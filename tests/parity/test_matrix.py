@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from parity.__main__ import main
-from parity.cases import FAMILIES, FULL_FAMILIES, LAYOUTS, MESHES, REFERENCE, ZERO3, Cell
+from parity.cases import ADAPTED, FAMILIES, FULL_FAMILIES, LAYOUTS, MESHES, REFERENCE, ZERO3, Cell
 from parity.compare import ALL_RUNS
 from parity.variants import VARIANTS
 from tests.parity.conftest import Matrix, run
@@ -27,7 +27,8 @@ def test_every_family_layout_and_backend_is_compared(matrix: Matrix) -> None:
     others = FAMILIES.keys() - set(FULL_FAMILIES)
     part = {(f, layout, "jax, fsdp=4 x tensor=2") for f in others for layout in ("separate", "shared + packed")}
     assert others == {"mistral", "gemma2", "qwen2", "qwen3"}
-    assert compared == full | part
+    adapted = {(f, layout, "jax, fsdp=4 x tensor=2") for f in ADAPTED for layout in ("separate", "shared + packed")}
+    assert compared == full | part | adapted
 
 
 def test_every_bound_holds(matrix: Matrix) -> None:
@@ -58,6 +59,19 @@ def test_training_moves_the_loss_and_the_tokens(matrix: Matrix) -> None:
     loss = found.curve("loss")
     assert len(loss) == 20 and loss[-1] < 0.5 * loss[0]
     assert found.final_logps is not None and np.abs(found.final_logps - found.logps).max() > 1.0
+
+
+@pytest.mark.parametrize("family", ADAPTED)
+def test_an_adapter_trains_alone_and_both_its_matrices_have_gradients(family: str, matrix: Matrix) -> None:
+    from parity.results import read_found, read_tensors
+
+    found = read_found(matrix.job.found(Cell(family, "shared + packed", "float32", "jax, fsdp=4 x tensor=2")))
+    start = read_tensors(Path(matrix.job.adapters[family]))
+    assert found.gradients.keys() == found.weights.keys() == start.keys()
+    assert all("lora_" in name and np.abs(gradient).max() > 1e-5 for name, gradient in found.gradients.items())
+    assert all(np.abs(found.weights[name] - start[name]).max() > 1e-4 for name in start)
+    loss = found.curve("loss")
+    assert len(loss) == 20 and loss[-1] < loss[0] - 0.05
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -214,8 +214,16 @@ def test_a_batch_that_the_ranks_cannot_share_out_is_refused() -> None:
         Setup(settings(global_batch_size=16), Console(quiet=True), ranks).global_batch_size()
 
 
-def test_adapters_belong_to_this_side(start: Path, tmp_path: Path) -> None:
+def test_quantised_weights_and_dropout_belong_to_this_side(start: Path, tmp_path: Path) -> None:
     from jax_simpo.config import load_config
 
-    with pytest.raises(ConfigError, match=r"`use_peft: true` cannot be honoured.*torch_ref"):
-        load_config(config_file(start, tmp_path, steps=1), ["--use_peft=true"])
+    file = config_file(start, tmp_path, steps=1)
+    for key in ("--load_in_4bit=true", "--lora_dropout=0.1"):
+        with pytest.raises(ConfigError, match=r"cannot be honoured.*torch_ref"):
+            load_config(file, ["--use_peft=true", key])
+        assert load_config(file, ["--use_peft=true", key], torch=True).use_peft
+
+
+def test_an_adapter_needs_a_model_that_has_a_name(start: Path, tmp_path: Path) -> None:
+    new = ["--model_name_or_path=null", "--model_config={model_type: llama}", "--tokenizer_name_or_path=builtin:cafe"]
+    assert "adds to a model that exists" in refused(start, tmp_path, *new, "--use_peft=true")

@@ -1,0 +1,132 @@
+"""LoRA: beside a frozen linear layer, the product of two thin matrices that are trained in its place.
+
+`y = x @ kernel + alpha / rank * (x @ a) @ b` (Hu et al., arXiv 2106.09685), as peft has it. An adapter's parameters lie
+next to the kernel's, under the key `adapter`; everything else of the model is its base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jax_simpo.errors import ConfigError
+from jax_simpo.models.families import FAMILIES
+from jax_simpo.ops.blockwise import matmul_precision
+from jax_simpo.ops.linear import linear, product
+from jax_simpo.sharding import gather
+
+KEY = "adapter"  # of an adapter's parameters, in the dict of their linear layer
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Which linear layers have an adapter, and of what size.
+
+    Attributes:
+        rank: of the product of the two matrices.
+        alpha: the product is scaled by `alpha / rank`.
+        targets: the linear layers, by their paths in a decoder layer ("attention/q").
+    """
+
+    rank: int
+    alpha: int | float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """What the product of the matrices is multiplied by."""
+        return self.alpha / self.rank
+
+
+class Adapter(nnx.Module):
+    """What is added to a linear layer's output. Its matrices are drawn as peft draws them: the second one is zero.
+
+    They are split over the mesh as the kernel is, along the axis that they have in common with it.
+    """
+
+    def __init__(self, lora: Lora, axes: tuple[str, str], sizes: tuple[int, int], rngs: nnx.Rngs) -> None:
+        bound = sizes[0] ** -0.5  # Kaiming's uniform distribution with a = sqrt(5)
+        a = jax.random.uniform(rngs.adapters(), (sizes[0], lora.rank), minval=-bound, maxval=bound)
+        self.a = nnx.Param(a, axes=(axes[0], None))
+        self.b = nnx.Param(jnp.zeros((lora.rank, sizes[1])), axes=(None, axes[1]))
+        self.scale = lora.scale
+
+    def __call__(self, x: Float[Array, "B L In"]) -> Float[Array, "B L Out"]:
+        a, b = (gather(param[...], x.dtype, *param.axes) for param in (self.a, self.b))
+        # The thin product may be kept for the backward pass; the wide one is cheap to make of it again.
+        return product(linear(x, a), b) * self.scale
+
+
+def merged(
+    kernel: Float[Array, "In Out"], a: Float[Array, "In R"], b: Float[Array, "R Out"], scale: Any
+) -> Float[Array, "In Out"]:
+    """The kernel of one linear layer that computes what a layer and its adapter do together, float32."""
+    wide = jnp.matmul(a, b, precision=matmul_precision(jnp.dtype(jnp.float32)))
+    return kernel.astype(jnp.float32) + scale * wide
+
+
+def split(params: Any) -> tuple[Any, Any]:
+    """A model's nested dict in two: the adapters, and the base. Either may be empty."""
+    adapters: dict[str, Any] = {}
+    base: dict[str, Any] = {}
+    for key, value in params.items():
+        if key == KEY:
+            adapters[key] = value
+        elif isinstance(value, dict):
+            inner_adapters, inner_base = split(value)
+            adapters |= {key: inner_adapters} if inner_adapters else {}
+            base |= {key: inner_base} if inner_base else {}
+        else:
+            base[key] = value
+    return adapters, base
+
+
+def join(adapters: Any, base: Any) -> Any:
+    """The whole of what `split` has split."""
+    both = {**base, **adapters}
+    return {key: join(adapters[key], base[key]) if key in adapters and key in base else both[key] for key in both}
+
+
+def linear_layers(model_type: str) -> dict[str, str]:
+    """A family's linear layers: our path in a decoder layer -> Hugging Face's module name, `{}` the layer's number."""
+    kernels = {path: name for path, name in FAMILIES[model_type].names.items() if path.endswith("/kernel")}
+    return {
+        path.removeprefix("layers/").removesuffix("/kernel"): name.removesuffix(".weight")
+        for path, name in kernels.items()
+    }
+
+
+def choose_targets(names: Sequence[str] | None, model_type: str) -> tuple[str, ...]:
+    """The linear layers that `lora_target_modules` means. A name is as peft reads it: `q_proj` or `self_attn.q_proj`.
+
+    Args:
+        names: Hugging Face's names; None takes all linear layers but the head.
+        model_type: the model's family.
+
+    Raises:
+        ConfigError: a name is that of no linear layer.
+    """
+    layers = linear_layers(model_type)
+    if names is None:
+        return tuple(layers)
+    # Without the number: an adapter sits on every layer or on none.
+    modules = {path: module.partition(".{}.")[2] for path, module in layers.items()}
+    chosen: dict[str, None] = {}
+    for name in names:
+        found = [path for path, module in modules.items() if f".{module}".endswith(f".{name}")]
+        if not found:
+            known = ", ".join(module.rpartition(".")[2] for module in modules.values())
+            raise ConfigError(
+                f"`lora_target_modules`: {name!r} is no linear layer of a {model_type} model that can have an adapter; "
+                f"those are {known} (for all of them leave the key out)"
+            )
+        chosen |= dict.fromkeys(found)
+    if not chosen:
+        raise ConfigError("`lora_target_modules` names nothing to train; for all linear layers leave the key out")
+    return tuple(path for path in layers if path in chosen)

@@ -1,0 +1,175 @@
+"""A training step with adapters: only they have gradients, and these are right on every mesh."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jax_simpo.data.loader import build_step
+from jax_simpo.models import lora
+from jax_simpo.models.lora import Lora, choose_targets
+from jax_simpo.models.transformer import Model
+from jax_simpo.sharding import named
+from jax_simpo.train.step import Accumulated, Denominators, Forward, make_train_functions, put_rows
+from tests.hlo import collectives
+from tests.train.support import (
+    MESHES,
+    OBJECTIVE,
+    History,
+    Pairs,
+    mesh_of,
+    plan_of,
+    run_steps,
+    some_pairs,
+    tiny_model,
+)
+
+SETTINGS = Lora(4, 8, choose_targets(None, "llama"))
+STEPS, BATCH = 12, 16
+
+
+def with_adapters(model: Model, settings: Lora = SETTINGS) -> Model:
+    return Model(model.config, model.dtype, model.remat, settings)
+
+
+def start_of(model: Model, seed: int = 0) -> Any:
+    """Parameters whose adapters do something: both matrices are random."""
+    params = jax.device_get(model.init(seed, mesh_of((1, 1, 1))))
+    adapters, base = model.split(params)
+    rng = np.random.default_rng(seed)
+    adapters = jax.tree.map(lambda x: (0.2 * rng.standard_normal(x.shape)).astype(np.float32), adapters)
+    return model.join(adapters, base)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Pairs:
+    return some_pairs(40)
+
+
+@pytest.fixture(scope="module")
+def reference(pairs: Pairs) -> History:
+    model = with_adapters(tiny_model())
+    return run_steps(pairs, steps=STEPS, batch=BATCH, mesh=mesh_of((1, 1, 1)), model=model, params=start_of(model))
+
+
+def test_the_adapters_learn_and_the_base_does_not_move_by_a_bit(reference: History) -> None:
+    model = with_adapters(tiny_model())
+    (before, base), (after, moved_base) = model.split(start_of(model)), model.split(reference.params)
+    chex.assert_trees_all_equal(moved_base, base)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before, after)
+    assert min(jax.tree.leaves(moved)) > 1e-3
+    loss = reference.values("loss")
+    assert loss[-1] < 0.9 * loss[0]
+
+
+def test_the_steps_give_the_same_losses_on_a_mesh(pairs: Pairs, reference: History) -> None:
+    model = with_adapters(tiny_model())
+    mesh = mesh_of(MESHES["fsdp=4 x tensor=2"])
+    found = run_steps(pairs, steps=STEPS, batch=BATCH, mesh=mesh, model=model, params=start_of(model))
+    np.testing.assert_allclose(found.values("loss"), reference.values("loss"), atol=1e-5)
+    np.testing.assert_allclose(found.values("grad_norm"), reference.values("grad_norm"), rtol=1e-4)
+
+
+def gradients_of(model: Model, params: Any, pairs: Pairs) -> Any:
+    """The gradients of the first micro-batch of a step."""
+    mesh = mesh_of((1, 1, 1))
+    functions = make_train_functions(Forward(model, "blockwise", 64), OBJECTIVE, optax.sgd(1.0), mesh)
+    step = build_step(plan_of(pairs, mesh, batch=BATCH), pairs, 0)
+    one = Denominators(jnp.float32(len(step.pairs)), jnp.float32(step.chosen_tokens))
+    with jax.set_mesh(mesh):
+        rows = put_rows(step.micro_batches[0].arrays(), mesh)
+        return jax.device_get(
+            functions.accumulate(jax.device_put(params, model.shardings(mesh)), None, rows, one).gradients
+        )
+
+
+def test_the_gradients_are_those_of_the_merged_kernels_by_the_chain_rule(pairs: Pairs) -> None:
+    """`W + s A B` has the gradients `s dW B^T` for A and `s A^T dW` for B."""
+    model = with_adapters(
+        tiny_model(), Lora(4, 6, choose_targets(["q_proj", "o_proj", "up_proj", "down_proj"], "llama"))
+    )
+    plain = Model(model.config, model.dtype, model.remat)
+    start = start_of(model)
+    adapters, merged = model.split(start)
+    for path in model.lora.targets:  # type: ignore[union-attr]
+        part, name = path.split("/")
+        a, b = (adapters["layers"][part][name][lora.KEY][key] for key in "ab")
+        kernel = merged["layers"][part][name]["kernel"]
+        merged["layers"][part][name] = {"kernel": kernel + np.float32(1.5) * np.einsum("lir,lro->lio", a, b)}
+    found, oracle = gradients_of(model, start, pairs), gradients_of(plain, merged, pairs)
+    for path in model.lora.targets:  # type: ignore[union-attr]
+        part, name = path.split("/")
+        a, b = (adapters["layers"][part][name][lora.KEY][key] for key in "ab")
+        ours, dw = found["layers"][part][name][lora.KEY], oracle["layers"][part][name]["kernel"]
+        assert np.abs(dw).max() > 1e-3
+        np.testing.assert_allclose(ours["a"], 1.5 * np.einsum("lio,lro->lir", dw, b), atol=5e-6)
+        np.testing.assert_allclose(ours["b"], 1.5 * np.einsum("lir,lio->lro", a, dw), atol=5e-6)
+
+
+# --- what the step compiles to
+
+# No activation has the shape of a parameter.
+CHANGES = {"vocab_size": 8192, "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 20}
+LENGTH, TARGETS = 256, 1024
+
+
+def compiled_step(sizes: tuple[int, int, int], dtype: str, settings: Lora | None) -> Any:
+    mesh = mesh_of(sizes)
+    model = Model(tiny_model(**CHANGES).config, dtype, lora=settings)
+    functions: Any = make_train_functions(Forward(model, "blockwise", 128), OBJECTIVE, optax.adamw(1e-3), mesh)
+    widths = {"tokens": LENGTH, "positions": LENGTH, "key_end": LENGTH, "response_pair": 8, "response_rank": 8}
+    widths |= {f"target_{name}": TARGETS for name in ("index", "token", "response")}
+    rows = {
+        name: jax.ShapeDtypeStruct((sizes[0] * sizes[1], width), jnp.int32, sharding=named(mesh, "batch", None))
+        for name, width in widths.items()
+    }
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            model.abstract,
+            model.shardings(mesh),
+        )
+        one = jnp.ones(())
+        so_far = Accumulated(model.split(params)[0], dict.fromkeys(OBJECTIVE.metrics, one))
+        return functions.accumulate.lower(params, so_far, rows, Denominators(one, one)).compile()
+
+
+# Sorted shapes of a gradient on a device of four times two: q and o, k and v, the feed-forward part's, the head.
+KERNELS, HEAD = {(40, 96), (20, 96), (96, 192)}, (96, 4096)
+
+
+def of_the_base(shapes: list[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """Those that are the shape of a kernel, or of the head or a large block of it."""
+    found = {tuple(sorted(shape)) for shape in shapes}
+    return {shape for shape in found if shape in KERNELS or (96 in shape and 1024 <= max(shape) <= HEAD[1])}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_gradient_of_the_base_is_computed_reduced_or_held(dtype: str) -> None:
+    found = {}
+    for name, settings in {"frozen": SETTINGS, "trained": None}.items():
+        program = compiled_step((1, 4, 2), dtype, settings)
+        text = program.as_text()
+        products = re.findall(r"= \w+\[([\d,]+)\]\S* (?:dot|custom-call)\(", text)
+        sums = [c for c in collectives(text) if c.kind in ("all-reduce", "reduce-scatter")]
+        found[name] = (
+            of_the_base([tuple(map(int, shape.split(","))) for shape in products]),
+            of_the_base([shape for c in sums for shape in c.shapes]),
+            sum(c.times for c in collectives(text) if c.kind == "all-to-all"),  # of the embedding
+            program.memory_analysis().output_size_in_bytes,
+        )
+    model = Model(tiny_model(**CHANGES).config, dtype, lora=SETTINGS)
+    products_of_base, sums_of_base, lookups, held = found["frozen"]
+    assert products_of_base == sums_of_base == set()
+    assert lookups == 1 and held < 4 * model.trained_count + 4096
+    # The check sees what it looks for where there is something to see.
+    products_of_base, sums_of_base, lookups, held = found["trained"]
+    assert products_of_base >= KERNELS and HEAD[0] in {n for shape in products_of_base - KERNELS for n in shape}
+    assert sums_of_base >= KERNELS and lookups == 2 and held > 2 * model.parameter_count
