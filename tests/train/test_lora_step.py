@@ -168,8 +168,8 @@ def test_no_gradient_of_the_base_is_computed_reduced_or_held(dtype: str) -> None
     model = Model(tiny_model(**CHANGES).config, dtype, lora=SETTINGS)
     products_of_base, sums_of_base, lookups, held = found["frozen"]
     assert products_of_base == sums_of_base == set()
-    assert lookups == 1 and held < 4 * model.trained_count + 4096
+    assert lookups == 1 and held < 4 * model.trained_count / 2  # at least one axis of the mesh splits each matrix
     # The check sees what it looks for where there is something to see.
     products_of_base, sums_of_base, lookups, held = found["trained"]
     assert products_of_base >= KERNELS and HEAD[0] in {n for shape in products_of_base - KERNELS for n in shape}
-    assert sums_of_base >= KERNELS and lookups == 2 and held > 2 * model.parameter_count
+    assert sums_of_base >= KERNELS and lookups == 2 and held > 0.9 * 4 * model.parameter_count / 8
