@@ -135,8 +135,12 @@ class Setup:
         """With memory to spare, a micro-batch's logits are kept for the backward pass."""
         if self.config.logprob_chunk != "auto":
             return self.forward
-        memory = capacity.device_memory(self.mesh)
-        return replace(self.forward, logits_bytes=capacity.logits_bytes(self.model, self.mesh, memory))
+        return replace(self.forward, logits_bytes=capacity.logits_bytes(self.model, self.mesh, self.device_memory))
+
+    @cached_property
+    def device_memory(self) -> int:
+        """Bytes of memory of a device."""
+        return capacity.device_memory(self.mesh)
 
     @cached_property
     def objective(self) -> Objective:
@@ -209,7 +213,6 @@ class Setup:
         """
         config, model = self.config, self.model
         rows = config.rows_per_device * self.data_parallel
-        memory = capacity.device_memory(self.mesh)
         plan = choose_row_shape(
             StepPlan(
                 lengths=pairs.lengths,
@@ -221,7 +224,7 @@ class Setup:
                 seed=seed,
             ),
             row_length=None if config.row_length == "auto" else config.row_length,
-            max_row_length=capacity.longest_row(model, self.mesh, config.rows_per_device, memory),
+            max_row_length=capacity.longest_row(model, self.mesh, config.rows_per_device, self.device_memory),
         )
         plan.check(pairs.origin)
         return plan
