@@ -83,9 +83,9 @@ class Programs:
         self._params: Any = _placed(model.abstract, model.shardings(mesh))
         state = jax.eval_shape(self._functions.init_optimizer, model.abstract)
         self._state = _placed(state, self._functions.optimizer_shardings)
-        with jax.set_mesh(mesh):
-            lowered = self._functions.accumulate.lower(self._params, None, self._rows(1), self._denominators)
-        started = lowered.out_info
+        started = self._lower(
+            self._functions.accumulate, self._params, None, self._rows(1), self._denominators
+        ).out_info
         # Gradients lie where their parameters do; there are none of parameters that are frozen.
         where = dict(jax.tree_util.tree_leaves_with_path(self._params))
         gradients = jax.tree_util.tree_map_with_path(lambda path, _: where[path], started.gradients)
@@ -142,12 +142,10 @@ class Programs:
         return Denominators(number, number)  # type: ignore[arg-type]
 
     def _compile(self, function: Any, *arguments: Any, rows_per_device: int | None = None) -> Compiled:
-        with jax.set_mesh(self._setup.mesh):
-            lowered = function.lower(*arguments)
-            try:
-                program = lowered.compile()
-            except jax.errors.JaxRuntimeError as error:
-                return Compiled(self._refused(error, arguments), 0, None)
+        try:
+            program = self._lower(function, *arguments).compile()
+        except jax.errors.JaxRuntimeError as error:
+            return Compiled(_refused(error), 0, None)
         memory, text = program.memory_analysis(), program.as_text()
         size = (
             memory.argument_size_in_bytes
@@ -164,15 +162,9 @@ class Programs:
         kept = 0 if rows_per_device is None else self._kept(text, rows_per_device)
         return Compiled(size, kept, {kind: (counts[kind], sizes[kind]) for kind in counts})
 
-    def _refused(self, error: Exception, arguments: Any) -> int:
-        """Bytes of a program that a TPU's compiler refused because it takes more than the chip has.
-
-        Its message counts everything: "Used 21.95G of 15.48G hbm".
-        """
-        used = re.search(r"Ran out of memory in memory space hbm\. Used ([\d.]+)([KMG]) of", str(error))
-        if used is None:
-            raise error
-        return int(float(used[1]) * _UNITS[used[2]])
+    def _lower(self, function: Any, *arguments: Any) -> Any:
+        with jax.set_mesh(self._setup.mesh):
+            return function.lower(*arguments)
 
     def _kept(self, text: str, rows_per_device: int) -> int:
         """The layers are a loop, and what it keeps of each layer is stacked: [layers, rows, length, ...]."""
@@ -251,6 +243,17 @@ def plan_step(setup: PlannedSetup, *, search: bool) -> Plan:
         most_rows_per_device=most,
         notes=notes,
     )
+
+
+def _refused(error: Exception) -> int:
+    """Bytes of a program that a TPU's compiler refused because it takes more than the chip has.
+
+    Its message counts everything: "Used 21.95G of 15.48G hbm".
+    """
+    used = re.search(r"Ran out of memory in memory space hbm\. Used ([\d.]+)([KMG]) of", str(error))
+    if used is None:
+        raise error
+    return int(float(used[1]) * _UNITS[used[2]])
 
 
 def _of_a_step(

@@ -154,8 +154,8 @@ class Topology:
             # Found when jax starts, it looks for a TPU every time: an everyday environment is better off without.
             advice += "; or, for plans alone, pip install --no-deps --target DIR libtpu, and PYTHONPATH=DIR before plan"
         raise PlanError(
-            f"--topology {self}: the compiler for it is not installed here ({', '.join(missing)} missing). The hardware "
-            f"itself is not needed: {advice}"
+            f"--topology {self}: the compiler for it is not installed here ({', '.join(missing)} missing). The "
+            f"hardware itself is not needed: {advice}"
         )
 
     def environment(self) -> dict[str, str]:
