@@ -83,9 +83,8 @@ class Programs:
         self._params: Any = _placed(model.abstract, model.shardings(mesh))
         state = jax.eval_shape(self._functions.init_optimizer, model.abstract)
         self._state = _placed(state, self._functions.optimizer_shardings)
-        started = self._lower(
-            self._functions.accumulate, self._params, None, self._rows(1), self._denominators
-        ).out_info
+        accumulate = self._functions.accumulate
+        started = self._lower(accumulate, self._params, None, self._rows(1), self._denominators).out_info
         # Gradients lie where their parameters do; there are none of parameters that are frozen.
         where = dict(jax.tree_util.tree_leaves_with_path(self._params))
         gradients = jax.tree_util.tree_map_with_path(lambda path, _: where[path], started.gradients)
