@@ -38,7 +38,7 @@ MODEL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-    "vocab_size": 2048,
+    "vocab_size": 256,
     "tie_word_embeddings": False,
 }
 

@@ -30,6 +30,7 @@ from jax_simpo.data.packing import ROW_MULTIPLE, StepPlan, measure
 from jax_simpo.data.rows import RowBatch
 from jax_simpo.flops import useful_flops, work_of
 from jax_simpo.hlo import array_bytes, collectives, loop_states
+from jax_simpo.plan.allocations import program_bytes
 from jax_simpo.plan.report import Memory, Plan, Traffic
 from jax_simpo.plan.topology import Topology
 from jax_simpo.sharding import make_mesh, named
@@ -38,7 +39,7 @@ from jax_simpo.train.step import Accumulated, Denominators, make_train_functions
 from jax_simpo.train.trainer import count_steps, run_optimizer
 
 _COMPILATIONS = 4  # at most, beside that of the config itself, to find the largest micro-batch
-_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass(frozen=True)
@@ -145,20 +146,14 @@ class Programs:
             program = self._lower(function, *arguments).compile()
         except jax.errors.JaxRuntimeError as error:
             return Compiled(_refused(error), 0, None)
-        memory, text = program.memory_analysis(), program.as_text()
-        size = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.generated_code_size_in_bytes
-        )
+        text = program.as_text()
         counts: Counter[str] = Counter()
         sizes: Counter[str] = Counter()
         for collective in collectives(text):
             counts[collective.kind] += collective.times
             sizes[collective.kind] += collective.times * collective.bytes
         kept = 0 if rows_per_device is None else self._kept(text, rows_per_device)
+        size = program_bytes(program.memory_analysis())
         return Compiled(size, kept, {kind: (counts[kind], sizes[kind]) for kind in counts})
 
     def _lower(self, function: Any, *arguments: Any) -> Any:
@@ -245,11 +240,9 @@ def plan_step(setup: PlannedSetup, *, search: bool) -> Plan:
 
 
 def _refused(error: Exception) -> int:
-    """Bytes of a program that a TPU's compiler refused because it takes more than the chip has.
-
-    Its message counts everything: "Used 21.95G of 15.48G hbm".
-    """
-    used = re.search(r"Ran out of memory in memory space hbm\. Used ([\d.]+)([KMG]) of", str(error))
+    """Bytes of a program that a TPU's compiler refused because it takes more than the chip has, as its message says."""
+    says = r"Ran out of memory (?:in memory space hbm\. Used |on HBM, .*? for HLO temporaries \()([\d.]+)([KMGT])"
+    used = re.search(says, str(error))
     if used is None:
         raise error
     return int(float(used[1]) * _UNITS[used[2]])
