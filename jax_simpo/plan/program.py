@@ -30,7 +30,7 @@ from jax_simpo.data.packing import ROW_MULTIPLE, StepPlan, measure
 from jax_simpo.data.rows import RowBatch
 from jax_simpo.flops import useful_flops, work_of
 from jax_simpo.hlo import array_bytes, collectives, loop_states
-from jax_simpo.plan.allocations import program_bytes
+from jax_simpo.plan.allocations import compile_and_measure
 from jax_simpo.plan.report import Memory, Plan, Traffic
 from jax_simpo.plan.topology import Topology
 from jax_simpo.sharding import make_mesh, named
@@ -142,8 +142,9 @@ class Programs:
         return Denominators(number, number)  # type: ignore[arg-type]
 
     def _compile(self, function: Any, *arguments: Any, rows_per_device: int | None = None) -> Compiled:
+        lowered = self._lower(function, *arguments)
         try:
-            program = self._lower(function, *arguments).compile()
+            program, size = compile_and_measure(lowered, self._setup.mesh.devices.flat[0].platform)
         except jax.errors.JaxRuntimeError as error:
             return Compiled(_refused(error), 0, None)
         text = program.as_text()
@@ -153,7 +154,6 @@ class Programs:
             counts[collective.kind] += collective.times
             sizes[collective.kind] += collective.times * collective.bytes
         kept = 0 if rows_per_device is None else self._kept(text, rows_per_device)
-        size = program_bytes(program.memory_analysis())
         return Compiled(size, kept, {kind: (counts[kind], sizes[kind]) for kind in counts})
 
     def _lower(self, function: Any, *arguments: Any) -> Any:
