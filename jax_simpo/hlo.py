@@ -253,12 +253,10 @@ def _op_name(instruction: _Instruction) -> str:
 
 
 def _made(instruction: _Instruction) -> list[tuple[str, tuple[int, ...]]]:
-    """The arrays that a collective makes. Where it is only started, its type holds its operands and tokens too."""
-    arrays = _arrays(instruction.type)
-    if instruction.opcode in ("all-gather-start", "collective-permute-start", "ragged-all-to-all-start"):
-        count = len(instruction.operands)
-        return arrays[count : 2 * count] if len(arrays) >= 2 * count else arrays
-    return arrays
+    """The arrays that a collective makes. Where it is only started, most kinds' types list first what it is given."""
+    arrays, count = _arrays(instruction.type), len(instruction.operands)
+    started = instruction.opcode.endswith("-start") and len(arrays) >= 2 * count
+    return arrays[count : 2 * count] if started else arrays
 
 
 def _arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:

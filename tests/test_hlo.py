@@ -99,7 +99,9 @@ OTHERS = """HloModule jit_accumulate
   %x = f32[8,32]{1,0} get-tuple-element(%p), index=1
   %ag = (f32[8,32]{1,0}, f32[64,32]{1,0}) all-gather-start(%x), channel_id=1, dimensions={0}
   %agd = f32[64,32]{1,0} all-gather-done(%ag)
-  %rs = ((f32[64,32]{1,0}), f32[8,32]{1,0}) async-start(%agd), calls=%wrapped
+  %a2a = ((f32[64,32]{1,0}), f32[64,32]{1,0}) all-to-all-start(%agd), channel_id=6, dimensions={0}
+  %a2ad = f32[64,32]{1,0} all-to-all-done(%a2a)
+  %rs = ((f32[64,32]{1,0}), f32[8,32]{1,0}) async-start(%a2ad), calls=%wrapped
   %rsd = f32[8,32]{1,0} async-done(%rs)
   ROOT %t = (s32[], f32[8,32]{1,0}) tuple(%i, %rsd)
 }
@@ -139,6 +141,7 @@ def test_started_and_wrapped_collectives_count_once_and_by_their_whole_arrays() 
     assert found(OTHERS) == [
         ("all-reduce", 2 * 4 * 8 * 32, 1),
         ("all-gather", 4 * 64 * 32, 5),
+        ("all-to-all", 4 * 64 * 32, 5),
         ("reduce-scatter", 4 * 64 * 32, 5),
     ]
 

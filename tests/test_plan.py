@@ -292,7 +292,7 @@ def test_the_largest_micro_batch_is_one_that_was_compiled_and_the_next_does_not_
 
 
 def test_every_chip_has_the_memory_its_maker_states() -> None:
-    stated = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GB, Google's TPU documentation
+    stated = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}  # GB a device, Google's TPU documentation
     stated |= {"a100-40": 40, "a100-80": 80, "h100": 80, "h200": 141, "b200": 180}
     for name in (*TPUS, *GPUS):
         shape = (2,) * TPUS[name].axes if name in TPUS else (8,)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_simpo.data.packing import ROW_MULTIPLE, StepPlan, measure
+from jax_simpo.data.packing import ROW_MULTIPLE, StepPlan
 from jax_simpo.data.rows import RowBatch
 from jax_simpo.flops import useful_flops, work_of
 from jax_simpo.hlo import array_bytes, collectives, loop_states
@@ -187,7 +187,7 @@ def plan_step(setup: PlannedSetup, *, search: bool) -> Plan:
     model.shardings(mesh)  # a mesh that does not divide the model is told before the pairs are tokenised
     pairs = setup.train_pairs()
     plan = setup.plan(pairs, batch=setup.global_batch_size(), seed=config.seed)
-    report = measure(plan)
+    report = setup.describe_plan("training", plan)
     micro_batches = report.rows / plan.rows_per_micro_batch
     rows = config.rows_per_device
     needed = math.ceil(report.rows * (1 - report.empty_rows) / setup.data_parallel)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
@@ -26,12 +27,16 @@ class Tpu:
 
     Attributes:
         axes: of its torus.
-        memory: bytes of high-bandwidth memory that a program may use: the chip's less what the compiler reserves, as
-            libtpu 0.0.42 states it when a program does not fit. (`memory_stats` says the same on the hardware.)
+        memory: bytes of high-bandwidth memory that a program may use: a device's less what the compiler reserves, as
+            libtpu 0.0.42 states it when a program does not fit.
+        devices: of each chip, as jax counts them.
+        options: of the compiler's topology.
     """
 
     axes: int
     memory: int
+    devices: int = 1
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,14 @@ class Gpu:
     clock: float
 
 
-# https://docs.cloud.google.com/tpu/docs/v5e and its neighbours give 32, 16, 95 and 32 GB.
+# https://docs.cloud.google.com/tpu/docs/v5e and its neighbours give 32, 16, 95, 32 and 192 GB.
 TPUS = {
-    "v4": Tpu(3, int(30.75 * _GIB)),
+    # Two cores as one device, as jax runs v4.
+    "v4": Tpu(3, int(30.75 * _GIB), options={"chip_config_name": "megacore"}),
     "v5e": Tpu(2, int(15.75 * _GIB)),
     "v5p": Tpu(3, int(95.74 * _GIB)),
     "v6e": Tpu(2, int(31.25 * _GIB)),
+    "tpu7x": Tpu(3, int(94.75 * _GIB), devices=2),
 }
 _A100 = (108, 64, 167936)
 _H100 = (132, 128, 233472)
@@ -122,8 +129,8 @@ class Topology:
 
     @property
     def count(self) -> int:
-        """Chips, each of which is one device to jax."""
-        return math.prod(self.shape)
+        """Devices, as jax counts them."""
+        return math.prod(self.shape) * (TPUS[self.chip].devices if self.chip in TPUS else 1)
 
     @property
     def platform(self) -> Literal["tpu", "cuda", "cpu"]:
@@ -185,7 +192,7 @@ class Topology:
             return jax.devices()
         try:
             if self.platform == "tpu":
-                found = topologies.get_topology_desc(platform="tpu", topology_name=str(self))
+                found = topologies.get_topology_desc(platform="tpu", topology_name=str(self), **TPUS[self.chip].options)
             else:
                 hosts, each = (1, *self.shape)[-2:]
                 found = topologies.get_topology_desc(
