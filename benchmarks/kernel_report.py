@@ -26,34 +26,6 @@ import typer
 from benchmarks.facts import machine_facts
 from benchmarks.results import Result, Table
 
-# What XLA asks of a GPU that is not there: NVIDIA's data sheet of the H100 SXM, and CUDA's limits for capability 9.0.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-}
-runtime_version { major: 12 minor: 9 patch: 1 }
-dnn_version_info { major: 9 minor: 10 }
-platform_name: "CUDA"
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
 ROWS, LENGTH, HEADS, KV_HEADS = 2, 1024, 8, 2
 # Masks and caps as models have them: none (Llama), a window (Mistral), window and cap (Gemma 2).
 VARIANTS: dict[str, tuple[int | None, float | None]] = {
@@ -154,18 +126,15 @@ def _versions() -> str:
 
 def _device() -> Any:
     """An H100 to compile for."""
-    from jax.experimental import topologies
+    from jax_simpo.errors import PlanError
+    from jax_simpo.plan.topology import Topology
 
+    hardware = Topology.parse("h100:8")
     try:
-        found = topologies.get_topology_desc(
-            platform="cuda", topology_name="H100", topology="1x1x8", target_config=H100
-        )
-    except Exception as error:  # jax has no one type for a platform that is not installed
-        raise SystemExit(
-            f"No CUDA compiler in this environment ({type(error).__name__}: {str(error)[:200]}).\n"
-            'Install one, no GPU is needed: pip install "jax[cuda12]" absl-py jaxtyping typer (5.6 GB)'
-        ) from error
-    return found.devices[0]
+        hardware.check_installed()
+        return hardware.devices()[0]
+    except PlanError as error:
+        raise SystemExit(str(error)) from error
 
 
 def _compile(device: Any, dtype: str, size: int, variant: str) -> None:

@@ -23,13 +23,14 @@ import numpy as np
 import typer
 
 from benchmarks.facts import machine_facts
-from benchmarks.flops import linear_ideal, useful_flops, work_of
+from benchmarks.flops import linear_ideal
 from benchmarks.lengths import PROFILES, Pairs, profile_pairs, read_pairs
 from benchmarks.models import model_mapping
 from benchmarks.results import Result, Table, gib, percent, picture
 from benchmarks.steps import VARIANTS, Trainee, device_name, make_plan, matmul_peak, one_device
 from benchmarks.timing import in_turns, speed_up, total_speed_up
 from jax_simpo.data.packing import ROW_MULTIPLE, measure
+from jax_simpo.flops import useful_flops, work_of
 from jax_simpo.models.config import ModelConfig
 from jax_simpo.models.transformer import Model
 

@@ -227,6 +227,29 @@ def inspect(
 
 
 @app.command(context_settings=OVERRIDES)
+def plan(
+    context: typer.Context,
+    config: ConfigFile,
+    topology: Annotated[
+        str, typer.Option(help="What to compile for: v5p:2x2x4, v6e:16x16, h100:8, h100:2x8, cpu:8, ...")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    search: Annotated[bool, typer.Option(help="Look for the largest micro-batch that fits.")] = True,
+) -> None:
+    """Compiles the step for hardware that need not be here: memory, collectives, FLOPs, and whether it fits."""
+    _begin(config, context.args)
+    from jax_simpo.plan import make_plan
+    from jax_simpo.plan.report import show
+    from jax_simpo.plan.topology import Topology
+
+    found = make_plan(config, context.args, Topology.parse(topology), search=search)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        show(found, _console(stderr=False))
+
+
+@app.command(context_settings=OVERRIDES)
 def report(context: typer.Context, config: ConfigFile) -> None:
     """Writes the report page and curves of a run anew from the files of its output directory."""
     settings, console = _begin(config, context.args)

@@ -35,3 +35,7 @@ class LaunchError(UserError):
 
 class TrainingError(UserError):
     """A run that cannot go on, such as a loss that is no longer finite."""
+
+
+class PlanError(UserError):
+    """A topology that no plan can be made for, or whose compiler is missing."""

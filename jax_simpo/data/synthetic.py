@@ -5,10 +5,13 @@ A guest orders ("Could I have a large tea with lemon? The name is Anna."), somet
 wrong. Right and wrong replies are made of the same words, so an untrained model prefers the right one half of the time.
 Held-out orders combine a drink and an extra that never come together in training: only a model that reads the order can
 get them right.
+
+Beside it: pairs of a real data set's lengths without its texts, for plans.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable
@@ -104,9 +107,29 @@ def _cafe_rows(split: str) -> list[dict[str, Any]]:
     return [_pair(chance, split) for _ in range(SPLITS[split])]
 
 
+def _length_rows(split: str) -> list[dict[str, Any]]:
+    """Orders without sense, of UltraFeedback's lengths: for plans, where only lengths count, and no network is needed.
+
+    Its median prompt has 121 tokens and its median response 288 (a prompt and a response together 409, one 0.42 of the
+    other: arXiv 2410.20305). Drawn log-normally with sigma 0.5 and cut at four medians, as the benchmarks do.
+    """
+    chance = random.Random(f"lengths/{split}")
+
+    def text(median: int) -> str:
+        count = min(4 * median, round(median * math.exp(chance.gauss(0.0, 0.5))))
+        return "".join(f" {word}" for word in chance.choices(DRINKS, k=max(1, count)))
+
+    def pair() -> dict[str, list[dict[str, str]]]:
+        prompt = {"role": "user", "content": text(121)}
+        chosen, rejected = ({"role": "assistant", "content": text(288)} for _ in range(2))
+        return {"chosen": [prompt, chosen], "rejected": [prompt, rejected]}
+
+    return [pair() for _ in range(SPLITS[split])]
+
+
 # --- what `builtin:NAME` means, as a data source and as a tokenizer
 
-_ROWS: dict[str, Callable[[str], list[dict[str, Any]]]] = {"cafe": _cafe_rows}
+_ROWS: dict[str, Callable[[str], list[dict[str, Any]]]] = {"cafe": _cafe_rows, "lengths": _length_rows}
 BUILTINS = tuple(_ROWS)
 
 

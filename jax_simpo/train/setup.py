@@ -173,7 +173,7 @@ class Setup:
         model = self.model.config
         name, why = resolve_implementation(
             self.config.attention,
-            self.mesh.local_devices[0],
+            self.mesh.devices.flat[0],
             dtype=self.model.dtype,
             head_dim=model.head_dim,
             softcap=model.attention_softcap,

@@ -73,7 +73,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
     if config.overwrite_output_dir:
         distributed.on_first("removal", lambda: remove_run(output))
     with Checkpoints(output / CHECKPOINTS, keep=config.save_total_limit) as checkpoints, jax.set_mesh(mesh):
-        schedule, optimizer = _optimizer(config, total_steps)
+        schedule, optimizer = run_optimizer(config, total_steps)
         functions = make_train_functions(setup.training_forward, setup.objective, optimizer, mesh)
         if first_step:
             params = setup.restore_params(checkpoints, first_step)
@@ -138,7 +138,8 @@ def _identity(config: TrainConfig, plan: StepPlan, pairs: PairDataset) -> dict[s
     return json.loads(json.dumps(identity))  # as it comes back from a checkpoint: all keys are text, say
 
 
-def _optimizer(config: TrainConfig, total_steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
+def run_optimizer(config: TrainConfig, total_steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """The learning rate of each step of a run, and its optimizer."""
     schedule = learning_rate_schedule(
         config.lr_scheduler_type,
         config.learning_rate,

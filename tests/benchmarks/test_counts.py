@@ -5,18 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.flops import (
-    attention_ideal,
-    attention_layer_ideal,
-    layer_parameters,
-    linear_ideal,
-    useful_flops,
-    work_of,
-)
+from benchmarks.flops import attention_ideal, attention_layer_ideal, linear_ideal
 from benchmarks.lengths import CUT, PROFILES, Profile, draw_lengths, profile_pairs
 from benchmarks.models import MODELS, model_mapping
 from benchmarks.timing import in_turns, speed_up, total_speed_up
 from jax_simpo.data.pairs import PairLengths
+from jax_simpo.flops import layer_parameters, useful_flops, work_of
 from jax_simpo.models.config import ModelConfig
 
 

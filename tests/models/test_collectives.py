@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jax_simpo.hlo import collectives
 from jax_simpo.models.config import ModelConfig
 from jax_simpo.models.transformer import Model
 from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.sharding import RULES, make_mesh, named
-from tests.hlo import collectives
 
 # Every parameter has a shape of its own, and none that an activation could have.
 SIZES = {

@@ -16,6 +16,7 @@ if not find_spec("tokamax"):
     pytest.skip("tokamax is not installed: it comes with the extra `tpu`", allow_module_level=True)
 
 from jax_simpo.ops import splash
+from jax_simpo.plan.topology import Topology
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ for kind in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "re
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_it_compiles_for_16_tpus_and_each_works_alone(width: int) -> None:
     # In a process of its own: libtpu prints, and settles for a platform, as it is loaded.
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    environment = {**os.environ, **Topology.parse("v5p:2x2x4").environment()}
     run = subprocess.run(
         [sys.executable, "-c", COMPILE.replace("WIDTH", str(width))], env=environment, capture_output=True, text=True
     )

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from jax_simpo.data.loader import build_step
+from jax_simpo.hlo import Collective, collectives
 from jax_simpo.sharding import named
 from jax_simpo.train.evaluate import score_pairs
 from jax_simpo.train.step import (
@@ -22,7 +23,6 @@ from jax_simpo.train.step import (
     make_score_function,
     make_train_functions,
 )
-from tests.hlo import Collective, collectives
 from tests.train.support import (
     MESHES,
     OBJECTIVE,

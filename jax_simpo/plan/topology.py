@@ -1,0 +1,244 @@
+"""The hardware that a plan can be made for: what its chips are called, how many there are, how much memory they have.
+
+Imports no jax: the name of a topology is checked, and its compiler looked for, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
+
+from jax_simpo.errors import PlanError
+
+if TYPE_CHECKING:
+    import jax
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Tpu:
+    """A TPU chip.
+
+    Attributes:
+        axes: of its torus.
+        memory: bytes of high-bandwidth memory that a program may use: a device's less what the compiler reserves, as
+            libtpu 0.0.42 states it when a program does not fit.
+        devices: of each chip, as jax counts them.
+        options: of the compiler's topology.
+    """
+
+    axes: int
+    memory: int
+    devices: int = 1
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU, by what CUDA says of it (figures as in XLA's own target descriptions, openxla/xla gpu specs).
+
+    Attributes:
+        name: as CUDA has it.
+        capability: CUDA compute capability.
+        memory: bytes that CUDA reports.
+        cores: streaming multiprocessors.
+        lanes: float32 units of each.
+        shared_memory: bytes a multiprocessor has.
+        bandwidth: of the memory, bytes a second.
+        cache: bytes of the second level.
+        clock: GHz.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+    cores: int
+    lanes: int
+    shared_memory: int
+    bandwidth: int
+    cache: int
+    clock: float
+
+
+# https://docs.cloud.google.com/tpu/docs/v5e and its neighbours give 32, 16, 95, 32 and 192 GB.
+TPUS = {
+    # Two cores as one device, as jax runs v4.
+    "v4": Tpu(3, int(30.75 * _GIB), options={"chip_config_name": "megacore"}),
+    "v5e": Tpu(2, int(15.75 * _GIB)),
+    "v5p": Tpu(3, int(95.74 * _GIB)),
+    "v6e": Tpu(2, int(31.25 * _GIB)),
+    "tpu7x": Tpu(3, int(94.75 * _GIB), devices=2),
+}
+_A100 = (108, 64, 167936)
+_H100 = (132, 128, 233472)
+GPUS = {
+    "a100-40": Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 42331013120, *_A100, 1555200000000, 41943040, 1.41),
+    "a100-80": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 85100068864, *_A100, 2039040000000, 41943040, 1.41),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 84942979072, *_H100, 3352320000000, 52428800, 1.98),
+    "h200": Gpu("NVIDIA H200 141GB HBM3e", (9, 0), 151397597184, *_H100, 4800000000000, 52428800, 1.98),
+    "b200": Gpu("NVIDIA B200", (10, 0), 191514411008, 148, 128, 233472, 7672320000000, 132644864, 1.965),
+}
+# What CUDA's contexts and libraries and NCCL's buffers take of a GPU, in round figures; XLA cannot have it.
+_GPU_RESERVED = 2 * _GIB
+
+KNOWN = (
+    f"TPUs {', '.join(name + ':' + ('2x2x4' if tpu.axes == 3 else '4x4') for name, tpu in TPUS.items())} (any size of "
+    f"the torus), GPUs {', '.join(f'{name}:8' for name in GPUS)} (or h100:2x8, two hosts of 8), cpu:8"
+)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """So many chips of a kind.
+
+    Attributes:
+        chip: a key of `TPUS` or `GPUS`, or cpu.
+        shape: of a TPU's torus; hosts and GPUs a host; the number of CPU devices.
+    """
+
+    chip: str
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def parse(text: str) -> Topology:
+        """Reads `v5p:2x2x4`, `h100:8`, `h100:2x8`, `cpu:8`.
+
+        Raises:
+            PlanError: there is no such hardware.
+        """
+        match = re.fullmatch(r"([a-z0-9-]+):([1-9]\d*(?:x[1-9]\d*)*)", text.strip().lower())
+        chip = match[1] if match else text.partition(":")[0].lower()
+        if match is None or (chip != "cpu" and chip not in TPUS and chip not in GPUS):
+            raise PlanError(f"--topology {text}: no such topology; known: {KNOWN}")
+        shape = tuple(int(n) for n in match[2].split("x"))
+        axes = {TPUS[chip].axes} if chip in TPUS else {1} if chip == "cpu" else {1, 2}
+        if len(shape) not in axes:
+            example = "x".join("224"[: max(axes)]) if chip in TPUS else "8"
+            numbers = " or ".join(map(str, sorted(axes)))
+            raise PlanError(f"--topology {text}: {chip} takes {numbers} number(s), such as {chip}:{example}")
+        return Topology(chip, shape)
+
+    def __str__(self) -> str:
+        return f"{self.chip}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def count(self) -> int:
+        """Devices, as jax counts them."""
+        return math.prod(self.shape) * (TPUS[self.chip].devices if self.chip in TPUS else 1)
+
+    @property
+    def platform(self) -> Literal["tpu", "cuda", "cpu"]:
+        """As jax names it."""
+        return "tpu" if self.chip in TPUS else "cuda" if self.chip in GPUS else "cpu"
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that a program may use on each device."""
+        if self.chip in TPUS:
+            return TPUS[self.chip].memory
+        if self.chip in GPUS:
+            return GPUS[self.chip].memory - _GPU_RESERVED
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.count
+
+    def check_installed(self) -> None:
+        """Makes sure that the compiler for these chips is there.
+
+        Raises:
+            PlanError: it is not, and how to get it.
+        """
+        packages = {"tpu": ("libtpu", "tokamax"), "cuda": ("jax_cuda12_plugin", "absl"), "cpu": ()}[self.platform]
+        missing = [package for package in packages if find_spec(package) is None]
+        if not missing:
+            return
+        advice = f"pip install 'jax-simpo[{'tpu' if self.platform == 'tpu' else 'gpu'}]'"
+        if missing == ["libtpu"]:
+            # Found when jax starts, it looks for a TPU every time: an everyday environment is better off without.
+            advice += "; or, for plans alone, pip install --no-deps --target DIR libtpu, and PYTHONPATH=DIR before plan"
+        raise PlanError(
+            f"--topology {self}: the compiler for it is not installed here ({', '.join(missing)} missing). The "
+            f"hardware itself is not needed: {advice}"
+        )
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables of the process that compiles: it uses no accelerator, also where there is one."""
+        common = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(self.count if self.platform == "cpu" else 1),
+            "JAX_ENABLE_COMPILATION_CACHE": "0",  # what comes from there cannot be asked for its memory
+        }
+        if self.platform == "tpu":
+            # Without these libtpu asks Google's metadata server what machine this is.
+            quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
+            # No TPU is opened here, so several plans may be made at once.
+            return common | quiet | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        return common
+
+    def devices(self) -> list[jax.Device]:
+        """The devices to compile for. They compute nothing. To be called in a process of `environment` only.
+
+        Raises:
+            PlanError: the compiler knows no such chips, or not in this number.
+        """
+        import jax
+        from jax.experimental import topologies
+
+        if self.platform == "cpu":
+            return jax.devices()
+        try:
+            if self.platform == "tpu":
+                found = topologies.get_topology_desc(platform="tpu", topology_name=str(self), **TPUS[self.chip].options)
+            else:
+                hosts, each = (1, *self.shape)[-2:]
+                found = topologies.get_topology_desc(
+                    platform="cuda",
+                    topology_name=self.chip,
+                    topology=f"1x{hosts}x{each}",
+                    target_config=_target_config(GPUS[self.chip]),
+                )
+        except Exception as error:  # jax has no one type for a platform that is not there
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise PlanError(f"--topology {self}: the compiler does not know it ({reason}); known: {KNOWN}") from error
+        return list(found.devices)
+
+
+def _target_config(gpu: Gpu) -> str:
+    """What XLA asks of a GPU that is not there: a `GpuTargetConfigProto` as text.
+
+    The limits that all of these GPUs have in common are those of the CUDA programming guide's table of compute
+    capabilities.
+    """
+    major, minor = gpu.capability
+    # Instructions of this capability alone (Hopper's and Blackwell's tensor cores), which our kernels use.
+    features = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {gpu.shared_memory - 1024}
+  shared_memory_per_core: {gpu.shared_memory}
+  core_count: {gpu.cores}
+  fpus_per_core: {gpu.lanes}
+  memory_bandwidth: {gpu.bandwidth}
+  l2_cache_size: {gpu.cache}
+  clock_rate_ghz: {gpu.clock}
+  device_memory_size: {gpu.memory}
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {features} }}
+}}
+runtime_version {{ major: 12 minor: 9 patch: 1 }}
+dnn_version_info {{ major: 9 minor: 10 }}
+platform_name: "CUDA"
+device_description_str: "{gpu.name}"
+"""
