@@ -13,12 +13,12 @@ import optax
 import pytest
 
 from jax_simpo.data.loader import build_step
+from jax_simpo.hlo import collectives
 from jax_simpo.models import lora
 from jax_simpo.models.lora import Lora, choose_targets
 from jax_simpo.models.transformer import Model
 from jax_simpo.sharding import named
 from jax_simpo.train.step import Accumulated, Denominators, Forward, make_train_functions, put_rows
-from tests.hlo import collectives
 from tests.train.support import (
     MESHES,
     OBJECTIVE,
