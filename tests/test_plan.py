@@ -260,6 +260,8 @@ def plan_of(memory: Memory, **changes: Any) -> Plan:
          ["`max_length`", "tensor"], ["rows_per_device", "row_length"]),
         (plan_of(memory_of(20), capacity=3 << 30, largest_rows_per_device=0),
          ["alone take 4.00 GiB of the 3.00 GiB", "larger topology", "use_peft"], []),
+        (plan_of(memory_of(8), capacity=7 << 30),
+         ["larger topology", "take 4.00 GiB of each", "use_peft"], ["alone"]),
         (plan_of(memory_of(20), mesh={"data": 4, "fsdp": 4, "tensor": 1}), ["`mesh.data: 1`", "saves 3.00 GiB"], []),
     ],
 )  # fmt: skip

@@ -166,11 +166,12 @@ class Programs:
         model = self._setup.model.config
         layers = {n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0}
 
-        def stacked(shape: tuple[int, ...], times: int) -> bool:
-            return shape[0] == times in layers and (shape[1:3] == rows or shape[1:2] == (math.prod(rows),))
-
         loops = (
-            sum(array_bytes(dtype, shape) for dtype, shape in arrays if len(shape) > 2 and stacked(shape, times))
+            sum(
+                array_bytes(dtype, shape)
+                for dtype, shape in arrays
+                if len(shape) > 3 and shape[0] == times in layers and shape[1:3] == rows
+            )
             for times, arrays in loop_states(text)
         )
         return max(loops, default=0)

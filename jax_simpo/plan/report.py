@@ -153,6 +153,11 @@ class Plan:
         elif mesh["data"] > 1:
             saved = state - state * shards // self.devices
             yield f"`mesh.data: 1` and the devices on `mesh.fsdp`: saves {gib(saved)} of state on each device"
+        elif state > self.capacity // 2:
+            yield (
+                f"a larger topology: parameters, optimizer state and gradients, split over {shards} devices, take "
+                f"{gib(state)} of each"
+            )
         if self.largest_rows_per_device:
             yield f"`rows_per_device: {self.largest_rows_per_device}` instead of {self.rows_per_device}: compiled, fits"
         elif self.rows_per_device > 1:
