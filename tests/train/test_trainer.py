@@ -13,6 +13,7 @@ from rich.console import Console
 
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError, ConfigError, DataError, MeshError, ModelError, TrainingError, UserError
+from jax_simpo.models import hf
 from jax_simpo.train import trainer
 from jax_simpo.train.loop import TrainingLoop
 from jax_simpo.train.metrics import read_metrics
@@ -216,7 +217,7 @@ def test_a_run_made_longer_and_killed_before_its_export_is_exported(
     run(config_of(tmp_path, max_steps=1, **settings))
     first = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.hf, "save_model", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(hf, "save_model", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(config_of(tmp_path, max_steps=3, **settings))
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == first
