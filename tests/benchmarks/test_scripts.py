@@ -23,6 +23,7 @@ SCRIPTS = {
     "host": "host",
     "streaming": "equal",
 }
+SLOW = ("throughput", "layers", "peers", "loss_head", "remat")
 
 
 def results(script: str, folder: Path, *options: str) -> dict[str, Any]:
@@ -48,9 +49,7 @@ def test_a_script_says_what_it_asks_expects_and_takes(script: str) -> None:
     assert "\nExpected" in text and "\nTakes about" in text
 
 
-@pytest.mark.parametrize(
-    "script", [pytest.param(s, marks=pytest.mark.slow) if s in ("throughput", "peers", "remat") else s for s in SCRIPTS]
-)
+@pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.slow) if s in SLOW else s for s in SCRIPTS])
 def test_a_script_writes_well_formed_results(script: str, tmp_path: Path) -> None:
     found = results(script, tmp_path, "--quick")
     assert found["data"][SCRIPTS[script]]
