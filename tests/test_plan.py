@@ -213,10 +213,23 @@ def test_a_mesh_that_does_not_divide_is_told(config: Path) -> None:
         make_plan(config, ["--mesh.fsdp=3"], Topology.parse("cpu:8"))
 
 
-def test_a_compiler_that_breaks_off_is_told(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(PlanError, match=r"broke off \(status 1\)"):
-        make_plan(config, [], Topology.parse("cpu:8"))
+@pytest.mark.parametrize("search", [False, True])
+def test_a_compiler_that_breaks_off_is_told_and_what_was_found_before_is_kept(
+    search: bool, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = plan_of(memory_of(8), notes=["the compiler broke off"], largest_rows_per_device=None)
+    (tmp_path / "found.json").write_text(json.dumps(found.to_json()))
+    python = tmp_path / "python"
+    task = "import json, pathlib, sys; task = json.loads(sys.argv[1])"
+    copies = f"pathlib.Path(task['result']).write_text(pathlib.Path('{tmp_path}/found.json').read_text())"
+    python.write_text(f'#!/bin/sh\n{sys.executable} -c "{task}; {copies if search else ""}" "$3"\nkill -9 $$\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    if search:
+        assert make_plan(config, [], Topology.parse("cpu:8")) == found
+    else:
+        with pytest.raises(PlanError, match=r"broke off, status -9 .*memory may be too small"):
+            make_plan(config, [], Topology.parse("cpu:8"))
 
 
 # --- does it fit, and what to do

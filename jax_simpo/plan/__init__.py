@@ -46,9 +46,10 @@ def make_plan(config: Path, overrides: list[str], topology: Topology, *, search:
         command = [sys.executable, "-m", "jax_simpo.plan", json.dumps(task)]
         status = subprocess.run(command, env={**os.environ, **topology.environment()}).returncode
         if not result.exists():
-            tail = log.read_text(errors="replace")[-2000:] if log.exists() else ""
+            said = log.read_text(errors="replace")[-2000:].strip() if log.exists() else ""
+            killed = " (killed: this machine's memory may be too small for it)" if status == -9 else ""
             raise PlanError(
-                f"--topology {topology}: the compiler broke off (status {status}). Its last words:\n{tail.strip()}"
+                f"--topology {topology}: the compiler broke off, status {status}{killed}. Its last words:\n{said}"
             )
         found = json.loads(result.read_text())
     if "error" in found:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -15,19 +15,22 @@ from jax_simpo.errors import UserError
 from jax_simpo.plan.topology import Topology
 
 
-def main(task: dict[str, str]) -> None:
+def main(task: dict[str, Any]) -> None:
     """Does the task and leaves the plan, or what the user must mend, in the file it names."""
     stream = _only_python_writes_to_stderr(task["log"])
     from jax_simpo.plan.program import PlannedSetup, plan_step  # jax must be imported after the redirection
 
     console = Console(file=stream, markup=False, highlight=False, soft_wrap=True)
+
+    def keep(result: dict[str, Any]) -> None:
+        Path(task["result"]).write_text(json.dumps(result), encoding="utf-8")
+
     try:
         config = load_config(Path(task["config"]), list(task["overrides"]))
         setup = PlannedSetup(config, console, topology=Topology.parse(task["topology"]))
-        result = plan_step(setup, search=bool(task["search"])).to_json()
+        plan_step(setup, search=bool(task["search"]), keep=lambda plan: keep(plan.to_json()))
     except UserError as error:
-        result = {"error": type(error).__name__, "message": str(error)}
-    Path(task["result"]).write_text(json.dumps(result), encoding="utf-8")
+        keep({"error": type(error).__name__, "message": str(error)})
 
 
 def _only_python_writes_to_stderr(log: str) -> TextIO:

@@ -17,7 +17,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -177,24 +177,25 @@ class Programs:
         return max(loops, default=0)
 
 
-def plan_step(setup: PlannedSetup, *, search: bool) -> Plan:
+def plan_step(setup: PlannedSetup, *, search: bool, keep: Callable[[Plan], None]) -> None:
     """Compiles a config's step for its topology and measures it.
 
     Args:
         setup: the config's things.
         search: look for the largest micro-batch that fits.
+        keep: is given the plan; with `search` first one without what is searched for, for a compiler may break off.
     """
     config, model, mesh = setup.config, setup.model, setup.mesh
     model.shardings(mesh)  # a mesh that does not divide the model is told before the pairs are tokenised
     pairs = setup.train_pairs()
-    plan = setup.plan(pairs, batch=setup.global_batch_size(), seed=config.seed)
-    report = setup.describe_plan("training", plan)
-    micro_batches = report.rows / plan.rows_per_micro_batch
+    steps = setup.plan(pairs, batch=setup.global_batch_size(), seed=config.seed)
+    report = setup.describe_plan("training", steps)
+    micro_batches = report.rows / steps.rows_per_micro_batch
     rows = config.rows_per_device
     needed = math.ceil(report.rows * (1 - report.empty_rows) / setup.data_parallel)
     most = max(rows, needed)
 
-    programs = Programs(setup, plan, several=micro_batches > 1)
+    programs = Programs(setup, steps, several=micro_batches > 1)
     update = programs.update()
     compiled: dict[int, Compiled] = {}
 
@@ -206,8 +207,7 @@ def plan_step(setup: PlannedSetup, *, search: bool) -> Plan:
 
     found = memory(rows)
     capacity = setup.device_memory
-    largest = _largest(lambda n: memory(n).total, rows, most, capacity) if search else None
-    lengths, step_pairs = plan.lengths, min(plan.global_batch_size, len(plan.lengths))
+    lengths, step_pairs = steps.lengths, min(steps.global_batch_size, len(steps.lengths))
     tokens = {
         name: round(float(lengths.row_tokens(sharing).mean()) * step_pairs)
         for name, sharing in (("separate", False), ("shared", True))
@@ -217,13 +217,13 @@ def plan_step(setup: PlannedSetup, *, search: bool) -> Plan:
     notes = []
     if traffic is None:
         notes.append("the compiler gave no program, for it would not fit: no collectives can be read from it")
-    return Plan(
+    plan = Plan(
         topology=str(setup.topology),
         devices=mesh.size,
         device_kind=mesh.devices.flat[0].device_kind,
         mesh=dict(mesh.shape),
         attention=setup.attention,
-        row=vars(plan.shape),
+        row=vars(steps.shape),
         rows_per_device=rows,
         micro_batches_per_step=micro_batches,
         pairs_per_step=step_pairs,
@@ -234,10 +234,14 @@ def plan_step(setup: PlannedSetup, *, search: bool) -> Plan:
         flops_per_step=useful_flops(model.config, work) * step_pairs / len(lengths),
         collectives={} if traffic is None else _of_a_step(traffic, micro_batches, update.traffic or {}),
         tokens_per_step=tokens,
-        largest_rows_per_device=largest,
+        largest_rows_per_device=None,
         most_rows_per_device=most,
         notes=notes,
     )
+    if search:
+        keep(replace(plan, notes=[*notes, "the compiler broke off while the largest micro-batch was looked for"]))
+        plan = replace(plan, largest_rows_per_device=_largest(lambda n: memory(n).total, rows, most, capacity))
+    keep(plan)
 
 
 def _refused(error: Exception) -> int:
