@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -57,9 +58,12 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.
         )
     if unknown:
         sizes[unknown[0]] = count // known
-    return jax.make_mesh(
-        tuple(sizes[axis] for axis in MESH_AXES), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    lengths, types = tuple(sizes[axis] for axis in MESH_AXES), (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(lengths, MESH_AXES, types, devices=devices)
+    except NotImplementedError:  # a TPU's torus has axes of other lengths; they are split only where it has to be
+        grid = mesh_utils.create_device_mesh(lengths, devices, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def spec(*logical_axes: str | None) -> P:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -318,6 +320,24 @@ needs_libtpu = pytest.mark.skipif(
     not (find_spec("libtpu") and find_spec("tokamax")),
     reason="libtpu (or tokamax) is not installed: nothing here compiles for a TPU (see CONTRIBUTING.md)",
 )
+
+
+MESHES = """
+from jax_simpo.plan.topology import Topology
+from jax_simpo.sharding import make_mesh
+
+for name, sizes in (("v6e:16x16", (1, 64, 4)), ("v5p:2x2x4", (1, 16, 1)), ("v5e:4x8", (2, 2, 8))):
+    mesh = make_mesh(*sizes, devices=Topology.parse(name).devices())
+    assert tuple(mesh.shape.values()) == sizes and len(set(mesh.devices.flat)) == mesh.size
+"""
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_mesh_may_split_the_axes_of_a_tpus_torus() -> None:
+    environment = {**os.environ, **Topology.parse("v6e:16x16").environment()}
+    run = subprocess.run([sys.executable, "-c", MESHES], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.mark.slow

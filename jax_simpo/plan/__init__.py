@@ -46,6 +46,8 @@ def make_plan(config: Path, overrides: list[str], topology: Topology, *, search:
         command = [sys.executable, "-m", "jax_simpo.plan", json.dumps(task)]
         status = subprocess.run(command, env={**os.environ, **topology.environment()}).returncode
         if not result.exists():
+            if status > 0:  # a defect of ours or of jax; Python has told it
+                raise PlanError(f"--topology {topology}: compiling failed with the error above")
             said = log.read_text(errors="replace")[-2000:].strip() if log.exists() else ""
             killed = " (killed: this machine's memory may be too small for it)" if status == -9 else ""
             raise PlanError(
