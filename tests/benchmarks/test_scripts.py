@@ -23,7 +23,7 @@ SCRIPTS = {
     "host": "host",
     "streaming": "equal",
 }
-SLOW = ("throughput", "layers", "peers", "loss_head", "remat")
+SLOW = ("throughput", "layers", "peers", "loss_head", "remat", "host")
 
 
 def results(script: str, folder: Path, *options: str) -> dict[str, Any]:
