@@ -99,9 +99,31 @@ def constrain(x: Array, *logical_axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
 
 
+# Collectives inside `shard_map`; over an axis of one device they do nothing, which is not free on every backend.
+
+
 def psum(x: Array, axis: str) -> Array:
-    """`jax.lax.psum` inside `shard_map`; nothing over an axis of one device, where it is not free on every backend."""
+    """`jax.lax.psum`."""
     return jax.lax.psum(x, axis) if jax.lax.axis_size(axis) > 1 else x
+
+
+def all_gather(x: Array, axis: str, dimension: int) -> Array:
+    """`jax.lax.all_gather` of the parts of a dimension."""
+    return jax.lax.all_gather(x, axis, axis=dimension, tiled=True) if jax.lax.axis_size(axis) > 1 else x
+
+
+def psum_scatter(x: Array, axis: str, dimension: int) -> Array:
+    """`jax.lax.psum_scatter` to the parts of a dimension."""
+    if jax.lax.axis_size(axis) == 1:
+        return x
+    return jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+
+
+def all_to_all(x: Array, axis: str, *, split: int, join: int) -> Array:
+    """`jax.lax.all_to_all`: parts of one dimension for parts of another."""
+    if jax.lax.axis_size(axis) == 1:
+        return x
+    return jax.lax.all_to_all(x, axis, split_axis=split, concat_axis=join, tiled=True)
 
 
 def gather(w: Float[Array, "..."], dtype: Any, *logical_axes: str | None) -> Float[Array, "..."]:

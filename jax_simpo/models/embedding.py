@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jax_simpo.sharding import RULES, psum, spec
+from jax_simpo.sharding import RULES, all_gather, all_to_all, psum, spec
 
 _COLUMNS, _ROWS = str(RULES["embed"]), str(RULES["vocab"])
 _BATCH = P(RULES["batch"])
@@ -51,18 +51,18 @@ _lookup.defvjp(_forward, _backward)
 
 
 def _local_lookup(dtype: Any, vocabulary: int, table: Array, tokens: Array) -> Array:
-    tokens = jax.lax.all_gather(tokens, _COLUMNS, axis=0, tiled=True)
+    tokens = all_gather(tokens, _COLUMNS, 0)
     index, mine = _local_index(table, tokens)
     columns = jnp.where(mine, table[jnp.where(mine[..., 0], index, 0)], 0).astype(dtype)
     columns = psum(columns, _ROWS)  # all but one of the parts are zero
     known = (tokens >= 0) & (tokens < vocabulary)
     columns = jnp.where(known[..., None], columns, jnp.nan)
-    return jax.lax.all_to_all(columns, _COLUMNS, split_axis=0, concat_axis=2, tiled=True)
+    return all_to_all(columns, _COLUMNS, split=0, join=2)
 
 
 def _local_gradient(table: Array, tokens: Array, dx: Array) -> Array:
-    tokens = jax.lax.all_gather(tokens, _COLUMNS, axis=0, tiled=True)
-    columns = jax.lax.all_to_all(dx, _COLUMNS, split_axis=2, concat_axis=0, tiled=True)
+    tokens = all_gather(tokens, _COLUMNS, 0)
+    columns = all_to_all(dx, _COLUMNS, split=2, join=0)
     index, mine = _local_index(table, tokens)
     columns = jnp.where(mine, columns.astype(table.dtype), 0)
     gradient = jnp.zeros_like(table).at[jnp.where(mine[..., 0], index, 0)].add(columns)

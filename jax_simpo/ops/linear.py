@@ -19,36 +19,46 @@ def linear(x: Float[Array, "B L In"], w: Float[Array, "In Out"]) -> Float[Array,
     return checkpoint_name(product(x, w), PRODUCT)
 
 
+@jax.custom_vjp
 def product(x: Float[Array, "B L In"], w: Float[Array, "In Out"]) -> Float[Array, "B L Out"]:
     """`linear`, but made again in the backward pass wherever anything is."""
-    if x.dtype == jnp.float32:
-        return jnp.matmul(x, w, precision=matmul_precision(x.dtype))
-    return _rounded(x, w)
-
-
-@jax.custom_vjp
-def _rounded(x: Array, w: Array) -> Array:
     return _einsum("bli,io->blo", x, w)
 
 
 def _forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _rounded(x, w), (x, w)
+    return product(x, w), (x, w)
 
 
 def _backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, w = saved
-    return _einsum("blo,io->bli", dy, w), _einsum("bli,blo->io", x, dy)
+    return _einsum("blo,io->bli", dy, w), _weight_gradient(x, dy)
 
 
-_rounded.defvjp(_forward, _backward)
+product.defvjp(_forward, _backward)
+
+
+def _weight_gradient(x: Array, dy: Array) -> Array:
+    """`x.T @ dy`. XLA's CPU products want the left operand transposed and write it so: let that be the narrower one."""
+    straight = partial(_einsum, "bli,blo->io")
+    if x.dtype != jnp.float32 or x.shape[-1] < dy.shape[-1]:
+        return straight(x, dy)
+
+    def swapped(x: Array, dy: Array) -> Array:
+        # Without a barrier XLA swaps the operands back.
+        return jax.lax.optimization_barrier(_einsum("blo,bli->oi", dy, x)).T
+
+    return jax.lax.platform_dependent(x, dy, cpu=swapped, default=straight)
 
 
 def _einsum(subscripts: str, a: Array, b: Array) -> Array:
-    """On a CPU, XLA takes the matrix units of 16-bit numbers only where it is asked for a float32 result.
+    """The product in its operands' dtype, its sums in float32.
 
-    Elsewhere asking for one would write it to memory before it is rounded.
+    On a CPU, XLA takes the matrix units of 16-bit numbers only where it is asked for a float32 result. Elsewhere asking
+    for one would write it to memory before it is rounded.
     """
-    narrow = partial(jnp.einsum, subscripts)
+    narrow = partial(jnp.einsum, subscripts, precision=matmul_precision(a.dtype))
+    if a.dtype == jnp.float32:
+        return narrow(a, b)
 
     def wide(a: Array, b: Array) -> Array:
         product = jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)

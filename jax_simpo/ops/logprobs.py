@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_simpo.ops.blockwise import matmul_precision
-from jax_simpo.sharding import RULES, psum, spec
+from jax_simpo.sharding import RULES, all_gather, psum, psum_scatter, spec
 
 # Targets and bytes of a tile: it should stay in a CPU's cache; elsewhere it should be large, for each is a kernel call.
 _CPU_TILE = (512, 8 << 20)
@@ -212,8 +212,7 @@ def _local_backward(
     if dhead is None:
         return (dhidden,)
     if meshed:
-        dhead = jax.lax.psum_scatter(dhead, RULES["embed"], scatter_dimension=1, tiled=True)
-        dhead = psum(dhead, "data")
+        dhead = psum(psum_scatter(dhead, str(RULES["embed"]), 1), "data")
     return dhidden, dhead.astype(head.dtype)
 
 
@@ -296,7 +295,7 @@ class _Blocks:
 
 def _gather_head(head: Array, dtype: jnp.dtype, meshed: bool) -> Array:
     head = head.astype(dtype)
-    return jax.lax.all_gather(head, RULES["embed"], axis=1, tiled=True) if meshed else head
+    return all_gather(head, str(RULES["embed"]), 1) if meshed else head
 
 
 def _local_token(token: Int[Array, "B T"], vocabulary: int, meshed: bool) -> Int[Array, "B T"]:
