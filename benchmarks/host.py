@@ -101,7 +101,7 @@ def _idle(model: Model, profile: str, batch: int, steps: int) -> dict[str, float
     trainee = Trainee(model, plan, pool, mesh)
     with jax.set_mesh(mesh):
         weights = trainee.fresh_weights()
-        trainee.compute(weights, trainee.build(0))
+        trainee.warm(weights)
         waited = 0.0
         started = time.perf_counter()
         with closing(step_batches(plan, pool, range(1, steps + 1))) as batches:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# Hugging Face configurations. The small ones keep an 8B model's proportion of head to layers (7 %) where throughput is
-# asked for; `hh-155m` has a whole Llama-3 vocabulary, as a small model that is really trained has.
+# Hugging Face configurations. `small` keeps an 8B model's proportion of head to layers (7 %) and of the parts of a layer
+# to one another; `hh-155m` has a whole Llama-3 vocabulary, as a small model that is really trained has.
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {
         "vocab_size": 512,
@@ -18,10 +18,10 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "small": {
         "vocab_size": 1024,
-        "hidden_size": 256,
-        "intermediate_size": 896,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
+        "hidden_size": 512,
+        "intermediate_size": 1792,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "tie_word_embeddings": False,
     },

@@ -63,7 +63,7 @@ def main(
         held = {policy: trainee.compiled_bytes() for policy, trainee in run.items()}
         weights = run["none"].fresh_weights()
         for trainee in run.values():
-            trainee.compute(weights, trainee.build(0))
+            trainee.warm(weights)
         seconds = in_turns({policy: partial(trainee.seconds, weights) for policy, trainee in run.items()}, rounds)
         del weights
         compiled = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -120,6 +120,11 @@ class Trainee:
         metrics = jax.device_get({**so_far.metrics, "grad_norm": norm})
         jax.block_until_ready(weights.params)
         return {name: float(value) for name, value in metrics.items()}
+
+    def warm(self, weights: Weights) -> None:
+        """Compiles everything a step runs, on its first micro-batches."""
+        batch = self.build(0)
+        self.compute(weights, replace(batch, micro_batches=batch.micro_batches[:2]))
 
     def seconds(self, weights: Weights, step: int) -> float:
         """Seconds of a step with the host's work: planning, building and sending its rows."""
