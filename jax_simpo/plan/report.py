@@ -229,7 +229,7 @@ def _show_step(plan: Plan, console: Console) -> None:
     off = "" if plan.settings["prefix_sharing"] else " (`prefix_sharing` is off in this config)"
     row = plan.row
     facts = {
-        "step": f"{plan.pairs_per_step:.4g} pairs in {plan.micro_batches_per_step:.3g} micro-batches of "
+        "step": f"{plan.pairs_per_step:.4g} pairs in {plan.micro_batches_per_step:.3g} micro-batch(es) of "
         f"{plan.rows_per_device} row(s) a device",
         "row": f"{row['length']} tokens, {row['targets']} targets, {row['responses']} responses; "
         f"attention: {plan.attention}, remat: {plan.settings['remat']}",
