@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from jax._src import core
 from jax._src.pallas.mosaic.interpret import thread_map
+from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
 from jax_simpo.errors import ConfigError
 from jax_simpo.ops import block_bounds, pallas_gpu, warpgroup
@@ -23,6 +24,7 @@ from jax_simpo.ops.attention import attention as any_attention
 from jax_simpo.ops.attention import prepare_mask, visible
 from jax_simpo.ops.attention_choice import PALLAS_HEADS
 from jax_simpo.ops.blockwise import SAVED
+from jax_simpo.sharding import make_mesh
 
 # Three blocks, the last one padded inside: 44 is no multiple of 16.
 BLOCK, LENGTH, HEADS, KV_HEADS, WIDTH = 16, 44, 2, 1, 16
@@ -73,10 +75,12 @@ def layouts(draw: st.DrawFn, length: int = LENGTH) -> tuple[np.ndarray, np.ndarr
     return key_end, positions
 
 
-def arrays(seed: int, dtype=jnp.float32, rows: int = 1, heads: int = HEADS, kv_heads: int = KV_HEADS):  # type: ignore[no-untyped-def]
+def arrays(  # type: ignore[no-untyped-def]
+    seed: int, dtype=jnp.float32, rows: int = 1, heads: int = HEADS, kv_heads: int = KV_HEADS, width: int = WIDTH
+):
     """q, k, v and the gradient of the output."""
     random = np.random.default_rng(seed)
-    shapes = [(rows, LENGTH, h, WIDTH) for h in (heads, kv_heads, kv_heads, heads)]
+    shapes = [(rows, LENGTH, h, width) for h in (heads, kv_heads, kv_heads, heads)]
     return [jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes]
 
 
@@ -160,6 +164,59 @@ def test_bfloat16_is_as_near_to_float32_as_dense_in_bfloat16() -> None:
         assert c.dtype == jnp.bfloat16
         distance = [float(jnp.linalg.norm(a - x.astype(jnp.float32))) for x in (b, c)]
         assert distance[1] <= 1.5 * distance[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width"), [("float32", 128), ("bfloat16", 256), pytest.param("float32", 80, marks=pytest.mark.slow)]
+)
+def test_heads_too_wide_for_both_gradients_at_once_are_as_near_to_float32_as_dense(
+    dtype: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a block a step, dK and dV by a kernel each, and no more stages than the hardware has room for."""
+    memory = pallas_gpu.SHARED_MEMORY * BLOCK // block_bounds.BLOCK  # all that lies in it is as long as a block
+    monkeypatch.setattr(pallas_gpu, "SHARED_MEMORY", memory)
+    parts = pallas_gpu._parts(dtype)
+    plan = pallas_gpu._plan(width, parts, BLOCK, True)
+    assert [wanted for wanted, _ in plan.gradients] == [("dk",), ("dv",)]
+    assert plan.dq.stages == (1 if width * parts == 256 else 2)
+
+    key_end, positions = one_row(17, 9, 14)
+    inputs = [x * (WIDTH / width) ** 0.25 for x in arrays(11, width=width)]  # products as large as those of WIDTH
+    inputs = [x.astype(dtype) for x in inputs]
+    exact = oracle(*(x.astype(jnp.float32) for x in inputs), key_end, positions)
+    rounded = oracle(*(x.astype(jnp.bfloat16) for x in inputs), key_end, positions)
+    found = kernels(*inputs, key_end, positions)
+    for name, a, b, c in zip(("out", "dq", "dk", "dv"), exact, rounded, found, strict=True):
+        assert c.dtype == dtype
+        dense, distance = (float(jnp.linalg.norm(a - x.astype(jnp.float32))) for x in (b, c))
+        # float32 is taken with 16 bits, 256 times finer than bfloat16; sums over a row cost some of that.
+        assert distance <= (1.5 * dense if dtype == "bfloat16" else dense / 30), name
+
+
+def test_on_a_mesh_each_device_computes_its_own_rows_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against dense without a mesh; the kernels' own block is longer than a row."""
+    # The interpreter checks at the end of a kernel on each device that no barrier is left on any, and so it would find
+    # those of the devices that are still at work.
+    check, all_have_ended = shared_memory.GPUSharedMemory.assert_no_barriers_allocated, threading.Barrier(4)
+
+    def check_later(memory: shared_memory.GPUSharedMemory) -> None:
+        all_have_ended.wait(timeout=300)
+        check(memory)
+
+    monkeypatch.setattr(shared_memory.GPUSharedMemory, "assert_no_barriers_allocated", check_later)
+    key_end, positions = (jnp.concatenate(x) for x in zip(one_row(17, 9, 14), one_row(5, 30, 2), strict=True))
+    inputs = arrays(12, rows=2, heads=4, kv_heads=2)
+
+    @jax.jit
+    def run(q, k, v, dout, key_end, positions):  # type: ignore[no-untyped-def]
+        mask = prepare_mask(key_end, positions, (None,), "pallas", interpret=True)
+        out, pull = jax.vjp(lambda q, k, v: any_attention(q, k, v, mask, scale=SCALE), q, k, v)
+        return out, *pull(dout)
+
+    with jax.set_mesh(make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])):
+        found = run(*inputs, key_end, positions)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), found, oracle(*inputs, key_end, positions), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4, rtol=0, err_msg=name)
 
 
 def test_rejected_does_not_move_to_the_bit_when_chosen_changes() -> None:

@@ -137,17 +137,25 @@ def test_all_gradients_are_those_of_the_dense_oracle_on_separate_unpacked_rows(p
 LAYERS, WIDTH, INNER, BIG_VOCABULARY, LENGTH, TARGETS = 4, 128, 384, 8192, 256, 1024
 
 
-def compiled_step(sizes: tuple[int, int, int], tied: bool):  # type: ignore[no-untyped-def]
+def compiled_step(  # type: ignore[no-untyped-def]
+    sizes: tuple[int, int, int],
+    tied: bool,
+    dtype: str = "float32",
+    layers: int = LAYERS,
+    vocabulary: int = BIG_VOCABULARY,
+    chunk: int = 128,
+):
     """The gradient step of a small model with a large vocabulary, compiled for a mesh."""
     mesh = mesh_of(sizes)
     model = tiny_model(
-        vocab_size=BIG_VOCABULARY,
+        dtype,
+        vocab_size=vocabulary,
         hidden_size=WIDTH,
         intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         tie_word_embeddings=tied,
     )
-    functions = make_train_functions(Forward(model, "blockwise", 128), OBJECTIVE, optax.adamw(1e-3), mesh)
+    functions = make_train_functions(Forward(model, "blockwise", chunk), OBJECTIVE, optax.adamw(1e-3), mesh)
     widths = {"tokens": LENGTH, "positions": LENGTH, "key_end": LENGTH, "response_pair": 8, "response_rank": 8}
     widths |= {f"target_{name}": TARGETS for name in ("index", "token", "response")}
     rows = {
@@ -216,3 +224,22 @@ def test_the_log_sum_exp_is_reduced_once_per_pass_and_only_over_several_devices(
 def test_no_array_of_targets_by_vocabulary_is_alive(compiled) -> None:  # type: ignore[no-untyped-def]
     program, _, (_, _, tensor) = compiled
     assert program.memory_analysis().temp_size_in_bytes < 4 * TARGETS * BIG_VOCABULARY // tensor
+
+
+def test_no_copy_of_the_layers_or_second_float32_copy_of_the_head_is_alive_in_bfloat16() -> None:
+    """By how the temporaries of a step grow with the layers and the vocabulary; the float32 masters are arguments."""
+
+    def temporaries(**changes: int) -> int:
+        program = compiled_step((1, 1, 1), False, "bfloat16", chunk=16, **changes)  # type: ignore[arg-type]
+        return int(program.memory_analysis().temp_size_in_bytes)
+
+    def layer_bytes(count: int) -> int:
+        model = tiny_model(hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=count)
+        return 4 * model.parameter_count
+
+    least = temporaries()
+    layer, head = layer_bytes(2) - layer_bytes(1), 4 * BIG_VOCABULARY * WIDTH
+    # A layer's gradients, and its input, which is a sixth of that in float32; a copy would be a half more in bfloat16.
+    assert 0 < temporaries(layers=2 * LAYERS) - least < 1.4 * layer * LAYERS
+    # The head in bfloat16, the sum of its gradients, a chunk's, and the chunk's logits.
+    assert 0 < temporaries(vocabulary=2 * BIG_VOCABULARY) - least < 2.8 * head

@@ -1,0 +1,116 @@
+"""The estimates of what a device's memory allows, held to what they must obey whatever their constants are."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from jax_simpo.models.config import ModelConfig
+from jax_simpo.models.lora import Lora, choose_targets
+from jax_simpo.models.transformer import Model
+from jax_simpo.train.capacity import device_memory, logits_bytes, longest_row
+from tests.train.support import mesh_of
+
+GIB = 1 << 30
+# Of a size that is trained on one device; nothing here makes its arrays.
+CONFIG = ModelConfig.from_hf(
+    {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    }
+)
+MODEL = Model(CONFIG)
+ADAPTED = Model(CONFIG, lora=Lora(16, 32, choose_targets(None, "llama")))
+ONE = mesh_of((1, 1, 1))
+MEMORIES = [0, GIB, 20 * GIB, 24 * GIB, 32 * GIB, 80 * GIB, 1 << 50]
+
+
+def lengths(model: Model = MODEL, sizes: tuple[int, int, int] = (1, 1, 1), rows: int = 4) -> np.ndarray:
+    """The longest rows of each of `MEMORIES`."""
+    return np.array([longest_row(model, mesh_of(sizes), rows, memory) for memory in MEMORIES])
+
+
+def logits(model: Model, mesh: object = ONE) -> np.ndarray:
+    """The bytes for logits of each of `MEMORIES`."""
+    return np.array([logits_bytes(model, mesh, memory) for memory in MEMORIES])  # type: ignore[arg-type]
+
+
+def test_more_memory_never_gives_shorter_rows_and_neither_do_more_devices() -> None:
+    found = lengths()
+    assert (np.diff(found) >= 0).all() and len(set(found)) >= 4
+    for sizes in [(1, 8, 1), (1, 1, 4)]:  # the rows of a device stay as many
+        split = lengths(sizes=sizes)
+        assert (split >= found).all() and (split > found).any()
+    np.testing.assert_array_equal(lengths(sizes=(8, 1, 1)), found)  # along `data` nothing is split
+
+
+def test_the_rows_of_a_device_share_its_memory() -> None:
+    alone, many = lengths(rows=1), lengths(rows=8)
+    limited = alone < alone.max()
+    assert limited[many > 0].any()
+    np.testing.assert_array_equal(many[limited], alone[limited] // 8)
+
+
+def test_what_remat_keeps_shortens_rows() -> None:
+    full, dots, none = (lengths(replace(MODEL, remat=remat)) for remat in ("full", "dots", "none"))  # type: ignore[arg-type]
+    assert (full >= dots).all() and (dots >= none).all()
+    between = (full > 0) & (none < none.max())
+    assert between.any()
+    assert (full[between] > dots[between]).all() and (dots[between] > none[between]).all()
+
+
+def test_wider_numbers_shorten_rows() -> None:
+    half, full = lengths(), lengths(replace(MODEL, dtype="float32"))
+    assert (half >= full).all() and (half > full).any()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 4, 2)])
+def test_nothing_is_left_where_parameters_and_optimizer_state_do_not_fit(sizes: tuple[int, int, int]) -> None:
+    # Master weights, gradients and two moments, all float32.
+    state = 4 * 4 * MODEL.parameter_count // int(np.prod(sizes))
+    mesh, model = mesh_of(sizes), replace(MODEL, dtype="float32")
+    assert longest_row(MODEL, mesh, 1, state) == longest_row(MODEL, mesh, 1, 0) == 0
+    assert logits_bytes(model, mesh, state) == logits_bytes(model, mesh, 0) == 0
+    assert longest_row(MODEL, mesh, 1, 2 * state) > 0 and logits_bytes(model, mesh, 2 * state) > 0
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "none"])
+def test_the_layers_inputs_and_the_logits_fit_beside_parameters_and_optimizer_state(remat: str) -> None:
+    model = replace(MODEL, dtype="float32", remat=remat)  # type: ignore[arg-type]
+    state = 4 * 4 * model.parameter_count
+    for memory, length in zip(MEMORIES, lengths(model), strict=True):
+        kept = 4 * 4 * length * CONFIG.num_layers * CONFIG.hidden_size
+        assert length == 0 or state + kept + logits_bytes(model, ONE, memory) < memory
+
+
+def test_a_frozen_base_leaves_more_room() -> None:
+    trained, frozen = lengths(), lengths(ADAPTED)
+    assert (frozen >= trained).all() and (frozen > trained).sum() >= 2
+    by_dtype = [(logits(replace(m, dtype="float32"))) for m in (MODEL, ADAPTED)]
+    assert (by_dtype[1][1:] >= by_dtype[0][1:]).all() and (by_dtype[1] > by_dtype[0]).sum() >= 4
+
+
+def test_logits_are_kept_unless_in_16_bits_on_a_cpu() -> None:
+    assert not logits(MODEL).any()
+    gpu = SimpleNamespace(shape=ONE.shape, devices=np.array([SimpleNamespace(platform="gpu")]))
+    for found in (logits(MODEL, gpu), logits(replace(MODEL, dtype="float32"))):
+        assert (np.diff(found) >= 0).all() and len(set(found)) >= 4
+        assert (found <= MEMORIES).all()
+
+
+def test_the_devices_of_a_cpu_share_its_memory_and_others_say_their_own() -> None:
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert host * 0.99 < device_memory(ONE) * len(jax.local_devices()) <= host
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 80 * GIB})
+    assert device_memory(SimpleNamespace(local_devices=[device])) == 80 * GIB  # type: ignore[arg-type]
