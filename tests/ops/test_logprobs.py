@@ -152,7 +152,7 @@ def test_no_array_of_targets_by_vocabulary_is_allocated() -> None:
 
 def test_the_head_in_the_compute_dtype_is_not_made_float32_again() -> None:
     """A CPU's blocks of a bfloat16 head are slices of it, in both passes; XLA would convert the whole of it."""
-    vocabulary, width = 8192, 48
+    vocabulary, width = 65536, 48
 
     def total(hidden, head, index, token):  # type: ignore[no-untyped-def]
         return target_logps(hidden, head, index, token, chunk=64, block=1024, frozen=True).sum()
