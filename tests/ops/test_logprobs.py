@@ -161,6 +161,6 @@ def test_the_head_in_the_compute_dtype_is_not_made_float32_again() -> None:
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (((1, 128, width), jnp.bfloat16), ((vocabulary, width), jnp.float32))
     ] + [jax.ShapeDtypeStruct((1, 128), jnp.int32)] * 2
-    for f, copies in ((total, 1), (jax.grad(total), 2)):  # the cast to the compute dtype, at most once a pass
+    for f in (total, jax.grad(total)):  # the one cast to the compute dtype takes 2 bytes a number
         held = jax.jit(f).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
-        assert held < (2 * copies + 1) * vocabulary * width
+        assert held < 3 * vocabulary * width
