@@ -30,6 +30,7 @@ from jax_simpo.models.embedding import lookup
 from jax_simpo.models.lora import Adapter, Lora, join, split
 from jax_simpo.models.rope import rope_tables, rotate
 from jax_simpo.ops.attention import Mask, attention
+from jax_simpo.ops.bits import slice_in_loop, sliced_as_bits, without_gradient
 from jax_simpo.ops.blockwise import SAVED
 from jax_simpo.ops.linear import PRODUCT, linear
 from jax_simpo.sharding import RULES, constrain, gather, named
@@ -199,24 +200,31 @@ class Decoder(nnx.Module):
         layer, stacked = nnx.split(self.layers)
         windows = _one_period(self.config.layer_windows)
         count, periods = len(windows), self.config.num_layers // len(windows)
+        leaves, structure = jax.tree.flatten(stacked)
+        # What the loop slices by itself, and what is sliced in it.
+        looped = [None if sliced_as_bits(leaf) else leaf for leaf in leaves]
+        whole = [without_gradient(leaf) if sliced_as_bits(leaf) else None for leaf in leaves]
         if count > 1:
-            stacked = jax.tree.map(lambda leaf: leaf.reshape(periods, count, *leaf.shape[1:]), stacked)
+            looped = jax.tree.map(lambda leaf: leaf.reshape(periods, count, *leaf.shape[1:]), looped)
 
-        def run_layer(number: int, x: Array, params: Any) -> Array:
+        def run_layer(number: int, x: Array, params: Any, whole: Any, period: Array) -> Array:
             # A layer is taken out of its period inside what is rematerialised: what is kept for the backward pass is
             # then the stack of parameters itself, not a copy of it.
             if count > 1:
                 params = jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, number, keepdims=False), params)
-            return nnx.merge(layer, params)(x, rope, mask, windows[number])
+            taken = jax.tree.map(lambda leaf: slice_in_loop(leaf, period * count + number, 1).squeeze(0), whole)
+            params = [a if b is None else b for a, b in zip(params, taken, strict=True)]
+            return nnx.merge(layer, jax.tree.unflatten(structure, params))(x, rope, mask, windows[number])
 
-        def run_period(x: Array, params: Any) -> tuple[Array, None]:
+        def run_period(x: Array, at: tuple[Any, Array]) -> tuple[Array, None]:
+            params, period = at
             for number in range(count):
                 # prevent_cse guards against a compiler that undoes the rematerialisation; inside a loop it cannot.
                 run = jax.checkpoint(partial(run_layer, number), policy=_REMAT[self.remat], prevent_cse=periods == 1)
-                x = run(x, params)
+                x = run(x, params, whole, period)
             return x, None
 
-        x, _ = jax.lax.scan(run_period, x, stacked)
+        x, _ = jax.lax.scan(run_period, x, (looped, jnp.arange(periods)))
         return self.final_norm(x)
 
 
@@ -249,9 +257,12 @@ def _made_of_activations(primitive: Any, *inputs: Any, **_: Any) -> bool:
     """Activations are [B, L, ...]; what is made of one layer's parameters alone has at most two axes.
 
     Without this rule a "none" policy would keep every layer's gathered parameters for the backward pass, which is the
-    whole model on every device. (Slices cost nothing to make again, and one takes a layer out of its period.)
+    whole model on every device. (Slices cost nothing to make again, and some take a layer out of its stack.)
     """
-    return primitive.name not in ("slice", "squeeze") and any(len(getattr(x, "shape", ())) >= 3 for x in inputs)
+    return primitive.name not in _OF_SLICES and any(len(getattr(x, "shape", ())) >= 3 for x in inputs)
+
+
+_OF_SLICES = ("slice", "squeeze", "optimization_barrier", "bitcast_convert_type", "dynamic_slice")
 
 
 _keep_attention = jax.checkpoint_policies.save_only_these_names(SAVED)

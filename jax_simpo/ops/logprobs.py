@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_simpo.ops.bits import on_cpu, slice_in_loop
 from jax_simpo.ops.blockwise import matmul_precision
 from jax_simpo.sharding import RULES, all_gather, psum, psum_scatter, spec
 
@@ -66,7 +67,7 @@ def target_logps(
     """
     if counts is None:
         counts = jnp.full(len(target_index), target_index.shape[1], jnp.int32)
-    targets, size = _CPU_TILE if _on_cpu() else _TILE
+    targets, size = _CPU_TILE if on_cpu() else _TILE
     # Chunks are the grain in which padding is skipped: small ones where there are few targets.
     chunk = chunk or max(256, min(targets, _round_up(target_index.size // _data_parallel() // 8)))
     block = block or max(_LANES, size // (4 * chunk) // _LANES * _LANES)
@@ -282,7 +283,7 @@ class _Blocks:
 
     def slice(self, head: Float[Array, "V D"], at: _Block) -> Float[Array, "S D"]:
         """The block's part of the head."""
-        return jax.lax.dynamic_slice_in_dim(head, at.start, self.size)
+        return slice_in_loop(head, at.start, self.size)
 
     def counted(self, at: _Block) -> Bool[Array, "1 S"] | bool:
         """Which entries are the block's own."""
@@ -310,7 +311,7 @@ def _logits(h: Float[Array, "C D"], weights: Float[Array, "S D"], softcap: float
 
 
 def _weight_gradient(dlogits: Float[Array, "C S"], h: Float[Array, "C D"]) -> Float[Array, "S D"]:
-    if h.dtype == jnp.float32 or not _on_cpu():
+    if h.dtype == jnp.float32 or not on_cpu():
         precision = matmul_precision(h.dtype)
         return jnp.einsum("nv,nd->vd", dlogits, h, precision=precision, preferred_element_type=jnp.float32)
     # XLA finds a CPU's matrix units for 16-bit numbers in this form alone, and cannot run it with the transposition
@@ -327,9 +328,3 @@ def _data_parallel() -> int:
     """Devices that the rows are split over."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
-
-
-def _on_cpu() -> bool:
-    """Whether the program is made for a CPU; the mesh knows, for its devices need not be here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "cpu"

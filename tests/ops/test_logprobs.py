@@ -148,3 +148,19 @@ def test_no_array_of_targets_by_vocabulary_is_allocated() -> None:
     arguments = [jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, dtypes, strict=True)]
     compiled = jax.jit(jax.grad(total, (0, 1))).lower(*arguments).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * 4 * targets * vocabulary
+
+
+def test_the_head_in_the_compute_dtype_is_not_made_float32_again() -> None:
+    """A CPU's blocks of a bfloat16 head are slices of it, in both passes; XLA would convert the whole of it."""
+    vocabulary, width = 65536, 48
+
+    def total(hidden, head, index, token):  # type: ignore[no-untyped-def]
+        return target_logps(hidden, head, index, token, chunk=64, block=1024, frozen=True).sum()
+
+    arguments = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (((1, 128, width), jnp.bfloat16), ((vocabulary, width), jnp.float32))
+    ] + [jax.ShapeDtypeStruct((1, 128), jnp.int32)] * 2
+    for f in (total, jax.grad(total)):  # the one cast to the compute dtype takes 2 bytes a number
+        held = jax.jit(f).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        assert held < 3 * vocabulary * width

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import chex
@@ -14,9 +16,11 @@ import pytest
 
 from jax_simpo.data.loader import build_step
 from jax_simpo.hlo import collectives
-from jax_simpo.models import lora
+from jax_simpo.models import lora, transformer
 from jax_simpo.models.lora import Lora, choose_targets
 from jax_simpo.models.transformer import Model
+from jax_simpo.ops import bits
+from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.sharding import named
 from jax_simpo.train.step import Accumulated, Denominators, Forward, make_train_functions, put_rows
 from tests.train.support import (
@@ -121,9 +125,12 @@ LENGTH, TARGETS = 256, 1024
 
 
 def compiled_step(sizes: tuple[int, int, int], dtype: str, settings: Lora | None) -> Any:
+    return compiled(sizes, Model(tiny_model(**CHANGES).config, dtype, lora=settings), 128)
+
+
+def compiled(sizes: tuple[int, int, int], model: Model, chunk: int) -> Any:
     mesh = mesh_of(sizes)
-    model = Model(tiny_model(**CHANGES).config, dtype, lora=settings)
-    functions: Any = make_train_functions(Forward(model, "blockwise", 128), OBJECTIVE, optax.adamw(1e-3), mesh)
+    functions: Any = make_train_functions(Forward(model, "blockwise", chunk), OBJECTIVE, optax.adamw(1e-3), mesh)
     widths = {"tokens": LENGTH, "positions": LENGTH, "key_end": LENGTH, "response_pair": 8, "response_rank": 8}
     widths |= {f"target_{name}": TARGETS for name in ("index", "token", "response")}
     rows = {
@@ -173,3 +180,68 @@ def test_no_gradient_of_the_base_is_computed_reduced_or_held(dtype: str) -> None
     products_of_base, sums_of_base, lookups, held = found["trained"]
     assert products_of_base >= KERNELS and HEAD[0] in {n for shape in products_of_base - KERNELS for n in shape}
     assert sums_of_base >= KERNELS and lookups == 2 and held > 0.9 * 4 * model.parameter_count / 8
+
+
+# --- the frozen weights of a CPU's step are held once, in 16 bits
+
+WINDOWS = (40, None, 40, None)
+
+
+def lora_in_bfloat16(windows: tuple[int | None, ...], remat: Any, **changes: Any) -> Model:
+    config = tiny_model(**{**changes, "num_hidden_layers": len(windows)}).config
+    return Model(replace(config, layer_windows=windows), "bfloat16", remat, SETTINGS)
+
+
+def slice_as_floats(patch: pytest.MonkeyPatch) -> None:
+    """As if XLA could slice 16-bit floats."""
+    for module in (bits, transformer):
+        patch.setattr(module, "sliced_as_bits", lambda x: False)
+
+
+def held_again(model: Model) -> set[tuple[int, ...]]:
+    """Shapes of frozen matrices of which the compiled step makes an array of the whole, or of several layers."""
+    frozen = [leaf.shape for leaf in jax.tree.leaves(model.split(model.abstract)[1]) if leaf.size > 4096]
+    text = compiled((1, 1, 1), model, 1024).as_text()  # in such chunks the head has four blocks
+    fused = set(re.findall(r"calls=(%[\w.-]+)", text))  # what is computed within a fusion is not held
+    found = set()
+    for computation in re.split(r"\n(?=%|ENTRY)", text):
+        if computation.split(" ", 1)[0] in fused:
+            continue
+        for sizes, op in re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", computation):
+            made = tuple(map(int, sizes.split(",")))
+            if op not in ("parameter", "get-tuple-element"):
+                many = math.prod(made[:-2]) > 1
+                found |= {s for s in frozen if s == made or (many and len(s) == 3 and s[1:] == made[-2:])}
+    return found
+
+
+@pytest.mark.parametrize(("windows", "remat"), [((None,) * 3, "full"), (WINDOWS, "none")])
+def test_no_stack_of_frozen_weights_is_held_a_second_time(windows: tuple[int | None, ...], remat: Any) -> None:
+    model = lora_in_bfloat16(windows, remat, **CHANGES)
+    assert held_again(model) == set()
+    if remat == "full":
+        with pytest.MonkeyPatch.context() as patch:
+            slice_as_floats(patch)
+            # q, k (and v), o, gate (and up), down; and the head.
+            assert len(held_again(model)) == 6
+
+
+def test_slices_of_bits_change_no_number(pairs: Pairs) -> None:
+    model = lora_in_bfloat16(WINDOWS, "full")
+    start = start_of(model)
+    ours = gradients_of(model, start, pairs)
+    with pytest.MonkeyPatch.context() as patch:
+        slice_as_floats(patch)
+        chex.assert_trees_all_equal(gradients_of(model, start, pairs), ours)
+    assert min(float(np.abs(x).max()) for x in jax.tree.leaves(ours)) > 0
+
+
+def test_16_bit_parameters_have_no_gradient_on_a_cpu_and_get_no_zeros() -> None:
+    model = lora_in_bfloat16(WINDOWS, "full")
+    ints = jnp.zeros((1, 128), jnp.int32)
+
+    def loss(params: Any) -> Any:
+        return model.hidden_states(params, ints, ints, prepare_mask(ints + 128, ints, model.config.windows)).sum()
+
+    with pytest.raises(TypeError, match=r"bfloat16 parameters.*float32 ones"):
+        jax.eval_shape(jax.grad(loss), model.abstract)
