@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Hugging Face configurations. `small` keeps the proportions of an 8B model: of head to layers (7 %), and of the parts of a
+# Hugging Face configurations. `small` keeps the proportions of an 8B model: of head to layers (7 %), of the parts of a
 # layer to one another. `hh-155m` has a whole Llama-3 vocabulary, as a small model that is really trained has.
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {
