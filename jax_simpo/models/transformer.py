@@ -197,11 +197,14 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
         x = constrain(x, "batch", None, None)
         rope = rope_tables(self.config.rope, self.config.head_dim, positions, self.dtype)
+        return self.final_norm(self._run_layers(x, rope, mask))
+
+    def _run_layers(self, x: Float[Array, "B L D"], rope: tuple[Array, Array], mask: Mask) -> Float[Array, "B L D"]:
         layer, stacked = nnx.split(self.layers)
         windows = _one_period(self.config.layer_windows)
         count, periods = len(windows), self.config.num_layers // len(windows)
+        # The loop takes a period from each stack of parameters, except where XLA would copy the stack to do so.
         leaves, structure = jax.tree.flatten(stacked)
-        # What the loop slices by itself, and what is sliced in it.
         looped = [None if sliced_as_bits(leaf) else leaf for leaf in leaves]
         whole = [without_gradient(leaf) if sliced_as_bits(leaf) else None for leaf in leaves]
         if count > 1:
@@ -224,8 +227,7 @@ class Decoder(nnx.Module):
                 x = run(x, params, whole, period)
             return x, None
 
-        x, _ = jax.lax.scan(run_period, x, (looped, jnp.arange(periods)))
-        return self.final_norm(x)
+        return jax.lax.scan(run_period, x, (looped, jnp.arange(periods)))[0]
 
 
 def _one_period(windows: tuple[int | None, ...]) -> tuple[int | None, ...]:

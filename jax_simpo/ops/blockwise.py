@@ -206,9 +206,14 @@ class _BlockMask:
         if self.rule.softcap is not None:
             bent = jnp.tanh(scores / self.rule.softcap)
             scores, slope = self.rule.softcap * bent, self.rule.scale * (1.0 - bent**2)
-        # The branches keep the mask out of the loop over scores, where comparing integers would cost more than the exp.
-        see = jax.lax.cond(full, lambda: jnp.ones((BLOCK, BLOCK), bool), lambda: self.visible(n, other))
-        return jnp.where(jnp.tile(see, (1, self.groups)), scores, _MASKED), slope
+        # The branches keep the mask out of the loop over scores, where comparing integers would cost more than the exp,
+        # as would finding a stacked query's place in a mask of fewer.
+        most = jax.lax.cond(full, lambda: jnp.full(scores.shape[1:], jnp.inf), lambda: self.most(n, other))
+        return jnp.minimum(scores, most), slope
+
+    def most(self, n: Array, other: Array) -> Float[Array, "S M"]:
+        """The largest score there can be, by visibility: any, or that of a hidden key."""
+        return jnp.tile(jnp.where(self.visible(n, other), jnp.inf, _MASKED), (1, self.groups))
 
     def visible(self, n: Array, other: Array) -> Bool[Array, "S S"]:
         """The rule of `ops.attention`, `[key, query]`."""

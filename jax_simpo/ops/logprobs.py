@@ -33,7 +33,7 @@ from jax_simpo.sharding import RULES, all_gather, psum, psum_scatter, spec
 # Targets and bytes of a tile: it should stay in a CPU's cache; elsewhere it should be large, for each is a kernel call.
 _CPU_TILE = (512, 8 << 20)
 _TILE = (2048, 256 << 20)
-_LANES = 128  # a block of the vocabulary is a multiple of it
+_LANES, _CPU_LANES = 128, 16  # a block of the vocabulary is a multiple of it, if that is no more than was asked for
 _MASKED = -1e30  # finite: no NaN where nothing has been counted yet
 
 
@@ -265,16 +265,16 @@ class _Block(NamedTuple):
 
 
 class _Blocks:
-    """The vocabulary in blocks of one size; where it does not divide, the last one reaches back into its neighbour.
+    """The vocabulary in blocks of one size, few and even; if it does not divide, the last reaches into its neighbour.
 
     What it holds of its neighbour is not counted. It comes first, so that the neighbour's own gradient overwrites the
     zeros it leaves there.
     """
 
     def __init__(self, block: int, vocabulary: int) -> None:
-        self.size = min(block, vocabulary)
         self.vocabulary = vocabulary
-        self.count = -(-vocabulary // self.size)
+        self.count = -(-vocabulary // block)
+        self.size = min(_round_up(-(-vocabulary // self.count), _CPU_LANES if on_cpu() else _LANES), block, vocabulary)
 
     def all(self) -> _Block:
         """All blocks, stacked, in the order of the loop."""
@@ -320,8 +320,8 @@ def _weight_gradient(dlogits: Float[Array, "C S"], h: Float[Array, "C D"]) -> Fl
     return jax.lax.optimization_barrier(product).T
 
 
-def _round_up(n: int) -> int:
-    return -(-n // _LANES) * _LANES
+def _round_up(n: int, multiple: int = _LANES) -> int:
+    return -(-n // multiple) * multiple
 
 
 def _data_parallel() -> int:
