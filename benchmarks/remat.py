@@ -13,6 +13,7 @@ Takes about 5 minutes on two CPU cores (`--quick`: half a minute).
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,18 +90,21 @@ def main(
         f"{model}, {parameters / 1e6:.0f} M parameters, {dtype}, {batch} pairs of {profile} a step in rows of "
         f"{row_length}; medians of {rounds} rounds in turns."
     )
+    _draw(output, name, seconds, {policy: held[policy] - 8 * parameters for policy in POLICIES})
+    data = {"seconds": seconds, "bytes": held, "parameters": parameters, "compiled_only_bytes": compiled}
+    Result(name, "Rematerialisation", about, machine_facts(device_name()), tables, data, [f"{name}.png"]).write(output)
+
+
+def _draw(output: Path, name: str, seconds: Mapping[str, list[float]], activations: Mapping[str, int]) -> None:
+    points = {policy: (activations[policy] / 2**30, statistics.median(seconds[policy])) for policy in POLICIES}
     with picture(output, f"{name}.png") as axes:
-        for policy in POLICIES:
-            point = (held[policy] - 8 * parameters) / 2**30, statistics.median(seconds[policy])
+        for policy, point in points.items():
             axes.plot(*point, "o")
             axes.annotate(policy, point, xytext=(6, 4), textcoords="offset points")
         axes.set_xlabel("activations of a micro-batch, GiB")
         axes.set_ylabel("seconds a step")
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
-        axes.margins(x=0.2)
-    data = {"seconds": seconds, "bytes": held, "parameters": parameters, "compiled_only_bytes": compiled}
-    Result(name, "Rematerialisation", about, machine_facts(device_name()), tables, data, [f"{name}.png"]).write(output)
+        axes.set_xlim(0, 1.15 * max(x for x, _ in points.values()))
+        axes.set_ylim(0, 1.15 * max(y for _, y in points.values()))
 
 
 _NOTE = (
