@@ -6,10 +6,11 @@ a CPU), and jax-simpo. Each runs in a process of its own; rounds go in turns. Th
 the same work is seen to be done.
 
 Expected on a CPU, HH-RLHF, 155 M parameters with Llama-3's vocabulary: 8 times TRL in float32 and 4.5 times TRL in
-bfloat16, in less than half of TRL's memory. Measured on two cores of an EPYC: 7.2 times in float32, in
-0.45 of its memory; on two cores of a Xeon, which has matrix units for it, 6.7 times in bfloat16.
+bfloat16, in less than half of TRL's memory. Measured on two cores of an EPYC: 7.4 times in float32 and 8.1 times in
+bfloat16, in 0.39 and 0.33 of its memory.
 
-Takes about 20 minutes on two CPU cores, most of them TRL's (`--quick`: two minutes).
+Takes about an hour on two CPU cores, most of it PyTorch's; ten minutes with TRL and jax-simpo alone in two rounds
+(`--only TRL --only jax-simpo --rounds 2`; `--quick`: two minutes).
 """
 
 from __future__ import annotations
