@@ -22,7 +22,8 @@ PAIRS = 30
 def main(folder: Path) -> None:
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    mapping = {**model_mapping("small"), "initializer_range": 0.1}
+    narrow = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 4}
+    mapping = {**model_mapping("small"), **narrow, "initializer_range": 0.1}
     job = Job(str(folder), mapping, "builtin:cafe", PAIRS, "cpu")
     job.save()
     subprocess.run([sys.executable, "-m", "benchmarks.contenders.start", str(job.file)], cwd=ROOT, check=True)
