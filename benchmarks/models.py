@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-# Hugging Face configurations. `small` keeps the proportions of an 8B model: of head to layers (7 %), of the parts of a
-# layer to one another. `hh-155m` has a whole Llama-3 vocabulary, as a small model that is really trained has.
+# Hugging Face configurations. `small` has an 8B model's proportions of parameters: head to layers (7 %), feed-forward
+# to the rest of a layer; attention scores weigh more in it, as in any narrow model. `hh-155m` has a whole Llama-3
+# vocabulary, as a small model that is really trained has.
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {
         "vocab_size": 512,

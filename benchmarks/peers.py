@@ -9,8 +9,8 @@ Expected on a CPU, HH-RLHF, 155 M parameters with Llama-3's vocabulary: 8 times 
 bfloat16, in less than half of TRL's memory. Measured on two cores of an EPYC: 7.4 times in float32 and 8.1 times in
 bfloat16, in 0.39 and 0.33 of its memory.
 
-Takes about an hour on two CPU cores, most of it PyTorch's; ten minutes with TRL and jax-simpo alone in two rounds
-(`--only TRL --only jax-simpo --rounds 2`; `--quick`: two minutes).
+Takes about 10 minutes on two CPU cores with `--only TRL --only jax-simpo --rounds 2`; how long with all contenders has
+not been measured, several times that (`--quick`: two minutes).
 """
 
 from __future__ import annotations
