@@ -264,8 +264,8 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     )
     logprob_chunk: Literal["auto"] | Annotated[Whole, Field(ge=1)] = _key(
         "auto",
-        "Targets per tile of the loss head; `auto` takes what is fastest on the device and, in training, keeps the "
-        "logits for the backward pass where memory allows.",
+        "Hidden states per tile of the loss head; `auto` takes what is fastest on the device and, in training, keeps "
+        "the logits for the backward pass where memory allows.",
     )
 
     # --- evaluation and saving

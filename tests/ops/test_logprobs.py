@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_simpo.ops.logprobs import target_logps
+from jax_simpo.ops.logprobs import _States, target_logps
 from jax_simpo.sharding import make_mesh
 
 B, L, D, V = 8, 24, 16, 48
@@ -122,7 +122,39 @@ def test_kept_logits_are_used_and_a_head_product_is_saved() -> None:
         hidden, head, index, token, _ = problem(0, 20)
         return str(jax.make_jaxpr(jax.grad(total, (0, 1)))(hidden, head)).count("dot_general")
 
-    assert (products(0), products(4 * 160 * V)) == (4, 3)
+    # A forward product, and in the backward pass it again and two more: for whole tiles, and for parts of one.
+    assert (products(0), products(4 * 160 * V)) == (2 * 4, 2 * 3)
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(0, L - 1), max_size=12), min_size=1, max_size=3),
+    chunk=st.sampled_from([1, 5, 16]),
+)
+@settings(max_examples=25)
+def test_a_state_that_predicts_several_targets_is_listed_once_for_every_two_of_them(
+    rows: list[list[int]], chunk: int
+) -> None:
+    index = np.zeros((len(rows), 12), np.int32)
+    for row, places in zip(index, rows, strict=True):
+        row[: len(places)] = places
+    hidden = jnp.arange(len(rows) * L * 1.0).reshape(len(rows), L, 1)  # each state says where it stands
+    states = _States(chunk, L, jnp.asarray(index), jnp.asarray([len(places) for places in rows]))
+
+    listed = states.of(hidden)
+    expected = [
+        row * L + p for row, places in enumerate(rows) for p in set(places) for _ in range(0, places.count(p), 2)
+    ]
+    assert sorted(listed[: states.live, 0].tolist()) == sorted(expected)
+    for row, places in enumerate(rows):
+        found = states.back(listed)[row, : len(places), 0]
+        assert found.tolist() == [row * L + p for p in places]
+
+
+def test_no_log_prob_is_positive() -> None:
+    # A target's own logit and the log-sum-exp it stands in are sums in different orders.
+    hidden, head, index, token, _ = problem(3, 20)
+    token = (hidden @ head.T).argmax(-1)[jnp.arange(B)[:, None], index]  # the likeliest
+    assert float(target_logps(30 * hidden, head, index, token).max()) <= 0.0
 
 
 def test_bfloat16_states_give_float32_log_probs_and_a_float32_head_gradient() -> None:
