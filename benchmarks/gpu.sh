@@ -10,14 +10,15 @@
 #   PYTHON=...        the interpreter (default python3)
 #   DEVICE=cpu        rehearses every part on a CPU with tiny shapes
 #   SLOWER=10         that many times the time for each part
-#   PARTS="a b"       runs these parts only. `PARTS=profiles`, in no default run, sets jax-simpo beside torch_ref on all
-#                     six length profiles, another nine minutes at most
+#   PARTS="a b"       runs these parts only. Two are in no default run, for each takes up to nine minutes of its own:
+#                     `profiles` sets jax-simpo beside torch_ref on all six length profiles, and `parity` trains both
+#                     sides on the GPU and compares them number by number
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=$(mkdir -p "${1:-docs/benchmarks/gpu}" && cd "${1:-docs/benchmarks/gpu}" && pwd) || exit 1
 python=${PYTHON:-python3}
 device=${DEVICE:-gpu}
-parts=${PARTS:-facts attention_tests layers throughput_1b peers loss_head throughput_8b parity}
+parts=${PARTS:-facts attention_tests layers throughput_1b peers loss_head throughput_8b}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${TMPDIR:-/tmp}/jax-simpo-cache}
 export TMPDIR=${TMPDIR:-/tmp} HF_HUB_OFFLINE=1
@@ -53,7 +54,7 @@ facts() {
 parity() {
   local work status
   work=$(mktemp -d)
-  "$python" -m benchmarks.parity_start "$work" && "$python" -m parity "$work/config.yaml" --output "$work"
+  "$python" -m benchmarks.parity_start "$work" && "$python" -m parity "$work/config.yaml" --output "$work" "$@"
   status=$?
   for kind in md json; do cp "$work/report.$kind" "$out/parity.$kind"; done
   rm -rf "$work"
@@ -81,5 +82,5 @@ part peers 100 "$python" -m benchmarks.peers --output "$out" --device "$device" 
 part loss_head 40 "$python" -m benchmarks.loss_head --output "$out" --width 2048 --targets 8192 --dtype bfloat16 "${tiny[@]}"
 part throughput_8b 50 "$python" -m benchmarks.throughput --output "$out" --name throughput_8b --model llama-3-8b --layers 8 \
   --dtype bfloat16 --remat full --unpacked-batch 0 --rounds 2 --profiles capybara "${tiny[@]}"
-part parity 40 bash -c parity
+part parity 540 bash -c 'parity "$@"' parity "${tiny[@]}"
 part profiles 540 bash -c 'profiles "$@"' profiles "${tiny[@]}"

@@ -1,24 +1,61 @@
-"""Both sides, every layout, every backend: the same numbers."""
+"""Both sides, every layout, every backend: the same numbers.
+
+The float32 matrix is run once for all tests here: a process of PyTorch, two ranks of ZeRO-3, one process of JAX.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from parity.__main__ import main
-from parity.cases import ADAPTED, FAMILIES, FULL_FAMILIES, LAYOUTS, MESHES, REFERENCE, ZERO3, Cell
-from parity.compare import ALL_RUNS
+from parity.cases import ADAPTED, FAMILIES, FULL_FAMILIES, LAYOUTS, MESHES, REFERENCE, ZERO3, Cell, Job, make_plan
+from parity.compare import ALL_RUNS, Outcome, compare
+from parity.results import Found, read_found, read_tensors
 from parity.variants import VARIANTS
-from tests.parity.conftest import Matrix, run
+from torch_ref.distributed import Ranks
+from torch_ref.setup import Setup
 
 CELL = Cell("llama3", "shared + packed", "float32", "jax, fsdp=8")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What `python -m parity --quick` left behind."""
+
+    status: int
+    folder: Path
+    job: Job
+    outcome: Outcome
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return json.loads((self.folder / "report.json").read_text())
+
+
+def run(folder: Path, *arguments: str) -> Matrix:
+    status = main([*arguments, "--output", str(folder)])
+    job = Job.load(folder / "job.json")
+    return Matrix(status, folder, job, compare(job))
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    pytest.importorskip("deepspeed")
+    return run(tmp_path_factory.mktemp("parity"), "--quick")
 
 
 def test_every_family_layout_and_backend_is_compared(matrix: Matrix) -> None:
@@ -53,8 +90,6 @@ def test_exports_are_read_by_the_other_side(matrix: Matrix) -> None:
 
 def test_training_moves_the_loss_and_the_tokens(matrix: Matrix) -> None:
     """Twenty steps that changed nothing would agree, too."""
-    from parity.results import read_found
-
     found = read_found(matrix.job.found(CELL))
     loss = found.curve("loss")
     assert len(loss) == 20 and loss[-1] < 0.5 * loss[0]
@@ -63,8 +98,6 @@ def test_training_moves_the_loss_and_the_tokens(matrix: Matrix) -> None:
 
 @pytest.mark.parametrize("family", ADAPTED)
 def test_an_adapter_trains_alone_and_both_its_matrices_have_gradients(family: str, matrix: Matrix) -> None:
-    from parity.results import read_found, read_tensors
-
     found = read_found(matrix.job.found(Cell(family, "shared + packed", "float32", "jax, fsdp=4 x tensor=2")))
     start = read_tensors(Path(matrix.job.adapters[family]))
     assert found.gradients.keys() == found.weights.keys() == start.keys()
@@ -173,3 +206,64 @@ def test_bfloat16_rounds_no_worse_in_jax_than_in_pytorch(tmp_path: Path) -> None
     assert {c.cell.layout for c in rounded} == {*LAYOUTS, ALL_RUNS}
     assert not [(c.cell.name, figure) for c in rounded for figure in c.broken]
     assert found.status == 0
+
+
+# --- both sides against a third: TRL's functions
+
+BETA, RATIO = 2.5, 0.55
+BACKENDS = ["jax, 1 device", "jax, fsdp=4 x tensor=2", "torch, 1 process"]
+
+
+def trl() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's own, about its future
+        from trl.experimental.cpo import CPOTrainer
+    return CPOTrainer
+
+
+@pytest.fixture(scope="module", params=["llama", "llama3"])
+def trl_means(request: pytest.FixtureRequest, matrix: Matrix) -> tuple[str, np.ndarray]:
+    """Mean log-probs of the first step's pairs by TRL's function, from transformers' logits, one response at a time."""
+    from transformers import AutoModelForCausalLM
+
+    job, cell = matrix.job, Cell(request.param, "separate", "float32", "torch, 1 process")
+    config = job.config(cell)
+    pairs = Setup(config, Console(quiet=True), Ranks(0, 1, torch.device("cpu"), launched=False)).train_pairs()
+    model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path)
+    means = []
+    for pair in pairs.pairs(make_plan(job, config, pairs.lengths).pairs(0)):
+        for response in pair.responses:
+            ids = torch.from_numpy(response.ids.astype(np.int64))[None]
+            labels = ids.clone()
+            labels[:, : response.prompt_length] = -100
+            with torch.no_grad():
+                logits = model(input_ids=ids, use_cache=False).logits
+            means.append(trl().get_batch_logps(logits, labels, average_log_prob=True).item())
+    return request.param, np.array(means).reshape(-1, 2)
+
+
+def found_in(matrix: Matrix, family: str, layout: str, backend: str) -> Found:
+    return read_found(matrix.job.found(Cell(family, layout, "float32", backend)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["separate", "shared + packed"])
+def test_mean_log_probs_and_losses_are_trls(
+    layout: str, backend: str, trl_means: tuple[str, np.ndarray], matrix: Matrix
+) -> None:
+    family, means = trl_means
+    found = found_in(matrix, family, layout, backend)
+    np.testing.assert_allclose(found.means, means, atol=2e-5)
+    settings = SimpleNamespace(
+        beta=BETA,
+        simpo_gamma=BETA * RATIO,
+        label_smoothing=0.0,
+        loss_type="simpo",
+        alpha=0.0,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    losses, chosen, rejected = trl().cpo_loss(settings, *torch.from_numpy(means).T)
+    np.testing.assert_allclose(found.losses, losses.numpy(), atol=2e-5)
+    first = found.steps[0]
+    np.testing.assert_allclose(first["rewards/chosen"], chosen.mean().item(), atol=2e-5)
+    np.testing.assert_allclose(first["rewards/rejected"], rejected.mean().item(), atol=2e-5)
