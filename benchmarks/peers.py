@@ -6,11 +6,10 @@ a CPU), and jax-simpo. Each runs in a process of its own; rounds go in turns. Th
 the same work is seen to be done.
 
 Expected on a CPU, HH-RLHF, 155 M parameters with Llama-3's vocabulary: 8 times TRL in float32 and 4.5 times TRL in
-bfloat16, in less than half of TRL's memory. Measured on two cores of an EPYC: 7.4 times in float32 and 8.1 times in
-bfloat16, in 0.39 and 0.33 of its memory.
+bfloat16, in less than half of TRL's memory. Measured on two cores of an EPYC: 9.0 times in float32 (9.5 and 8.5 in the
+two rounds) and 10.6 times in bfloat16, in 0.41 and 0.34 of its memory.
 
-Takes about 10 minutes on two CPU cores with `--only TRL --only jax-simpo --rounds 2`; how long with all contenders has
-not been measured, several times that (`--quick`: two minutes).
+Takes about 16 minutes on two CPU cores with `--rounds 2` (`--quick`: two minutes).
 """
 
 from __future__ import annotations

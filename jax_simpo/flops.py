@@ -3,7 +3,7 @@
 Useful floating-point operations are those the layout's own tokens need: two per parameter and token in a forward pass,
 four per visible query-key pair, head and feature, twice as many again in the backward pass. Padding, blocks that are
 computed to be thrown away and recomputation count as nothing. (XLA's own count is of no use here: it takes the body of
-a loop once, and layers, targets and attention are loops.)
+a loop once, and layers, the head and attention are loops.)
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _FORWARD_AND_BACKWARD = 3
 
 @dataclass(frozen=True)
 class Work:
-    """What some pairs ask of a model: input tokens, visible query-key pairs, targets."""
+    """What some pairs ask of a model: input tokens, visible query-key pairs, hidden states that predict a target."""
 
     tokens: int
     visible: int
-    targets: int
+    predictors: int
 
 
 def work_of(lengths: PairLengths, prefix_sharing: bool) -> Work:
@@ -33,7 +33,10 @@ def work_of(lengths: PairLengths, prefix_sharing: bool) -> Work:
     shared = lengths.shared_inputs.astype(np.int64) if prefix_sharing else np.zeros_like(chosen)
     triangle = lambda n: n * (n + 1) // 2  # noqa: E731
     visible = triangle(chosen) + triangle(rejected) - triangle(shared)
-    return Work(int((chosen + rejected - shared).sum()), int(visible.sum()), int(lengths.targets().sum()))
+    # A response's targets are predicted from its last prompt token on; what lies within the prefix serves both.
+    first = np.maximum(chosen - lengths.chosen_targets, rejected - lengths.rejected_targets)
+    predictors = lengths.targets() - np.maximum(shared - first, 0)
+    return Work(int((chosen + rejected - shared).sum()), int(visible.sum()), int(predictors.sum()))
 
 
 def layer_parameters(config: ModelConfig) -> int:
@@ -43,8 +46,8 @@ def layer_parameters(config: ModelConfig) -> int:
 
 
 def useful_flops(config: ModelConfig, work: Work) -> float:
-    """Floating-point operations of forward and backward. The head is computed for targets only."""
+    """Floating-point operations of forward and backward. The head is computed for states that predict a target."""
     forward = config.num_layers * 2.0 * layer_parameters(config) * work.tokens
     forward += config.num_layers * 4.0 * config.num_heads * config.head_dim * work.visible
-    forward += 2.0 * config.vocab_size * config.hidden_size * work.targets
+    forward += 2.0 * config.vocab_size * config.hidden_size * work.predictors
     return _FORWARD_AND_BACKWARD * forward

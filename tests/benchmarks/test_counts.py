@@ -9,7 +9,8 @@ from benchmarks.flops import attention_ideal, attention_layer_ideal, linear_idea
 from benchmarks.lengths import CUT, PROFILES, Profile, draw_lengths, profile_pairs
 from benchmarks.models import MODELS, model_mapping
 from benchmarks.timing import in_turns, speed_up, total_speed_up
-from jax_simpo.data.pairs import PairLengths
+from jax_simpo.data.pairs import PairLengths, Response, TokenizedPair
+from jax_simpo.data.rows import RowShape, build_rows
 from jax_simpo.flops import layer_parameters, useful_flops, work_of
 from jax_simpo.models.config import ModelConfig
 
@@ -88,11 +89,26 @@ def test_flops_of_a_pair_counted_by_hand() -> None:
     assert layer_parameters(config) == 4 * 4 * 4 + 3 * 4 * 8
     shared = work_of(lengths, True)
     # Tokens 3 + 1 + 3; visible keys: 1+2+3 in the prefix, 4 in one branch, 4+5+6 in the other.
-    assert (shared.tokens, shared.visible, shared.targets) == (7, 6 + 4 + 15, 6)
-    forward = 2 * (2 * 160 * 7 + 4 * 4 * 25) + 2 * 10 * 4 * 6
+    # The last prompt token predicts the first of both answers.
+    assert (shared.tokens, shared.visible, shared.predictors) == (7, 6 + 4 + 15, 5)
+    forward = 2 * (2 * 160 * 7 + 4 * 4 * 25) + 2 * 10 * 4 * 5
     assert useful_flops(config, shared) == 3 * forward
     separate = work_of(lengths, False)
-    assert (separate.tokens, separate.visible, separate.targets) == (10, 10 + 21, 6)
+    assert (separate.tokens, separate.visible, separate.predictors) == (10, 10 + 21, 6)
+
+
+def test_states_that_predict_for_both_answers_are_counted_as_the_rows_have_them() -> None:
+    answers = [
+        [([1, 2, 3, 4], 2), ([1, 2, 5, 6, 7], 2)],  # a prompt in common
+        [([1, 2, 3, 4, 5], 2), ([1, 2, 3, 4, 6], 2)],  # and two tokens of the answers
+        [([1, 2, 3, 4, 5], 3), ([1, 2, 3, 4], 2)],  # cut at different places; one answer begins the other
+        [([1, 2, 3], 2), ([4, 5, 6], 2)],  # nothing
+    ]
+    pairs = [TokenizedPair(tuple(Response(np.array(ids), prompt) for ids, prompt in both)) for both in answers]
+    for sharing in (True, False):
+        rows = build_rows([list(enumerate(pairs))], RowShape(64, 64, 8), prefix_sharing=sharing)
+        real = rows.target_response[0] < 8
+        assert work_of(PairLengths.of(pairs), sharing).predictors == len(set(rows.target_index[0][real]))
 
 
 def test_a_layer_s_ideal_lies_between_those_of_its_parts() -> None:
