@@ -9,8 +9,8 @@ flash-attn where they run. JAX and PyTorch run in processes of their own, a cell
 Expected: near the ideal from a prefix of some 1000 tokens on; at short ones the blocks of 128 that are mixed cost what
 whole ones do.
 
-Takes 21 minutes on two CPU cores with `--model small --dtype float32 --response 128 --response 512 --rounds 3` (5 with
-prefixes up to 2048; `--quick`: one minute). On a GPU it has not run yet.
+Takes about 21 minutes on two CPU cores with `--model small --dtype float32 --response 128 --response 512 --rounds 3` (5
+with prefixes up to 2048; `--quick`: one minute). On a GPU it has not run yet.
 """
 
 from __future__ import annotations
