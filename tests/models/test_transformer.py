@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from jax.sharding import Mesh
 from transformers import LlamaForCausalLM
 
@@ -22,7 +23,7 @@ from jax_simpo.errors import MeshError
 from jax_simpo.models import hf
 from jax_simpo.models.config import ModelConfig
 from jax_simpo.models.rope import rope_frequencies
-from jax_simpo.models.transformer import Model
+from jax_simpo.models.transformer import Linear, Model, RMSNorm
 from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.sharding import make_mesh
 
@@ -174,6 +175,20 @@ def test_rematerialisation_changes_no_gradient(remat: str) -> None:
     _, gradients = value_and_gradients("one device", remat)
     _, full = value_and_gradients("one device")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max()), gradients, full)
+
+
+def test_gradients_of_norms_and_biases_are_summed_in_float32() -> None:
+    """In bfloat16 a sum of thousands of tokens would be as coarse as its last term: several per cent off."""
+    rng, tokens, width = np.random.default_rng(2), 4096, 64
+    x, dy = (jnp.asarray(rng.normal(size=(1, tokens, width)) + 0.5, jnp.bfloat16) for _ in range(2))
+    norm = RMSNorm(SMALL.config, width)
+    biased = Linear(("embed", "mlp"), (width, width), bias=True, std=0.1, rngs=nnx.Rngs(0))
+    exact_x, exact_dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+    normed = exact_x / np.sqrt((exact_x**2).mean(-1, keepdims=True) + SMALL.config.rms_norm_eps)
+    for module, exact in ((norm, (exact_dy * normed).sum((0, 1))), (biased, exact_dy.sum((0, 1)))):
+        gradients = jax.jit(nnx.grad(lambda m: jnp.sum((m(x) * dy).astype(jnp.float32))))(module)
+        found = np.asarray(gradients["scale" if module is norm else "bias"][...], np.float64)
+        assert np.linalg.norm(found - exact) < 2**-8 * np.linalg.norm(exact)
 
 
 def test_the_model_works_without_a_mesh() -> None:
