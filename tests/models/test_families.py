@@ -177,7 +177,7 @@ def test_gradients_are_those_of_transformers(family: str, sides_of: Callable[[st
     assert max(distances.values()) < 1e-5, max(distances.items(), key=lambda item: item[1])
 
 
-@pytest.mark.parametrize("family", ["gemma2", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen2", "qwen3"))])
 def test_values_and_gradients_are_the_same_on_a_mesh(family: str, sides_of: Callable[[str], Sides]) -> None:
     sides = sides_of(family)
     value, gradients = weighted_gradients(sides, make_mesh(fsdp=4, tensor=2), attention="dense")  # compiles faster

@@ -167,7 +167,8 @@ def test_bfloat16_is_as_near_to_float32_as_dense_in_bfloat16() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width"), [("float32", 128), ("bfloat16", 256), pytest.param("float32", 80, marks=pytest.mark.slow)]
+    ("dtype", "width"),
+    [("float32", 128), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("bfloat16", 256), ("float32", 80)))],
 )
 def test_heads_too_wide_for_both_gradients_at_once_are_as_near_to_float32_as_dense(
     dtype: str, width: int, monkeypatch: pytest.MonkeyPatch

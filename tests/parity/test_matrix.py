@@ -10,7 +10,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -174,6 +174,10 @@ def test_a_broken_bound_gives_exit_status_1(
     shutil.copytree(matrix.folder, folder, copy_function=os.link)
     for report in folder.glob("report.*"):
         report.unlink()  # a link: writing it would write the other one
+    (folder / "job.json").unlink()  # as the reports
+    family = {CELL.family: matrix.job.configs[CELL.family]}
+    one = {"configs": family, "adapters": {}, "cells": [CELL.on(REFERENCE), CELL], "variants": []}
+    replace(matrix.job, work=str(folder), **one).save()
     change(folder / matrix.job.found(CELL).relative_to(matrix.folder))
     assert main(["--report-only", "--output", str(folder)]) == 1
     shown = capsys.readouterr().out

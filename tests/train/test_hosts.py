@@ -252,6 +252,7 @@ def endless(folder: Path) -> list[str]:
     return ["train", str(folder / "config.yaml"), f"--output_dir={folder}/run"]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_takes_the_other_down_and_both_say_why(tmp_path: Path) -> None:
     hosts = Hosts(tmp_path, [endless(tmp_path)], fails_at=3)
     hosts.await_file("run/metrics.jsonl")

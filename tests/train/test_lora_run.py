@@ -126,6 +126,7 @@ def test_a_killed_run_goes_on_with_the_same_numbers(
         run(adapter_config(tmp_path, base, lora_r=2))
 
 
+@pytest.mark.slow
 def test_the_adapter_of_a_new_model_is_merged_for_its_base_has_no_name(tmp_path: Path) -> None:
     config = config_of(
         tmp_path, **{**ADAPTER, "max_steps": 1, "warmup_ratio": 0.0, "dtype": "bfloat16", "save_strategy": "no"}

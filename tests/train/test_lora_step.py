@@ -158,7 +158,7 @@ def of_the_base(shapes: list[tuple[int, ...]]) -> set[tuple[int, ...]]:
     return {shape for shape in found if shape in KERNELS or (96 in shape and 1024 <= max(shape) <= HEAD[1])}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_no_gradient_of_the_base_is_computed_reduced_or_held(dtype: str) -> None:
     found = {}
     for name, settings in {"frozen": SETTINGS, "trained": None}.items():
@@ -215,7 +215,9 @@ def held_again(model: Model) -> set[tuple[int, ...]]:
     return found
 
 
-@pytest.mark.parametrize(("windows", "remat"), [((None,) * 3, "full"), (WINDOWS, "none")])
+@pytest.mark.parametrize(
+    ("windows", "remat"), [((None,) * 3, "full"), pytest.param(WINDOWS, "none", marks=pytest.mark.slow)]
+)
 def test_no_stack_of_frozen_weights_is_held_a_second_time(windows: tuple[int | None, ...], remat: Any) -> None:
     model = lora_in_bfloat16(windows, remat, **CHANGES)
     assert held_again(model) == set()
@@ -226,6 +228,7 @@ def test_no_stack_of_frozen_weights_is_held_a_second_time(windows: tuple[int | N
             assert len(held_again(model)) == 6
 
 
+@pytest.mark.slow
 def test_slices_of_bits_change_no_number(pairs: Pairs) -> None:
     model = lora_in_bfloat16(WINDOWS, "full")
     start = start_of(model)

@@ -51,7 +51,12 @@ def reference(pairs: Pairs) -> History:
     return run_steps(pairs, steps=STEPS, batch=BATCH, mesh=mesh_of((1, 1, 1)))
 
 
-@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one device"])
+# What parity compares with PyTorch over as many steps, in CI too, is slow here.
+
+
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("fsdp=8", marks=pytest.mark.slow), "fsdp=4 x tensor=2", "data=2 x fsdp=4"]
+)
 def test_twenty_steps_give_the_same_losses_on_every_mesh(mesh: str, pairs: Pairs, reference: History) -> None:
     found = run_steps(pairs, steps=STEPS, batch=BATCH, mesh=mesh_of(MESHES[mesh]))
     np.testing.assert_allclose(found.values("loss"), reference.values("loss"), atol=1e-5)
@@ -59,7 +64,10 @@ def test_twenty_steps_give_the_same_losses_on_every_mesh(mesh: str, pairs: Pairs
     assert reference.values("loss")[-1] < 0.7 * reference.values("loss")[0]
 
 
-@pytest.mark.parametrize(("sharing", "packing"), LAYOUTS[1:])
+@pytest.mark.parametrize(
+    ("sharing", "packing"),
+    [(False, True), *(pytest.param(sharing, False, marks=pytest.mark.slow) for sharing in (True, False))],
+)
 def test_twenty_steps_give_the_same_losses_in_every_layout(
     sharing: bool, packing: bool, pairs: Pairs, reference: History
 ) -> None:

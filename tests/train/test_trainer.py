@@ -111,6 +111,7 @@ def test_a_killed_run_goes_on_with_the_same_numbers_to_the_bit(
         assert [r[name] for r in records] == [r[name] for r in finished[1]]
 
 
+@pytest.mark.slow  # the quick test of two hosts does so too
 def test_a_run_goes_on_with_the_same_batches_on_another_mesh(
     finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
