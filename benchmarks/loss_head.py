@@ -7,7 +7,7 @@ way and vocabulary runs in a process of its own; the ways of a vocabulary take t
 Expected: the tiled head's temporaries do not grow with targets x vocabulary, full logits' do, several times over; it is
 no slower, though it makes the logits twice.
 
-Takes about 6 minutes on two CPU cores (`--quick`: half a minute), 2 minutes on a GPU.
+Takes about 8 minutes on two CPU cores (`--quick`: half a minute), 2 minutes on a GPU.
 """
 
 from __future__ import annotations
