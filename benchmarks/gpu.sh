@@ -73,7 +73,7 @@ export python out device
 part facts 30 bash -c facts
 # The kernels as the hardware runs them, against the dense reference; needs pytest, but none of the tests' other packages.
 part attention_tests 60 env JAX_PLATFORMS="${JAX_PLATFORMS:-cuda}" "$python" -m pytest -q -rs -p no:cacheprovider \
-  --noconftest -o addopts=--import-mode=importlib -o filterwarnings=default tests/ops/test_pallas_on_gpu.py
+  --noconftest -o addopts=--import-mode=importlib -o filterwarnings=default tests/ops/attention/test_pallas_on_gpu.py
 part layers 100 "$python" -m benchmarks.layers --output "$out" --rounds 3 --response 128 --response 1024 "${tiny[@]}"
 part throughput_1b 120 "$python" -m benchmarks.throughput --output "$out" --name throughput_1b --model llama-3.2-1b \
   --dtype bfloat16 --remat full --unpacked-batch 0 --rounds 3 "${tiny[@]}"

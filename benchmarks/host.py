@@ -27,7 +27,7 @@ from benchmarks.results import Result, Table, percent
 from benchmarks.steps import Trainee, device_name, make_plan, one_device
 from benchmarks.timing import seconds_of
 from jax_simpo.data.loader import build_step, step_batches
-from jax_simpo.models.config import ModelConfig
+from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.transformer import Model
 
 
@@ -45,7 +45,7 @@ def main(
     profiles = profiles or ["hh-rlhf", "capybara"]
     if quick:
         pairs, model, steps, batch, profiles = 500, "tiny", 3, 16, ["hh-rlhf"]
-    policy = Model(ModelConfig.from_hf(model_mapping(model)), "float32", "none")
+    policy = Model(read_model_config(model_mapping(model)), "float32", "none")
     found = {profile: _host(policy, profile, pairs, batch) for profile in profiles}
     waiting = _idle(policy, profiles[0], batch, steps)
     rows = [

@@ -73,7 +73,7 @@ def main(
         # Read by Mosaic GPU when it compiles; must be set before jax is imported.
         os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"}
         device = _device()
-        from jax_simpo.ops.attention_choice import PALLAS_HEADS
+        from jax_simpo.ops.attention.choice import PALLAS_HEADS
 
         kernels = []
         for dtype, sizes in [("bfloat16", (128,))] if quick else PALLAS_HEADS.items():
@@ -141,16 +141,16 @@ def _compile(device: Any, dtype: str, size: int, variant: str) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jax_simpo.ops import pallas_gpu
+    from jax_simpo.ops.attention.pallas import kernel
 
     window, softcap = VARIANTS[variant]
 
     def attend_and_back(q: Any, k: Any, v: Any, key_end: Any, positions: Any, dout: Any) -> Any:
-        bounds = pallas_gpu.prepare(key_end, positions, window)
+        bounds = kernel.prepare(key_end, positions, window)
 
         def attend(q: Any, k: Any, v: Any) -> Any:
             options = {"scale": size**-0.5, "window": window, "softcap": softcap}
-            return pallas_gpu.attention(q, k, v, key_end, positions, bounds, **options)
+            return kernel.attention(q, k, v, key_end, positions, bounds, **options)
 
         out, pull = jax.vjp(attend, q, k, v)
         return out, pull(dout)

@@ -30,6 +30,7 @@ from benchmarks.models import model_mapping
 from benchmarks.results import Result, Table, picture
 from benchmarks.timing import speed_up
 from benchmarks.workers import Worker, WorkerFailed
+from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.config import ModelConfig
 
 Ideal = Callable[[str, int, int], float]  # of a part, at a prefix and a response length
@@ -81,7 +82,7 @@ def main(
             for worker in sides.values():
                 worker.close()
     shapes = model_mapping(model, 1)
-    ideal = partial(_ideal, ModelConfig.from_hf(shapes))
+    ideal = partial(_ideal, read_model_config(shapes))
     about = (
         f"{model}: hidden {shapes['hidden_size']}, {shapes['num_attention_heads']} heads, "
         f"{shapes['num_key_value_heads']} key/value heads of {shapes['head_dim']}, feed-forward "

@@ -63,12 +63,12 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
     from flax import nnx
 
     from benchmarks.steps import device_name
-    from jax_simpo.models.config import ModelConfig
+    from jax_simpo.hf.config import read_model_config
     from jax_simpo.models.rope import rope_tables
     from jax_simpo.models.transformer import MLP, Attention
     from jax_simpo.ops.attention import IMPLEMENTATIONS, attention, prepare_mask
 
-    config = ModelConfig.from_hf(mapping)
+    config = read_model_config(mapping)
     mlp, mlp_params = nnx.split(MLP(config, nnx.Rngs(0)))
     layer, layer_params = nnx.split(Attention(config, nnx.Rngs(0)))
     here = [name for name in IMPLEMENTATIONS if name in RUNS_ON[jax.default_backend()]]

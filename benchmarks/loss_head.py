@@ -132,8 +132,8 @@ def _worker(way: str, vocabulary: int, width: int, targets: int, dtype: str) -> 
 
     from benchmarks.steps import device_name
     from benchmarks.timing import seconds_of
-    from jax_simpo.ops.blockwise import matmul_precision
     from jax_simpo.ops.logprobs import target_logps
+    from jax_simpo.ops.numerics import matmul_precision
 
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (1, targets, width), jnp.dtype(dtype))

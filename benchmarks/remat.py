@@ -27,7 +27,7 @@ from benchmarks.models import model_mapping
 from benchmarks.results import Result, Table, gib, picture
 from benchmarks.steps import Trainee, device_name, make_plan, one_device
 from benchmarks.timing import in_turns, speed_up
-from jax_simpo.models.config import ModelConfig
+from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.transformer import Model
 
 POLICIES = ("none", "dots", "full")
@@ -53,7 +53,7 @@ def main(
     mesh = one_device()
 
     def trainees(which: str, count: int | None, compute: str, length: int) -> dict[str, Trainee]:
-        config = ModelConfig.from_hf(model_mapping(which, count))
+        config = read_model_config(model_mapping(which, count))
         pairs = profile_pairs(PROFILES[profile], 8 * batch, config.vocab_size)
         models = [Model(config, compute, policy) for policy in POLICIES]  # type: ignore[arg-type]
         plan = make_plan(models[0], pairs, "shared+packed", batch=batch, row_length=length)

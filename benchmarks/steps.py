@@ -15,12 +15,14 @@ from benchmarks.timing import seconds_of
 from jax_simpo.data.loader import StepBatch, build_step
 from jax_simpo.data.packing import StepPlan, choose_row_shape
 from jax_simpo.data.rows import RowBatch, RowShape
+from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
+from jax_simpo.objectives.simpo import Objective
 from jax_simpo.ops.attention import resolve_implementation
-from jax_simpo.sharding import make_mesh
+from jax_simpo.sharding import make_mesh, put_rows
 from jax_simpo.train import capacity
 from jax_simpo.train.optim import make_optimizer
-from jax_simpo.train.step import Denominators, Forward, Objective, TrainFunctions, make_train_functions, put_rows
+from jax_simpo.train.step import Denominators, TrainFunctions, make_train_functions
 
 OBJECTIVE = Objective(beta=2.5, gamma_beta_ratio=0.55)
 _MATMUL = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # width of the square matrices of the peak

@@ -28,9 +28,9 @@ from benchmarks.facts import forget_peak, machine_facts, peak_resident_bytes, re
 from benchmarks.models import model_mapping
 from benchmarks.results import Result, Table, gib
 from benchmarks.steps import device_name
-from jax_simpo.models import hf
-from jax_simpo.models.config import ModelConfig
-from jax_simpo.models.safetensors_files import TensorWriter, plan_files, write_index
+from jax_simpo import hf
+from jax_simpo.hf.config import read_model_config, write_model_config
+from jax_simpo.hf.safetensors_files import TensorWriter, plan_files, write_index
 from jax_simpo.models.transformer import Model
 from jax_simpo.sharding import make_mesh
 
@@ -52,7 +52,7 @@ def main(
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     mesh = make_mesh(fsdp=-1, tensor=tensor)
-    policy = Model(ModelConfig.from_hf(model_mapping(model)), "bfloat16", "full")
+    policy = Model(read_model_config(model_mapping(model)), "bfloat16", "full")
     most = hf.shard_bytes(max_shard_size)
     with TemporaryDirectory() as folder, jax.set_mesh(mesh):
         start, exported = Path(folder, "start"), Path(folder, "exported")
@@ -89,7 +89,7 @@ def main(
 def _write_checkpoint(model: Model, folder: Path, most: int) -> int:
     """Random weights in bfloat16 shards; returns the bytes of the largest file."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(model.config.to_hf("bfloat16")))
+    (folder / "config.json").write_text(json.dumps(write_model_config(model.config, "bfloat16")))
     files = plan_files(hf.tensor_shapes(model), "bfloat16", most)
     rng = np.random.default_rng(0)
     for file, shapes in files.items():

@@ -30,9 +30,9 @@ from benchmarks.results import Result, Table, gib, percent, picture
 from benchmarks.steps import VARIANTS, Trainee, device_name, make_plan, matmul_peak, one_device
 from benchmarks.timing import in_turns, speed_up, total_speed_up
 from jax_simpo.data.packing import ROW_MULTIPLE, measure
-from jax_simpo.flops import useful_flops, work_of
-from jax_simpo.models.config import ModelConfig
+from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.transformer import Model
+from jax_simpo.plan.flops import useful_flops, work_of
 
 MEDIANS_A_ROW = 8
 POOL = 1024  # pairs drawn of each profile
@@ -62,7 +62,7 @@ def main(
     if quick:
         model, batch, unpacked_batch, rounds, profiles = "tiny", 16, 4, 2, profiles or ["hh-rlhf"]
     pool = 128 if quick else POOL
-    policy = Model(ModelConfig.from_hf(model_mapping(model, layers)), dtype, remat)  # type: ignore[arg-type]
+    policy = Model(read_model_config(model_mapping(model, layers)), dtype, remat)  # type: ignore[arg-type]
     mesh = one_device()
     data = _data(profiles or list(PROFILES), pool, policy.config.vocab_size, pairs, tokenizer)
     with jax.set_mesh(mesh):

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 from rich.console import Console
 
-from jax_simpo import launch
 from jax_simpo.config import TrainConfig, load_config
 from jax_simpo.errors import CheckpointError, ConfigError, MeshError, UserError
+from jax_simpo.processes import launch
 
 if TYPE_CHECKING:  # importing jax takes seconds, which `--help` and a misspelt key need not wait for
     from jax_simpo.data.tokenize import PairDataset
@@ -179,7 +179,7 @@ def export(
     settings, console = _begin(config, context.args)
     import jax
 
-    from jax_simpo.models import hf
+    from jax_simpo import hf
     from jax_simpo.train.setup import open_checkpoints
 
     most = hf.shard_bytes(max_shard_size)
@@ -209,7 +209,7 @@ def inspect(
 ) -> None:
     """Shows rows as the model sees them; loads no weights."""
     settings, console = _begin(config, context.args)
-    from jax_simpo import inspect as inspection
+    from jax_simpo import inspection
     from jax_simpo.train.setup import Setup
 
     setup = Setup(settings, console)
@@ -253,7 +253,7 @@ def plan(
 def report(context: typer.Context, config: ConfigFile) -> None:
     """Writes the report page and curves of a run anew from the files of its output directory."""
     settings, console = _begin(config, context.args)
-    from jax_simpo.report import write_report
+    from jax_simpo.run.report import write_report
 
     console.print(f"report: {write_report(Path(settings.output_dir))}")
 

@@ -6,6 +6,7 @@ in the program writes a `PartitionSpec` for a parameter.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -153,3 +154,30 @@ def _gather_bwd(dtype: Any, logical_axes: tuple[str | None, ...], like: Any, g: 
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def put_rows(arrays: Mapping[str, Any], mesh: Mesh, rows: int | None = None) -> dict[str, Array]:
+    """Sends the arrays of a micro-batch to the devices, rows split over `data` and `fsdp`.
+
+    Args:
+        arrays: of a `RowBatch`.
+        mesh: where to.
+        rows: rows of the whole micro-batch, where the arrays hold only this process's (those of `local_rows`).
+    """
+    sharding = named(mesh, "batch", None)
+    if sharding.is_fully_addressable:
+        return jax.device_put(dict(arrays), sharding)
+
+    count = len(arrays["tokens"]) if rows is None else rows
+    held = np.arange(count) if rows is None else local_rows(mesh, count)
+
+    def put(array: Any) -> Array:
+        def part(index: tuple[slice, ...] | None) -> Any:
+            assert index is not None
+            start, stop, _ = index[0].indices(count)
+            first = int(np.searchsorted(held, start))
+            return array[first : first + stop - start]
+
+        return jax.make_array_from_callback((count, *array.shape[1:]), sharding, part)
+
+    return {name: put(array) for name, array in arrays.items()}

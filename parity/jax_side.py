@@ -18,26 +18,21 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 from rich.console import Console
 
+from jax_simpo import hf
 from jax_simpo.data.loader import PairSource, build_step
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.pairs import PairLengths
-from jax_simpo.losses import match_pairs
-from jax_simpo.models import adapters, hf
+from jax_simpo.hf import adapters
+from jax_simpo.models.policy import Forward, Rows
+from jax_simpo.models.transformer import Params
+from jax_simpo.objectives.simpo import Objective
 from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.ops.logprobs import target_logps
-from jax_simpo.sharding import make_mesh
+from jax_simpo.ops.responses import match_pairs
+from jax_simpo.sharding import make_mesh, put_rows
 from jax_simpo.train.optim import count_warmup_steps, learning_rate_schedule, make_optimizer
 from jax_simpo.train.setup import Setup
-from jax_simpo.train.step import (
-    Denominators,
-    Forward,
-    Objective,
-    Params,
-    Rows,
-    make_score_function,
-    make_train_functions,
-    put_rows,
-)
+from jax_simpo.train.step import Denominators, make_score_function, make_train_functions
 from parity.cases import JAX_GPU, MESHES, REFERENCE, Cell, Job, make_plan
 from parity.results import EXPORT, GRADIENTS, PYTORCH_IN_JAX, TokenTable, save_found
 from parity.variants import RIGHT, VARIANTS, MicroBatch, Variant, VariantPairs

@@ -17,9 +17,11 @@ from jaxtyping import Int
 from jax_simpo.data.loader import PairSource, StepBatch
 from jax_simpo.data.pairs import Response, TokenizedPair, common_prefix_length
 from jax_simpo.data.rows import RowBatch
-from jax_simpo.losses import ResponseLogps
 from jax_simpo.models.config import Rope
-from jax_simpo.train.step import Forward, Objective, Params, Rows
+from jax_simpo.models.policy import Forward, Rows
+from jax_simpo.models.transformer import Params
+from jax_simpo.objectives.simpo import Objective
+from jax_simpo.ops.responses import ResponseLogps
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,15 @@ RULES: list[tuple[str, tuple[str, ...]]] = [
     ("jax_simpo.config", JAX),
     ("jax_simpo.config", ("jax_simpo.data", "jax_simpo.models", "jax_simpo.ops", "jax_simpo.train")),
     ("jax_simpo.data", JAX),
-    ("jax_simpo.data", ("jax_simpo.models", "jax_simpo.ops", "jax_simpo.losses", "jax_simpo.train")),
+    ("jax_simpo.data", ("jax_simpo.models", "jax_simpo.ops", "jax_simpo.objectives.simpo", "jax_simpo.train")),
     ("jax_simpo.ops", ("jax_simpo.models", "jax_simpo.train")),
-    ("jax_simpo.losses", ("jax_simpo.models", "jax_simpo.train")),
-    ("jax_simpo.models", ("jax_simpo.train", "jax_simpo.losses")),
+    ("jax_simpo.objectives.simpo", ("jax_simpo.models", "jax_simpo.train")),
+    ("jax_simpo.models", ("jax_simpo.train", "jax_simpo.objectives.simpo")),
     *((f"jax_simpo.{name}", ("jax_simpo.cli",)) for name in ("config", "data", "ops", "losses", "models", "train")),
     ("torch_ref", JAX),
     # The two sides of a comparison run apart, and what compares them belongs to neither.
     ("parity.jax_side", (*TORCH, "torch_ref")),
-    ("parity.torch_side", (*JAX, "jax_simpo.models", "jax_simpo.ops", "jax_simpo.losses", "jax_simpo.train")),
+    ("parity.torch_side", (*JAX, "jax_simpo.models", "jax_simpo.ops", "jax_simpo.objectives.simpo", "jax_simpo.train")),
     *((f"parity.{name}", (*JAX, *TORCH)) for name in ("cases", "results", "compare", "report", "processes")),
 ]
 # torch_ref shares the config and the data with the program, and nothing else.
@@ -128,15 +128,15 @@ def test_every_import_points_the_way_of_the_data():
         ("jax_simpo.data.rows", "def f():\n    from torch import nn"),
         ("jax_simpo.data.rows", "from .. import models"),
         ("jax_simpo.config", "import flax"),
-        ("jax_simpo.config_yaml", "import jax"),
+        ("jax_simpo.config.yaml_files", "import jax"),
         ("jax_simpo.train.step", "from importlib import import_module\nt = import_module('torch')"),
         ("jax_simpo.ops.attention", "from jax_simpo.models.config import ModelConfig"),
         ("jax_simpo.ops.attention", "from jax_simpo import models"),
-        ("jax_simpo.models.hf", "from jax_simpo.train import step"),
+        ("jax_simpo.hf.read", "from jax_simpo.train import step"),
         ("jax_simpo.train.trainer", "from jax_simpo.cli import main"),
         ("torch_ref.model", "import jax"),
         ("torch_ref.model", "from jax_simpo import losses"),
-        ("parity.torch_side", "from jax_simpo.losses import simpo_losses"),
+        ("parity.torch_side", "from jax_simpo.objectives.simpo import simpo_losses"),
     ],
 )
 def test_a_forbidden_import_is_found(module, source):

@@ -18,9 +18,9 @@ def main(file: str, dtype: str) -> None:
     from benchmarks.lengths import Pairs
     from benchmarks.steps import Trainee, make_plan, one_device
     from benchmarks.timing import seconds_of
+    from jax_simpo import hf
     from jax_simpo.data import chat
     from jax_simpo.data.tokenize import tokenize_pair
-    from jax_simpo.models import hf
     from jax_simpo.models.transformer import Model
 
     job = Job.load(file)

@@ -6,7 +6,6 @@ next to the kernel's, under the key `adapter`; everything else of the model is i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jax_simpo.errors import ConfigError
-from jax_simpo.models.families import FAMILIES
-from jax_simpo.ops.blockwise import matmul_precision
 from jax_simpo.ops.linear import linear, product
+from jax_simpo.ops.numerics import matmul_precision
 from jax_simpo.sharding import gather
 
 KEY = "adapter"  # of an adapter's parameters, in the dict of their linear layer
@@ -91,42 +88,3 @@ def join(adapters: Any, base: Any) -> Any:
     """The whole of what `split` has split."""
     both = {**base, **adapters}
     return {key: join(adapters[key], base[key]) if key in adapters and key in base else both[key] for key in both}
-
-
-def linear_layers(model_type: str) -> dict[str, str]:
-    """A family's linear layers: our path in a decoder layer -> Hugging Face's module name, `{}` the layer's number."""
-    kernels = {path: name for path, name in FAMILIES[model_type].names.items() if path.endswith("/kernel")}
-    return {
-        path.removeprefix("layers/").removesuffix("/kernel"): name.removesuffix(".weight")
-        for path, name in kernels.items()
-    }
-
-
-def choose_targets(names: Sequence[str] | None, model_type: str) -> tuple[str, ...]:
-    """The linear layers that `lora_target_modules` means. A name is as peft reads it: `q_proj` or `self_attn.q_proj`.
-
-    Args:
-        names: Hugging Face's names; None takes all linear layers but the head.
-        model_type: the model's family.
-
-    Raises:
-        ConfigError: a name is that of no linear layer.
-    """
-    layers = linear_layers(model_type)
-    if names is None:
-        return tuple(layers)
-    # Without the number: an adapter sits on every layer or on none.
-    modules = {path: module.partition(".{}.")[2] for path, module in layers.items()}
-    chosen: dict[str, None] = {}
-    for name in names:
-        found = [path for path, module in modules.items() if f".{module}".endswith(f".{name}")]
-        if not found:
-            known = ", ".join(module.rpartition(".")[2] for module in modules.values())
-            raise ConfigError(
-                f"`lora_target_modules`: {name!r} is no linear layer of a {model_type} model that can have an adapter; "
-                f"those are {known} (for all of them leave the key out)"
-            )
-        chosen |= dict.fromkeys(found)
-    if not chosen:
-        raise ConfigError("`lora_target_modules` names nothing to train; for all linear layers leave the key out")
-    return tuple(path for path in layers if path in chosen)

@@ -31,8 +31,8 @@ from jax_simpo.models.lora import Adapter, Lora, join, split
 from jax_simpo.models.rope import rope_tables, rotate
 from jax_simpo.ops.attention import Mask, attention
 from jax_simpo.ops.bits import slice_in_loop, sliced_as_bits, without_gradient
-from jax_simpo.ops.blockwise import SAVED
 from jax_simpo.ops.linear import PRODUCT, linear
+from jax_simpo.ops.numerics import SAVED
 from jax_simpo.sharding import RULES, constrain, gather, named
 
 Params = dict[str, Any]  # nested, leaves are arrays

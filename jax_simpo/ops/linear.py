@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jax_simpo.ops.blockwise import matmul_precision
+from jax_simpo.ops.numerics import matmul_precision
 
 PRODUCT = "product"  # name by which a rematerialisation policy keeps a product
 

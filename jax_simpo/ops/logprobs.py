@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jax_simpo.ops.bits import on_cpu, slice_in_loop
-from jax_simpo.ops.blockwise import matmul_precision
+from jax_simpo.ops.numerics import matmul_precision
 from jax_simpo.sharding import RULES, all_gather, psum, psum_scatter, spec
 
 # States and bytes of a tile: it should stay in a CPU's cache; elsewhere it should be large, for each is a kernel call.

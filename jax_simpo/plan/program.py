@@ -28,15 +28,16 @@ from jax.sharding import PartitionSpec as P
 
 from jax_simpo.data.packing import ROW_MULTIPLE, StepPlan
 from jax_simpo.data.rows import RowBatch
-from jax_simpo.flops import useful_flops, work_of
-from jax_simpo.hlo import array_bytes, collectives, loop_states
 from jax_simpo.plan.allocations import compile_and_measure
+from jax_simpo.plan.flops import useful_flops, work_of
+from jax_simpo.plan.hlo import array_bytes, collectives, loop_states
 from jax_simpo.plan.report import Memory, Plan, Traffic
 from jax_simpo.plan.topology import Topology
 from jax_simpo.sharding import make_mesh, named
+from jax_simpo.train.optim import run_optimizer
 from jax_simpo.train.setup import Setup
 from jax_simpo.train.step import Accumulated, Denominators, make_train_functions
-from jax_simpo.train.trainer import count_steps, run_optimizer
+from jax_simpo.train.trainer import count_steps
 
 _COMPILATIONS = 4  # at most, beside that of the config itself, to find the largest micro-batch
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

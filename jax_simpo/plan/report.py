@@ -56,7 +56,7 @@ class Traffic:
 
     Attributes:
         count: how often one is run.
-        bytes: of the whole arrays that they are about, see `jax_simpo.hlo.Collective`.
+        bytes: of the whole arrays that they are about, see `jax_simpo.plan.hlo.Collective`.
     """
 
     count: int

@@ -17,9 +17,10 @@ from jaxtyping import Float, Int
 from jax_simpo.data.loader import PairSource, step_batches
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.tokenize import PairDataset
-from jax_simpo.losses import ResponseLogps
-from jax_simpo.sharding import local_rows
-from jax_simpo.train.step import Objective, Params, put_rows
+from jax_simpo.models.transformer import Params
+from jax_simpo.objectives.simpo import Objective
+from jax_simpo.ops.responses import ResponseLogps
+from jax_simpo.sharding import local_rows, put_rows
 
 # Pairs planned together. Nothing depends on it but the fill: scoring has no optimizer step to respect.
 PAIRS_PER_PLAN = 512

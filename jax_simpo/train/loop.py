@@ -15,16 +15,18 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from jax_simpo import distributed
-from jax_simpo.checkpoint import Checkpoints
 from jax_simpo.data.loader import PairSource, StepBatch, step_batches
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.errors import TrainingError
-from jax_simpo.sharding import local_rows
+from jax_simpo.models.transformer import Params
+from jax_simpo.processes import distributed
+from jax_simpo.run.checkpoint import Checkpoints
+from jax_simpo.run.metrics import MetricsLog, read_metrics
+from jax_simpo.sharding import local_rows, put_rows
 from jax_simpo.train.evaluate import Evaluation
-from jax_simpo.train.metrics import MetricsLog, TrainingProgress, read_metrics
+from jax_simpo.train.progress import TrainingProgress
 from jax_simpo.train.setup import Setup
-from jax_simpo.train.step import Denominators, Params, TrainFunctions, put_rows
+from jax_simpo.train.step import Denominators, TrainFunctions
 
 
 @dataclass

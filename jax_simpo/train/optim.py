@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jax_simpo.config import TrainConfig
+
 NOT_DECAYED = ("scale", "bias")  # norms and biases, by the last key of a parameter's path
 
 
@@ -52,6 +54,25 @@ def make_optimizer(
         optax.scale_by_learning_rate(schedule),
     )
     return optax.chain(clip, adamw)
+
+
+def run_optimizer(config: TrainConfig, total_steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """The learning rate of each step of a run, and its optimizer."""
+    schedule = learning_rate_schedule(
+        config.lr_scheduler_type,
+        config.learning_rate,
+        total_steps,
+        count_warmup_steps(total_steps, config.warmup_steps, config.warmup_ratio),
+    )
+    optimizer = make_optimizer(
+        schedule,
+        b1=config.adam_beta1,
+        b2=config.adam_beta2,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    return schedule, optimizer
 
 
 def _clip_by_global_norm(most: float) -> optax.GradientTransformation:

@@ -13,25 +13,27 @@ from jax.sharding import Mesh
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from jax_simpo import distributed
-from jax_simpo.checkpoint import Checkpoints, abstract_state
+from jax_simpo import hf
 from jax_simpo.config import TrainConfig, torch_only
 from jax_simpo.data import chat, sources
 from jax_simpo.data.packing import PackingReport, StepPlan, choose_row_shape, measure
 from jax_simpo.data.rows import RowShape
 from jax_simpo.data.tokenize import PairDataset, tokenize_split
 from jax_simpo.errors import CheckpointError, ConfigError, DataError, ModelError
-from jax_simpo.models import adapters, hf
+from jax_simpo.hf import adapters
+from jax_simpo.hf.config import read_model_config
+from jax_simpo.hf.lora_targets import choose_targets
 from jax_simpo.models.config import ModelConfig
-from jax_simpo.models.lora import Lora, choose_targets
-from jax_simpo.models.transformer import Model
+from jax_simpo.models.lora import Lora
+from jax_simpo.models.policy import Forward
+from jax_simpo.models.transformer import Model, Params
+from jax_simpo.objectives.simpo import Objective
 from jax_simpo.ops.attention import resolve_implementation
+from jax_simpo.processes import distributed
+from jax_simpo.run.checkpoint import Checkpoints, abstract_state
+from jax_simpo.run.files import CHECKPOINTS
 from jax_simpo.sharding import make_mesh
 from jax_simpo.train import capacity
-from jax_simpo.train.step import Forward, Objective, Params
-
-CHECKPOINTS = "checkpoints"
-MODEL = "model"
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class Setup:
         if self.model_folder is not None:
             model_config, _ = hf.load_model_config(self.model_folder)
         else:
-            model_config = ModelConfig.from_hf(self._new_model_mapping(), where="model_config")
+            model_config = read_model_config(self._new_model_mapping(), where="model_config")
         if len(self.tokenizer) > model_config.vocab_size:
             raise ModelError(
                 f"the tokenizer has {len(self.tokenizer)} tokens, the model only {model_config.vocab_size}. Use the "

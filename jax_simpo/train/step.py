@@ -8,85 +8,22 @@ is added, so the number of micro-batches never shows in the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jax_simpo.losses import LossType, ResponseLogps, match_pairs, response_logps, simpo_losses
-from jax_simpo.models.transformer import Model
-from jax_simpo.ops.attention import prepare_mask
-from jax_simpo.ops.logprobs import target_logps
-from jax_simpo.sharding import local_rows, named
+from jax_simpo.models.policy import Forward, Rows
+from jax_simpo.models.transformer import Params
+from jax_simpo.objectives.simpo import Objective
+from jax_simpo.ops.responses import ResponseLogps, match_pairs
 from jax_simpo.train.optim import state_shardings
-
-Params = Any  # a nested dict of arrays
-Rows = Mapping[str, Int[Array, "B _"]]  # the arrays of a RowBatch by name
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The SimPO objective's settings, under the names of the original."""
-
-    beta: float
-    gamma_beta_ratio: float
-    loss_type: LossType = "sigmoid"
-    label_smoothing: float = 0.0
-    sft_weight: float = 0.0
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of what a step reports, as the original names them."""
-        rewards = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
-        return ("loss", *rewards, "logps/chosen", "logps/rejected", *(("sft_loss",) if self.sft_weight else ()))
-
-    def losses(self, chosen_logps: Float[Array, "*P"], rejected_logps: Float[Array, "*P"]) -> Float[Array, "*P"]:
-        """The preference loss of each pair."""
-        return simpo_losses(
-            chosen_logps,
-            rejected_logps,
-            beta=self.beta,
-            gamma_beta_ratio=self.gamma_beta_ratio,
-            loss_type=self.loss_type,
-            label_smoothing=self.label_smoothing,
-        )
-
-
-@dataclass(frozen=True)
-class Forward:
-    """How log-probs are computed: the model, and the settings that change no number beyond rounding."""
-
-    model: Model
-    attention: str
-    logprob_chunk: int | Literal["auto"] = "auto"
-    logits_bytes: int = 0  # memory of a device that training may spend on keeping a micro-batch's logits
-
-    def response_logps(self, params: Params, rows: Rows) -> ResponseLogps:
-        """Sum of log-probs and length of every response slot, float32 [B, R]."""
-        slots = rows["response_pair"].shape[1]
-        mask = prepare_mask(
-            rows["key_end"], rows["positions"], self.model.config.windows, self.attention, sequences=slots
-        )
-        hidden = self.model.hidden_states(params, rows["tokens"], rows["positions"], mask)
-        logps = target_logps(
-            hidden,
-            self.model.head(params),
-            rows["target_index"],
-            rows["target_token"],
-            counts=(rows["target_response"] < slots).sum(1),
-            softcap=self.model.config.logit_softcap,
-            chunk=None if self.logprob_chunk == "auto" else self.logprob_chunk,
-            keep_bytes=self.logits_bytes,
-            frozen=self.model.lora is not None,
-        )
-        return response_logps(logps, rows["target_response"], slots)
 
 
 class Denominators(NamedTuple):
@@ -193,30 +130,3 @@ def make_train_functions(
 def make_score_function(forward: Forward, mesh: Mesh) -> Callable[[Params, Rows], ResponseLogps]:
     """The compiled `params, rows -> ResponseLogps` of evaluation and scoring."""
     return jax.jit(forward.response_logps, out_shardings=NamedSharding(mesh, P()))
-
-
-def put_rows(arrays: Mapping[str, Any], mesh: Mesh, rows: int | None = None) -> Rows:
-    """Sends the arrays of a micro-batch to the devices, rows split over `data` and `fsdp`.
-
-    Args:
-        arrays: of a `RowBatch`.
-        mesh: where to.
-        rows: rows of the whole micro-batch, where the arrays hold only this process's (those of `local_rows`).
-    """
-    sharding = named(mesh, "batch", None)
-    if sharding.is_fully_addressable:
-        return jax.device_put(dict(arrays), sharding)
-
-    count = len(arrays["tokens"]) if rows is None else rows
-    held = np.arange(count) if rows is None else local_rows(mesh, count)
-
-    def put(array: Any) -> Array:
-        def part(index: tuple[slice, ...] | None) -> Any:
-            assert index is not None
-            start, stop, _ = index[0].indices(count)
-            first = int(np.searchsorted(held, start))
-            return array[first : first + stop - start]
-
-        return jax.make_array_from_callback((count, *array.shape[1:]), sharding, part)
-
-    return {name: put(array) for name, array in arrays.items()}

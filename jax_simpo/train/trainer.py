@@ -9,25 +9,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import optax
 from rich.console import Console
 
-from jax_simpo import distributed, model_card, report
-from jax_simpo.checkpoint import Checkpoints, abstract_state, check_same_run
 from jax_simpo.config import TrainConfig
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.tokenize import PairDataset
-from jax_simpo.generate import generate
-from jax_simpo.samples import read_answers, read_samples, sample_prompts, with_answers, write_samples
+from jax_simpo.models.generate import generate
+from jax_simpo.models.transformer import Params
+from jax_simpo.processes import distributed
+from jax_simpo.run import model_card, report
+from jax_simpo.run.checkpoint import Checkpoints, abstract_state, check_same_run
+from jax_simpo.run.files import CHECKPOINTS, MODEL
+from jax_simpo.run.metrics import read_metrics
+from jax_simpo.run.output import check_not_finished, check_output, note_export, remove_run, starting_point
+from jax_simpo.run.samples import read_answers, read_samples, sample_prompts, with_answers, write_samples
 from jax_simpo.sharding import hosts_share_tensor
 from jax_simpo.train.compilation import keep_compiled_programs
 from jax_simpo.train.evaluate import PAIRS_PER_PLAN, Evaluation
 from jax_simpo.train.loop import TrainingLoop
-from jax_simpo.train.metrics import read_metrics
-from jax_simpo.train.optim import count_warmup_steps, learning_rate_schedule, make_optimizer
-from jax_simpo.train.output import check_not_finished, check_output, note_export, remove_run, starting_point
-from jax_simpo.train.setup import CHECKPOINTS, MODEL, Setup
-from jax_simpo.train.step import Params, make_score_function, make_train_functions
+from jax_simpo.train.optim import run_optimizer
+from jax_simpo.train.setup import Setup
+from jax_simpo.train.step import make_score_function, make_train_functions
 
 
 def train(config: TrainConfig, console: Console) -> dict[str, Any]:
@@ -136,25 +138,6 @@ def _identity(config: TrainConfig, plan: StepPlan, pairs: PairDataset) -> dict[s
         "training pairs": f"{len(pairs)} pairs, tokens {digest.hexdigest()[:16]}",
     }
     return json.loads(json.dumps(identity))  # as it comes back from a checkpoint: all keys are text, say
-
-
-def run_optimizer(config: TrainConfig, total_steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """The learning rate of each step of a run, and its optimizer."""
-    schedule = learning_rate_schedule(
-        config.lr_scheduler_type,
-        config.learning_rate,
-        total_steps,
-        count_warmup_steps(total_steps, config.warmup_steps, config.warmup_ratio),
-    )
-    optimizer = make_optimizer(
-        schedule,
-        b1=config.adam_beta1,
-        b2=config.adam_beta2,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
-    return schedule, optimizer
 
 
 def _evaluation(setup: Setup) -> Evaluation:

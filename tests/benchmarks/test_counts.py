@@ -11,8 +11,8 @@ from benchmarks.models import MODELS, model_mapping
 from benchmarks.timing import in_turns, speed_up, total_speed_up
 from jax_simpo.data.pairs import PairLengths, Response, TokenizedPair
 from jax_simpo.data.rows import RowShape, build_rows
-from jax_simpo.flops import layer_parameters, useful_flops, work_of
-from jax_simpo.models.config import ModelConfig
+from jax_simpo.hf.config import read_model_config
+from jax_simpo.plan.flops import layer_parameters, useful_flops, work_of
 
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
@@ -74,7 +74,7 @@ def test_attention_s_ideal_is_its_ratio_of_visible_pairs() -> None:
 
 def test_flops_of_a_pair_counted_by_hand() -> None:
     # 3 prompt tokens, answers of 2 and 4; inputs are one shorter. Width 4, one head of 4, feed-forward 8, V 10.
-    config = ModelConfig.from_hf(
+    config = read_model_config(
         {
             "model_type": "llama",
             "vocab_size": 10,
@@ -112,7 +112,7 @@ def test_states_that_predict_for_both_answers_are_counted_as_the_rows_have_them(
 
 
 def test_a_layer_s_ideal_lies_between_those_of_its_parts() -> None:
-    config = ModelConfig.from_hf(model_mapping("mistral-7b", 1))
+    config = read_model_config(model_mapping("mistral-7b", 1))
     for prefix, response in ((512, 128), (4096, 512), (16384, 2048)):
         parts = sorted((linear_ideal(prefix, response), attention_ideal(prefix, response)))
         assert parts[0] < attention_layer_ideal(config, prefix, response) < parts[1]
@@ -120,7 +120,7 @@ def test_a_layer_s_ideal_lies_between_those_of_its_parts() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_s_configuration_is_read(name: str) -> None:
-    assert ModelConfig.from_hf(model_mapping(name, layers=3)).num_layers == 3
+    assert read_model_config(model_mapping(name, layers=3)).num_layers == 3
 
 
 def test_contenders_take_turns_and_begin_in_turn() -> None:

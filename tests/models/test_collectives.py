@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_simpo.hlo import collectives
-from jax_simpo.models.config import ModelConfig
+from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.transformer import Model
 from jax_simpo.ops.attention import prepare_mask
+from jax_simpo.plan.hlo import collectives
 from jax_simpo.sharding import RULES, make_mesh, named
 
 # Every parameter has a shape of its own, and none that an activation could have.
@@ -34,7 +34,7 @@ MESHES = {"fsdp=8": {"fsdp": 8}, "fsdp=4 tensor=2": {"fsdp": 4, "tensor": 2}}
 
 def lowered_gradient(mesh_name: str, remat: Any, layers: int) -> Any:
     mesh = make_mesh(**MESHES[mesh_name])
-    model = Model(ModelConfig.from_hf({**SIZES, "num_hidden_layers": layers}), "float32", remat)
+    model = Model(read_model_config({**SIZES, "num_hidden_layers": layers}), "float32", remat)
 
     def loss(params: Any, tokens: jax.Array, positions: jax.Array, key_end: jax.Array) -> jax.Array:
         hidden = model.hidden_states(params, tokens, positions, prepare_mask(key_end, positions))
@@ -65,7 +65,7 @@ def gathered(program: str) -> Counter[tuple[tuple[int, ...], int]]:
 def layer_parameters(mesh_name: str) -> Counter[tuple[int, ...]]:
     """Sorted shapes of one layer's parameters as a device computes with them: whole along fsdp."""
     sizes = {"fsdp": 1, "tensor": MESHES[mesh_name].get("tensor", 1)}
-    model = Model(ModelConfig.from_hf({**SIZES, "num_hidden_layers": 1}))
+    model = Model(read_model_config({**SIZES, "num_hidden_layers": 1}))
     is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
     axes = jax.tree.leaves(model.logical_axes["layers"], is_leaf=is_axes)
     leaves = jax.tree.leaves(model.abstract["layers"])

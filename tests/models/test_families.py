@@ -20,15 +20,16 @@ from jax.sharding import Mesh
 from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
+from jax_simpo import hf
 from jax_simpo.data.pairs import Response, TokenizedPair
 from jax_simpo.data.rows import RowBatch, RowShape, build_rows
-from jax_simpo.models import hf
+from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.config import ModelConfig
+from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
 from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.ops.logprobs import target_logps
 from jax_simpo.sharding import make_mesh
-from jax_simpo.train.step import Forward
 from tests.pairs import random_pairs
 from tests.train.support import edited
 
@@ -244,7 +245,7 @@ def test_a_pattern_of_windows_keeps_no_copy_of_the_parameters() -> None:
     ints = jax.ShapeDtypeStruct((1, 16), np.int32)
 
     def temporaries(windows: tuple[int | None, ...]) -> int:
-        model = Model(replace(ModelConfig.from_hf(fields), layer_windows=windows), "float32", "none")
+        model = Model(replace(read_model_config(fields), layer_windows=windows), "float32", "none")
 
         def loss(params: Any, tokens: jax.Array, positions: jax.Array, key_end: jax.Array) -> jax.Array:
             mask = prepare_mask(key_end, positions, model.config.windows, "dense")

@@ -18,9 +18,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from jax_simpo import hf
 from jax_simpo.errors import ConfigError, ModelError
-from jax_simpo.models import adapters, hf, lora
-from jax_simpo.models.lora import Lora, choose_targets
+from jax_simpo.hf import adapters
+from jax_simpo.hf.config import read_model_config
+from jax_simpo.hf.lora_targets import choose_targets
+from jax_simpo.models import lora
+from jax_simpo.models.lora import Lora
 from jax_simpo.models.transformer import Model
 from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.ops.logprobs import target_logps
@@ -136,10 +140,10 @@ CONFIG = {
 
 
 def model_of(dtype: str = "float32", **changes: Any) -> Model:
-    from jax_simpo.models.config import ModelConfig
+    from jax_simpo.hf.config import read_model_config
 
     settings = Lora(**{"rank": 4, "alpha": 8, "targets": choose_targets(None, "llama"), **changes})
-    return Model(ModelConfig.from_hf(CONFIG), dtype, lora=settings)
+    return Model(read_model_config(CONFIG), dtype, lora=settings)
 
 
 def test_fresh_adapters_are_drawn_as_peft_draws_them_and_leave_the_base_as_it_is() -> None:
@@ -258,10 +262,9 @@ def test_a_rank_that_is_not_that_of_the_tensors_is_told(saved: tuple[Path, Model
     ],
 )
 def test_an_adapter_of_another_base_is_told(changes: dict[str, Any], message: str, saved: tuple[Path, Model]) -> None:
-    from jax_simpo.models.config import ModelConfig
 
     folder, _ = saved
-    config, found = ModelConfig.from_hf({**CONFIG, **changes}), adapters.find(folder)
+    config, found = read_model_config({**CONFIG, **changes}), adapters.find(folder)
     assert found is not None
     with pytest.raises(ModelError, match=message):
         adapters.load(folder, Model(config, lora=found.lora(config)), make_mesh(devices=jax.devices()[:1]))

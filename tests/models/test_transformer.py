@@ -19,9 +19,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from transformers import LlamaForCausalLM
 
+from jax_simpo import hf
 from jax_simpo.errors import MeshError
-from jax_simpo.models import hf
-from jax_simpo.models.config import ModelConfig
+from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.rope import rope_frequencies
 from jax_simpo.models.transformer import Linear, Model, RMSNorm
 from jax_simpo.ops.attention import prepare_mask
@@ -36,7 +36,7 @@ MESHES = {
 }
 ROWS, LENGTH = 8, 64
 SMALL = Model(
-    ModelConfig.from_hf(
+    read_model_config(
         {
             "model_type": "llama",
             "vocab_size": 320,
@@ -96,7 +96,7 @@ def test_rope_frequencies_are_those_of_transformers_to_the_last_bit(
     family: str, head_dim: int, make_hf: Callable[..., LlamaForCausalLM]
 ) -> None:
     theirs = make_hf(family, head_dim=head_dim, num_hidden_layers=1)
-    ours = rope_frequencies(ModelConfig.from_hf(theirs.config.to_dict()).rope, head_dim)
+    ours = rope_frequencies(read_model_config(theirs.config.to_dict()).rope, head_dim)
     np.testing.assert_array_equal(ours, theirs.model.rotary_emb.inv_freq.numpy())
 
 
@@ -132,7 +132,7 @@ def test_init_gives_the_same_numbers_on_every_mesh(mesh: str) -> None:
 
 @pytest.mark.parametrize(("family", "scale"), [("llama", 1), ("gemma2", 0)])
 def test_init_draws_as_transformers_does(family: str, scale: int, hf_config: dict[str, Any]) -> None:
-    config = ModelConfig.from_hf({**hf_config, "model_type": family, "architectures": None, "attention_bias": True})
+    config = read_model_config({**hf_config, "model_type": family, "architectures": None, "attention_bias": True})
     params = Model(config).init(0, MESHES["one device"]())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         match path[-1].key:
@@ -208,7 +208,7 @@ def test_a_token_outside_the_vocabulary_gives_nan_in_its_row_alone(mesh: str) ->
 
 
 def test_parameters_are_named_so_that_weight_decay_can_tell_them_apart(hf_config: dict[str, Any]) -> None:
-    model = Model(ModelConfig.from_hf({**hf_config, "attention_bias": True, "mlp_bias": True}))
+    model = Model(read_model_config({**hf_config, "attention_bias": True, "mlp_bias": True}))
     assert set(model.abstract) == {"embed", "layers", "final_norm", "lm_head"}
     ranks = {"kernel": 2, "embedding": 2, "bias": 1, "scale": 1}
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.abstract):
@@ -220,14 +220,14 @@ def test_parameters_are_named_so_that_weight_decay_can_tell_them_apart(hf_config
 
 
 def test_a_tied_head_is_the_embedding_and_counts_once(hf_config: dict[str, Any]) -> None:
-    untied, tied = (Model(ModelConfig.from_hf({**hf_config, "tie_word_embeddings": tie})) for tie in (False, True))
+    untied, tied = (Model(read_model_config({**hf_config, "tie_word_embeddings": tie})) for tie in (False, True))
     params = tied.init(0, MESHES["one device"]())
     assert tied.head(params) is params["embed"]["embedding"]
     assert untied.parameter_count - tied.parameter_count == 320 * 64
 
 
 def test_models_of_the_same_configuration_are_one_static_argument(hf_config: dict[str, Any]) -> None:
-    a, b = (Model(ModelConfig.from_hf(hf_config), dtype) for dtype in ("bfloat16", jnp.bfloat16))
+    a, b = (Model(read_model_config(hf_config), dtype) for dtype in ("bfloat16", jnp.bfloat16))
     assert a == b and hash(a) == hash(b)
     assert a != replace(a, remat="none")
 
@@ -249,7 +249,7 @@ def test_models_of_the_same_configuration_are_one_static_argument(hf_config: dic
 def test_a_mesh_that_does_not_divide_the_model_is_an_error(
     fields: dict[str, Any], axes: dict[str, int], message: str, hf_config: dict[str, Any]
 ) -> None:
-    model = Model(ModelConfig.from_hf({**hf_config, **fields}))
+    model = Model(read_model_config({**hf_config, **fields}))
     with pytest.raises(MeshError, match=message):
         model.init(0, make_mesh(**{"fsdp": -1, **axes}) if "fsdp" not in axes else make_mesh(**{"data": -1, **axes}))
 
@@ -258,7 +258,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_an_error(
 def test_attention_runs_again_in_the_backward_pass_only_under_full_rematerialisation(
     remat: Any, recomputed: bool, hf_config: dict[str, Any]
 ) -> None:
-    model = Model(ModelConfig.from_hf(hf_config), "float32", remat)
+    model = Model(read_model_config(hf_config), "float32", remat)
     ints = jax.ShapeDtypeStruct((1, 256), jnp.int32)
 
     def loss(params: Any, tokens: jax.Array, positions: jax.Array, key_end: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from jax_simpo.train.step import Objective as JaxObjective
+from jax_simpo.objectives.simpo import Objective as JaxObjective
 from torch_ref.losses import Objective as TorchObjective
 
 BETA, RATIO = 2.5, 0.55

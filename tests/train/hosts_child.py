@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jax_simpo import cli, launch
+from jax_simpo import cli
+from jax_simpo.processes import launch
 
 
 def main() -> None:

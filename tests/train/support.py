@@ -14,11 +14,13 @@ from jax_simpo.data.loader import build_step
 from jax_simpo.data.packing import StepPlan, choose_row_shape
 from jax_simpo.data.pairs import PairLengths, TokenizedPair
 from jax_simpo.data.rows import RowShape
-from jax_simpo.models.config import ModelConfig
+from jax_simpo.hf.config import read_model_config
+from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
-from jax_simpo.sharding import make_mesh
+from jax_simpo.objectives.simpo import Objective
+from jax_simpo.sharding import make_mesh, put_rows
 from jax_simpo.train.optim import make_optimizer
-from jax_simpo.train.step import Denominators, Forward, Objective, make_train_functions, put_rows
+from jax_simpo.train.step import Denominators, make_train_functions
 from tests.pairs import random_pairs
 
 VOCABULARY = 96
@@ -43,7 +45,7 @@ def mesh_of(sizes: tuple[int, int, int]) -> Mesh:
 
 
 def tiny_model(dtype: str = "float32", **changes: Any) -> Model:
-    return Model(ModelConfig.from_hf({**CONFIG, **changes}), dtype)
+    return Model(read_model_config({**CONFIG, **changes}), dtype)
 
 
 @dataclass(frozen=True)

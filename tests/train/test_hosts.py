@@ -24,8 +24,8 @@ from safetensors.numpy import load_file
 
 from jax_simpo import cli
 from jax_simpo.data.synthetic import make_rows
-from jax_simpo.samples import read_samples
-from jax_simpo.train.metrics import read_metrics
+from jax_simpo.run.metrics import read_metrics
+from jax_simpo.run.samples import read_samples
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {

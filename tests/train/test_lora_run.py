@@ -14,12 +14,12 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
+from jax_simpo import hf
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError, ConfigError, UserError
-from jax_simpo.models import hf
+from jax_simpo.run.metrics import read_metrics
 from jax_simpo.train import trainer
 from jax_simpo.train.evaluate import PAIRS_PER_PLAN, evaluation_metrics, score_pairs
-from jax_simpo.train.metrics import read_metrics
 from jax_simpo.train.setup import Setup
 from jax_simpo.train.step import make_score_function
 from tests.train.test_trainer import MODEL, config_of, losses, run, stop_after

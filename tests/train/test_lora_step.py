@@ -15,14 +15,16 @@ import optax
 import pytest
 
 from jax_simpo.data.loader import build_step
-from jax_simpo.hlo import collectives
+from jax_simpo.hf.lora_targets import choose_targets
 from jax_simpo.models import lora, transformer
-from jax_simpo.models.lora import Lora, choose_targets
+from jax_simpo.models.lora import Lora
+from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
 from jax_simpo.ops import bits
 from jax_simpo.ops.attention import prepare_mask
-from jax_simpo.sharding import named
-from jax_simpo.train.step import Accumulated, Denominators, Forward, make_train_functions, put_rows
+from jax_simpo.plan.hlo import collectives
+from jax_simpo.sharding import named, put_rows
+from jax_simpo.train.step import Accumulated, Denominators, make_train_functions
 from tests.train.support import (
     MESHES,
     OBJECTIVE,

@@ -12,17 +12,12 @@ import optax
 import pytest
 
 from jax_simpo.data.loader import build_step
-from jax_simpo.hlo import Collective, collectives
+from jax_simpo.models.policy import Forward
+from jax_simpo.objectives.simpo import Objective
+from jax_simpo.plan.hlo import Collective, collectives
 from jax_simpo.sharding import named
 from jax_simpo.train.evaluate import score_pairs
-from jax_simpo.train.step import (
-    Accumulated,
-    Denominators,
-    Forward,
-    Objective,
-    make_score_function,
-    make_train_functions,
-)
+from jax_simpo.train.step import Accumulated, Denominators, make_score_function, make_train_functions
 from tests.train.support import (
     MESHES,
     OBJECTIVE,

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from jax_simpo import hf
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError, ConfigError, DataError, MeshError, ModelError, TrainingError, UserError
-from jax_simpo.models import hf
+from jax_simpo.run.metrics import read_metrics
 from jax_simpo.train import trainer
 from jax_simpo.train.loop import TrainingLoop
-from jax_simpo.train.metrics import read_metrics
 
 MODEL = {
     "model_type": "llama",

@@ -1,0 +1,8 @@
+"""The settings of a run: `TrainConfig`, and `load_config`, which reads one from a YAML file."""
+
+from __future__ import annotations
+
+from jax_simpo.config.load import load_config
+from jax_simpo.config.schema import TORCH_ONLY, MeshConfig, TrainConfig, torch_only
+
+__all__ = ["TORCH_ONLY", "MeshConfig", "TrainConfig", "load_config", "torch_only"]

@@ -1,0 +1,226 @@
+"""Tells a user what a config key may be: the messages for wrong ones, and the reference page of all."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from jax_simpo.config import foreign, yaml_files
+
+_SIGNS = {annotated_types.Gt: "gt", annotated_types.Ge: "ge", annotated_types.Lt: "lt", annotated_types.Le: "le"}
+_SYMBOLS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The keys of a config as users write them."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def members(annotation: Any) -> list[Any]:
+    """The types a key may have, without wrappers and without None."""
+    if get_origin(annotation) is Annotated:
+        return members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [m for a in get_args(annotation) if a is not type(None) for m in members(a)]
+    return [annotation]
+
+
+def nested(field: FieldInfo) -> type[BaseModel] | None:
+    """The config below a key, if it has one with keys of its own."""
+    for member in members(field.annotation):
+        if isinstance(member, type) and issubclass(member, BaseModel):
+            return member
+    return None
+
+
+def expected(field: FieldInfo) -> str:
+    """What a key may be, in a user's words."""
+    kinds = members(field.annotation)
+    words = []
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            words += [str(choice) for choice in get_args(kind)]
+        elif get_origin(kind) is dict:
+            words.append("a mapping" if get_args(kind)[1] is Any else "a mapping from source to fraction")
+        elif get_origin(kind) is list:
+            words.append(f"a list of {_items(kind)}")
+        elif issubclass(kind, BaseModel):
+            words.append("a mapping with " + ", ".join(kind.model_fields))
+        else:
+            words.append({int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind])
+    choice = len(words) > 1 and all(get_origin(kind) is Literal for kind in kinds)
+    text = "one of " + ", ".join(words) if choice else " or ".join(words)
+    limits = [
+        f"{_SYMBOLS[_SIGNS[type(limit)]]} {getattr(limit, _SIGNS[type(limit)])}"
+        for limit in field.metadata
+        if type(limit) in _SIGNS
+    ]
+    return f"{text} {' and '.join(limits)}" if limits else text
+
+
+def _items(kind: Any) -> str:
+    """What the entries of a list may be."""
+    (item,) = get_args(kind)
+    return "text or null" if type(None) in get_args(item) else "text"
+
+
+def explain(
+    error: ErrorDetails,
+    model: type[BaseModel],
+    values: Mapping[str, Any],
+    places: Mapping[str, str],
+    names: Mapping[str, str],
+    path: str,
+) -> str:
+    """One line for a user: where, which key, its value, what was expected, and the nearest valid key.
+
+    Args:
+        error: one of pydantic's.
+        model: the config class.
+        values: what was validated.
+        places: key -> the file and line or the override that set it.
+        names: our key -> the key the user wrote.
+        path: the config file.
+    """
+    location = [str(part) for part in error["loc"]]
+    reason = str(error.get("ctx", {}).get("error", "")) if error["type"] == "value_error" else ""
+    if not location:
+        return f"{_place_of_check(reason, places, path)}: {reason or error['msg']}"
+    top = location[0]
+    place = places.get(top, path)
+    if error["type"] == "extra_forbidden":
+        dotted = ".".join(location)
+        return f"{place}: unknown key `{dotted}` (value {_show(error['input'])}).{did_you_mean(dotted, model)}"
+    if error["type"] == "missing":
+        example = ", such as `dataset_mixer: {pairs.jsonl: 1.0}`" if top == "dataset_mixer" else ""
+        return f"{path}: the key `{top}` is required{example}"
+    if "`" in reason:
+        return f"{place}: {reason}"
+    field = keys_of(model)[top]
+    key, value, wanted = names.get(top, top), values.get(top), expected(field)
+    kinds = members(field.annotation)
+    if len(location) > 1 and isinstance(value, Mapping) and location[1] in value:
+        below = nested(field)
+        key, value = f"{key}.{location[1]}", value[location[1]]
+        wanted = expected(below.model_fields[location[1]]) if below else "a number from 0 to 1"
+        kinds = members(below.model_fields[location[1]].annotation) if below else [float]
+    elif len(location) > 1 and isinstance(value, list) and location[1].isdigit():
+        value = value[int(location[1])]
+        key, wanted = f"{key}[{location[1]}]", wanted.removeprefix("a list of ")
+    return f"{place}: `{key}` is {_show(value)}; expected {wanted}{_hint(field, key, value, wanted, kinds)}"
+
+
+def _hint(field: FieldInfo, key: str, value: Any, wanted: str, kinds: list[Any]) -> str:
+    """What to write instead, where it can be guessed."""
+    if value is None and not field.is_required():
+        return f". For the default ({show_default(field)}) leave the key out"
+    if (meant := _meant(value, kinds)) is not None:
+        return f". Write {meant} without quotes" if meant == value else f". Write {meant}"
+    choices = [str(c) for kind in kinds if get_origin(kind) is Literal for c in get_args(kind)]
+    if near := difflib.get_close_matches(str(value).lower(), choices, 1, 0.6):
+        return f". Did you mean `{near[0]}`?"
+    if key == "dataset_mixer" and isinstance(value, str):
+        return f". Write `dataset_mixer: {{{value}: 1.0}}`"
+    if wanted.startswith("text") and isinstance(value, int | float):
+        return ". Put it in quotes"
+    if wanted.startswith("a list of text") and isinstance(value, str):
+        return f". Write `{key}: [{value}]`"
+    return ""
+
+
+_TRUTH = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
+
+
+def _meant(value: Any, kinds: list[Any]) -> str | None:
+    """How to write a number that was written as text, or a truth value in another reader's words."""
+    text = str(value).strip().lower()
+    if bool in kinds:
+        return text if text in ("true", "false") else _TRUTH.get(text)
+    if isinstance(value, str) and not {int, float}.isdisjoint(kinds):
+        number = yaml_files.parse_value(text) if re.fullmatch(r"[-+.\w]+", text) else None
+        return text if isinstance(number, int | float) and not isinstance(number, bool) else None
+    return None
+
+
+def _place_of_check(reason: str, places: Mapping[str, str], path: str) -> str:
+    """Where a check of several keys failed: the override that took part, if one did, else the file."""
+    mentioned = [places.get(key, "") for key in re.findall(r"`([a-z_0-9]+)", reason)]
+    return next((place for place in mentioned if place.startswith("--")), path)
+
+
+def did_you_mean(key: str, model: type[BaseModel]) -> str:
+    """The nearest valid key, as a sentence with a leading space."""
+    below = [f"{name}.{inner}" for name, f in keys_of(model).items() if (m := nested(f)) for inner in m.model_fields]
+    plain = key.replace("-", "_").lower()
+    for dotted in below:
+        if dotted.endswith(f".{plain}"):
+            return f" Did you mean `{dotted}`?"
+    own = [*keys_of(model), *below]
+    near = difflib.get_close_matches(plain, own, 1, 0.7) or difflib.get_close_matches(plain, foreign.KEYS, 1, 0.8)
+    return f" Did you mean `{near[0]}`?" if near else " `python -m jax_simpo.config` lists all keys."
+
+
+def _show(value: Any) -> str:
+    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def show_default(field: FieldInfo) -> str:
+    """A key's default as it would be written in YAML."""
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(default, BaseModel):
+        default = default.model_dump()
+    if default is None or isinstance(default, bool):
+        return "null" if default is None else str(default).lower()
+    return str(default).replace("'", "")
+
+
+def reference_page(model: type[BaseModel]) -> str:
+    """The reference page of all keys, as Markdown."""
+    lines = [
+        "# Config keys",
+        "",
+        "<!-- Made by `python -m jax_simpo.config` from the descriptions in jax_simpo/config.py; do not edit. -->",
+        "",
+        "A config file is YAML with these keys. On the command line any of them can be set with `--key=value`, dotted",
+        "for nested keys (`--mesh.fsdp=8`, `--dataset_mixer.pairs.jsonl=1.0`). Keys marked with * define the",
+        "mathematics of a run: it can only be resumed with the same values. (Where the learning rate does not depend",
+        "on the length of the run, `constant` or `constant_with_warmup` with `warmup_steps`, it may be made longer.)",
+    ]
+    tables: list[tuple[str, type[BaseModel]]] = []
+    for name, field in keys_of(model).items():
+        extra = extras(field)
+        if extra["section"]:
+            lines += ["", f"## {extra['section']}", "", "| key | value | default | meaning |", "|---|---|---|---|"]
+        if below := nested(field):
+            tables.append((name, below))
+        default = "required" if field.is_required() else f"`{show_default(field)}`"
+        star = "*" if extra["identity"] else ""
+        lines.append(f"| `{name}`{star} | {expected(field)} | {default} | {field.description} |")
+    for name, below in tables:
+        lines += ["", f"## `{name}`", "", f"{below.__doc__}", "", "| key | default | meaning |", "|---|---|---|"]
+        lines += [f"| `{name}.{n}` | `{show_default(f)}` | {f.description} |" for n, f in below.model_fields.items()]
+    renamed = {k: f"`{ours}`" for k, (ours, _) in foreign.RENAMED.items()}
+    renamed["gamma"] = "`gamma_beta_ratio`, which is gamma / beta"
+    without = {"optim": "always AdamW; another optimizer is an error", **foreign.WITHOUT_MEANING}
+    lines += ["", "## Keys of the Hugging Face trainer and of the original SimPO files"]
+    for title, column, table in (
+        ("Read under another name:", "here", renamed),
+        ("Without effect here (a notice says so when they ask for something):", "instead", without),
+        ("Errors, unless they ask for nothing (false, null, 0):", "why", foreign.NOT_SUPPORTED),
+    ):
+        lines += ["", title, "", f"| key | {column} |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def extras(field: FieldInfo) -> dict[str, Any]:
+    """What config.py notes of a key besides its type: `section` and `identity`."""
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}

@@ -1,0 +1,428 @@
+"""The settings of a run: every key of a config file, the values it takes, and its default.
+
+Keys are those of the original SimPO files where they exist, so that a published file runs unchanged. The reference page
+(docs/config.md) is made from the descriptions below.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
+from pydantic.config import JsonDict
+
+from jax_simpo.config import help, yaml_files
+
+
+def _no_bool(value: Any) -> Any:
+    """Python takes true for 1; a config must not."""
+    if isinstance(value, bool):
+        raise ValueError("a number, not true or false")
+    return value
+
+
+def _whole(value: Any) -> Any:
+    """Takes 1e6 and 12.0 for the whole numbers they are."""
+    value = _no_bool(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+
+
+def _key(default: Any, description: str, *, section: str = "", identity: bool = False, **more: Any) -> Any:
+    """A config key. `identity` marks what defines the mathematics of a run; `section` opens a chapter of the page."""
+    extra: JsonDict = {"section": section, "identity": identity}
+    if callable(default):
+        return Field(default_factory=default, description=description, json_schema_extra=extra, **more)
+    return Field(default, description=description, json_schema_extra=extra, **more)
+
+
+class MeshConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """How many devices lie on each axis of the mesh; one axis may be -1 and takes the devices that are left."""
+
+    data: Whole = Field(1, description="Copies of the model that each train on their own rows.")
+    fsdp: Whole = Field(-1, description="Devices over which parameters and optimizer state are split, and rows too.")
+    tensor: Whole = Field(1, description="Devices over which heads, feed-forward width and vocabulary are split.")
+
+    @model_validator(mode="after")
+    def _check(self) -> MeshConfig:
+        sizes = self.model_dump()
+        for axis, size in sizes.items():
+            if size != -1 and size < 1:
+                raise ValueError(
+                    f"`mesh.{axis}` is {size}; expected a positive number, or -1 for the devices left over"
+                )
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError("only one axis of `mesh` can be -1 (the devices left over)")
+        return self
+
+
+class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """All settings of a run. Build it with `load_config`, or from Python with the same keys as keyword arguments."""
+
+    # --- model
+    model_name_or_path: str | None = _key(
+        None,
+        "Model to start from: a Hugging Face hub id, or a folder with `config.json` and safetensors. "
+        "Required, unless `model_config` and `tokenizer_name_or_path` are given.",
+        section="Model and tokenizer",
+        identity=True,
+    )
+    model_revision: str | None = _key("main", "Branch, tag or commit of a hub model.", identity=True)
+    # pydantic keeps the attribute name `model_config` for itself; in files the key is `model_config`.
+    new_model_config: dict[str, Any] | None = _key(
+        None,
+        "A Hugging Face model config as a mapping (`model_type`, `hidden_size`, ...): trains a new model with random "
+        "weights instead of `model_name_or_path`.",
+        alias="model_config",
+        identity=True,
+    )
+    tokenizer_name_or_path: str | None = _key(
+        None, "Tokenizer: a hub id, a folder, or `builtin:NAME`. Default: the model's.", identity=True
+    )
+    trust_remote_code: bool = _key(
+        False, "Lets a tokenizer run code from its repository. Models never do: they are built in."
+    )
+    chat_template: str | None = _key(
+        None,
+        "Chat template: the Jinja text itself, a file, or the name of one that comes with the program. "
+        "Default: the tokenizer's own; it is never guessed from a path.",
+        identity=True,
+    )
+
+    # --- data
+    dataset_mixer: dict[str, Number] = _key(
+        ...,
+        "Data sources and the fraction of the training pairs taken from each (`{source: 1.0}`). A source is a hub id, "
+        "a `.jsonl`, `.json` or `.parquet` file, a folder of `train`/`test` files, a saved dataset, or `builtin:NAME`. "
+        "Fractions cut training splits only; evaluation splits are taken whole. Required.",
+        section="Data",
+        identity=True,
+    )
+    dataset_splits: list[str] = _key(
+        lambda: ["train", "test"],
+        "Splits to use: those with `train` in their name are trained on, the others evaluated.",
+    )
+    dataset_configs: list[str | None] | None = _key(
+        None,
+        "Configuration name of each hub data set, one for each entry of `dataset_mixer`, null where it has none.",
+        identity=True,
+    )
+    auto_insert_empty_system_msg: bool = _key(
+        True, "Puts an empty system message first when the chat template knows system messages.", identity=True
+    )
+    max_length: Whole = _key(
+        2048,
+        "Longest prompt plus response in tokens. (The published runs' value; the original falls back to 512.)",
+        identity=True,
+        ge=2,
+    )
+    max_prompt_length: Whole = _key(
+        1800,
+        "To how many tokens a prompt is cut when prompt and response exceed `max_length`; less than `max_length`. "
+        "Default: `max_length` - 248, at least half of `max_length`.",
+        identity=True,
+        ge=1,
+    )
+    truncation_mode: Literal["keep_end", "keep_start"] = _key(
+        "keep_end", "Which end of a prompt that is too long stays.", identity=True
+    )
+    on_bad_row: Literal["error", "skip"] = _key(
+        "error", "What a row that cannot be trained on does: stop the run, or be skipped and counted.", identity=True
+    )
+    preprocessing_num_workers: Whole | None = _key(None, "Threads that tokenise. Default: one per core.", ge=1)
+    data_cache_dir: str | None = _key(
+        None, "Folder that keeps tokenised data between runs. Default: a folder in the Hugging Face cache."
+    )
+
+    # --- adapters and quantised weights
+    use_peft: bool = _key(
+        False,
+        "Trains a LoRA adapter and leaves the model's own weights as they are, frozen in the type computed in.",
+        section="Adapters and quantised weights",
+        identity=True,
+    )
+    lora_r: Whole = _key(16, "Rank of the adapter's matrices.", identity=True, ge=1)
+    lora_alpha: Whole = _key(32, "The adapter's output is scaled by `lora_alpha` / `lora_r`.", identity=True, ge=1)
+    lora_dropout: Number = _key(
+        0.0,
+        "Dropout before the adapter; with `torch_ref` only, unless 0. (The original falls back to 0.05; with dropout, "
+        "layouts give different numbers.)",
+        identity=True,
+        ge=0,
+        lt=1,
+    )
+    lora_target_modules: list[str] | None = _key(
+        None,
+        "Names of the layers that get an adapter, such as `[q_proj, v_proj]`. Default: all linear layers but the head.",
+        identity=True,
+    )
+    load_in_4bit: bool = _key(
+        False, "Keeps the model's own weights in 4 bits (NF4). With `torch_ref` and a CUDA GPU only.", identity=True
+    )
+    load_in_8bit: bool = _key(
+        False, "Keeps the model's own weights in 8 bits. With `torch_ref` and a CUDA GPU only.", identity=True
+    )
+
+    # --- loss
+    beta: Number = _key(2.0, "Scale of the reward (beta times mean log-prob).", section="Loss", identity=True, gt=0)
+    gamma_beta_ratio: Number = _key(
+        0.25, "Target margin as a fraction of beta: gamma / beta in the paper's terms.", identity=True, ge=0
+    )
+    loss_type: Literal["sigmoid", "hinge"] = _key("sigmoid", "Form of the preference loss.", identity=True)
+    label_smoothing: Number = _key(
+        0.0, "Share of preferences taken to be wrong; with `loss_type: sigmoid` only.", identity=True, ge=0, lt=0.5
+    )
+    sft_weight: Number = _key(
+        0.0, "Weight of the chosen responses' cross-entropy, added to the preference loss.", identity=True, ge=0
+    )
+
+    # --- optimiser
+    learning_rate: Number = _key(
+        5e-5,
+        "Peak learning rate of AdamW. Published SimPO runs use 3e-7 to 1e-6; the default is the Hugging Face trainer's "
+        "and is too high for most pretrained models.",
+        section="Optimizer and schedule",
+        identity=True,
+        gt=0,
+    )
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = _key(
+        "linear", "Course of the learning rate after warm-up. `constant` has no warm-up.", identity=True
+    )
+    warmup_ratio: Number = _key(0.0, "Share of all steps spent on warm-up.", identity=True, ge=0, le=1)
+    warmup_steps: Whole = _key(0, "Warm-up steps; when not 0 it overrides `warmup_ratio`.", identity=True, ge=0)
+    num_train_epochs: Number = _key(
+        3.0, "Times to go through the training pairs. Published SimPO runs use 1.", identity=True, gt=0
+    )
+    max_steps: Whole = _key(
+        -1,
+        "Optimizer steps in all, going round the data as often as needed; overrides `num_train_epochs` unless -1.",
+        identity=True,
+        ge=-1,
+    )
+    max_grad_norm: Number = _key(1.0, "Gradients are scaled down to this norm; 0 leaves them.", identity=True, ge=0)
+    weight_decay: Number = _key(0.0, "AdamW weight decay, not on norms and biases.", identity=True, ge=0)
+    adam_beta1: Number = _key(0.9, "AdamW decay of the gradient mean.", identity=True, ge=0, lt=1)
+    adam_beta2: Number = _key(0.999, "AdamW decay of the squared gradient mean.", identity=True, ge=0, lt=1)
+    adam_epsilon: Number = _key(1e-8, "AdamW epsilon.", identity=True, gt=0)
+    seed: Whole = _key(42, "Seed of the pairs' order and of a new model's weights.", identity=True, ge=0)
+
+    # --- batch and rows
+    per_device_train_batch_size: Whole = _key(
+        8,
+        "Pairs per step and device, before accumulation. Only its product with `gradient_accumulation_steps` and the "
+        "`data` x `fsdp` devices matters: it is the default of `global_batch_size`.",
+        section="Batch and rows",
+        ge=1,
+    )
+    gradient_accumulation_steps: Whole = _key(
+        1, "Factor of the batch, see `per_device_train_batch_size`. Micro-batches are planned from the rows.", ge=1
+    )
+    global_batch_size: Whole | None = _key(
+        None,
+        "Pairs per optimizer step, over all devices. When given it alone counts and the two keys above are not used. "
+        "Stored with the checkpoint and kept on resume.",
+        ge=1,
+    )
+    prefix_sharing: bool = _key(True, "Computes what the two sequences of a pair have in common once. Same results.")
+    packing: bool = _key(True, "Puts several pairs of a step into one row. Same results.")
+    row_length: Literal["auto"] | Whole = _key(
+        "auto",
+        "Tokens in a row, a multiple of 128; `auto` picks what is cheapest per step: few tokens computed, few "
+        "micro-batches.",
+    )
+    rows_per_device: Whole = _key(1, "Rows each data-parallel device computes at a time (one micro-batch).", ge=1)
+
+    # --- devices and numerics
+    mesh: MeshConfig = _key(MeshConfig, "Devices per axis; see below.", section="Devices and numerics")
+    dtype: Literal["float32", "bfloat16"] = _key(
+        "bfloat16",
+        "Type computed in. Parameters that are trained, optimizer state, log-probs and losses are always float32.",
+        identity=True,
+    )
+    export_dtype: Literal["float32", "bfloat16"] | None = _key(None, "Type of the exported weights. Default: `dtype`.")
+    attention: Literal["auto", "dense", "blockwise", "splash", "pallas", "cudnn"] = _key(
+        "auto",
+        "Attention implementation; all compute the same. `blockwise` runs anywhere, `splash` on TPUs, `pallas` on "
+        "Hopper GPUs, `cudnn` on NVIDIA GPUs without soft caps, `dense` for tiny rows. `auto` takes the best for the "
+        "device; the log says which and why.",
+    )
+    torch_attention: Literal["auto", "sdpa", "flex", "flash_attention_2", "flash_attention_3", "dense"] = _key(
+        "auto",
+        "The same for `torch_ref`. On a GPU auto takes flex for rows, and without sharing and packing flash attention "
+        "where it is installed; on a CPU sdpa, or dense where the model caps its attention scores.",
+    )
+    remat: Literal["none", "dots", "full"] = _key(
+        "full", "What of a layer is recomputed in the backward pass: nothing, all but matrix products, or all."
+    )
+    logprob_chunk: Literal["auto"] | Annotated[Whole, Field(ge=1)] = _key(
+        "auto",
+        "Hidden states per tile of the loss head; `auto` takes what is fastest on the device and, in training, keeps "
+        "the logits for the backward pass where memory allows.",
+    )
+
+    # --- evaluation and saving
+    do_eval: bool = _key(
+        False,
+        "Evaluates at the end, and during training as `eval_strategy` says. Default: true when `eval_strategy` is not "
+        "`no`; an explicit false turns all evaluation off.",
+        section="Evaluation, logging and saving",
+    )
+    eval_strategy: Literal["no", "steps", "epoch"] = _key("no", "When to evaluate during training.")
+    eval_steps: Whole = _key(500, "Steps between evaluations, with `eval_strategy: steps`.", ge=1)
+    logging_steps: Whole = _key(1, "Steps between lines of metrics.jsonl.", ge=1)
+    save_strategy: Literal["no", "steps", "epoch"] = _key(
+        "steps", "When to write checkpoints during training. The last step is always exported."
+    )
+    save_steps: Whole = _key(500, "Steps between checkpoints, with `save_strategy: steps`.", ge=1)
+    save_total_limit: Whole | None = _key(None, "Checkpoints to keep, newest first. Default: all.", ge=1)
+    output_dir: str = _key("outputs/run", "Folder for everything a run writes. Default: `outputs/` + `run_name`.")
+    overwrite_output_dir: bool = _key(False, "Starts afresh in a folder that holds another run, removing it.")
+    resume_from_checkpoint: bool | Whole | str | None = _key(
+        None,
+        "A step number or checkpoint folder to resume from. Default (and true): the newest of `output_dir` if it has "
+        "one; false: never resume.",
+    )
+    sample_prompts: Whole = _key(
+        0,
+        "How many prompts (the first of the evaluation split, or of the training pairs) the report shows the model's "
+        "answers to, before and after training.",
+        ge=0,
+    )
+    sample_tokens: Whole = _key(64, "Longest sample answer, in tokens.", ge=1)
+    run_name: str | None = _key(None, "Name of the run. Default: the config file's name.")
+
+    _notices: tuple[str, ...] = PrivateAttr(default=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive(cls, data: Any) -> Any:
+        """Fills the defaults that depend on other keys, so that the resolved config states them."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        length = data.get("max_length")
+        number = isinstance(length, int | float) and not isinstance(length, bool)
+        if number and float(length).is_integer() and "max_prompt_length" not in data:
+            data["max_prompt_length"] = max(int(length) - 248, int(length) // 2, 1)
+        data.setdefault("do_eval", data.get("eval_strategy", "no") != "no")
+        if isinstance(data.get("run_name"), str):
+            data.setdefault("output_dir", f"outputs/{data['run_name']}")
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        """Checks keys against one another."""
+        if self.model_name_or_path is not None and self.new_model_config is not None:
+            raise ValueError(
+                "`model_name_or_path` (a model to start from) and `model_config` (a new model) contradict each other; "
+                "give one. A new model with an existing tokenizer: `model_config` and `tokenizer_name_or_path`"
+            )
+        if self.model_name_or_path is None:
+            if self.new_model_config is None:
+                raise ValueError(
+                    "no model: give `model_name_or_path` (a hub id or a folder), or `model_config` together with "
+                    "`tokenizer_name_or_path` for a new one"
+                )
+            if self.tokenizer_name_or_path is None:
+                raise ValueError(
+                    "`model_config` makes a new model, which has no tokenizer: give `tokenizer_name_or_path`"
+                )
+        if not any(self.dataset_mixer.values()):
+            raise ValueError("`dataset_mixer` takes nothing: give at least one source a fraction above 0")
+        for source, fraction in self.dataset_mixer.items():
+            if not 0 <= fraction <= 1:
+                raise ValueError(f"`dataset_mixer`: the fraction of {source} is {fraction}; expected 0 to 1")
+        if self.dataset_configs is not None and len(self.dataset_configs) != len(self.dataset_mixer):
+            raise ValueError(
+                f"`dataset_configs` has {len(self.dataset_configs)} entries and `dataset_mixer` "
+                f"{len(self.dataset_mixer)}; give one name for each source, null for none"
+            )
+        if twice := [split for split, count in Counter(self.dataset_splits).items() if count > 1]:
+            raise ValueError(f"`dataset_splits` names {', '.join(twice)} more than once; keep one of each")
+        if not self.train_splits:
+            raise ValueError(
+                f"`dataset_splits` {self.dataset_splits} has nothing to train on: training splits have `train` in "
+                "their name"
+            )
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"`max_prompt_length` ({self.max_prompt_length}) leaves no room for a response within `max_length` "
+                f"({self.max_length}); lower the first or raise the second"
+            )
+        if self.label_smoothing and self.loss_type == "hinge":
+            raise ValueError("`label_smoothing` has no effect with `loss_type: hinge`; remove one of them")
+        if self.row_length != "auto" and (self.row_length < 128 or self.row_length % 128):
+            near = max(128, round(self.row_length / 128) * 128)
+            raise ValueError(f"`row_length` is {self.row_length}; expected auto or a multiple of 128, such as {near}")
+        if self.max_steps == 0:
+            raise ValueError("`max_steps` is 0; expected a positive number, or -1 for `num_train_epochs`")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("`load_in_4bit` and `load_in_8bit` contradict each other; keep one of them")
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        """Equal settings; the notices are about the file they came from."""
+        return isinstance(other, TrainConfig) and self.model_dump() == other.model_dump()
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should be told about the keys of the file, one sentence each."""
+        return self._notices
+
+    def _with_notices(self, notices: Sequence[str]) -> TrainConfig:
+        copy = self.model_copy()
+        assert copy.__pydantic_private__ is not None
+        copy.__pydantic_private__["_notices"] = tuple(dict.fromkeys(notices))
+        return copy
+
+    @property
+    def train_splits(self) -> list[str]:
+        """Splits that are trained on."""
+        return [split for split in self.dataset_splits if "train" in split]
+
+    @property
+    def eval_splits(self) -> list[str]:
+        """Splits that are evaluated."""
+        return [split for split in self.dataset_splits if "train" not in split]
+
+    def to_yaml(self) -> str:
+        """The resolved config: reading it back gives an equal one."""
+        return yaml_files.dump(self.model_dump(by_alias=True))
+
+    def run_identity(self) -> dict[str, Any]:
+        """The keys that define the mathematics of a run; a resume in which one differs is another run.
+
+        How rows are made, the mesh, attention, remat, and the cadence of logging, saving and evaluating may change. So
+        may the keys of the batch: the batch size itself is stored with the checkpoint. With a learning rate that does
+        not depend on the length of the run, a run may also be made longer.
+        """
+        values = self.model_dump(by_alias=True)
+        identity = {
+            key: values[key] for key, field in help.keys_of(type(self)).items() if help.extras(field)["identity"]
+        }
+        identity["dataset_splits"] = self.train_splits
+        by_steps = self.lr_scheduler_type == "constant_with_warmup" and (self.warmup_steps or not self.warmup_ratio)
+        if self.lr_scheduler_type == "constant" or by_steps:
+            del identity["max_steps"], identity["num_train_epochs"]
+        return identity
+
+
+# What only the PyTorch reference can do, and why not.
+TORCH_ONLY = {
+    "load_in_4bit": "weights are not quantised; use `mesh.fsdp` and `remat` to save memory, or `python -m torch_ref`",
+    "load_in_8bit": "weights are not quantised; use `mesh.fsdp` and `remat` to save memory, or `python -m torch_ref`",
+    "lora_dropout": "adapters have no dropout, with which layouts would give different numbers; set it to 0, or use "
+    "`python -m torch_ref`",
+}
+
+
+def torch_only(config: TrainConfig) -> dict[str, str]:
+    """What a config asks for that only the PyTorch reference can do: key -> `key: value` and why not."""
+    asked = {key: getattr(config, key) for key in TORCH_ONLY if key != "lora_dropout" or config.use_peft}
+    shown = {key: str(value).lower() for key, value in asked.items() if value}
+    return {key: f"`{key}: {value}` cannot be honoured: {TORCH_ONLY[key]}" for key, value in shown.items()}

@@ -1,0 +1,72 @@
+"""Gemma 2: soft caps, windows in every other layer, four norms a block which multiply by `1 + w`, scaled embeddings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jax_simpo.hf.families import llama
+from jax_simpo.hf.families.family import Family
+from jax_simpo.hf.fields import Fields
+
+if TYPE_CHECKING:
+    from jax_simpo.models.config import ModelConfig
+
+# What Llama calls the norm after attention is the norm of the feed-forward part's input; here both exist.
+_NAMES = {
+    **llama.NAMES,
+    "layers/attention_post_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+    "layers/mlp_norm/scale": "model.layers.{}.pre_feedforward_layernorm.weight",
+    "layers/mlp_post_norm/scale": "model.layers.{}.post_feedforward_layernorm.weight",
+}
+
+
+def _read(fields: Fields) -> dict[str, Any]:
+    fields.require("hidden_activation", "gelu_pytorch_tanh")
+    # Still in the published files; transformers looks at `hidden_activation` and `sliding_window` alone.
+    fields.ignore("hidden_act", "sliding_window_size")
+    bias, layers = fields.flag("attention_bias", False), fields.size("num_hidden_layers")
+    return {
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "activation": "gelu_tanh",
+        "post_norms": True,
+        "norm_offset": True,
+        "scale_embeddings": True,
+        "query_pre_attn_scalar": fields.size("query_pre_attn_scalar"),
+        "attention_softcap": fields.number_or_none("attn_logit_softcapping"),
+        "logit_softcap": fields.number_or_none("final_logit_softcapping"),
+        "layer_windows": fields.windows(fields.size_or_none("sliding_window"), [i % 2 == 0 for i in range(layers)]),
+    }
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_act": "gelu_pytorch_tanh",  # other programs read it
+        "attention_bias": config.qkv_bias,
+        "query_pre_attn_scalar": config.query_pre_attn_scalar,
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.logit_softcap,
+        # transformers makes the mask of windowed layers even where there is none.
+        "sliding_window": max((window for window in config.layer_windows if window), default=4096),
+        "layer_types": config.layer_types,
+    }
+
+
+GEMMA2 = Family(
+    "Gemma2ForCausalLM",
+    _NAMES,
+    _read,
+    _write,
+    absent={
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+)

@@ -1,0 +1,77 @@
+"""Finds a model's folder, on the disk or on the hub, and reads its configuration."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from jax_simpo.errors import ModelError
+from jax_simpo.hf.config import read_model_config
+from jax_simpo.models.config import ModelConfig
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+def resolve_model_folder(name_or_path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The folder of a model: the path itself, or the local copy of a hub id (downloaded when it is not there yet).
+
+    Args:
+        name_or_path: a folder or a hub id.
+        revision: branch, tag or commit of a hub model.
+        weights: whether its weights are wanted too, not only its configuration and tokenizer.
+
+    Raises:
+        ModelError: neither a folder nor a model on the hub that can be reached.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(name_or_path)
+    if folder.exists():
+        raise ModelError(f"{name}: is a file; a model is a folder with config.json and safetensors files")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise ModelError(f"{name}: no such folder; a model is a folder, or a hub id such as meta-llama/Llama-3.1-8B")
+    import huggingface_hub  # slow to import, and a local folder does not need it
+
+    try:
+        # "*/*": some repositories keep a second copy of the weights in a subfolder.
+        path = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=_HUB_FILES,
+            ignore_patterns=["*/*"] if weights else ["*/*", "*.safetensors"],
+        )
+    except Exception as error:  # not found, gated, offline, interrupted: a dozen types from two libraries
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{name}: no such folder, and the hub gave no such model ({type(error).__name__}: {reason}). Check the "
+            "spelling and the network; for a gated model accept its terms and run `hf auth login`"
+        ) from error
+    return Path(path)
+
+
+def load_model_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads `config.json` of a model folder: our configuration, and the file as it is."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        adapter = (path.parent / "adapter_config.json").is_file()
+        hint = ". This is an adapter; `jax-simpo export --merge` makes a model of it and its base" if adapter else ""
+        raise ModelError(f"{path}: no such file; a model folder has a config.json{hint}")
+    try:
+        raw = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    return read_model_config(raw, where=str(path)), raw
+
+
+def load_generation_config(folder: str | Path) -> dict[str, Any] | None:
+    """`generation_config.json` of a model folder, to be handed on to `save_model`; None where there is none."""
+    path = Path(folder) / "generation_config.json"
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}: not valid JSON ({error})") from error

@@ -1,0 +1,47 @@
+"""The linear layers that can have an adapter, by our paths and by Hugging Face's names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jax_simpo.errors import ConfigError
+from jax_simpo.hf.families import FAMILIES
+
+
+def linear_layers(model_type: str) -> dict[str, str]:
+    """A family's linear layers: our path in a decoder layer -> Hugging Face's module name, `{}` the layer's number."""
+    kernels = {path: name for path, name in FAMILIES[model_type].names.items() if path.endswith("/kernel")}
+    return {
+        path.removeprefix("layers/").removesuffix("/kernel"): name.removesuffix(".weight")
+        for path, name in kernels.items()
+    }
+
+
+def choose_targets(names: Sequence[str] | None, model_type: str) -> tuple[str, ...]:
+    """The linear layers that `lora_target_modules` means. A name is as peft reads it: `q_proj` or `self_attn.q_proj`.
+
+    Args:
+        names: Hugging Face's names; None takes all linear layers but the head.
+        model_type: the model's family.
+
+    Raises:
+        ConfigError: a name is that of no linear layer.
+    """
+    layers = linear_layers(model_type)
+    if names is None:
+        return tuple(layers)
+    # Without the number: an adapter sits on every layer or on none.
+    modules = {path: module.partition(".{}.")[2] for path, module in layers.items()}
+    chosen: dict[str, None] = {}
+    for name in names:
+        found = [path for path, module in modules.items() if f".{module}".endswith(f".{name}")]
+        if not found:
+            known = ", ".join(module.rpartition(".")[2] for module in modules.values())
+            raise ConfigError(
+                f"`lora_target_modules`: {name!r} is no linear layer of a {model_type} model that can have an adapter; "
+                f"those are {known} (for all of them leave the key out)"
+            )
+        chosen |= dict.fromkeys(found)
+    if not chosen:
+        raise ConfigError("`lora_target_modules` names nothing to train; for all linear layers leave the key out")
+    return tuple(path for path in layers if path in chosen)

@@ -1,0 +1,118 @@
+"""Reads the weights of a model folder straight to their device shards."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jax_simpo.errors import ModelError
+from jax_simpo.hf.families import FAMILIES
+from jax_simpo.hf.safetensors_files import WeightFiles
+from jax_simpo.hf.tensors import CheckpointTensor, checkpoint_tensors, join_path
+from jax_simpo.models import lora
+from jax_simpo.models.transformer import Model, Params
+
+
+def load_params(folder: str | Path, model: Model, mesh: Mesh) -> Params:
+    """Reads the weights of a model folder onto the mesh: float32, or the compute dtype where they are frozen.
+
+    Each device's part is read from the files on its own, so the host holds one part of one parameter at a time. Of a
+    model with adapters this is the base.
+
+    Raises:
+        ModelError: a tensor is missing, extra or has another shape than `config.json` says.
+        MeshError: the mesh does not divide the model.
+    """
+    (_, base), (_, shardings) = lora.split(model.abstract), lora.split(model.shardings(mesh))
+    files = WeightFiles(Path(folder))
+    tensors = checkpoint_tensors(model)
+    _check_tensors(files, model, tensors)
+    tensors_of: dict[str, list[CheckpointTensor]] = {}
+    for tensor in tensors:
+        tensors_of.setdefault(tensor.path, []).append(tensor)
+
+    def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
+        return _load_parameter(files, tensors_of[join_path(path)], leaf, sharding)
+
+    return jax.tree_util.tree_map_with_path(load, base, shardings)
+
+
+def _load_parameter(
+    files: WeightFiles, tensors: list[CheckpointTensor], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding
+) -> jax.Array:
+    shape = leaf.shape
+    devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}  # replicas of a part are read once
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(i.indices(size)[:2] for i, size in zip(index or (), shape, strict=True))
+        devices_of.setdefault(bounds, []).append(device)
+    parts = []
+    for bounds, devices in devices_of.items():
+        host = _read_part(files, tensors, tuple(slice(*b) for b in bounds), leaf.dtype)
+        parts += [jax.device_put(host, device) for device in devices]
+        jax.block_until_ready(parts)
+        del host  # this part has left the host before the next one is read
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def _read_part(files: WeightFiles, tensors: list[CheckpointTensor], index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    def read(tensor: CheckpointTensor, index: tuple[slice, ...]) -> np.ndarray:
+        return files.read(tensor.name, index[::-1]).T if tensor.transposed else files.read(tensor.name, index)
+
+    if tensors[0].layer is None:
+        return np.ascontiguousarray(read(tensors[0], index), dtype)
+    part = np.empty([i.stop - i.start for i in index], dtype)
+    for i, tensor in enumerate(tensors[index[0]]):
+        part[i] = read(tensor, index[1:])
+    return part
+
+
+def _check_tensors(files: WeightFiles, model: Model, tensors: list[CheckpointTensor]) -> None:
+    names = {tensor.name for tensor in tensors}
+    missing = [tensor.name for tensor in tensors if tensor.name not in files]
+    if missing:
+        raise ModelError(
+            f"{files.folder}: {_some(missing)} missing from the safetensors files; config.json asks for "
+            f"{model.config.num_layers} layers of a {model.config.model_type} model"
+        )
+    family = FAMILIES[model.config.model_type]
+    spare = "|".join(family.ignored)
+    extra = [name for name in files if name not in names and not re.fullmatch(spare, name)]
+    head = family.names["lm_head/embedding"]
+    if model.config.tie_word_embeddings and head in extra:  # some exporters write the tied head a second time
+        _check_tied(files, family.names["embed/embedding"], head)
+        extra.remove(head)
+    if extra:
+        raise ModelError(
+            f"{files.folder}: {_some(extra)} of the safetensors files has no place in the {model.config.model_type} "
+            "model that config.json describes; use the config.json that belongs to these weights"
+        )
+    for tensor in tensors:
+        files.check_dtype(tensor.name)
+        if files.shape(tensor.name) != tensor.shape:
+            raise ModelError(
+                f"{files.where(tensor.name)} has shape {list(files.shape(tensor.name))}, but config.json makes it "
+                f"{list(tensor.shape)}; use the config.json that belongs to these weights"
+            )
+
+
+def _check_tied(files: WeightFiles, embedding: str, head: str) -> None:
+    same = files.shape(embedding) == files.shape(head)
+    rows = files.shape(head)[0]
+    for start in range(0, rows if same else 0, 4096):
+        block = (slice(start, min(start + 4096, rows)), slice(None))
+        same = same and np.array_equal(files.read(embedding, block), files.read(head, block))
+    if not same:
+        raise ModelError(
+            f"{files.where(head)} differs from `{embedding}`, but config.json says tie_word_embeddings=true; set it "
+            "to false to train with both, or remove the tensor"
+        )
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:most])
+    return f"tensor {shown}" + (f" and {len(names) - most} more" if len(names) > most else "")

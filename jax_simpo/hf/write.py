@@ -1,0 +1,213 @@
+"""Writes the weights of a model as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_simpo.errors import ModelError
+from jax_simpo.hf.config import write_model_config
+from jax_simpo.hf.safetensors_files import BLOCK_BYTES, TensorWriter, plan_files, write_index
+from jax_simpo.hf.tensors import CheckpointTensor, checkpoint_tensors, join_path, tensor_shapes
+from jax_simpo.models import lora
+from jax_simpo.models.config import ModelConfig
+from jax_simpo.models.transformer import Model, Params
+from jax_simpo.run.whole import fresh_folder_beside, move_into_place
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def shard_bytes(size: str) -> int:
+    """A file size as Hugging Face writes it: "5GB", "500MB", or a number of bytes.
+
+    Raises:
+        ModelError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?)?B?", size, re.IGNORECASE)
+    if found is None:
+        raise ModelError(f"max_shard_size {size!r} is no file size; write 500MB, 5GB or a number of bytes")
+    unit = (found[2] or "").lower()
+    number = float(found[1]) * (1024 if unit.endswith("i") else 1000) ** " kmg".index(unit[:1] or " ")
+    if number < 1:
+        raise ModelError(f"max_shard_size {size!r}: a file has at least a byte")
+    return int(number)
+
+
+def save_model(
+    params: Params,
+    model: Model,
+    folder: str | Path,
+    dtype: str = "bfloat16",
+    *,
+    tokenizer: Any = None,
+    generation_config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads. Adapters are merged into their kernels.
+
+    The folder is written under another name beside its place and then moved there, so a killed export leaves the
+    former model, or none, but never half a model. In a multi-process run every process calls this and the first one
+    writes.
+
+    Args:
+        params: the parameters, on the mesh they are trained on.
+        model: their model.
+        folder: where to; an earlier export there is replaced.
+        dtype: the dtype of the stored weights, `float32` or `bfloat16`.
+        tokenizer: a transformers tokenizer, saved alongside.
+        generation_config: as `load_generation_config` gives it; made from the configuration if None.
+        max_shard_bytes: most bytes per safetensors file.
+
+    Raises:
+        ModelError: something that is no model is in the way, or the folder cannot be written.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ModelError(f"export dtype {dtype!r} is not supported; use float32 or bfloat16")
+    tensors = {tensor.name: tensor for tensor in checkpoint_tensors(model)}
+    leaves = {join_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    files = plan_files(tensor_shapes(model), dtype, max_shard_bytes)
+    with replacing(folder) as temporary:
+        for file, shapes in files.items():
+            with TensorWriter(temporary / file, shapes, dtype) if temporary else nullcontext() as writer:
+                for name in shapes:
+                    tensor = tensors[name]
+                    for start, rows in _blocks(leaves[tensor.path], tensor, dtype, _adapter(leaves, tensor, model)):
+                        if writer:
+                            writer.write(name, rows, start)
+        if temporary:
+            write_index(temporary, files, dtype)
+            config = _with_special_tokens(model.config, tokenizer)
+            write_json(temporary / "config.json", write_model_config(config, dtype))
+            write_json(temporary / "generation_config.json", generation_config or _generation_config(config))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+    return Path(folder).absolute()
+
+
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path | None]:
+    """A new folder to write to, which takes the place of `folder` when all is written; None but on the first process.
+
+    Raises:
+        ModelError: something that is no model is in the way, or the folder cannot be written.
+    """
+    folder = Path(folder).absolute()
+    temporary = None
+    try:
+        temporary = fresh_folder_beside(folder) if jax.process_index() == 0 else None
+        yield temporary
+        if temporary:
+            move_into_place(temporary, folder)
+    except OSError as error:
+        raise ModelError(f"{folder}: the model cannot be written there ({error})") from error
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)  # gone already, unless something failed
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_model")
+
+
+class _Adapter(NamedTuple):
+    """What is merged into a kernel: `lora.merged`'s matrices, of all layers, and their scale."""
+
+    a: jax.Array
+    b: jax.Array
+    scale: float
+
+
+def _adapter(leaves: Mapping[str, jax.Array], tensor: CheckpointTensor, model: Model) -> _Adapter | None:
+    """The adapter of a linear layer's kernel, if it has one."""
+    path = f"{tensor.path.removesuffix('/kernel')}/{lora.KEY}"
+    if f"{path}/a" not in leaves:
+        return None
+    assert model.lora is not None
+    return _Adapter(leaves[f"{path}/a"], leaves[f"{path}/b"], model.lora.scale)
+
+
+def _blocks(
+    leaf: jax.Array, tensor: CheckpointTensor, dtype: str, adapter: _Adapter | None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """A tensor as the checkpoint has it, in blocks of its rows, each with the number of its first row.
+
+    A block is merged and cast on the devices. Where they belong to several processes it is gathered to each of them, so
+    that any process can read it; so many hold it then that it must be small, and it must be gathered alone: where the
+    rows are split over devices, a block is made of the same rows of each one's part.
+    """
+    own = leaf.sharding
+    axis = leaf.ndim - 1 if tensor.transposed else leaf.ndim - len(tensor.shape)  # of the checkpoint's rows
+    held = own.shard_shape(leaf.shape)[axis]
+    parts = leaf.shape[axis] // held
+    row_bytes = int(np.prod(tensor.shape[1:], dtype=np.int64)) * jnp.dtype(dtype).itemsize
+    count = min(held, max(1, BLOCK_BYTES // (row_bytes * parts)))
+    everywhere = None
+    if isinstance(own, NamedSharding) and not own.is_fully_addressable:
+        everywhere = NamedSharding(own.mesh, PartitionSpec())
+    for start in range(0, held, count):
+        start = min(start, held - count)  # the last block begins earlier, to be of the same shape
+        x = _pick(leaf, adapter, tensor.layer, start, axis, (parts, count), dtype, everywhere)
+        block = np.asarray(x if everywhere is None else x.addressable_data(0))
+        for part, rows in enumerate(block):
+            yield part * held + start, rows
+        del x, block  # before the next one is made
+
+
+@partial(jax.jit, static_argnames=("axis", "block", "dtype", "sharding"))
+def _pick(
+    leaf: jax.Array,
+    adapter: _Adapter | None,
+    layer: jax.Array | None,
+    start: jax.Array,
+    axis: int,
+    block: tuple[int, int],
+    dtype: str,
+    sharding: NamedSharding | None,
+) -> jax.Array:
+    def of_layer(x: jax.Array) -> jax.Array:
+        return x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+
+    def cut(x: jax.Array, axis: int) -> jax.Array:
+        """The block's rows, [parts, rows of a part, ...]."""
+        x = x.reshape(*x.shape[:axis], block[0], -1, *x.shape[axis + 1 :])
+        return jnp.moveaxis(jax.lax.dynamic_slice_in_dim(x, start, block[1], axis + 1), (axis, axis + 1), (0, 1))
+
+    x = cut(of_layer(leaf), axis if layer is None else axis - 1)
+    if adapter is not None:  # rows of the checkpoint are a kernel's columns
+        columns = jax.vmap(lora.merged, in_axes=(0, None, 0, None))
+        turned = columns(x.mT, of_layer(adapter.a), cut(of_layer(adapter.b), 1).mT, adapter.scale)
+        x = turned.mT
+    x = x.astype(dtype)
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _with_special_tokens(config: ModelConfig, tokenizer: Any) -> ModelConfig:
+    """A fresh model starts and ends text as its tokenizer does; a configuration that names the tokens keeps them."""
+
+    def pick(key: str) -> Any:
+        own = getattr(config, key)
+        return getattr(tokenizer, key, None) if own is None else own
+
+    return replace(config, bos_token_id=pick("bos_token_id"), eos_token_id=pick("eos_token_id"))
+
+
+def _generation_config(config: ModelConfig) -> dict[str, Any]:
+    hf = write_model_config(config)
+    tokens = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[key] is not None}
+    return {"_from_model_config": True, **tokens}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a file as transformers writes its own."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

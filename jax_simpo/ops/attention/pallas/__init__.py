@@ -1,0 +1,1 @@
+"""Our flash attention kernel for Hopper GPUs, written in Pallas (Mosaic GPU)."""

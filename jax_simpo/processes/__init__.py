@@ -1,0 +1,1 @@
+"""Runs of several processes: how they find one another and agree."""

@@ -1,0 +1,166 @@
+"""How the processes of a run find each other: from options, from SLURM, from Kubernetes, or as JAX finds them itself.
+
+These settings belong to the launch and not to the run, so they are options and environment variables, never keys of the
+config file. A run of one process needs none. Nothing here imports jax before there is something to join.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jax_simpo.errors import LaunchError
+
+# What one process of a SLURM job step is told, as JAX reads it. `sbatch` alone does not set the node list: a program
+# that is started without `srun` is one process, however many tasks were asked for.
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+_TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # set by GKE
+_MANY = "`--coordinator_address HOST:PORT --num_processes N --process_id I`"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the user said about the launch.
+
+    Attributes:
+        coordinator_address: host and port of process 0, which the others connect to.
+        num_processes: of the run.
+        process_id: of this process, from 0.
+        distributed: True to let JAX find the processes in any way it knows (Cloud TPU VMs, Open MPI), False to be one
+            process whatever the environment says, None to look for SLURM, GKE and Kubernetes.
+    """
+
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    distributed: bool | None = None
+
+
+@dataclass(frozen=True)
+class Join:
+    """Arguments of `jax.distributed.initialize`; what is None is found by JAX in the environment."""
+
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    local_device_ids: tuple[int, ...] | None = None
+
+
+def find(launch: Launch, environment: Mapping[str, str]) -> Join | None:
+    """What to join; None where this is a run of one process.
+
+    Raises:
+        LaunchError: the options are incomplete or contradict each other, or this is one of several pods that cannot
+            find the others.
+    """
+    given = (launch.coordinator_address, launch.num_processes, launch.process_id)
+    if launch.distributed is False:
+        if any(value is not None for value in given):
+            raise LaunchError("--no-distributed is one process, but its place among others is given; give only one")
+        return None
+    if any(value is not None for value in given):
+        return _explicit(launch, environment)
+    if launch.distributed:
+        return Join()
+    if _in_slurm(environment):
+        return _slurm(environment)
+    if _tpu_hosts(environment) > 1:
+        return Join()
+    return _kubernetes(environment)
+
+
+def _explicit(launch: Launch, environment: Mapping[str, str]) -> Join | None:
+    address, count, number = launch.coordinator_address, launch.num_processes, launch.process_id
+    if count == 1 and not number:
+        return None
+    known = launch.distributed or _in_slurm(environment) or _tpu_hosts(environment) > 1
+    if known and None in (address, count, number):  # JAX finds the rest
+        return Join(address, count, number)
+    if address is None or count is None or number is None:
+        raise LaunchError(f"the place of this process among others takes three options: {_MANY}; give all of them")
+    if count < 1 or not 0 <= number < count:
+        raise LaunchError(f"--process_id {number} of --num_processes {count}: processes count from 0 to {count - 1}")
+    if not re.fullmatch(r".+:\d+", address):
+        raise LaunchError(f"--coordinator_address {address}: give HOST:PORT, such as {address.split(':')[0]}:8476")
+    return Join(address, count, number)
+
+
+def _in_slurm(environment: Mapping[str, str]) -> bool:
+    return all(name in environment for name in _SLURM)
+
+
+def _slurm(environment: Mapping[str, str]) -> Join | None:
+    if int(environment["SLURM_NTASKS"]) == 1:
+        return None
+    # JAX gives each task the one GPU of its local number. Where a node runs one task, that task takes all of them.
+    per_node = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+    alone = re.fullmatch(r"1(\(x\d+\))?", per_node) is not None and gpus.isdecimal()
+    return Join(local_device_ids=tuple(range(int(gpus))) if alone else None)
+
+
+def _tpu_hosts(environment: Mapping[str, str]) -> int:
+    hosts = next((environment[name] for name in _TPU_HOSTS if name in environment), "")
+    return len(hosts.split(",")) * int(environment.get("MEGASCALE_NUM_SLICES") or 1)
+
+
+def _kubernetes(environment: Mapping[str, str]) -> Join | None:
+    index = environment.get("JOB_COMPLETION_INDEX")
+    if "KUBERNETES_SERVICE_HOST" not in environment or index is None or any(name in environment for name in _TPU_HOSTS):
+        return None
+    if importlib.util.find_spec("kubernetes") is None:
+        raise LaunchError(
+            f"this is pod {index} of an indexed Kubernetes job, and the other pods cannot be found. Install the "
+            f"`kubernetes` package (`pip install 'jax[k8s]'`) for JAX to ask the cluster, or give {_MANY}; for a job "
+            "of one pod give `--no-distributed`"
+        )
+    return Join()
+
+
+_joined = False
+
+
+def join(launch: Launch) -> None:
+    """Joins the other processes, where there are any. Call it before anything else: JAX must not have begun.
+
+    Raises:
+        LaunchError: as of `find`, or the others do not answer.
+    """
+    global _joined
+    if _joined:  # JAX joins once; a second command of one process goes on in the same company
+        return
+    found = find(launch, os.environ)
+    if found is None:
+        return
+    from jax_simpo.processes import distributed  # imports jax, which one process need not wait for yet
+
+    distributed.join(found.coordinator_address, found.num_processes, found.process_id, found.local_device_ids)
+    _joined = True
+
+
+def is_first() -> bool:
+    """Whether this process prints and writes; every one does that is alone."""
+    if not _joined:
+        return True
+    from jax_simpo.processes import distributed
+
+    return distributed.is_first()
+
+
+def finish() -> None:
+    """Waits for the other processes at the end of a command that went well."""
+    if _joined:
+        from jax_simpo.processes import distributed
+
+        distributed.finish()
+
+
+def fail(error: BaseException) -> None:
+    """Ends the whole run with what ended this process; in a run of one process it does nothing."""
+    if _joined:
+        from jax_simpo.processes import distributed
+
+        distributed.fail(error)

@@ -1,0 +1,298 @@
+"""What a run has done, for people: `report.html`, `curves.png` and the summary at the end of training.
+
+Everything is read from the files of the output directory, so a report can be made again at any time:
+`metrics.jsonl` (the only one that must be there), `config.yaml`, `samples.jsonl` and `run.json`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich import box
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from jax_simpo.config import yaml_files
+from jax_simpo.errors import CheckpointError
+from jax_simpo.run.curves import draw_curves
+from jax_simpo.run.metrics import METRICS_FILE, read_metrics
+from jax_simpo.run.samples import Sample, read_samples
+
+REPORT_FILE = "report.html"
+CURVES_FILE = "curves.png"
+FACTS_FILE = "run.json"
+
+PACKAGES = ("jax-simpo", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
+MEASURES = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
+_SHORT = 240  # characters of a text on the console
+_SUMMARY_SAMPLES = 2
+
+
+# --- what is known of a run
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of an output directory."""
+
+    output: Path
+    config: Mapping[str, Any]
+    config_text: str
+    train: Sequence[Mapping[str, Any]]
+    evals: Sequence[Mapping[str, Any]]
+    samples: Sequence[Sample]
+    facts: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("run_name") or self.output.resolve().name)
+
+    @property
+    def eval_name(self) -> str:
+        """What the evaluated pairs are called: the split's name where the config tells it."""
+        splits = [split for split in self.config.get("dataset_splits") or [] if "train" not in split]
+        return f"evaluation ({splits[0]})" if splits else "evaluation"
+
+    @property
+    def pairs_seen(self) -> int:
+        """Pairs trained on."""
+        return int(self.train[-1]["total_pairs"])
+
+    @property
+    def tokens_computed(self) -> int:
+        """Input tokens computed, padding apart."""
+        return int(self.train[-1]["total_tokens"])
+
+    @property
+    def training_seconds(self) -> float:
+        """Time in training steps, compilation included, evaluation and saving not."""
+        return float(self.train[-1]["total_seconds"])
+
+    def outcome(self) -> str:
+        """What came of it, in a sentence."""
+        key = "rewards/accuracies"
+        if not self.evals:
+            start, end = (f"{self.train[i][key]:.1%}" for i in (0, -1))
+            return (
+                f"In the last training step the model preferred the chosen answer in {end} of the pairs; in the first "
+                f"it was {start}. The run was not evaluated."
+            )
+        first, last = self.evals[0], self.evals[-1]
+        before, after = first[f"eval_{key}"], last[f"eval_{key}"]
+        sentence = f"The model prefers the chosen answer in {after:.1%} of the {last['eval_pairs']:,} evaluation pairs"
+        if len(self.evals) == 1:
+            return f"{sentence} (at step {last['eval_step']})."
+        when = "before training" if first["eval_step"] == 0 else f"at step {first['eval_step']}"
+        if f"{before:.1%}" == f"{after:.1%}":
+            return f"{sentence}, the same as {when}."
+        return f"{sentence}, {'up' if after > before else 'down'} from {before:.1%} {when}."
+
+    def figures(self) -> list[tuple[str, str, str]]:
+        """The key figures: name, value, and what to know about it."""
+        last, facts = self.train[-1], self.facts
+        of_steps = f"of {facts['total_steps']:,}" if facts.get("total_steps", last["step"]) != last["step"] else ""
+        of_pairs = f"{facts['training_pairs']:,} pairs, " if "training_pairs" in facts else ""
+        fills = [record["packing_fill"] for record in self.train]
+        speed = statistics.median(record["pairs_per_second"] for record in self.train)
+        token_speed = statistics.median(record["tokens_per_second"] for record in self.train)
+        figures = [
+            ("pairs trained on", f"{self.pairs_seen:,}", f"{of_pairs}{last['epoch']:.3g} epochs"),
+            ("steps", f"{last['step']:,}", of_steps),
+            ("tokens computed", _large(self.tokens_computed), "padding not counted"),
+        ]
+        if facts.get("tokens_saved"):
+            figures.append(("saved by sharing", f"{facts['tokens_saved']:.1%}", "of all tokens"))
+        figures += [
+            ("packing fill", f"{statistics.fmean(fills):.1%}", "the rest is padding"),
+            ("pairs per second", f"{speed:.3g}", f"median; {_large(token_speed)} tokens/s"),
+            ("training time", duration(self.training_seconds), "compilation included"),
+        ]
+        if self.evals:
+            seconds = sum(record["eval_runtime"] for record in self.evals)
+            figures.append(("evaluation time", duration(seconds), f"{len(self.evals)} evaluations"))
+        return figures
+
+    def draw(self, theme: Any = "light") -> bytes:
+        """`curves.png`."""
+        beta, ratio = (self.config.get(key) for key in ("beta", "gamma_beta_ratio"))
+        gamma = beta * ratio if isinstance(beta, int | float) and isinstance(ratio, int | float) else None
+        return draw_curves(self.train, self.evals, eval_name=self.eval_name, target_margin=gamma, theme=theme)
+
+
+def read_run(output: Path) -> Run:
+    """Reads what an output directory holds.
+
+    Raises:
+        CheckpointError: no training step was logged in it.
+    """
+    records = read_metrics(output)
+    train = [record for record in records if "step" in record]
+    if not train:
+        raise CheckpointError(
+            f"{output / METRICS_FILE} holds no training step: nothing to report. Give the `output_dir` of a run"
+        )
+    config, facts = output / "config.yaml", output / FACTS_FILE
+    return Run(
+        output=output,
+        config=yaml_files.read_file(config)[0] if config.exists() else {},
+        config_text=config.read_text(encoding="utf-8") if config.exists() else "",
+        train=train,
+        evals=[record for record in records if "eval_step" in record],
+        samples=read_samples(output),
+        facts=json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {},
+    )
+
+
+def write_facts(
+    output: Path,
+    *,
+    mesh: Mapping[str, int],
+    device: str,
+    parameters: int,
+    training_pairs: int,
+    total_steps: int,
+    tokens_saved: float,
+) -> None:
+    """Writes `run.json`: what only the running program knows and a later report wants.
+
+    Args:
+        output: the output directory.
+        mesh: devices per axis (`mesh.shape`).
+        device: kind of device (`jax.devices()[0].device_kind`).
+        parameters: numbers that are trained.
+        training_pairs: pairs of an epoch.
+        total_steps: steps the run is to take.
+        tokens_saved: share of the tokens that prefix sharing saves, 0 without it.
+    """
+    facts = {
+        "device": device,
+        "mesh": dict(mesh),
+        "parameters": parameters,
+        "training_pairs": training_pairs,
+        "total_steps": total_steps,
+        "tokens_saved": tokens_saved,
+        "versions": versions(),
+    }
+    (output / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from a source tree
+            continue
+    return found
+
+
+# --- the page
+
+
+def write_report(output: Path) -> Path:
+    """Writes `curves.png` and `report.html` of a run, finished or not, and returns the latter's path.
+
+    Raises:
+        CheckpointError: no training step was logged there.
+    """
+    run = read_run(output)
+    light = run.draw("light")
+    (output / CURVES_FILE).write_bytes(light)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("jax_simpo.run", "templates"),
+        autoescape=True,  # prompts and answers are other people's text
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    facts = {key: run.facts[key] for key in ("device", "mesh", "parameters") if key in run.facts}
+    if "mesh" in facts:
+        facts["mesh"] = ", ".join(f"{axis}={size}" for axis, size in facts["mesh"].items())
+    if "parameters" in facts:
+        facts["parameters"] = f"{facts['parameters']:,}"
+    page = environment.get_template("report.html.jinja").render(
+        run=run,
+        light=base64.b64encode(light).decode(),
+        dark=base64.b64encode(run.draw("dark")).decode(),
+        measures=MEASURES,
+        facts={**facts, **run.facts.get("versions", {})},
+    )
+    path = output / REPORT_FILE
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+# --- the console
+
+
+def print_summary(console: Console, output: Path) -> None:
+    """Prints the outcome, first and last figures, some samples and where the files are."""
+    run = read_run(output)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    columns = [("training", run.train, "", "step"), (run.eval_name, run.evals, "eval_", "eval_step")]
+    columns = [column for column in columns if column[1]]
+    for name, records, _, step in columns:
+        table.add_column(Text(f"{name}\nstep {records[0][step]}"), justify="right")
+        table.add_column(Text(f"\nstep {records[-1][step]}"), justify="right", style="bold")
+    for key, label in MEASURES.items():
+        cells = [_value(key, records[i][prefix + key]) for _, records, prefix, _ in columns for i in (0, -1)]
+        table.add_row(label, *cells)
+    parts: list[Any] = [Text(run.outcome(), style="bold"), table]
+    for sample in run.samples[:_SUMMARY_SAMPLES]:
+        parts += [_sample_on_console(sample), Text()]
+    files = [name for name in (REPORT_FILE, CURVES_FILE, METRICS_FILE, "model") if (output / name).exists()]
+    parts += [Text.assemble((f"{name:>13}  ", "dim"), str(output / name)) for name in files]
+    panel = Panel(Group(*parts), title=Text(run.name), title_align="left", box=box.ROUNDED, padding=(1, 2))
+    console.print(panel, soft_wrap=False)  # the console leaves lines as they are; inside the frame they must wrap
+
+
+def _sample_on_console(sample: Sample) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(justify="right", style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    styles = {"prompt": "cyan", "before": "", "after": "bold", "chosen": "green", "rejected": "red"}
+    for name, style in styles.items():
+        table.add_row(name, Text(_shorten(getattr(sample, name)), style=style))
+    return table
+
+
+def _shorten(text: str | None) -> str:
+    if text is None:
+        return "(not answered yet)"
+    line = " ".join(text.split()) or "(empty)"
+    return line if len(line) <= _SHORT else line[: _SHORT - 1] + "…"
+
+
+def _value(key: str, value: float) -> str:
+    return f"{value:.1%}" if key == "rewards/accuracies" else f"{value:.4f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 8.4 s, 2 min 41 s, 3 h 12 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _large(number: float) -> str:
+    """A large count in three digits: 812, 48.3 k, 1.20 M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"

@@ -1,0 +1,288 @@
+"""Attention against separate sequences, the dense oracle against them, and every implementation against the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_simpo.data.rows import RowBatch, RowShape, build_rows
+from jax_simpo.errors import ConfigError
+from jax_simpo.ops.attention import Mask, attention, prepare_mask, resolve_implementation
+from jax_simpo.ops.attention.choice import Place, choose
+from jax_simpo.sharding import make_mesh
+from tests.pairs import random_pairs
+
+# test_splash.py and test_cudnn.py have what is particular to each; `pallas`, too slow without a GPU, has
+# test_pallas_gpu.py.
+ALL = ["dense", "blockwise", "cudnn", *(["splash"] if find_spec("tokamax") else [])]
+# The TPU interpreter did not finish on eight fake devices; test_splash.py compiles for a mesh of TPUs instead.
+ON_A_MESH = ["dense", "blockwise", "cudnn"]
+
+
+def layout(seed: int, rows: int, length: int, *, sharing: bool = True) -> RowBatch:
+    """Random rows: packed, padded, one of them empty."""
+    rng = np.random.default_rng(seed)
+    filled, number = [], 0
+    for row in range(rows):
+        held, room = [], 0 if row == rows - 1 else length
+        while room > 0:
+            (pair,) = random_pairs(rng, 1, 9, prompt=(1, length // 3), response=(1, length // 4))
+            room -= sum(len(r.inputs) for r in pair.responses)
+            if room > 0:
+                held.append((number, pair))
+                number += 1
+        filled.append(held)
+    return build_rows(filled, RowShape(length, 2 * length, 4 * length), prefix_sharing=sharing)
+
+
+def inputs(seed: int, rows: int, length: int, heads: int, kv_heads: int, width: int) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shapes = [(rows, length, n, width) for n in (heads, kv_heads, kv_heads, heads)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def make_mask(batch: RowBatch, windows: tuple[int | None, ...], implementation: str) -> Mask:
+    """The mask of a batch; kernels run without their hardware where it is missing."""
+    sequences = (batch.key_end == np.arange(batch.key_end.shape[1]) + 1).sum(1).max()
+    return prepare_mask(
+        jnp.array(batch.key_end),
+        jnp.array(batch.positions),
+        windows,
+        implementation,
+        sequences=max(1, int(sequences)),
+        interpret=jax.default_backend() == "cpu",
+    )
+
+
+def run(batch: RowBatch, q, k, v, dout, implementation: str, window=None, softcap=None):  # type: ignore[no-untyped-def]
+    """Output and the gradients of q, k and v."""
+
+    def total(q, k, v):  # type: ignore[no-untyped-def]
+        mask = make_mask(batch, (window,), implementation)
+        out = attention(q, k, v, mask, scale=0.3, window=window, softcap=softcap)
+        return (out * dout).astype(jnp.float32).sum(), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+    return out, *gradients
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (7, None), (None, 2.0)])
+def test_dense_gives_each_branch_what_its_own_sequence_gives(window: int | None, softcap: float | None) -> None:
+    batch = layout(0, 2, 96)
+    q, k, v, dout = inputs(0, 2, 96, 4, 2, 8)
+    out = run(batch, q, k, v, dout, "dense", window, softcap)[0]
+    groups = q.shape[2] // k.shape[2]
+    for query in range(batch.input_tokens):
+        seen = [j for j in range(query + 1) if query < batch.key_end[0, j]]
+        # One query by hand, in float64, from the positions of its own sequence.
+        seen = [j for j in seen if window is None or batch.positions[0, query] - batch.positions[0, j] < window]
+        for head in range(q.shape[2]):
+            keys, values = (np.asarray(x[0, seen, head // groups], np.float64) for x in (k, v))
+            scores = 0.3 * keys @ np.asarray(q[0, query, head], np.float64)
+            if softcap is not None:
+                scores = softcap * np.tanh(scores / softcap)
+            weights = np.exp(scores - scores.max())
+            np.testing.assert_allclose(out[0, query, head], weights @ values / weights.sum(), atol=2e-6)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    length=st.sampled_from([40, 128, 300]),
+    heads=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    window=st.sampled_from([None, 1, 20]),
+    softcap=st.sampled_from([None, 3.0]),
+    sharing=st.booleans(),
+)
+@settings(max_examples=12)
+def test_blockwise_values_and_gradients_are_those_of_dense(
+    seed: int,
+    length: int,
+    heads: tuple[int, int],
+    window: int | None,
+    softcap: float | None,
+    sharing: bool,
+) -> None:
+    batch = layout(seed, 3, length, sharing=sharing)
+    arrays = inputs(seed, 3, length, *heads, 16)
+    oracle = run(batch, *arrays, "dense", window, softcap)
+    found = run(batch, *arrays, "blockwise", window, softcap)
+    for a, b in zip(oracle, found, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_queries_that_see_nothing_give_zeros_in_values_and_gradients(implementation: str) -> None:
+    batch = layout(1, 2, 200)
+    padding = batch.key_end == 0
+    assert padding[0].any() and padding[1].all()
+    for array in run(batch, *inputs(1, 2, 200, 4, 2, 8), implementation):
+        assert np.isfinite(array).all()
+        assert not np.asarray(array)[padding].any()
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_rejected_does_not_move_when_chosen_changes(implementation: str) -> None:
+    (pair,) = random_pairs(np.random.default_rng(2), 1, 9, prompt=(100, 100), response=(60, 60))
+    batch = build_rows([[(0, pair)]], RowShape(384, 384, 2), prefix_sharing=True)
+    ends = batch.key_end[0]
+    chosen = (ends > 0) & (ends < ends.max())
+    rejected = (ends == ends.max()) & (np.arange(384) > np.flatnonzero(chosen).max())
+    q, k, v, dout = inputs(2, 1, 384, 4, 2, 16)
+    before = run(batch, q, k, v, dout, implementation)[0]
+    moved = [x.at[0, np.flatnonzero(chosen)].add(1.0) for x in (q, k, v)]
+    after = run(batch, *moved, dout, implementation)[0]
+    np.testing.assert_array_equal(before[0, rejected], after[0, rejected])
+    assert abs(before[0, chosen] - after[0, chosen]).max() > 0.1
+
+
+@pytest.mark.parametrize("implementation", ON_A_MESH)
+def test_on_a_mesh_each_device_computes_its_own_rows_and_heads(implementation: str) -> None:
+    batch, arrays = layout(3, 4, 160), inputs(3, 4, 160, 4, 2, 8)
+    alone = run(batch, *arrays, implementation)
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+        on_mesh = run(batch, *arrays, implementation)
+    for a, b in zip(alone, on_mesh, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ON_A_MESH)
+def test_one_mask_serves_layers_with_different_windows(implementation: str) -> None:
+    batch, (q, k, v, _) = layout(5, 4, 160), inputs(5, 4, 160, 4, 2, 8)
+
+    @jax.jit
+    def two_layers(q: jax.Array, k: jax.Array, v: jax.Array) -> list[jax.Array]:
+        mask = make_mask(batch, (None, 20), implementation)
+        return [attention(q, k, v, mask, scale=0.3, window=window) for window in (20, None)]
+
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+        found = two_layers(q, k, v)
+    for window, out in zip((20, None), found, strict=True):
+        np.testing.assert_allclose(out, run(batch, q, k, v, jnp.zeros_like(q), "dense", window)[0], atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", [name for name in ALL if name != "dense"])
+def test_bfloat16_is_as_close_to_float32_as_dense_bfloat16(implementation: str) -> None:
+    batch = layout(4, 2, 256)
+    exact = run(batch, *inputs(4, 2, 256, 4, 2, 32), "dense")
+    arrays = [x.astype(jnp.bfloat16) for x in inputs(4, 2, 256, 4, 2, 32)]
+    for a, dense, found in zip(exact, run(batch, *arrays, "dense"), run(batch, *arrays, implementation), strict=True):
+        assert found.dtype == jnp.bfloat16
+        distance = [float(jnp.linalg.norm(a - x.astype(jnp.float32))) for x in (dense, found)]
+        assert distance[1] <= 1.5 * distance[0]
+
+
+def test_blockwise_memory_is_linear_in_the_row_length() -> None:
+    def temporaries(length: int, implementation: str) -> int:
+        key_end = jnp.full((1, length), length, jnp.int32)
+        positions = jnp.arange(length, dtype=jnp.int32)[None]
+
+        def total(q, k, v):  # type: ignore[no-untyped-def]
+            mask = prepare_mask(key_end, positions, implementation=implementation)
+            return attention(q, k, v, mask, scale=1.0).sum()
+
+        shape = jax.ShapeDtypeStruct((1, length, 4, 32), jnp.float32)
+        compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(shape, shape, shape).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192, "blockwise") < 2.2 * temporaries(4096, "blockwise")
+    assert temporaries(8192, "blockwise") < temporaries(8192, "dense") / 20
+
+
+def test_blocks_that_nobody_sees_are_not_on_the_list() -> None:
+    from jax_simpo.ops.attention.blockwise import BLOCK, find_live_blocks
+
+    # Two pairs of 256 tokens each, then 128 of padding: the second pair never visits the first one's blocks.
+    key_end = jnp.repeat(jnp.array([256, 512, 0]), jnp.array([256, 256, 128]), total_repeat_length=640)[None]
+    live = find_live_blocks(key_end, jnp.zeros_like(key_end), None)
+    blocks = 128 // BLOCK
+    for i in range(5 * blocks):
+        visited = live.key_blocks[0, i, : live.counts[0, i]].tolist()
+        first = {0: 0, 1: 0, 2: 2, 3: 2}.get(i // blocks)
+        # All before it in its pair are seen whole and come first; in the diagonal block the mask decides.
+        assert visited == ([] if first is None else list(range(first * blocks, i + 1)))
+        assert live.full[0, i] == max(0, len(visited) - 1)
+
+
+def test_blocks_said_to_be_seen_whole_are() -> None:
+    from jax_simpo.ops.attention import visible
+    from jax_simpo.ops.attention.blockwise import BLOCK, find_live_blocks
+
+    batch = layout(6, 2, 8 * BLOCK)
+    key_end, positions = jnp.array(batch.key_end), jnp.array(batch.positions)
+    for window in (None, 100):
+        live = find_live_blocks(key_end, positions, window)
+        whole = np.asarray(visible(key_end, positions, window)).reshape(2, 8, BLOCK, 8, BLOCK).all((2, 4))
+        for row, i in np.ndindex(2, 8):
+            seen = live.key_blocks[row, i, : live.full[row, i]].tolist()
+            assert all(whole[row, i, j] for j in seen)
+
+
+HERE = Place("cpu", (0, 0), "float32", 64, False)
+H100 = Place("gpu", (9, 0), "bfloat16", 128, False)
+A100 = Place("gpu", (8, 0), "bfloat16", 128, False)
+TPU = Place("tpu", (0, 0), "bfloat16", 128, False)
+
+
+@pytest.mark.parametrize(
+    ("place", "chosen", "why"),
+    [
+        (HERE, "blockwise", "auto on a CPU: fastest measured there"),
+        (H100, "pallas", "auto on a Hopper GPU"),
+        (dataclasses.replace(H100, head_dim=96), "blockwise", "pallas has kernels for heads of 64, 128, 256"),
+        (dataclasses.replace(H100, head_dim=256, dtype="float32"), "blockwise", "64, 128 in float32"),
+        (A100, "blockwise", "not measured yet"),
+        (dataclasses.replace(TPU, dtype="float32"), "blockwise", "splash computes in bfloat16, and `dtype` is float32"),
+    ],
+)
+def test_auto_takes_the_first_preference_that_can_run(place: Place, chosen: str, why: str) -> None:
+    name, said = choose("auto", place)
+    assert name == chosen
+    assert why in said
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_auto_on_a_tpu_is_splash_where_tokamax_is_installed(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jax_simpo.ops.attention.choice.find_spec", lambda name: object() if installed else None)
+    name, why = choose("auto", TPU)
+    assert name == ("splash" if installed else "blockwise")
+    assert installed or "splash needs the package tokamax" in why
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "message"),
+    [
+        (
+            "splash",
+            HERE,
+            "`attention: splash` needs a TPU, and this is a CPU; choose auto .*: dense, blockwise$",
+        ),
+        ("pallas", HERE, "`attention: pallas` needs a Hopper GPU"),
+        ("pallas", A100, "`attention: pallas` needs a Hopper GPU .* and this is a GPU; .*: dense, blockwise, cudnn$"),
+        ("cudnn", TPU, "`attention: cudnn` needs an NVIDIA GPU, and this is a TPU"),
+        ("cudnn", dataclasses.replace(H100, softcap=True), "`attention: cudnn` cannot cap attention scores"),
+    ],
+)
+def test_an_implementation_that_cannot_run_here_is_an_error_with_the_choices(
+    name: str, place: Place, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose(name, place)
+
+
+def test_the_choice_knows_the_device_at_hand() -> None:
+    if jax.default_backend() == "cpu":
+        assert resolve_implementation("auto")[0] == "blockwise"
+        with pytest.raises(ConfigError, match="this is a CPU"):
+            resolve_implementation("pallas")
+
+
+def test_an_unknown_implementation_is_an_error() -> None:
+    with pytest.raises(ValueError, match="'flash' is not one of"):
+        prepare_mask(jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 8), jnp.int32), implementation="flash")

@@ -1,0 +1,80 @@
+"""cuDNN's attention on rows taken apart: the taking apart, and the numbers, with XLA in cuDNN's place on a CPU."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_simpo.data.rows import RowShape, build_rows
+from jax_simpo.errors import ConfigError
+from jax_simpo.ops.attention import attention, cudnn, prepare_mask
+from tests.ops.attention.test_attention import inputs, layout, make_mask, run
+from tests.pairs import make_pair
+
+# The kernel itself computes in bfloat16 only; test_attention.py has that test.
+ON_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="float32: with XLA in cuDNN's place, on a CPU only")
+
+
+@ON_CPU
+@given(
+    seed=st.integers(0, 10**6),
+    heads=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    window=st.sampled_from([None, 1, 20]),
+    sharing=st.booleans(),
+)
+@settings(max_examples=5)
+def test_values_and_gradients_are_those_of_dense(
+    seed: int, heads: tuple[int, int], window: int | None, sharing: bool
+) -> None:
+    batch, arrays = layout(seed, 3, 160, sharing=sharing), inputs(seed, 3, 160, *heads, 16)
+    oracle = run(batch, *arrays, "dense", window)
+    for a, b in zip(oracle, run(batch, *arrays, "cudnn", window), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_every_response_becomes_one_sequence() -> None:
+    # Shared 1 2 3, then chosen 4 5, rejected 6; behind it a pair whose rejected is a part of its chosen. Last tokens of
+    # responses are no inputs.
+    pairs = [make_pair([1, 2, 3], [4, 5, 9], [6, 9]), make_pair([7], [8, 1, 9], [8, 9])]
+    batch = build_rows([list(enumerate(pairs))], RowShape(12, 12, 4), prefix_sharing=True)
+    found = cudnn.prepare(jnp.array(batch.key_end), jnp.array(batch.positions), sequences=4)
+    tokens = [
+        batch.tokens[0, found.token[0, n, : found.length[0, n]]].tolist() for n in range(4) if found.length[0, n] > 0
+    ]
+    assert tokens == [[1, 2, 3, 4, 5], [1, 2, 3, 6], [7, 8, 1]]
+    assert found.first[0, :9].tolist() == [0, 0, 0, 0, 0, 1, 2, 2, 2]
+
+
+@ON_CPU
+@pytest.mark.parametrize("sizes", [{"sequences": 1}, {"sequences": 9, "longest": 30}])
+def test_sizes_that_are_too_small_give_nan_not_wrong_numbers(sizes: dict[str, int]) -> None:
+    batch, (q, k, v, _) = layout(7, 2, 160), inputs(7, 2, 160, 2, 2, 8)
+    key_end, positions = jnp.array(batch.key_end), jnp.array(batch.positions)
+
+    @jax.jit
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        table = cudnn.prepare(key_end, positions, **sizes)
+        return cudnn.attention(q, k, v, key_end, positions, table, scale=0.3, window=None, softcap=None, interpret=True)
+
+    out = attend(q, k, v)
+    whole = run(batch, q, k, v, jnp.zeros_like(q), "dense")[0]
+    lost = np.isnan(out).any((2, 3))
+    assert lost.any()
+    np.testing.assert_allclose(out[~lost], whole[~lost], atol=2e-6)
+
+
+def test_soft_caps_are_refused() -> None:
+    batch, (q, k, v, _) = layout(8, 1, 64), inputs(8, 1, 64, 2, 2, 8)
+    mask = make_mask(batch, (None,), "cudnn")
+    with pytest.raises(ConfigError, match="`attention: cudnn` cannot cap attention scores"):
+        attention(q, k, v, mask, scale=0.3, softcap=3.0)
+
+
+def test_the_number_of_sequences_must_be_told() -> None:
+    ints = jnp.zeros((1, 8), jnp.int32)
+    with pytest.raises(ValueError, match="must be told `sequences`"):
+        prepare_mask(ints, ints, implementation="cudnn")

@@ -1,0 +1,212 @@
+"""The report says what the files of a run say, and lets nothing of the data become markup."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from jax_simpo.errors import CheckpointError
+from jax_simpo.run import report
+from jax_simpo.run.samples import Sample, read_samples, write_samples
+
+CONFIG = """\
+model_name_or_path: someone/some-model
+dataset_splits: [train, test]
+beta: 2.0
+gamma_beta_ratio: 0.25
+run_name: café & <b>co</b>
+"""
+SAMPLE = Sample(
+    prompt="<script>alert(1)</script>\nA tea, please.",
+    chosen="[bold]One tea[/bold] & milk.",
+    rejected="One </p> coffee.",
+    before="x x x",
+    after="One tea.",
+)
+
+
+def training_record(step: int, **changes: Any) -> dict[str, Any]:
+    done = 1 - math.exp(-step / 20)
+    return {
+        "step": step,
+        "loss": 1.0 - 0.8 * done + 0.05 * math.sin(7 * step),
+        "rewards/chosen": -2.0,
+        "rewards/rejected": -2.0 - 3 * done,
+        "rewards/accuracies": 0.5 + 0.47 * done + 0.02 * math.sin(9 * step),
+        "rewards/margins": 3 * done + 0.1 * math.sin(5 * step),
+        "logps/chosen": -1.0,
+        "logps/rejected": -1.0 - done,
+        "grad_norm": 1.0,
+        "learning_rate": 1e-3,
+        "epoch": step / 32,
+        "pairs": 128,
+        "tokens": 10_000,
+        "tokens_per_second": 5_000.0,
+        "pairs_per_second": 64.0,
+        "packing_fill": 0.9,
+        "total_pairs": 128 * step,
+        "total_tokens": 10_000 * step,
+        "total_seconds": 2.0 * step,
+        **changes,
+    }
+
+
+def evaluation_record(step: int, accuracy: float) -> dict[str, Any]:
+    record = {f"eval_{key}": value for key, value in training_record(step).items() if "/" in key or key == "loss"}
+    record |= {"eval_step": step, "eval_epoch": step / 32, "eval_pairs": 1200, "eval_runtime": 1.5}
+    return record | {"eval_rewards/accuracies": accuracy}
+
+
+def make_run(folder: Path, *records: dict[str, Any]) -> Path:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "config.yaml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    steps = [training_record(step) for step in range(1, 65)]
+    folder = make_run(tmp_path, evaluation_record(0, 0.507), *steps, evaluation_record(64, 0.973))
+    write_samples(folder, [SAMPLE])
+    return folder
+
+
+class Page(HTMLParser):
+    """Elements, texts and addresses of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "srcset", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_outcome_names_evaluation_accuracy_before_and_after(run_folder: Path) -> None:
+    assert report.read_run(run_folder).outcome() == (
+        "The model prefers the chosen answer in 97.3% of the 1,200 evaluation pairs, up from 50.7% before training."
+    )
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "sentence"),
+    [
+        ([0.6, 0.4], "prefers the chosen answer in 40.0% of the 1,200 evaluation pairs, down from 60.0% before"),
+        ([0.5, 0.5], "the same as before training"),
+        ([], "In the last training step the model preferred the chosen answer in 7"),
+    ],
+)
+def test_the_outcome_does_not_embellish(tmp_path: Path, accuracies: list[float], sentence: str) -> None:
+    evaluations = [evaluation_record(8 * i, accuracy) for i, accuracy in enumerate(accuracies)]
+    make_run(tmp_path, *[training_record(step) for step in range(1, 17)], *evaluations)
+    assert sentence in report.read_run(tmp_path).outcome()
+
+
+def test_key_figures_add_up_over_the_records(run_folder: Path) -> None:
+    figures = {name: value for name, value, _ in report.read_run(run_folder).figures()}
+    assert figures["pairs trained on"] == "8,192"
+    assert figures["steps"] == "64"
+    assert figures["tokens computed"] == "640 k"
+    assert figures["packing fill"] == "90.0%"
+    assert figures["pairs per second"] == "64"
+    assert figures["training time"] == "2 min 8 s"
+    assert figures["evaluation time"] == "3.0 s"
+    assert "saved by sharing" not in figures
+
+
+def test_all_pairs_are_counted_where_only_some_steps_are_logged_and_one_is_short(tmp_path: Path) -> None:
+    # 1300 pairs in steps of 64: the last of the 21 takes 20. Records: the 7th, the 14th and the 21st step.
+    records = [training_record(step, pairs=64, total_pairs=64 * step) for step in (7, 14)]
+    last = training_record(21, pairs=20, total_pairs=1300, total_tokens=130_000, total_seconds=41.5)
+    run = report.read_run(make_run(tmp_path, *records, last))
+    assert (run.pairs_seen, run.tokens_computed, run.training_seconds) == (1300, 130_000, 41.5)
+
+
+def test_what_the_program_noted_of_the_run_is_shown(run_folder: Path) -> None:
+    report.write_facts(
+        run_folder,
+        mesh={"data": 1, "fsdp": 8, "tensor": 1},
+        device="cpu",
+        parameters=1_234_567,
+        training_pairs=4096,
+        total_steps=96,
+        tokens_saved=0.312,
+    )
+    figures = {name: (value, note) for name, value, note in report.read_run(run_folder).figures()}
+    assert figures["saved by sharing"][0] == "31.2%"
+    assert figures["steps"] == ("64", "of 96")
+    text = Page(report.write_report(run_folder)).text
+    assert "1,234,567" in text
+    assert "data=1, fsdp=8, tensor=1" in text
+    assert re.search(r"jax +0\.", text)
+
+
+def test_the_page_needs_nothing_outside_itself(run_folder: Path) -> None:
+    page = Page(report.write_report(run_folder))
+    assert page.addresses
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+
+
+def test_text_of_the_data_and_the_config_stays_text(run_folder: Path) -> None:
+    page = Page(report.write_report(run_folder))
+    for text in (SAMPLE.prompt, SAMPLE.chosen, SAMPLE.rejected, SAMPLE.before, SAMPLE.after, "café & <b>co</b>"):
+        assert text is not None
+        assert text in page.text
+    assert "b" not in page.tags
+
+
+def test_the_report_is_made_again_from_the_files_alone(run_folder: Path) -> None:
+    first = report.write_report(run_folder).read_bytes()
+    (run_folder / "report.html").unlink()
+    (run_folder / "curves.png").unlink()
+    assert report.write_report(run_folder).read_bytes() == first
+    assert (run_folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_step_and_no_evaluation_make_a_report(tmp_path: Path) -> None:
+    path = report.write_report(make_run(tmp_path, training_record(1)))
+    assert "The run was not evaluated." in Page(path).text
+
+
+def test_samples_survive_the_file(tmp_path: Path) -> None:
+    samples = [SAMPLE, Sample("two\u2028lines", "a", "b", before="")]
+    write_samples(tmp_path, samples)
+    assert read_samples(tmp_path) == samples
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no training step"):
+        report.write_report(tmp_path)
+
+
+def test_the_summary_stays_inside_its_frame_on_a_console_that_wraps_nothing(run_folder: Path) -> None:
+    out = io.StringIO()
+    report.print_summary(Console(file=out, width=80, markup=False, highlight=False, soft_wrap=True), run_folder)
+    assert {len(line) for line in out.getvalue().splitlines()} == {80}
+
+
+def test_the_summary_shows_first_and_last_figures_samples_and_files(run_folder: Path) -> None:
+    report.write_report(run_folder)
+    out = io.StringIO()
+    report.print_summary(Console(file=out, width=110), run_folder)
+    text = out.getvalue()
+    for part in ("97.3%", "50.7%", "step 64", "reward margin", "[bold]One tea[/bold] & milk.", "report.html"):
+        assert part in text
+    assert "│" in text

@@ -1,0 +1,139 @@
+"""What `inspect` draws is what stands in the row."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from jax_simpo import inspection
+from jax_simpo.config import load_config
+from jax_simpo.data.pairs import TokenizedPair
+from jax_simpo.data.rows import RowBatch, RowShape, build_rows
+from jax_simpo.data.synthetic import make_tokenizer
+from jax_simpo.inspection import Segment, find_segments, mask_cells
+from jax_simpo.ops.attention import visible
+from jax_simpo.train.setup import Setup
+from tests.pairs import make_pair, pairs
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+
+
+def lay_out(held: list[TokenizedPair], prefix_sharing: bool) -> RowBatch:
+    numbered = list(enumerate(held))
+    return build_rows([numbered], RowShape(128, 128, 2 * len(held) + 1), prefix_sharing=prefix_sharing)
+
+
+@given(st.lists(pairs(), min_size=1, max_size=4), st.booleans())
+def test_the_segments_of_a_response_spell_its_ids(held: list[TokenizedPair], prefix_sharing: bool) -> None:
+    row = lay_out(held, prefix_sharing)
+    segments = find_segments(row)
+    for number, pair in enumerate(held):
+        for kind, response in zip(("chosen", "rejected"), pair.responses, strict=True):
+            own = [s for s in segments if s.pair == number and s.kind in ("shared", kind)]
+            ids = [token for s in own for token in row.tokens[0, s.start : s.stop].tolist()]
+            assert ids == response.inputs.tolist()
+            assert int(response.ids[-1]) in [token for s in own for token in s.ends]
+
+
+def test_segments_are_named_by_who_sees_them_and_end_with_the_predicted_token() -> None:
+    row = lay_out([make_pair([1, 2, 3], [4, 5, 6, 9], [4, 7, 9]), make_pair([1], [2, 9], [3, 9])], True)
+    assert find_segments(row) == [
+        Segment(0, "shared", "prompt", 0, 3),
+        Segment(0, "shared", "response", 3, 4),
+        Segment(0, "chosen", "response", 4, 6, (9,)),
+        Segment(0, "rejected", "response", 6, 7, (9,)),
+        Segment(1, "shared", "prompt", 7, 8),
+        Segment(1, "chosen", "response", 8, 9, (9,)),
+        Segment(1, "rejected", "response", 9, 10, (9,)),
+    ]
+
+
+def test_separate_responses_share_nothing() -> None:
+    row = lay_out([make_pair([1, 2], [3, 9], [4, 9])], False)
+    assert [s.name for s in find_segments(row)] == [
+        *("chosen prompt", "chosen response"),
+        *("rejected prompt", "rejected response"),
+    ]
+
+
+def test_responses_that_differ_in_their_last_token_only_end_in_one_place() -> None:
+    segments = find_segments(lay_out([make_pair([1, 2], [3, 8], [3, 9])], True))
+    assert segments[-1] == Segment(0, "shared", "response", 2, 3, (8, 9))
+
+
+@given(st.lists(pairs(), min_size=1, max_size=4), st.booleans())
+def test_a_mask_that_is_small_enough_is_drawn_exactly(held: list[TokenizedPair], prefix_sharing: bool) -> None:
+    row = lay_out(held, prefix_sharing)
+    np.testing.assert_array_equal(
+        mask_cells(row.key_end[0], 128), visible(jnp.array(row.key_end), jnp.array(row.positions))[0]
+    )
+
+
+def test_a_long_mask_is_drawn_in_so_many_cells() -> None:
+    picture = mask_cells(np.repeat([5000, 9000], [5000, 4000]), 64)
+    assert picture.shape == (64, 64)
+    assert picture[30, :31].all()
+    assert not picture[40, :35].any()
+    assert not np.triu(picture, 1).any()
+
+
+def test_text_of_the_data_cannot_steer_the_terminal() -> None:
+    assert inspection.printable("a\x1b[31mb\n\u202ec\r") == "a\\x1b[31mb\u23ce\\u202ec\\r"
+
+
+def test_token_texts_keep_characters_whole(shared: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "bpe4k")
+    text = "naïve 🙂 café 日本"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) > len(text)
+    assert "".join(inspection.token_texts(ids, tokenizer)).strip() == text
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    overrides = [f"--data_cache_dir={tmp_path}", "--model_config.num_hidden_layers=1", "--global_batch_size=16"]
+    config = load_config(QUICKSTART, overrides)
+    return Setup(config, Console(file=io.StringIO()), any_mesh=True)
+
+
+def test_rows_and_figures_are_readable_without_color(setup: Setup) -> None:
+    out = io.StringIO()
+    inspection.show(setup, "test", 2, Console(file=out, width=120))
+    text = out.getvalue()
+    assert "\x1b" not in text
+    for part in ("row 0 (step 1)", "row 1 (step 1)", " shared prompt [", "chosen response [", "-> <|end|>"):
+        assert part in text
+    for part in ("mask: queries down", "█", "test: 512 pairs", "packing fill", "padding", "saved by prefix sharing"):
+        assert part in text
+    assert "row 2 (" not in text
+
+
+def test_the_training_pairs_are_shown_in_the_order_of_training(setup: Setup) -> None:
+    out = io.StringIO()
+    inspection.show(setup, None, 1, Console(file=out, width=120))
+    plan = setup.plan(setup.train_pairs(), batch=16, seed=setup.config.seed)
+    first = plan.step(0)
+    number = int(first.rows[0][0])
+    prompt = setup.train_pairs().texts(int(first.pairs[number])).prompt
+    assert f"pair {number} shared prompt" in out.getvalue()
+    assert prompt[:40] in out.getvalue()
+
+
+def test_json_has_one_object_per_pair_in_input_order(setup: Setup) -> None:
+    file = io.StringIO()
+    inspection.write_json(setup, "test", file)
+    objects = [json.loads(line) for line in file.getvalue().split("\n") if line]
+    assert [o["row"] for o in objects] == list(range(512))
+    tokenizer = make_tokenizer("cafe")
+    first = objects[0]
+    assert tokenizer.decode(first["chosen_input_ids"]) == first["text_prompt"] + first["text_chosen"]
