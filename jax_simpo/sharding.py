@@ -127,7 +127,7 @@ def all_to_all(x: Array, axis: str, *, split: int, join: int) -> Array:
     return jax.lax.all_to_all(x, axis, split_axis=split, concat_axis=join, tiled=True)
 
 
-def gather(w: Float[Array, "..."], dtype: Any, *logical_axes: str | None) -> Float[Array, "..."]:
+def gather_parameter(w: Float[Array, "..."], dtype: Any, *logical_axes: str | None) -> Float[Array, "..."]:
     """Casts a parameter to the compute dtype and gathers it over `fsdp`, once, for the use that follows.
 
     The cast comes first, so bfloat16 travels, not float32. The gradient takes the way back: reduced and scattered to

@@ -21,7 +21,7 @@ from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Params
 from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.ops.numerics import matmul_precision
-from jax_simpo.sharding import constrain, gather, named
+from jax_simpo.sharding import constrain, gather_parameter, named
 
 Decode = Callable[
     [Params, Int[Array, "B L"], Int[Array, " B"], Int[Array, ""]], tuple[Int[Array, "B L"], Int[Array, " B"]]
@@ -83,7 +83,7 @@ def _decoder(forward: Forward, mesh: Mesh, max_new_tokens: int) -> Decode:
         mask = prepare_mask(key_end, positions, forward.model.config.windows, forward.attention, sequences=1)
         hidden = model.hidden_states(params, tokens, positions, mask)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-        head = gather(model.head(params), last.dtype, "vocab", "embed")
+        head = gather_parameter(model.head(params), last.dtype, "vocab", "embed")
         # Log-probs would have the same order, and so would soft-capped logits.
         precision = matmul_precision(last.dtype)
         logits = jnp.einsum("bd,vd->bv", last, head, precision=precision, preferred_element_type=jnp.float32)

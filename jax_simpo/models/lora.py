@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jax_simpo.ops.linear import linear, product
 from jax_simpo.ops.numerics import matmul_precision
-from jax_simpo.sharding import gather
+from jax_simpo.sharding import gather_parameter
 
 KEY = "adapter"  # of an adapter's parameters, in the dict of their linear layer
 
@@ -55,7 +55,7 @@ class Adapter(nnx.Module):
         self.scale = lora.scale
 
     def __call__(self, x: Float[Array, "B L In"]) -> Float[Array, "B L Out"]:
-        a, b = (gather(param[...], x.dtype, *param.axes) for param in (self.a, self.b))
+        a, b = (gather_parameter(param[...], x.dtype, *param.axes) for param in (self.a, self.b))
         # The thin product may be kept for the backward pass; the wide one is cheap to make of it again.
         return product(linear(x, a), b) * self.scale
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 from jax_simpo.models.transformer import Model, Params
 from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.ops.logprobs import target_logps
-from jax_simpo.ops.responses import ResponseLogps, response_logps
+from jax_simpo.ops.responses import ResponseLogps, sum_responses
 
 Rows = Mapping[str, Int[Array, "B _"]]  # the arrays of a RowBatch by name
 
@@ -43,4 +43,4 @@ class Forward:
             keep_bytes=self.logits_bytes,
             frozen=self.model.lora is not None,
         )
-        return response_logps(logps, rows["target_response"], slots)
+        return sum_responses(logps, rows["target_response"], slots)

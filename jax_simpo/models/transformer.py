@@ -33,7 +33,7 @@ from jax_simpo.ops.attention import Mask, attention
 from jax_simpo.ops.bits import slice_in_loop, sliced_as_bits, without_gradient
 from jax_simpo.ops.linear import PRODUCT, linear
 from jax_simpo.ops.numerics import SAVED
-from jax_simpo.sharding import RULES, constrain, gather, named
+from jax_simpo.sharding import RULES, constrain, gather_parameter, named
 
 Params = dict[str, Any]  # nested, leaves are arrays
 Remat = Literal["none", "dots", "full"]
@@ -243,7 +243,7 @@ def _use(param: nnx.Param, dtype: Any) -> Array:
     Every weight of a layer's base passes here, and nowhere else: what is stored in another form (quantised, say) is
     made a number again in this place.
     """
-    return gather(param[...], dtype, *param.axes)
+    return gather_parameter(param[...], dtype, *param.axes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

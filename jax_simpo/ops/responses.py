@@ -21,7 +21,7 @@ class ResponseLogps(NamedTuple):
         return self.sum / jnp.maximum(self.length, 1.0)
 
 
-def response_logps(target_logps: Float[Array, "B T"], target_response: Int[Array, "B T"], slots: int) -> ResponseLogps:
+def sum_responses(target_logps: Float[Array, "B T"], target_response: Int[Array, "B T"], slots: int) -> ResponseLogps:
     """Adds up the targets of each response; targets that point at slot `slots` are padding."""
     belongs = (target_response[..., None] == jnp.arange(slots)).astype(target_logps.dtype)
     # The product in full float32: a TPU would round the log-probs to bfloat16.

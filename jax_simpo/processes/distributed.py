@@ -107,7 +107,7 @@ def barrier(what: str) -> None:
         _client().wait_at_barrier(f"jax_simpo/{next(_calls)}/{what}", _LONGEST_WAIT_MS)
 
 
-def gather(what: str, value: T) -> list[T]:
+def collect(what: str, value: T) -> list[T]:
     """Every process's value, in their order; values must be made of what JSON knows."""
     if count() == 1:
         return [value]
@@ -124,10 +124,10 @@ def check_same(what: str, value: Any, advice: str, error: type[UserError] = Laun
     Raises:
         LaunchError, or the error asked for: one has another; named are the first that differs and both values.
     """
-    digests = gather(what, hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest())
+    digests = collect(what, hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest())
     if len(set(digests)) == 1:
         return
-    values = gather(what, [socket.gethostname(), value])
+    values = collect(what, [socket.gethostname(), value])
     for number, (host, other) in enumerate(values):
         if other != values[0][1]:
             raise error(
@@ -161,14 +161,14 @@ def check_shared(folder: Path, key: str) -> None:
     """
     if count() == 1:
         return
-    marker = folder / f".seen-by-all-{gather('marker', secrets.token_hex(8))[0]}"
+    marker = folder / f".seen-by-all-{collect('marker', secrets.token_hex(8))[0]}"
     if is_first():
         marker.touch()
     barrier("marker written")
     until = time.monotonic() + _SHARED_SECONDS
     while not (seen := marker.exists()) and time.monotonic() < until:
         time.sleep(0.5)
-    blind = [host for host in gather("marker seen", "" if seen else socket.gethostname()) if host]
+    blind = [host for host in collect("marker seen", "" if seen else socket.gethostname()) if host]
     if is_first():
         marker.unlink()
     if blind:

@@ -197,7 +197,7 @@ class Setup:
     @cached_property
     def device_memory(self) -> int:
         """Bytes of memory of the smallest device: every process must plan the same rows."""
-        return min(distributed.gather("device memory", capacity.device_memory(self.mesh)))
+        return min(distributed.collect("device memory", capacity.device_memory(self.mesh)))
 
     @cached_property
     def objective(self) -> Objective:
@@ -312,7 +312,7 @@ class Setup:
         )
         advice = "Give all hosts the same data files and the same versions of transformers and tokenizers"
         distributed.check_same(f"the pairs of {raw.name}", pairs.fingerprint, advice, DataError)
-        alone = distributed.gather("cache", pairs.cache_hit)[1:].count(False)
+        alone = distributed.collect("cache", pairs.cache_hit)[1:].count(False)
         if alone:
             self.console.print(
                 f"note: {alone} process(es) did not find what process 0 tokenised and did it again: set "

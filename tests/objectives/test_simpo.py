@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_simpo.objectives.simpo import simpo_losses
-from jax_simpo.ops.responses import match_pairs, response_logps
+from jax_simpo.ops.responses import match_pairs, sum_responses
 
 CHOSEN, REJECTED = jnp.array([-0.5, -1.0, -0.8]), jnp.array([-0.9, -0.7, -0.8])
 
@@ -55,7 +55,7 @@ def test_an_unknown_loss_type_is_refused() -> None:
 
 def test_targets_are_added_up_by_response_and_padding_is_thrown_away() -> None:
     logps = jnp.array([[-1.0, -2.0, -4.0, -8.0, -16.0]])
-    found = response_logps(logps, jnp.array([[1, 0, 1, 3, 3]]), slots=3)
+    found = sum_responses(logps, jnp.array([[1, 0, 1, 3, 3]]), slots=3)
     np.testing.assert_array_equal(found.sum, [[-2.0, -5.0, 0.0]])
     np.testing.assert_array_equal(found.length, [[1, 2, 0]])
     np.testing.assert_array_equal(found.mean, [[-2.0, -2.5, 0.0]])
@@ -73,7 +73,7 @@ def test_chosen_finds_its_rejected_in_whatever_slot_it_sits() -> None:
 
 def test_empty_slots_give_zeros_in_values_and_gradients() -> None:
     def total(logps: jax.Array) -> jax.Array:
-        responses = response_logps(logps, jnp.full((2, 4), 2), slots=2)
+        responses = sum_responses(logps, jnp.full((2, 4), 2), slots=2)
         pairs = match_pairs(responses.mean, jnp.full((2, 2), -1), jnp.zeros((2, 2), jnp.int32))
         losses = simpo_losses(pairs.chosen, pairs.rejected, beta=2.0, gamma_beta_ratio=0.5)
         return jnp.where(pairs.valid, losses, 0.0).sum() + responses.mean.sum()

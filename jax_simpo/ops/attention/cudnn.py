@@ -102,7 +102,7 @@ def attention(
     inside = jnp.arange(longest) < sequences.length[:, :, None]
 
     def expand(x: Float[Array, "B L Heads Dh"]) -> Float[Array, "BN T Heads Dh"]:
-        return _gather(x, sequences.token, inside).reshape(rows * slots, longest, *x.shape[2:])
+        return _take_tokens(x, sequences.token, inside).reshape(rows * slots, longest, *x.shape[2:])
 
     # An empty slot holds one token of zeros: no kernel has to know what the softmax over nothing is.
     lengths = jnp.clip(sequences.length, 1, longest).reshape(-1)
@@ -126,7 +126,7 @@ def attention(
     return jnp.where(real[:, :, None, None], out, jnp.zeros((), out.dtype))
 
 
-def _gather(
+def _take_tokens(
     x: Float[Array, "B L Heads Dh"], token: Int[Array, "B N T"], inside: Bool[Array, "B N T"]
 ) -> Float[Array, "B N T Heads Dh"]:
     """The tokens of each sequence, zeros beyond its end; whatever gradient a kernel leaves there is dropped."""
