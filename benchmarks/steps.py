@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from benchmarks.lengths import Pairs
 from benchmarks.timing import seconds_of
 from jax_simpo.data.loader import StepBatch, build_step
-from jax_simpo.data.packing import StepPlan, choose_row_shape
-from jax_simpo.data.rows import RowBatch, RowShape
+from jax_simpo.data.packing import StepPlan, make_step_plan
+from jax_simpo.data.rows import RowBatch
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
 from jax_simpo.objectives.simpo import Objective
@@ -46,10 +46,15 @@ def make_plan(
     """The plan of a variant, its row shape chosen as the trainer does; `row_length` counts when packing only."""
     sharing, packing = VARIANTS[variant]
     mesh = one_device()
-    plan = choose_row_shape(
-        StepPlan(pairs.lengths, RowShape(0, 0, 0), batch, rows, sharing, packing, seed=0),
+    plan = make_step_plan(
+        pairs.lengths,
+        global_batch_size=batch,
+        rows_per_micro_batch=rows,
         row_length=row_length if packing else None,
         max_row_length=capacity.longest_row(model, mesh, rows, capacity.device_memory(mesh)),
+        prefix_sharing=sharing,
+        packing=packing,
+        seed=0,
     )
     plan.check()
     return plan

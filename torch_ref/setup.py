@@ -12,8 +12,7 @@ from rich.console import Console
 
 from jax_simpo.config import TrainConfig
 from jax_simpo.data import chat, sources
-from jax_simpo.data.packing import StepPlan, choose_row_shape, measure
-from jax_simpo.data.rows import RowShape
+from jax_simpo.data.packing import StepPlan, make_step_plan, measure
 from jax_simpo.data.tokenize import PairDataset, tokenize_split
 from jax_simpo.errors import ConfigError, ModelError
 from torch_ref.attention_choice import AttentionChoice, choose_attention, uses_rows
@@ -144,7 +143,7 @@ class Setup:
         return pairs
 
     def plan(self, name: str, pairs: PairDataset, *, batch: int, seed: int | None) -> StepPlan:
-        """The step plan of a split, its row shape chosen, every pair checked to fit.
+        """Makes the step plan of a split and checks that every pair fits a row.
 
         Args:
             name: of the split, for the log.
@@ -153,16 +152,13 @@ class Setup:
             seed: of the order; None keeps file order.
         """
         config = self.config
-        plan = choose_row_shape(
-            StepPlan(
-                lengths=pairs.lengths,
-                shape=RowShape(0, 0, 0),
-                global_batch_size=batch,
-                rows_per_micro_batch=config.rows_per_device * self.ranks.world,
-                prefix_sharing=config.prefix_sharing,
-                packing=config.packing,
-                seed=seed,
-            ),
+        plan = make_step_plan(
+            pairs.lengths,
+            global_batch_size=batch,
+            rows_per_micro_batch=config.rows_per_device * self.ranks.world,
+            prefix_sharing=config.prefix_sharing,
+            packing=config.packing,
+            seed=seed,
             row_length=None if config.row_length == "auto" else config.row_length,
             max_row_length=self._longest_row(),
         )

@@ -8,7 +8,7 @@ k, so there is no iterator state to save and every process derives the same plan
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -215,36 +215,55 @@ def measure(plan: StepPlan) -> PackingReport:
     return PackingReport(*(sums / len(steps)))
 
 
-def choose_row_shape(plan: StepPlan, *, row_length: int | None, max_row_length: int) -> StepPlan:
-    """Gives a plan the row shape that costs least, and returns it with that shape.
+def make_step_plan(
+    lengths: PairLengths,
+    *,
+    global_batch_size: int,
+    rows_per_micro_batch: int,
+    row_length: int | None,
+    max_row_length: int,
+    prefix_sharing: bool = True,
+    packing: bool = True,
+    seed: int | None = None,
+) -> StepPlan:
+    """Makes the step plan of a split, with the row shape that costs least.
 
     Args:
-        plan: everything but the shape, which is ignored.
+        lengths: of all pairs of the split.
+        global_batch_size: pairs a step.
+        rows_per_micro_batch: rows of a micro-batch over all devices.
         row_length: a fixed row length, or None to choose one.
         max_row_length: the longest row that memory allows; the longest pair always gets a row that holds it.
+        prefix_sharing: whether a pair's common prefix is laid out once.
+        packing: whether a row may hold several pairs.
+        seed: of the order; None keeps file order.
     """
-    tokens, targets = plan.lengths.row_tokens(plan.prefix_sharing), plan.lengths.targets()
+
+    def plan_with(shape: RowShape) -> StepPlan:
+        return StepPlan(lengths, shape, global_batch_size, rows_per_micro_batch, prefix_sharing, packing, seed)
+
+    tokens, targets = lengths.row_tokens(prefix_sharing), lengths.targets()
     shortest = _round_up(int(tokens.max()))
     if row_length is not None:
         candidates = np.array([row_length])
-    elif plan.packing:
-        step_tokens = tokens.mean() * min(plan.global_batch_size, len(tokens))
-        useful = _round_up(int(1.1 * step_tokens / plan.rows_per_micro_batch))
+    elif packing:
+        step_tokens = tokens.mean() * min(global_batch_size, len(tokens))
+        useful = _round_up(int(1.1 * step_tokens / rows_per_micro_batch))
         longest = max(shortest, min(max_row_length, useful))
         candidates = np.unique(np.linspace(shortest, longest, _CANDIDATES, dtype=int) // ROW_MULTIPLE * ROW_MULTIPLE)
     else:
         candidates = np.array([shortest])
     most_targets = _round_up(int(targets.max()))
     if candidates[0] < shortest:  # a fixed length that is too short: `StepPlan.check` tells the user
-        return replace(plan, shape=RowShape(int(candidates[0]), most_targets, 2))
+        return plan_with(RowShape(int(candidates[0]), most_targets, 2))
 
     unbounded = [RowShape(int(length), int(targets.sum()), 2 * len(tokens)) for length in candidates]
-    plan = _cheapest([replace(plan, shape=shape) for shape in unbounded])
+    plan = _cheapest([plan_with(shape) for shape in unbounded])
     steps = [plan.step(int(k)) for k in _sampled_steps(plan)]
-    held = max(targets[step.pairs[row]].sum() for step in steps for row in step.rows)
+    fullest = max(targets[step.pairs[row]].sum() for step in steps for row in step.rows)
     responses = 2 * max(len(row) for step in steps for row in step.rows)
     # Room for all targets of the fullest row: the loss head skips what is left empty.
-    return replace(plan, shape=RowShape(plan.shape.length, max(most_targets, _round_up(int(held))), responses))
+    return plan_with(RowShape(plan.shape.length, max(most_targets, _round_up(int(fullest))), responses))
 
 
 def _cheapest(plans: list[StepPlan]) -> StepPlan:

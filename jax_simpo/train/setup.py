@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from jax_simpo import hf
 from jax_simpo.config import TrainConfig, torch_only
 from jax_simpo.data import chat, sources
-from jax_simpo.data.packing import PackingReport, StepPlan, choose_row_shape, measure
-from jax_simpo.data.rows import RowShape
+from jax_simpo.data.packing import PackingReport, StepPlan, make_step_plan, measure
 from jax_simpo.data.tokenize import PairDataset, tokenize_split
 from jax_simpo.errors import CheckpointError, ConfigError, DataError, ModelError
 from jax_simpo.hf import adapters
@@ -324,7 +323,7 @@ class Setup:
         return pairs
 
     def plan(self, pairs: PairDataset, *, batch: int, seed: int | None) -> StepPlan:
-        """The step plan of a split, its row shape chosen, every pair checked to fit.
+        """Makes the step plan of a split and checks that every pair fits a row.
 
         Args:
             pairs: the split.
@@ -333,16 +332,13 @@ class Setup:
         """
         config, model = self.config, self.model
         rows = config.rows_per_device * self.data_parallel
-        plan = choose_row_shape(
-            StepPlan(
-                lengths=pairs.lengths,
-                shape=RowShape(0, 0, 0),
-                global_batch_size=batch,
-                rows_per_micro_batch=rows,
-                prefix_sharing=config.prefix_sharing,
-                packing=config.packing,
-                seed=seed,
-            ),
+        plan = make_step_plan(
+            pairs.lengths,
+            global_batch_size=batch,
+            rows_per_micro_batch=rows,
+            prefix_sharing=config.prefix_sharing,
+            packing=config.packing,
+            seed=seed,
             row_length=None if config.row_length == "auto" else config.row_length,
             max_row_length=capacity.longest_row(model, self.mesh, config.rows_per_device, self.device_memory),
         )

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from jax_simpo.data.loader import build_step, prefetch, step_batches
-from jax_simpo.data.packing import StepPlan, choose_row_shape
+from jax_simpo.data.packing import StepPlan, make_step_plan
 from jax_simpo.data.pairs import PairLengths, TokenizedPair
-from jax_simpo.data.rows import RowShape
 from tests.pairs import random_pairs
 
 
@@ -25,10 +24,20 @@ class Pairs:
         return [self._pairs[i] for i in indices]
 
 
+def eight_pairs_a_step(pairs: list[TokenizedPair], rows: int) -> StepPlan:
+    return make_step_plan(
+        PairLengths.of(pairs),
+        global_batch_size=8,
+        rows_per_micro_batch=rows,
+        row_length=128,
+        max_row_length=128,
+        seed=0,
+    )
+
+
 def test_a_steps_micro_batches_hold_all_its_pairs_in_static_shapes() -> None:
     pairs = random_pairs(np.random.default_rng(0), 21, 50, prompt=(3, 30), response=(2, 20))
-    plan = StepPlan(PairLengths.of(pairs), RowShape(0, 0, 0), 8, 3, seed=0)
-    plan = choose_row_shape(plan, row_length=128, max_row_length=128)
+    plan = eight_pairs_a_step(pairs, rows=3)
     batches = list(step_batches(plan, Pairs(pairs), range(3)))
     assert [b.step for b in batches] == [0, 1, 2]
     assert [len(b.pairs) for b in batches] == [8, 8, 5]
@@ -43,8 +52,7 @@ def test_a_steps_micro_batches_hold_all_its_pairs_in_static_shapes() -> None:
 
 def test_a_process_builds_its_rows_as_they_are_in_the_whole_step_and_reads_no_other_pairs() -> None:
     pairs = random_pairs(np.random.default_rng(0), 21, 50, prompt=(3, 30), response=(2, 20))
-    plan = StepPlan(PairLengths.of(pairs), RowShape(0, 0, 0), 8, 4, seed=0)
-    plan = choose_row_shape(plan, row_length=128, max_row_length=128)
+    plan = eight_pairs_a_step(pairs, rows=4)
     for step in range(plan.steps_per_epoch):
         whole = build_step(plan, Pairs(pairs), step)
         assert len(whole.slots) == len(whole.micro_batches)

@@ -13,17 +13,15 @@ from jax_simpo.data.packing import (
     MICRO_BATCH_TOKENS,
     ROW_MULTIPLE,
     StepPlan,
-    choose_row_shape,
     fill_rows,
     first_fit_decreasing,
+    make_step_plan,
     measure,
     pack,
 )
 from jax_simpo.data.pairs import PairLengths
 from jax_simpo.data.rows import RowShape
 from jax_simpo.errors import DataError
-
-UNSET = RowShape(0, 0, 0)
 
 
 def log_normal_lengths(count: int, prompt: float, response: float, seed: int = 0) -> PairLengths:
@@ -109,7 +107,9 @@ PROFILES = [(712, 448), (127, 59), (694, 178), (382, 34), (669, 106), (121, 288)
 def test_rows_of_eight_medians_are_filled(prompt: int, response: int, batch: int, least: float) -> None:
     lengths = log_normal_lengths(4096, prompt, response)
     length = 8 * int(np.median(lengths.row_tokens(True))) // ROW_MULTIPLE * ROW_MULTIPLE
-    plan = choose_row_shape(StepPlan(lengths, UNSET, batch, 1, seed=0), row_length=length, max_row_length=length)
+    plan = make_step_plan(
+        lengths, global_batch_size=batch, rows_per_micro_batch=1, row_length=length, max_row_length=length, seed=0
+    )
     fills = [lengths.row_tokens(True)[s.pairs].sum() / (len(s.rows) * length) for s in map(plan.step, range(8))]
     assert np.mean(fills) >= least
 
@@ -147,7 +147,9 @@ def test_packing_keeps_to_all_capacities_and_takes_no_more_rows_than_first_fit(
 @pytest.mark.parametrize(("batch", "devices"), [(16, 1), (128, 8), (128, 64)])
 def test_the_chosen_row_length_is_the_cheapest(batch: int, devices: int) -> None:
     lengths = log_normal_lengths(1024, 200, 100)
-    plan = choose_row_shape(StepPlan(lengths, UNSET, batch, devices, seed=0), row_length=None, max_row_length=16384)
+    plan = make_step_plan(
+        lengths, global_batch_size=batch, rows_per_micro_batch=devices, row_length=None, max_row_length=16384, seed=0
+    )
     shortest = -(-int(lengths.row_tokens(True).max()) // ROW_MULTIPLE) * ROW_MULTIPLE
 
     def cost(length: int) -> float:
@@ -161,22 +163,36 @@ def test_the_chosen_row_length_is_the_cheapest(batch: int, devices: int) -> None
 
 
 def test_the_row_length_keeps_to_the_memory_there_is_but_holds_the_longest_pair() -> None:
-    plan = StepPlan(log_normal_lengths(1024, 200, 100), UNSET, 128, 1, seed=0)
-    assert choose_row_shape(plan, row_length=None, max_row_length=2048).shape.length <= 2048
-    assert choose_row_shape(plan, row_length=None, max_row_length=1).shape.length >= 1024
+    lengths = log_normal_lengths(1024, 200, 100)
+
+    def row_length(most: int) -> int:
+        plan = make_step_plan(
+            lengths, global_batch_size=128, rows_per_micro_batch=1, row_length=None, max_row_length=most, seed=0
+        )
+        return plan.shape.length
+
+    assert row_length(most=2048) <= 2048
+    assert row_length(most=1) >= 1024
 
 
 def test_without_packing_a_row_holds_one_pair() -> None:
     lengths = log_normal_lengths(64, 100, 50)
-    plan = StepPlan(lengths, UNSET, 16, 4, packing=False, seed=0)
-    plan = choose_row_shape(plan, row_length=None, max_row_length=16384)
+    plan = make_step_plan(
+        lengths,
+        global_batch_size=16,
+        rows_per_micro_batch=4,
+        row_length=None,
+        max_row_length=16384,
+        packing=False,
+        seed=0,
+    )
     assert plan.shape.responses == 2
     assert [len(row) for row in plan.step(0).rows] == [1] * 16
 
 
 def test_a_pair_longer_than_a_row_is_an_error_that_says_what_to_change() -> None:
     lengths = log_normal_lengths(64, 300, 150)
-    plan = choose_row_shape(StepPlan(lengths, UNSET, 16, 1), row_length=512, max_row_length=16384)
+    plan = make_step_plan(lengths, global_batch_size=16, rows_per_micro_batch=1, row_length=512, max_row_length=16384)
     first = int(np.flatnonzero(lengths.row_tokens(True) > 512)[0])
     with pytest.raises(DataError) as error:
         plan.check(lambda pair: ("pairs.jsonl", 1000 + pair))

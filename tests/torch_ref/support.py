@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from jax_simpo.config import TrainConfig
-from jax_simpo.data.packing import StepPlan, choose_row_shape
+from jax_simpo.data.packing import make_step_plan
 from jax_simpo.data.pairs import PairLengths, Response, TokenizedPair
-from jax_simpo.data.rows import RowShape
 from tests.pairs import random_pairs
 from torch_ref.attention_choice import choose_attention
 from torch_ref.batches import RankStep, build_rank_step
@@ -93,8 +92,15 @@ def step_of(pairs: Pairs, layout: str, *, rank: int = 0, world: int = 1, rows: i
     """One rank's share of a step with all pairs in file order."""
     sharing, packing = LAYOUTS[layout]
     lengths = PairLengths.of(pairs.all)
-    plan = StepPlan(lengths, RowShape(0, 0, 0), len(lengths), rows * world, sharing, packing, seed=None)
-    plan = choose_row_shape(plan, row_length=256 if packing else None, max_row_length=256)
+    plan = make_step_plan(
+        lengths,
+        global_batch_size=len(lengths),
+        rows_per_micro_batch=rows * world,
+        row_length=256 if packing else None,
+        max_row_length=256,
+        prefix_sharing=sharing,
+        packing=packing,
+    )
     return build_rank_step(plan, pairs, step, rank, world)
 
 

@@ -11,9 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_simpo.data.loader import build_step
-from jax_simpo.data.packing import StepPlan, choose_row_shape
+from jax_simpo.data.packing import StepPlan, make_step_plan
 from jax_simpo.data.pairs import PairLengths, TokenizedPair
-from jax_simpo.data.rows import RowShape
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
@@ -63,9 +62,16 @@ def some_pairs(count: int, seed: int = 0) -> Pairs:
 
 
 def plan_of(pairs: Pairs, mesh: Mesh, *, batch: int, sharing: bool = True, packing: bool = True) -> StepPlan:
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    plan = StepPlan(PairLengths.of(pairs.all), RowShape(0, 0, 0), batch, rows, sharing, packing, seed=0)
-    return choose_row_shape(plan, row_length=256 if packing else None, max_row_length=256)
+    return make_step_plan(
+        PairLengths.of(pairs.all),
+        global_batch_size=batch,
+        rows_per_micro_batch=mesh.shape["data"] * mesh.shape["fsdp"],
+        row_length=256 if packing else None,
+        max_row_length=256,
+        prefix_sharing=sharing,
+        packing=packing,
+        seed=0,
+    )
 
 
 @dataclass(frozen=True)
