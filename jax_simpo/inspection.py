@@ -53,7 +53,7 @@ def show(setup: Setup, split: str | None, rows: int, console: Console) -> None:
     config = setup.config
     training = split is None or split in config.train_splits
     pairs = read_pairs(setup, split)
-    plan = setup.plan(pairs, batch=setup.global_batch_size(), seed=config.seed if training else None)
+    plan = setup.step_plan(pairs, batch=setup.global_batch_size(), seed=config.seed if training else None)
     for number, row in enumerate(_first_rows(plan, pairs, rows)):
         _print_row(console, number, row, pairs, setup.tokenizer)
     _print_split(console, split or " + ".join(config.train_splits), pairs, plan)

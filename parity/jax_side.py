@@ -167,7 +167,7 @@ def token_logps(forward: Forward, params: Params, rows: Rows) -> Float[Array, "B
 
 def make_runner(job: Job, cell: Cell, variant: Variant = RIGHT) -> Runner:
     """The runner of a cell's model and mesh."""
-    setup = Setup(job.config(cell), Console(quiet=True))
+    setup = Setup(job.config(cell))
     fsdp, tensor = MESHES.get(cell.backend, (1, 1))
     mesh = make_mesh(1, fsdp, tensor, devices=jax.devices()[: fsdp * tensor])
     adapter = Path(job.adapters[cell.family]) if cell.family in job.adapters else None

@@ -103,7 +103,7 @@ def test_token_texts_keep_characters_whole(shared: Path) -> None:
 def setup(tmp_path: Path) -> Setup:
     overrides = [f"--data_cache_dir={tmp_path}", "--model_config.num_hidden_layers=1", "--global_batch_size=16"]
     config = load_config(QUICKSTART, overrides)
-    return Setup(config, Console(file=io.StringIO()), any_mesh=True)
+    return Setup(config, any_mesh=True)
 
 
 def test_rows_and_figures_are_readable_without_color(setup: Setup) -> None:
@@ -121,7 +121,7 @@ def test_rows_and_figures_are_readable_without_color(setup: Setup) -> None:
 def test_the_training_pairs_are_shown_in_the_order_of_training(setup: Setup) -> None:
     out = io.StringIO()
     inspection.show(setup, None, 1, Console(file=out, width=120))
-    plan = setup.plan(setup.train_pairs(), batch=16, seed=setup.config.seed)
+    plan = setup.step_plan(setup.train_pairs(), batch=16, seed=setup.config.seed)
     first = plan.step(0)
     number = int(first.rows[0][0])
     prompt = setup.train_pairs().texts(int(first.pairs[number])).prompt

@@ -27,8 +27,8 @@ def main(task: dict[str, Any]) -> None:
 
     try:
         config = load_config(Path(task["config"]), list(task["overrides"]))
-        setup = PlannedSetup(config, console, topology=Topology.parse(task["topology"]))
-        plan_step(setup, search=bool(task["search"]), keep=lambda plan: keep(plan.to_json()))
+        setup = PlannedSetup(config, topology=Topology.parse(task["topology"]))
+        plan_step(setup, console, search=bool(task["search"]), keep=lambda plan: keep(plan.to_json()))
     except UserError as error:
         keep({"error": type(error).__name__, "message": str(error)})
 

@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from rich.console import Console
 
-from jax_simpo.data.packing import ROW_MULTIPLE, StepPlan
+from jax_simpo.data.packing import ROW_MULTIPLE, StepPlan, measure
 from jax_simpo.data.rows import RowBatch
 from jax_simpo.plan.allocations import compile_and_measure
 from jax_simpo.plan.flops import useful_flops, work_of
@@ -35,6 +36,7 @@ from jax_simpo.plan.report import Memory, Plan, Traffic
 from jax_simpo.plan.topology import Topology
 from jax_simpo.sharding import make_mesh, named
 from jax_simpo.train.optim import run_optimizer
+from jax_simpo.train.pairs import packing_line
 from jax_simpo.train.setup import Setup
 from jax_simpo.train.step import Accumulated, Denominators, make_train_functions
 from jax_simpo.train.trainer import count_steps
@@ -178,19 +180,21 @@ class Programs:
         return max(loops, default=0)
 
 
-def plan_step(setup: PlannedSetup, *, search: bool, keep: Callable[[Plan], None]) -> None:
+def plan_step(setup: PlannedSetup, console: Console, *, search: bool, keep: Callable[[Plan], None]) -> None:
     """Compiles a config's step for its topology and measures it.
 
     Args:
         setup: the config's things.
+        console: where progress goes.
         search: look for the largest micro-batch that fits.
         keep: is given the plan; with `search` first one without what is searched for, for a compiler may break off.
     """
     config, model, mesh = setup.config, setup.model, setup.mesh
     model.shardings(mesh)  # a mesh that does not divide the model is told before the pairs are tokenised
     pairs = setup.train_pairs()
-    steps = setup.plan(pairs, batch=setup.global_batch_size(), seed=config.seed)
-    report = setup.describe_plan("training", steps)
+    steps = setup.step_plan(pairs, batch=setup.global_batch_size(), seed=config.seed)
+    report = measure(steps)
+    console.print(packing_line("training", steps, report))
     micro_batches = report.rows / steps.rows_per_micro_batch
     rows = config.rows_per_device
     needed = math.ceil(report.rows * (1 - report.empty_rows) / setup.data_parallel)
@@ -202,7 +206,7 @@ def plan_step(setup: PlannedSetup, *, search: bool, keep: Callable[[Plan], None]
 
     def memory(rows_per_device: int) -> Memory:
         if rows_per_device not in compiled:
-            setup.console.print(f"compiling a micro-batch of {rows_per_device} row(s) a device for {setup.topology}")
+            console.print(f"compiling a micro-batch of {rows_per_device} row(s) a device for {setup.topology}")
             compiled[rows_per_device] = programs.micro_batch(rows_per_device)
         return programs.memory(compiled[rows_per_device], rows_per_device, update)
 

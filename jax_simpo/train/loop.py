@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
+from rich.console import Console
 
 from jax_simpo.data.loader import PairSource, StepBatch, step_batches
 from jax_simpo.data.packing import StepPlan
@@ -44,6 +45,9 @@ class TrainingLoop:
         identity: what the run is, saved with every step.
         total_steps: of the whole run.
         output: the output directory.
+        console: where progress and notes go.
+        on_record: is given every record on the first process; True stops the run once its state is saved. None where
+            the user has no callback.
     """
 
     setup: Setup
@@ -56,17 +60,20 @@ class TrainingLoop:
     identity: Mapping[str, Any]
     total_steps: int
     output: Path
+    console: Console
+    on_record: Callable[[dict[str, Any]], bool] | None = None
 
-    def run(self, params: Params, state: Any, first_step: int) -> Params:
-        """Runs the steps from `first_step` on and returns the trained parameters.
+    def run(self, params: Params, state: Any, first_step: int) -> tuple[Params, int]:
+        """Runs the steps from `first_step` on; returns the trained parameters and the number of steps they have had.
 
         Raises:
             TrainingError: the loss or the gradient is no longer finite, or a process was told to end (SIGTERM).
         """
+        self._stop_asked, done = False, first_step
         steps, rows = range(first_step, self.total_steps), local_rows(self.setup.mesh, self.plan.rows_per_micro_batch)
         with (
             MetricsLog(self.output, first_step=first_step, write=distributed.is_first()) as self._log,
-            TrainingProgress(self.setup.console, self.total_steps, first_step) as self._progress,
+            TrainingProgress(self.console, self.total_steps, first_step) as self._progress,
             closing(step_batches(self.plan, self.pairs, steps, rows=rows.tolist())) as batches,
         ):
             if self.evaluation is not None and not first_step:
@@ -76,11 +83,14 @@ class TrainingLoop:
                 params, state, metrics = self._step(params, state, batch)
                 self._clock.count(len(batch.pairs), batch.input_tokens)
                 self._after(batch, params, state, metrics)
+                done = batch.step + 1
+                if self._stop_asked:
+                    break
         counted = self._clock.total
         if counted.seconds:
             share = counted.waited / counted.seconds
-            self.setup.console.print(f"the host's row building kept the device waiting {share:.1%} of the time at most")
-        return params
+            self.console.print(f"the host's row building kept the device waiting {share:.1%} of the time at most")
+        return params, done
 
     def _step(self, params: Params, state: Any, batch: StepBatch) -> tuple[Params, Any, dict[str, Any]]:
         denominators = Denominators(jnp.float32(len(batch.pairs)), jnp.float32(batch.chosen_tokens))
@@ -109,7 +119,7 @@ class TrainingLoop:
         with self._clock.paused():
             if evaluate:
                 self._evaluate(params, done, batch.epoch)
-            if save:
+            if save or self._stop_asked:
                 self.checkpoints.save(done, self.setup.model.split(params)[0], state, self.identity)
         if stop:
             raise TrainingError(
@@ -154,14 +164,21 @@ class TrainingLoop:
             "idle": rates.waited / rates.seconds,
             **{f"total_{name}": value for name, value in vars(self._clock.total).items()},
         }
-        self._log.write(record)
+        self._record(record)
         self._progress.show(batch.step + 1, record)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        """Logs a record and shows it to the callbacks. What the first process answers counts for all."""
+        self._log.write(record)
+        if self.on_record is not None:
+            asked = self.on_record(record) if distributed.is_first() else False
+            self._stop_asked |= distributed.collect("stop", asked)[0]
 
     def _evaluate(self, params: Params, step: int, epoch: float) -> None:
         assert self.evaluation is not None
         metrics = self.evaluation.run(params)
-        self._log.write({"eval_step": step, "eval_epoch": epoch, **metrics})
-        self.setup.console.print(
+        self._record({"eval_step": step, "eval_epoch": epoch, **metrics})
+        self.console.print(
             f"evaluation at step {step}: loss {metrics['eval_loss']:.4f}, accuracy "
             f"{metrics['eval_rewards/accuracies']:.3f}, margin {metrics['eval_rewards/margins']:.3f}"
         )

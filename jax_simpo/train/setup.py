@@ -10,15 +10,14 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from jax_simpo import hf
 from jax_simpo.config import TrainConfig, torch_only
 from jax_simpo.data import chat, sources
-from jax_simpo.data.packing import PackingReport, StepPlan, make_step_plan, measure
-from jax_simpo.data.tokenize import PairDataset, tokenize_split
-from jax_simpo.errors import CheckpointError, ConfigError, DataError, ModelError
+from jax_simpo.data.packing import StepPlan, make_step_plan
+from jax_simpo.data.tokenize import PairDataset
+from jax_simpo.errors import CheckpointError, ConfigError, ModelError
 from jax_simpo.hf import adapters
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.hf.lora_targets import choose_targets
@@ -33,28 +32,31 @@ from jax_simpo.run.checkpoint import Checkpoints, abstract_state
 from jax_simpo.run.files import CHECKPOINTS
 from jax_simpo.sharding import make_mesh
 from jax_simpo.train import capacity
+from jax_simpo.train.pairs import require_data, tokenize_on_first
+from jax_simpo.train.start import StartModel, find_start_model
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a config describes. Everything is made when it is first asked for, cheap things before dear ones.
+    """Builds the objects a run needs from its config, lazily, in order of cost. It prints nothing.
 
     Attributes:
         config: the run's settings.
-        console: where notes for the user go.
-        model_choice: `--model`: a folder, of a model or of an adapter, or the number of a step of the run; None is the
-            config's own start model.
-        any_mesh: ignore the config's mesh and use the devices there are (scoring needs no particular mesh).
+        model_choice: the value of `--model`, as in `find_start_model`; None takes the model the config starts from.
+        any_mesh: use the devices there are instead of the config's mesh (scoring needs no particular mesh).
+        memory_pairs: training pairs handed over in Python; they stand in for the config's `dataset_mixer`.
+        memory_eval_pairs: evaluation pairs handed over in Python.
     """
 
     config: TrainConfig
-    console: Console
     model_choice: str | None = None
     any_mesh: bool = False
+    memory_pairs: sources.RawSplit | None = None
+    memory_eval_pairs: sources.RawSplit | None = None
 
     def __post_init__(self) -> None:
-        for why in torch_only(self.config).values():  # a config made in Python has not been asked
-            raise ConfigError(why)
+        for reason in torch_only(self.config).values():
+            raise ConfigError(reason)
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -75,56 +77,21 @@ class Setup:
         return config.global_batch_size or saved or per_device * self.data_parallel
 
     @cached_property
-    def step(self) -> int | None:
-        """The step of the run that `--model` names, if it names one."""
-        return int(self.model_choice) if self.model_choice is not None and self.model_choice.isdecimal() else None
-
-    @cached_property
-    def adapter(self) -> adapters.AdapterFolder | None:
-        """The adapter that `--model` names, if it names one."""
-        if self.model_choice is None or self.step is not None:
-            return None
-        if adapters.find(hf.resolve_model_folder(self.model_choice, weights=False)) is None:
-            return None
-        # Which layers it sits on, its tensors say.
-        return adapters.find(hf.resolve_model_folder(self.model_choice))
-
-    @cached_property
-    def base(self) -> tuple[str, str | None] | None:
-        """The model that the run starts from or that `--model` means, below an adapter: name and revision.
-
-        None for a new model.
-
-        Raises:
-            ModelError: an adapter does not say which model it belongs to, and neither does the config.
-        """
-        own = self.config.model_name_or_path
-        if self.adapter is not None and self.adapter.base is not None:
-            if own is None or Path(self.adapter.base).resolve() != Path(own).resolve():
-                self.console.print(f"note: the adapter's own base model is used: {self.adapter.base}", style="yellow")
-            return self.adapter.base, self.adapter.revision
-        if self.adapter is not None and own is None:
-            raise ModelError(
-                f"{self.adapter.folder / adapters.CONFIG}: names no `base_model_name_or_path`; give the adapter's base "
-                "model as `model_name_or_path`"
-            )
-        if self.model_choice is not None and self.step is None and self.adapter is None:
-            return self.model_choice, None
-        return None if own is None else (own, self.config.model_revision)
-
-    def _resolve_model(self, *, weights: bool) -> Path | None:
-        return None if self.base is None else hf.resolve_model_folder(*self.base, weights=weights)
+    def start(self) -> StartModel:
+        """The model to start from, or the one that `--model` names."""
+        return find_start_model(self.config, self.model_choice)
 
     @cached_property
     def model_folder(self) -> Path | None:
-        """Folder with the model's config; None for a new model. Its weights may not be there yet."""
-        return self._resolve_model(weights=False)
+        """Folder with the model's configuration, its weights not necessarily downloaded; None for a new model."""
+        return self.start.folder(weights=False)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the config, of the adapter where one was saved with it, or of the model."""
         folder = self.model_folder
-        if self.adapter is not None and (self.adapter.folder / "tokenizer_config.json").exists():
-            folder = self.adapter.folder  # saved with it
+        if self.start.adapter is not None and (self.start.adapter.folder / "tokenizer_config.json").exists():
+            folder = self.start.adapter.folder  # saved with it
         name = self.config.tokenizer_name_or_path or str(folder)
         own = self.config.tokenizer_name_or_path is None  # the revision is the model's
         return chat.load_tokenizer(
@@ -146,7 +113,7 @@ class Setup:
         if self.model_folder is not None:
             model_config, _ = hf.load_model_config(self.model_folder)
         else:
-            model_config = read_model_config(self._new_model_mapping(), where="model_config")
+            model_config = read_model_config(self._new_model_mapping(), source="model_config")
         if len(self.tokenizer) > model_config.vocab_size:
             raise ModelError(
                 f"the tokenizer has {len(self.tokenizer)} tokens, the model only {model_config.vocab_size}. Use the "
@@ -157,9 +124,9 @@ class Setup:
     def _lora(self, model_config: ModelConfig) -> Lora | None:
         """The adapter of `--model`, or of the run."""
         config = self.config
-        if self.adapter is not None:
-            return self.adapter.lora(model_config)
-        if not config.use_peft or (self.model_choice is not None and self.step is None):
+        if self.start.adapter is not None:
+            return self.start.adapter.lora(model_config)
+        if not config.use_peft or (self.model_choice is not None and self.start.step is None):
             return None
         targets = choose_targets(config.lora_target_modules, model_config.model_type)
         return Lora(config.lora_r, config.lora_alpha, targets)
@@ -170,17 +137,21 @@ class Setup:
         return {"vocab_size": len(self.tokenizer), **ids, **(self.config.new_model_config or {})}
 
     @cached_property
-    def attention(self) -> str:
+    def attention_choice(self) -> tuple[str, str]:
+        """The attention implementation, and the reason for the choice."""
         model = self.model.config
-        name, why = resolve_implementation(
+        return resolve_implementation(
             self.config.attention,
             self.mesh.devices.flat[0],
             dtype=self.model.dtype,
             head_dim=model.head_dim,
             softcap=model.attention_softcap,
         )
-        self.console.print(f"attention: {name} ({why})")
-        return name
+
+    @property
+    def attention(self) -> str:
+        """The name of the attention implementation."""
+        return self.attention_choice[0]
 
     @cached_property
     def forward(self) -> Forward:
@@ -205,9 +176,9 @@ class Setup:
 
     def load_params(self) -> Params:
         """The parameters to start from, split over the mesh: of a step of the run, a folder, or new ones."""
-        if self.step is not None:
+        if self.start.step is not None:
             with open_checkpoints(self.config) as checkpoints:
-                return self.restore_params(checkpoints, self.step)
+                return self.restore_params(checkpoints, self.start.step)
         return self._start_params()
 
     def restore_params(self, checkpoints: Checkpoints, step: int) -> Params:
@@ -217,15 +188,15 @@ class Setup:
         return self.model.join(checkpoints.params(step, trained), frozen)
 
     def _start_params(self) -> Params:
-        folder = self._resolve_model(weights=True)
+        folder = self.start.folder(weights=True)
         if folder is None:
             return self.model.init(self.config.seed, self.mesh)
         base = hf.load_params(folder, self.model, self.mesh)
         if self.model.lora is None:
             return base
-        if self.adapter is None:
+        if self.start.adapter is None:
             return self.model.join(self.model.init_trained(self.config.seed, self.mesh), base)
-        return self.model.join(adapters.load(self.adapter.folder, self.model, self.mesh), base)
+        return self.model.join(adapters.load(self.start.adapter.folder, self.model, self.mesh), base)
 
     def export(
         self, params: Params, folder: Path, *, merge: bool = False, max_shard_bytes: int = hf.MAX_SHARD_BYTES
@@ -247,14 +218,12 @@ class Setup:
             ModelError: the folder cannot be written.
         """
         dtype = self.config.export_dtype or self.config.dtype
-        if self.model.lora is None or merge or self.base is None:
-            if self.model.lora is not None and not merge:
-                self.console.print(
-                    "note: a new model has no name for an adapter to refer to: it is merged", style="yellow"
-                )
+        if self.model.lora is None or merge or self.start.base is None:
             hf.save_model(params, self.model, folder, dtype, tokenizer=self.tokenizer, max_shard_bytes=max_shard_bytes)
-            return "model" if self.model.lora is None else "model, adapter merged"
-        name, revision = self.base
+            if self.model.lora is None:
+                return "model"
+            return "model, adapter merged" if merge else "model, adapter merged: a new model has no name to refer to"
+        name, revision = self.start.base, self.start.revision
         local = Path(name).expanduser()
         if local.is_dir():  # it is to be found from any other folder too
             name, revision = str(local.absolute()), None
@@ -263,66 +232,52 @@ class Setup:
         return f"adapter of {name}"
 
     def train_pairs(self) -> PairDataset:
-        """The tokenised training pairs, each source cut to its fraction."""
-        config = self.config
-        return self.tokenize(
-            sources.load_train(config.dataset_mixer, config.train_splits, dataset_configs=config.dataset_configs)
-        )
-
-    def eval_pairs(self) -> PairDataset:
-        """The tokenised pairs of all evaluation splits, whole.
+        """Tokenises the training pairs, each source cut to its fraction.
 
         Raises:
-            ConfigError: `dataset_splits` names none.
+            ConfigError: the config names no data, and no pairs were handed over.
+            DataError: a source cannot be read, or a row cannot be used.
         """
         config = self.config
+        if self.memory_pairs is not None:
+            return tokenize_on_first(config, self.memory_pairs, self.tokenizer)
+        require_data(config)
+        raw = sources.load_train(config.dataset_mixer, config.train_splits, dataset_configs=config.dataset_configs)
+        return tokenize_on_first(config, raw, self.tokenizer)
+
+    def eval_pairs(self) -> PairDataset:
+        """Tokenises the pairs of all evaluation splits, uncut.
+
+        Raises:
+            ConfigError: `dataset_splits` names no split to evaluate, or there is no data at all.
+            DataError: a source cannot be read, or a row cannot be used.
+        """
+        config = self.config
+        if self.memory_eval_pairs is not None:
+            return tokenize_on_first(config, self.memory_eval_pairs, self.tokenizer)
+        require_data(config)
         if not config.eval_splits:
             raise ConfigError(
                 f"`dataset_splits` {config.dataset_splits} names no split to evaluate: those have no `train` in their "
                 "name. Add one, or set `do_eval: false`"
             )
-        whole = dict.fromkeys(config.dataset_mixer, 1.0)
-        return self.tokenize(sources.load_train(whole, config.eval_splits, dataset_configs=config.dataset_configs))
+        uncut = dict.fromkeys(config.dataset_mixer, 1.0)
+        raw = sources.load_train(uncut, config.eval_splits, dataset_configs=config.dataset_configs)
+        return tokenize_on_first(config, raw, self.tokenizer)
 
     def split_pairs(self, split: str) -> PairDataset:
-        """The tokenised pairs of one split of all sources, whole and in file order."""
-        config = self.config
-        return self.tokenize(sources.load_split(config.dataset_mixer, split, dataset_configs=config.dataset_configs))
+        """Tokenises the pairs of one split of all sources, uncut and in file order.
 
-    def tokenize(self, raw: sources.RawSplit) -> PairDataset:
-        """Tokenises a split as the config says, and tells which rows were skipped and why.
-
-        Of several processes the first one tokenises and the others find its work in the shared cache.
+        Raises:
+            ConfigError: the config names no data.
+            DataError: a source cannot be read, or a row cannot be used.
         """
-        c = self.config
-        pairs = distributed.first_then_others(
-            f"tokenise {raw.name}",
-            lambda: tokenize_split(
-                raw,
-                self.tokenizer,
-                max_length=c.max_length,
-                max_prompt_length=c.max_prompt_length,
-                truncation_mode=c.truncation_mode,
-                auto_insert_empty_system_msg=c.auto_insert_empty_system_msg,
-                on_bad_row=c.on_bad_row,
-                num_proc=c.preprocessing_num_workers,
-                cache_dir=c.data_cache_dir,
-            ),
-        )
-        advice = "Give all hosts the same data files and the same versions of transformers and tokenizers"
-        distributed.check_same(f"the pairs of {raw.name}", pairs.fingerprint, advice, DataError)
-        alone = distributed.collect("cache", pairs.cache_hit)[1:].count(False)
-        if alone:
-            self.console.print(
-                f"note: {alone} process(es) did not find what process 0 tokenised and did it again: set "
-                "`data_cache_dir` to a folder that all hosts share",
-                style="yellow",
-            )
-        if pairs.skipped:
-            self.console.print(pairs.skipped_report(), style="yellow")
-        return pairs
+        config = self.config
+        require_data(config)
+        raw = sources.load_split(config.dataset_mixer, split, dataset_configs=config.dataset_configs)
+        return tokenize_on_first(config, raw, self.tokenizer)
 
-    def plan(self, pairs: PairDataset, *, batch: int, seed: int | None) -> StepPlan:
+    def step_plan(self, pairs: PairDataset, *, batch: int, seed: int | None) -> StepPlan:
         """Makes the step plan of a split and checks that every pair fits a row.
 
         Args:
@@ -344,24 +299,6 @@ class Setup:
         )
         plan.check(pairs.origin)
         return plan
-
-    def describe_plan(self, name: str, plan: StepPlan) -> PackingReport:
-        """Says what the plan costs, and warns where devices are left idle."""
-        report = measure(plan)
-        saved = 1 - report.input_tokens / report.separate_tokens
-        self.console.print(
-            f"{name}: {len(plan.lengths)} pairs, rows of {plan.shape.length} tokens and {plan.shape.targets} targets, "
-            f"filled {report.fill:.1%} and {report.targets / report.computed_targets:.1%} (the rest is padding); "
-            f"prefix sharing saves {saved:.1%} of the tokens"
-        )
-        if report.empty_rows > 0.25:
-            self.console.print(
-                f"warning: {report.empty_rows:.0%} of the rows computed are empty: {self.data_parallel} devices are "
-                f"too many for {report.pairs:.0f} pairs a step in rows of {plan.shape.length} tokens. Raise "
-                "`global_batch_size`, set a shorter `row_length`, or move devices from `fsdp` or `data` to `tensor`",
-                style="yellow",
-            )
-        return report
 
 
 def open_checkpoints(config: TrainConfig) -> Checkpoints:

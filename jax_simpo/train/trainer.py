@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +14,8 @@ import jax
 from rich.console import Console
 
 from jax_simpo.config import TrainConfig
-from jax_simpo.data.packing import StepPlan
+from jax_simpo.data.packing import StepPlan, measure
+from jax_simpo.data.sources import RawSplit
 from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.models.generate import generate
 from jax_simpo.models.transformer import Params
@@ -23,54 +26,85 @@ from jax_simpo.run.files import CHECKPOINTS, MODEL
 from jax_simpo.run.metrics import read_metrics
 from jax_simpo.run.output import check_not_finished, check_output, note_export, remove_run, starting_point
 from jax_simpo.run.samples import read_answers, read_samples, sample_prompts, with_answers, write_samples
-from jax_simpo.sharding import hosts_share_tensor
 from jax_simpo.train.compilation import keep_compiled_programs
 from jax_simpo.train.evaluate import PAIRS_PER_PLAN, Evaluation
 from jax_simpo.train.loop import TrainingLoop
 from jax_simpo.train.optim import run_optimizer
+from jax_simpo.train.pairs import idle_warning, notes_on, packing_line
 from jax_simpo.train.setup import Setup
 from jax_simpo.train.step import make_score_function, make_train_functions
 
 
-def train(config: TrainConfig, console: Console) -> dict[str, Any]:
-    """Trains as the config says and returns the last record of `metrics.jsonl`.
+@dataclass(frozen=True)
+class TrainRun:
+    """A run that has ended, and the place of everything it wrote.
+
+    Attributes:
+        output_dir: the folder of the run.
+        model_path: the exported model, or adapter, in Hugging Face's format.
+        report_path: the HTML report.
+        steps: optimizer steps that the model has had.
+        stopped_early: a callback stopped the run; starting it again continues it.
+    """
+
+    output_dir: Path
+    model_path: Path
+    report_path: Path
+    steps: int
+    stopped_early: bool
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of `metrics.jsonl`, training and evaluation, in the order they were written."""
+        return read_metrics(self.output_dir)
+
+
+def train(
+    config: TrainConfig,
+    console: Console,
+    *,
+    pairs: RawSplit | None = None,
+    eval_pairs: RawSplit | None = None,
+    on_record: Callable[[dict[str, Any]], bool] | None = None,
+) -> TrainRun:
+    """Trains as the config says, and exports the model.
 
     Everything that can be found wrong without the weights is found before anything is loaded, written or removed.
-    In a run of several processes every one calls this; the first one prints and writes all but the checkpoints.
+    In a run of several processes every process calls this; the first one prints and writes all but the checkpoints.
+
+    Args:
+        config: the settings of the run.
+        console: where progress and notes go.
+        pairs: training pairs in memory, in place of the config's `dataset_mixer`.
+        eval_pairs: evaluation pairs in memory; the run evaluates where they are given.
+        on_record: is given every record on the first process; True stops the run once its state is saved.
 
     Raises:
-        UserError: whatever the user can mend.
+        UserError: a mistake that the user can mend; its text says where it is and what to do.
     """
     output = Path(config.output_dir)
     distributed.on_first("output directory", lambda: check_output(config, output))
     distributed.check_shared(output, "output_dir")
     keep_compiled_programs()
-    setup = Setup(config, console)
+    setup = Setup(config, memory_pairs=pairs, memory_eval_pairs=eval_pairs)
     mesh = setup.mesh
-    console.print(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())} ({mesh.devices.flat[0]})")
-    if hosts_share_tensor(mesh):
-        console.print(
-            "warning: `mesh.tensor` reaches over several processes, whose connection is slower than that within one. "
-            f"Choose a divisor of the {jax.local_device_count()} devices of a process",
-            style="yellow",
-        )
-    if config.model_name_or_path is not None and "learning_rate" not in config.model_fields_set:
-        console.print(
-            f"note: `learning_rate` is not set; {config.learning_rate} is used, published SimPO runs use 3e-7 to 1e-6",
-            style="yellow",
-        )
-    pairs = setup.train_pairs()
+    _print_start(setup, console)
+    training = setup.train_pairs()
+    print_notes(console, notes_on(training))
     first_step, saved = starting_point(config, output)
-    plan = setup.plan(pairs, batch=setup.global_batch_size(saved.get("global_batch_size")), seed=config.seed)
+    plan = setup.step_plan(training, batch=setup.global_batch_size(saved.get("global_batch_size")), seed=config.seed)
     total_steps = count_steps(config, plan)
-    identity = _identity(config, plan, pairs)
+    identity = _identity(config, plan, training)
     advice = "Start all processes with the same config and options, on the same files"
     distributed.check_same("the run", {**identity, "step to begin at": first_step, "rows": str(plan.shape)}, advice)
     if saved:
         check_same_run(saved, identity, output)
         check_not_finished(output, first_step, total_steps)
-    packing = setup.describe_plan("training", plan)
-    evaluation = _evaluation(setup) if config.do_eval else None
+    packing = measure(plan)
+    console.print(packing_line("training", plan, packing))
+    print_notes(console, [idle_warning(plan, packing, setup.data_parallel)])
+    evaluation = _evaluation(setup, console) if config.do_eval or eval_pairs is not None else None
+    console.print("attention: {} ({})".format(*setup.attention_choice))
 
     if config.overwrite_output_dir:
         distributed.on_first("removal", lambda: remove_run(output))
@@ -95,28 +129,39 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any]:
                 mesh=mesh.shape,
                 device=mesh.devices.flat[0].device_kind,
                 parameters=setup.model.trained_count,
-                training_pairs=len(pairs),
+                training_pairs=len(training),
                 total_steps=total_steps,
                 tokens_saved=1 - packing.input_tokens / packing.separate_tokens,
             )
-        sampler = _Sampler(setup, pairs if evaluation is None else evaluation.source, output)
+        sampler = _Sampler(setup, training if evaluation is None else evaluation.source, output)
         if not first_step:
             sampler.answer(params, "before")
 
         loop = TrainingLoop(
-            setup, plan, pairs, functions, schedule, evaluation, checkpoints, identity, total_steps, output
+            setup=setup,
+            plan=plan,
+            pairs=training,
+            functions=functions,
+            schedule=schedule,
+            evaluation=evaluation,
+            checkpoints=checkpoints,
+            identity=identity,
+            total_steps=total_steps,
+            output=output,
+            console=console,
+            on_record=on_record,
         )
-        params = loop.run(params, state, first_step)
+        params, done = loop.run(params, state, first_step)
         setup.export(params, output / MODEL)
         if distributed.is_first():
-            note_export(output, total_steps)
+            note_export(output, done)
         sampler.answer(params, "after")
     if distributed.is_first():
         report.write_report(output)
         model_card.write(output, config, global_batch_size=plan.global_batch_size)
         report.print_summary(console, output)
     distributed.barrier("report")
-    return read_metrics(output)[-1]
+    return TrainRun(output, output / MODEL, output / report.REPORT_FILE, done, done < total_steps)
 
 
 def count_steps(config: TrainConfig, plan: StepPlan) -> int:
@@ -140,9 +185,33 @@ def _identity(config: TrainConfig, plan: StepPlan, pairs: PairDataset) -> dict[s
     return json.loads(json.dumps(identity))  # as it comes back from a checkpoint: all keys are text, say
 
 
-def _evaluation(setup: Setup) -> Evaluation:
+def _print_start(setup: Setup, console: Console) -> None:
+    """Prints the mesh, and notes on settings that the user may want to change."""
+    config, mesh = setup.config, setup.mesh
+    console.print(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())} ({mesh.devices.flat[0]})")
+    notes = []
+    if hosts_share_tensor(mesh):
+        notes.append(
+            "warning: `mesh.tensor` reaches over several processes, whose connection is slower than that within one. "
+            f"Choose a divisor of the {jax.local_device_count()} devices of a process"
+        )
+    if config.model_name_or_path is not None and "learning_rate" not in config.model_fields_set:
+        notes.append(
+            f"note: `learning_rate` is not set; {config.learning_rate} is used, published SimPO runs use 3e-7 to 1e-6"
+        )
+    print_notes(console, notes)
+
+
+def print_notes(console: Console, notes: Sequence[str]) -> None:
+    """Prints sentences the user should read; empty ones are left out."""
+    for note in filter(None, notes):
+        console.print(note, style="yellow")
+
+
+def _evaluation(setup: Setup, console: Console) -> Evaluation:
     pairs = setup.eval_pairs()
-    plan = setup.plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
+    print_notes(console, notes_on(pairs))
+    plan = setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
     return Evaluation(make_score_function(setup.forward, setup.mesh), plan, pairs, setup.objective, setup.mesh)
 
 

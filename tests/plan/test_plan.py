@@ -86,7 +86,7 @@ def planned(config: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def setup(config: Path) -> Setup:
-    return Setup(load_config(config), Console(quiet=True))
+    return Setup(load_config(config))
 
 
 def test_the_json_has_what_it_promises(planned: dict[str, Any]) -> None:
@@ -135,7 +135,7 @@ def test_tokens_and_flops_are_those_of_the_data(planned: dict[str, Any], setup: 
     assert planned["tokens_per_step"]["shared"] < planned["tokens_per_step"]["separate"]
     expected = useful_flops(setup.model.config, work_of(lengths, True)) * 64 / len(pairs)
     assert planned["flops_per_step"] == pytest.approx(expected)
-    plan = setup.plan(pairs, batch=64, seed=42)
+    plan = setup.step_plan(pairs, batch=64, seed=42)
     assert planned["micro_batches_per_step"] == measure(plan).rows / plan.rows_per_micro_batch
 
 

@@ -34,7 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model with its tokenizer."""
     folder = tmp_path_factory.mktemp("base")
     model = {**MODEL, "initializer_range": 0.2}  # an adapter can do little with weights next to zero
-    setup = Setup(config_of(folder, model_config=model), Console(quiet=True))
+    setup = Setup(config_of(folder, model_config=model))
     with jax.set_mesh(setup.mesh):
         return hf.save_model(setup.load_params(), setup.model, folder / "model", "float32", tokenizer=setup.tokenizer)
 
@@ -52,9 +52,9 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trai
 
 
 def evaluated(config: TrainConfig, choice: str | None) -> dict[str, float]:
-    setup = Setup(config, Console(quiet=True), choice, any_mesh=True)
+    setup = Setup(config, choice, any_mesh=True)
     pairs = setup.eval_pairs()
-    plan = setup.plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
+    plan = setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
     with jax.set_mesh(setup.mesh):
         score = make_score_function(setup.forward, setup.mesh)
         return evaluation_metrics(score_pairs(score, setup.load_params(), plan, pairs, setup.mesh), setup.objective)
@@ -96,7 +96,7 @@ def test_the_folder_a_step_and_the_merged_model_score_alike(
     output = Path(config.output_dir)
     last = read_metrics(output)[-1]
     expected = {key: last[f"eval_{key}"] for key in ("loss", "rewards/margins", "logps/chosen", "logps/rejected")}
-    setup = Setup(config, Console(quiet=True), str(output / "model"), any_mesh=True)
+    setup = Setup(config, str(output / "model"), any_mesh=True)
     with jax.set_mesh(setup.mesh):
         params = setup.load_params()
         assert setup.export(params, tmp_path / "merged", merge=True) == "model, adapter merged"
@@ -166,9 +166,9 @@ def test_an_adapter_without_its_base_is_told(
     fields = json.loads(file.read_text())
     file.write_text(json.dumps({**fields, "base_model_name_or_path": str(tmp_path / "gone")}))
     with pytest.raises(UserError, match="gone: no such folder"):
-        _ = Setup(finished[0], Console(quiet=True), str(folder)).model
+        _ = Setup(finished[0], str(folder)).model
     file.write_text(json.dumps({**fields, "base_model_name_or_path": None}))
-    assert Setup(finished[0], Console(quiet=True), str(folder)).base == (finished[0].model_name_or_path, "main")
+    assert Setup(finished[0], str(folder)).start.base == finished[0].model_name_or_path
     new = config_of(tmp_path, **ADAPTER)
     with pytest.raises(UserError, match=r"adapter_config.json: names no `base_model_name_or_path`"):
-        _ = Setup(new, Console(quiet=True), str(folder)).model
+        _ = Setup(new, str(folder)).model

@@ -77,7 +77,7 @@ def tokenized(model: Any, data: Path, split: str, cache: Path | None = None) -> 
         dataset_mixer={str(data): 1.0},
         data_cache_dir=str(cache or data / "cache"),
     )
-    pairs = Setup(config, Console(quiet=True)).split_pairs(split)
+    pairs = Setup(config).split_pairs(split)
     return pairs.pairs(range(len(pairs)))
 
 
