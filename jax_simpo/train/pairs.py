@@ -1,0 +1,91 @@
+"""Tokenises the pairs of a run, once for all its processes, and says what the user should know of them."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from jax_simpo.config import TrainConfig
+from jax_simpo.data.packing import PackingReport, StepPlan
+from jax_simpo.data.sources import RawSplit
+from jax_simpo.data.tokenize import PairDataset, tokenize_split
+from jax_simpo.errors import ConfigError, DataError
+from jax_simpo.processes import distributed
+
+_IDLE = 0.25  # share of empty rows from which on the user is warned
+
+
+def require_data(config: TrainConfig) -> None:
+    """Raises ConfigError where the config names no data."""
+    if not config.dataset_mixer:
+        raise ConfigError(
+            "no data: give `dataset_mixer`, such as `dataset_mixer: {pairs.jsonl: 1.0}`, or hand pairs over in Python "
+            "(`train(config, pairs=...)`)"
+        )
+
+
+def tokenize_on_first(config: TrainConfig, raw: RawSplit, tokenizer: PreTrainedTokenizerBase) -> PairDataset:
+    """Tokenises a split as the config says. Every process calls it.
+
+    The first process tokenises; the others find its work in the shared cache.
+
+    Raises:
+        DataError: a row cannot be used (`on_bad_row: error`), or the processes read different pairs.
+    """
+    pairs = distributed.first_then_others(
+        f"tokenise {raw.name}",
+        lambda: tokenize_split(
+            raw,
+            tokenizer,
+            max_length=config.max_length,
+            max_prompt_length=config.max_prompt_length,
+            truncation_mode=config.truncation_mode,
+            auto_insert_empty_system_msg=config.auto_insert_empty_system_msg,
+            on_bad_row=config.on_bad_row,
+            num_proc=config.preprocessing_num_workers,
+            cache_dir=config.data_cache_dir,
+        ),
+    )
+    advice = "Give all hosts the same data files and the same versions of transformers and tokenizers"
+    distributed.check_same(f"the pairs of {raw.name}", pairs.fingerprint, advice, DataError)
+    return pairs
+
+
+def notes_on(pairs: PairDataset) -> list[str]:
+    """Lists the skipped rows, and the processes that had to tokenise again. Every process calls it."""
+    notes = []
+    repeated = distributed.collect("cache", pairs.cache_hit)[1:].count(False)
+    if repeated:
+        notes.append(
+            f"note: {repeated} process(es) did not find what process 0 tokenised and did it again: set "
+            "`data_cache_dir` to a folder that all hosts share"
+        )
+    if pairs.skipped:
+        notes.append(pairs.skipped_report())
+    return notes
+
+
+def packing_line(name: str, plan: StepPlan, report: PackingReport) -> str:
+    """Describes the rows of a split in one line: their size, their fill, and the tokens that sharing saves."""
+    saved = 1 - report.input_tokens / report.separate_tokens
+    return (
+        f"{name}: {len(plan.lengths)} pairs, rows of {plan.shape.length} tokens and {plan.shape.targets} targets, "
+        f"filled {report.fill:.1%} and {report.targets / report.computed_targets:.1%} (the rest is padding); "
+        f"prefix sharing saves {saved:.1%} of the tokens"
+    )
+
+
+def idle_warning(plan: StepPlan, report: PackingReport, devices: int) -> str:
+    """Returns a warning where many rows are empty; an empty text otherwise.
+
+    Args:
+        plan: the step plan of the training pairs.
+        report: the plan as `measure` has measured it.
+        devices: devices that each compute rows of their own.
+    """
+    if report.empty_rows <= _IDLE:
+        return ""
+    return (
+        f"warning: {report.empty_rows:.0%} of the rows computed are empty: {devices} devices are "
+        f"too many for {report.pairs:.0f} pairs a step in rows of {plan.shape.length} tokens. Raise "
+        "`global_batch_size`, set a shorter `row_length`, or move devices from `fsdp` or `data` to `tensor`"
+    )
