@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from jax_simpo.config.builtin import builtin_configs
 from jax_simpo.config.load import load_config
 from jax_simpo.config.schema import TORCH_ONLY, MeshConfig, TrainConfig, torch_only
 
-__all__ = ["TORCH_ONLY", "MeshConfig", "TrainConfig", "load_config", "torch_only"]
+__all__ = ["TORCH_ONLY", "MeshConfig", "TrainConfig", "builtin_configs", "load_config", "torch_only"]

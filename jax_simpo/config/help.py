@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -72,6 +72,19 @@ def _items(kind: Any) -> str:
     return "text or null" if type(None) in get_args(item) else "text"
 
 
+def explain_all(
+    error: ValidationError,
+    model: type[BaseModel],
+    values: Mapping[str, Any],
+    places: Mapping[str, str],
+    names: Mapping[str, str],
+    source: str,
+) -> str:
+    """Words every mistake that pydantic has found, a line each. The arguments are those of `explain`."""
+    lines = [explain(detail, model, values, places, names, source) for detail in error.errors()]
+    return "\n".join(dict.fromkeys(lines))  # a key that may be one of two types complains once for each
+
+
 def explain(
     error: ErrorDetails,
     model: type[BaseModel],
@@ -100,8 +113,7 @@ def explain(
         dotted = ".".join(location)
         return f"{place}: unknown key `{dotted}` (value {_show(error['input'])}).{did_you_mean(dotted, model)}"
     if error["type"] == "missing":
-        example = ", such as `dataset_mixer: {pairs.jsonl: 1.0}`" if top == "dataset_mixer" else ""
-        return f"{path}: the key `{top}` is required{example}"
+        return f"{path}: the key `{top}` is required"
     if "`" in reason:
         return f"{place}: {reason}"
     field = keys_of(model)[top]
@@ -188,7 +200,7 @@ def reference_page(model: type[BaseModel]) -> str:
     lines = [
         "# Config keys",
         "",
-        "<!-- Made by `python -m jax_simpo.config` from the descriptions in jax_simpo/config.py; do not edit. -->",
+        "<!-- Made by `python -m jax_simpo.config` from the descriptions in jax_simpo/config/schema.py; do not edit. -->",
         "",
         "A config file is YAML with these keys. On the command line any of them can be set with `--key=value`, dotted",
         "for nested keys (`--mesh.fsdp=8`, `--dataset_mixer.pairs.jsonl=1.0`). Keys marked with * define the",

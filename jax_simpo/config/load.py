@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from pydantic import ValidationError
+from typing import Any
 
 from jax_simpo.config import foreign, help, yaml_files
+from jax_simpo.config.builtin import find_config
 from jax_simpo.config.overrides import Values, apply
-from jax_simpo.config.schema import TrainConfig, torch_only
+from jax_simpo.config.schema import TrainConfig, checked_config, torch_only, with_notices
 from jax_simpo.errors import ConfigError
 
 
@@ -17,7 +17,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool 
     """Reads a config file and `--key=value` overrides.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or `builtin:NAME` for one that comes with the program.
         overrides: arguments of the form `--key=value`. Dots lead into nested keys (`--mesh.fsdp=8`), values are YAML
             and may contain `=`. `--dataset_mixer.SOURCE=FRACTION` adds a source or changes its fraction (`null`
             removes it), `--dataset_mixer={SOURCE: FRACTION}` replaces them all. The last of two equal keys counts.
@@ -26,6 +26,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool 
     Raises:
         ConfigError: with every mistake that was found, each with its file and line or its override.
     """
+    path = find_config(path)
     written, lines = yaml_files.read_file(path)
     places = {key: f"{path}, line {line}" for key, line in lines.items()}
     values, notices, origin = foreign.translate(written, lambda key: places.get(key, str(path)))
@@ -36,18 +37,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool 
         beta = values.get("beta", TrainConfig.model_fields["beta"].default)
         notices.append(foreign.read_gamma(values, beta, places["gamma"]))
     values.setdefault("run_name", Path(path).stem)
+    no_data = _check_data_is_named(values, places, path)
     try:
-        config = TrainConfig(**values)
-    except ValidationError as error:
-        messages = [
-            help.explain(detail, TrainConfig, values, places, gathered.names, str(path)) for detail in error.errors()
-        ]
-        # A key that may be one of two types complains once for each.
-        raise ConfigError("\n".join(dict.fromkeys(messages))) from None
+        config = checked_config(values, notices, places, gathered.names, str(path))
+    except ConfigError as error:
+        raise ConfigError("\n".join(filter(None, [no_data, str(error)]))) from None
+    if no_data:
+        raise ConfigError(no_data)
     for key, why in ({} if torch else torch_only(config)).items():
         raise ConfigError(f"{places.get(key, path)}: {why}")
     if not config.use_peft:
         default = TrainConfig.model_fields
         adapter = [k for k in values if k.startswith("lora_") and getattr(config, k) != default[k].default]
-        notices += [f"{places.get(key, path)}: `{key}` has no effect without `use_peft`" for key in adapter]
-    return config._with_notices(notices)
+        unused = [f"{places.get(key, path)}: `{key}` has no effect without `use_peft`" for key in adapter]
+        return with_notices(config, unused)
+    return config
+
+
+def _check_data_is_named(values: Mapping[str, Any], places: Mapping[str, str], path: Path) -> str:
+    """Returns the mistake of a file that names no data, or an empty text. Only Python can do without."""
+    if "dataset_mixer" not in values:
+        return f"{path}: the key `dataset_mixer` is required, such as `dataset_mixer: {{pairs.jsonl: 1.0}}`"
+    if values["dataset_mixer"] == {}:
+        return f"{places.get('dataset_mixer', path)}: `dataset_mixer` is empty; name at least one source"
+    return ""

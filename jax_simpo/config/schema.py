@@ -7,13 +7,14 @@ Keys are those of the original SimPO files where they exist, so that a published
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 from pydantic.config import JsonDict
 
-from jax_simpo.config import help, yaml_files
+from jax_simpo.config import foreign, help, yaml_files
+from jax_simpo.errors import ConfigError
 
 
 def _no_bool(value: Any) -> Any:
@@ -62,7 +63,14 @@ class MeshConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """All settings of a run. Build it with `load_config`, or from Python with the same keys as keyword arguments."""
+    """All settings of a run.
+
+    `load_config` reads one from a file. In Python you give the same keys as keyword arguments; the keys of the original
+    SimPO files and of the Hugging Face trainer are understood as they are in a file (`bf16=True`).
+
+    Raises:
+        ConfigError: a key is unknown (the message names the nearest one), or a value is not what the key takes.
+    """
 
     # --- model
     model_name_or_path: str | None = _key(
@@ -96,10 +104,11 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     # --- data
     dataset_mixer: dict[str, Number] = _key(
-        ...,
+        dict,
         "Data sources and the fraction of the training pairs taken from each (`{source: 1.0}`). A source is a hub id, "
         "a `.jsonl`, `.json` or `.parquet` file, a folder of `train`/`test` files, a saved dataset, or `builtin:NAME`. "
-        "Fractions cut training splits only; evaluation splits are taken whole. Required.",
+        "Fractions cut training splits only; evaluation splits are taken whole. Required in a file; from Python, pairs "
+        "may be handed over instead.",
         section="Data",
         identity=True,
     )
@@ -298,6 +307,20 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     _notices: tuple[str, ...] = PrivateAttr(default=())
 
+    if not TYPE_CHECKING:  # type checkers shall see the keys
+
+        def __init__(self, **settings: Any) -> None:
+            values, notices, names = foreign.translate(settings, "TrainConfig({})".format)
+            if "gamma" in values:
+                notices.append(
+                    foreign.read_gamma(values, values.get("beta", _default(type(self), "beta")), "TrainConfig")
+                )
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise ConfigError(help.explain_all(error, type(self), values, {}, names, "TrainConfig")) from None
+            _set_notices(self, notices)
+
     @model_validator(mode="before")
     @classmethod
     def _derive(cls, data: Any) -> Any:
@@ -332,12 +355,16 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 raise ValueError(
                     "`model_config` makes a new model, which has no tokenizer: give `tokenizer_name_or_path`"
                 )
-        if not any(self.dataset_mixer.values()):
+        if self.dataset_mixer and not any(self.dataset_mixer.values()):
             raise ValueError("`dataset_mixer` takes nothing: give at least one source a fraction above 0")
         for source, fraction in self.dataset_mixer.items():
             if not 0 <= fraction <= 1:
                 raise ValueError(f"`dataset_mixer`: the fraction of {source} is {fraction}; expected 0 to 1")
-        if self.dataset_configs is not None and len(self.dataset_configs) != len(self.dataset_mixer):
+        if (
+            self.dataset_mixer
+            and self.dataset_configs is not None
+            and len(self.dataset_configs) != len(self.dataset_mixer)
+        ):
             raise ValueError(
                 f"`dataset_configs` has {len(self.dataset_configs)} entries and `dataset_mixer` "
                 f"{len(self.dataset_mixer)}; give one name for each source, null for none"
@@ -374,12 +401,6 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         """What the user should be told about the keys of the file, one sentence each."""
         return self._notices
 
-    def _with_notices(self, notices: Sequence[str]) -> TrainConfig:
-        copy = self.model_copy()
-        assert copy.__pydantic_private__ is not None
-        copy.__pydantic_private__["_notices"] = tuple(dict.fromkeys(notices))
-        return copy
-
     @property
     def train_splits(self) -> list[str]:
         """Splits that are trained on."""
@@ -410,6 +431,46 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         if self.lr_scheduler_type == "constant" or by_steps:
             del identity["max_steps"], identity["num_train_epochs"]
         return identity
+
+
+def checked_config(
+    values: dict[str, Any], notices: Sequence[str], places: Mapping[str, str], names: Mapping[str, str], source: str
+) -> TrainConfig:
+    """Builds a config from values whose keys are ours already, and words mistakes by the place each value comes from.
+
+    Args:
+        values: our keys and their values.
+        notices: sentences for the user about the keys of the file.
+        places: key -> the file and line, or the override, that set it.
+        names: our key -> the key the user wrote.
+        source: the config file.
+
+    Raises:
+        ConfigError: with every mistake there is.
+    """
+    config = TrainConfig.__new__(TrainConfig)
+    try:
+        BaseModel.__init__(config, **values)
+    except ValidationError as error:
+        raise ConfigError(help.explain_all(error, TrainConfig, values, places, names, source)) from None
+    _set_notices(config, notices)
+    return config
+
+
+def _set_notices(config: TrainConfig, notices: Sequence[str]) -> None:
+    assert config.__pydantic_private__ is not None  # a frozen model takes private values no other way
+    config.__pydantic_private__["_notices"] = tuple(dict.fromkeys(notices))
+
+
+def with_notices(config: TrainConfig, notices: Sequence[str]) -> TrainConfig:
+    """Returns a copy of a config with more notices for the user."""
+    copy = config.model_copy()
+    _set_notices(copy, [*config.notices, *notices])
+    return copy
+
+
+def _default(model: type[BaseModel], key: str) -> Any:
+    return model.model_fields[key].default
 
 
 # What only the PyTorch reference can do, and why not.
