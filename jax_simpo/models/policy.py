@@ -1,4 +1,4 @@
-"""The policy: the rows of a batch in, the sum of log-probs and the length of every response out."""
+"""The policy: takes the rows of a batch and returns the log-probs of their targets, or sums of them per response."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jax_simpo.models.transformer import Model, Params
+from jax_simpo.ops import logprobs
 from jax_simpo.ops.attention import prepare_mask
-from jax_simpo.ops.logprobs import target_logps
 from jax_simpo.ops.responses import ResponseLogps, sum_responses
 
 Rows = Mapping[str, Int[Array, "B _"]]  # the arrays of a RowBatch by name
@@ -18,21 +18,33 @@ Rows = Mapping[str, Int[Array, "B _"]]  # the arrays of a RowBatch by name
 
 @dataclass(frozen=True)
 class Forward:
-    """How log-probs are computed: the model, and the settings that change no number beyond rounding."""
+    """Computes log-probs with a model. Its other settings change no number beyond rounding.
+
+    Attributes:
+        model: the decoder.
+        attention: the name of the attention implementation.
+        logprob_chunk: most hidden states of a tile of logits; `auto` takes what is fastest on the device.
+        logits_bytes: memory of a device, in bytes, that training may spend on keeping a micro-batch's logits.
+    """
 
     model: Model
     attention: str
     logprob_chunk: int | Literal["auto"] = "auto"
-    logits_bytes: int = 0  # memory of a device that training may spend on keeping a micro-batch's logits
+    logits_bytes: int = 0
 
     def response_logps(self, params: Params, rows: Rows) -> ResponseLogps:
-        """Sum of log-probs and length of every response slot, float32 [B, R]."""
+        """Returns the sum of log-probs and the length of every response slot, float32 [B, R]."""
+        slots = rows["response_pair"].shape[1]
+        return sum_responses(self.target_logps(params, rows), rows["target_response"], slots)
+
+    def target_logps(self, params: Params, rows: Rows) -> Float[Array, "B T"]:
+        """Returns the log-prob of every target, float32; padding targets get 0."""
         slots = rows["response_pair"].shape[1]
         mask = prepare_mask(
             rows["key_end"], rows["positions"], self.model.config.windows, self.attention, sequences=slots
         )
         hidden = self.model.hidden_states(params, rows["tokens"], rows["positions"], mask)
-        logps = target_logps(
+        return logprobs.target_logps(
             hidden,
             self.model.head(params),
             rows["target_index"],
@@ -43,4 +55,3 @@ class Forward:
             keep_bytes=self.logits_bytes,
             frozen=self.model.lora is not None,
         )
-        return sum_responses(logps, rows["target_response"], slots)

@@ -1,14 +1,16 @@
-"""The pure functions of a training step: rows in, gradients and metrics out.
+"""The optimizer step: `run_step` takes the rows of a step and returns new parameters and metrics.
 
-A step is a number of micro-batches, all of one static shape, so few programs are compiled per run: `accumulate` for the
-first micro-batch of a step, whose gradients start the sum, and for the later ones, which add theirs to it; `update`
-applies the sum. Every term is divided by the whole step's denominator (known on the host before the step starts) as it
-is added, so the number of micro-batches never shows in the result.
+A step is a number of micro-batches, all of one static shape, so a run compiles few programs: `accumulate` for the first
+micro-batch of a step, whose gradients start the sum, `accumulate` for the later ones, which add to that sum, and
+`update`, which applies it. Every term is divided by the whole step's denominator as it is added. The host knows the
+denominators before the step starts, so the number of micro-batches never shows in the result.
+
+The trainer, the parity check, the benchmarks and the tests all call `run_step`: what they measure is what users run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,15 +21,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from jax_simpo.data.loader import StepBatch
+from jax_simpo.data.rows import RowBatch
 from jax_simpo.models.policy import Forward, Rows
 from jax_simpo.models.transformer import Params
 from jax_simpo.objectives.simpo import Objective
 from jax_simpo.ops.responses import ResponseLogps, match_pairs
+from jax_simpo.sharding import put_rows
 from jax_simpo.train.optim import state_shardings
 
 
 class Denominators(NamedTuple):
-    """What the whole step's sums are divided by: its pairs, and the tokens of its chosen responses."""
+    """The numbers that a step's sums are divided by: its pairs, and the tokens of its chosen responses."""
 
     pairs: Float[Array, ""]
     chosen_tokens: Float[Array, ""]
@@ -36,7 +41,7 @@ class Denominators(NamedTuple):
 def micro_batch_loss(
     forward: Forward, objective: Objective, params: Params, rows: Rows, denominators: Denominators
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """This micro-batch's part of the step's loss and metrics; the parts of a step add up to its means."""
+    """Computes a micro-batch's part of the step's loss and metrics; the parts of a step add up to its means."""
     responses = forward.response_logps(params, rows)
     pairs = match_pairs(responses.mean, rows["response_pair"], rows["response_rank"])
     losses = objective.losses(pairs.chosen, pairs.rejected)
@@ -63,28 +68,30 @@ def micro_batch_loss(
 
 
 class Accumulated(NamedTuple):
-    """Gradients and metrics of the micro-batches of a step so far."""
+    """The sums over the micro-batches of a step so far: gradients of the trained parameters, and float32 metrics."""
 
-    gradients: Params  # of what is trained
-    metrics: dict[str, Any]  # float32 scalars
+    gradients: Params
+    metrics: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class TrainFunctions:
-    """The compiled functions of a run. They are called under `jax.set_mesh(mesh)`.
+    """The compiled functions of a run, which `run_step` calls.
 
-    Parameters are a model's whole; gradients and optimizer state are of that part of them which is trained
-    (`Model.split`). The frozen part passes through `update` without being touched or copied.
+    Parameters are those of the whole model. Gradients and optimizer state cover the trained part alone (`Model.split`);
+    the frozen part passes through `update` without being touched or copied.
 
     Attributes:
-        accumulate: `params, so far, rows, Denominators -> Accumulated`; takes the memory of the sum so far, which is
-            None for the first micro-batch of a step.
-        update: `params, optimizer state, gradients -> params, optimizer state, gradient norm before clipping`; takes
-            the memory of the first two.
+        mesh: the mesh that the functions are compiled for. Call them under `jax.set_mesh(mesh)`.
+        accumulate: `params, so far, rows, Denominators -> Accumulated`. It donates the sum so far, which is None for
+            the first micro-batch of a step.
+        update: `params, optimizer state, gradients -> params, optimizer state, gradient norm before clipping`. It
+            donates the first two.
         init_optimizer: `params -> optimizer state`.
-        optimizer_shardings: where that state lies.
+        optimizer_shardings: the shardings of the optimizer state.
     """
 
+    mesh: Mesh
     accumulate: Callable[[Params, Accumulated | None, Rows, Denominators], Accumulated]
     update: Callable[[Params, Any, Params], tuple[Params, Any, Array]]
     init_optimizer: Callable[[Params], Any]
@@ -94,7 +101,7 @@ class TrainFunctions:
 def make_train_functions(
     forward: Forward, objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainFunctions:
-    """Builds the functions of a run for a mesh. Nothing is compiled before the first call."""
+    """Builds the functions of a run for a mesh. Each of them is compiled at its first call."""
     model = forward.model
     param_shardings = model.shardings(mesh)
     everywhere = NamedSharding(mesh, P())
@@ -108,8 +115,8 @@ def make_train_functions(
         def loss(p: Params) -> tuple[Array, dict[str, Array]]:
             return micro_batch_loss(forward, objective, model.join(p, frozen), rows, denominators)
 
-        here = Accumulated(*jax.grad(loss, has_aux=True)(trained))
-        return here if so_far is None else jax.tree.map(jnp.add, so_far, here)
+        added = Accumulated(*jax.grad(loss, has_aux=True)(trained))
+        return added if so_far is None else jax.tree.map(jnp.add, so_far, added)
 
     def update(params: Params, state: Any, gradients: Params) -> tuple[Params, Any, Array]:
         trained, frozen = model.split(params)
@@ -120,6 +127,7 @@ def make_train_functions(
         return optimizer.init(model.split(params)[0])
 
     return TrainFunctions(
+        mesh=mesh,
         accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=accumulated),
         update=jax.jit(update, donate_argnums=(0, 1), out_shardings=(param_shardings, optimizer_shardings, everywhere)),
         init_optimizer=jax.jit(init_optimizer, out_shardings=optimizer_shardings),
@@ -127,6 +135,77 @@ def make_train_functions(
     )
 
 
+class MicroBatch(NamedTuple):
+    """Rows that are computed at once.
+
+    Attributes:
+        rows: the rows, or of several processes those that lie on this one's devices.
+        row_count: the number of rows over all processes.
+        denominators: the numbers that their sums are divided by.
+    """
+
+    rows: RowBatch
+    row_count: int
+    denominators: Denominators
+
+
+def split_step(step: StepBatch) -> list[MicroBatch]:
+    """Returns the micro-batches of a step, each with the denominators of the whole step."""
+    denominators = Denominators(jnp.float32(len(step.pairs)), jnp.float32(step.chosen_tokens))
+    return [
+        MicroBatch(rows, len(slots.pair), denominators)
+        for rows, slots in zip(step.micro_batches, step.slots, strict=True)
+    ]
+
+
+def accumulate_step(
+    functions: TrainFunctions,
+    params: Params,
+    step: StepBatch,
+    split: Callable[[StepBatch], Iterable[MicroBatch]] = split_step,
+) -> Accumulated:
+    """Adds up the gradients and metrics of a step. Called under `jax.set_mesh(functions.mesh)`.
+
+    Args:
+        functions: from `make_train_functions`.
+        params: the model's parameters.
+        step: the rows of the step; at least one micro-batch.
+        split: gives the micro-batches of the step. Only the parity check's wrong variants need another than the
+            default.
+    """
+    so_far = None
+    for batch in split(step):
+        rows = put_rows(batch.rows.arrays(), functions.mesh, batch.row_count)
+        so_far = functions.accumulate(params, so_far, rows, batch.denominators)
+    assert so_far is not None  # no step is without pairs
+    return so_far
+
+
+def run_step(
+    functions: TrainFunctions,
+    params: Params,
+    state: Any,
+    step: StepBatch,
+    split: Callable[[StepBatch], Iterable[MicroBatch]] = split_step,
+) -> tuple[Params, Any, dict[str, Array]]:
+    """Makes an optimizer step. Called under `jax.set_mesh(functions.mesh)`; does not wait for the devices.
+
+    Args:
+        functions: from `make_train_functions`.
+        params: the model's parameters. Their memory is reused for the new ones.
+        state: the optimizer state. Its memory is reused too.
+        step: the rows of the step; at least one micro-batch.
+        split: as for `accumulate_step`.
+
+    Returns:
+        The new parameters, the new optimizer state, and the step's metrics as float32 scalars on the devices: those
+        of the objective, and `grad_norm`, the norm of the gradients before clipping.
+    """
+    accumulated = accumulate_step(functions, params, step, split)
+    params, state, norm = functions.update(params, state, accumulated.gradients)
+    return params, state, {**accumulated.metrics, "grad_norm": norm}
+
+
 def make_score_function(forward: Forward, mesh: Mesh) -> Callable[[Params, Rows], ResponseLogps]:
-    """The compiled `params, rows -> ResponseLogps` of evaluation and scoring."""
+    """Builds the compiled `params, rows -> ResponseLogps` of evaluation and scoring."""
     return jax.jit(forward.response_logps, out_shardings=NamedSharding(mesh, P()))
