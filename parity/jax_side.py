@@ -1,9 +1,9 @@
-"""The JAX side of the matrix, in processes of its own: `python -m parity.jax_side run|run-gpu JOB.json`."""
+"""Runs the JAX side of the matrix, in processes of its own: `python -m parity.jax_side run|run-gpu JOB.json`."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from importlib import metadata
@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
-from rich.console import Console
+from jaxtyping import Array
 
 from jax_simpo import hf
 from jax_simpo.data.loader import PairSource, build_step
@@ -26,54 +25,61 @@ from jax_simpo.hf import adapters
 from jax_simpo.models.policy import Forward, Rows
 from jax_simpo.models.transformer import Params
 from jax_simpo.objectives.simpo import Objective
-from jax_simpo.ops.attention import prepare_mask
-from jax_simpo.ops.logprobs import target_logps
 from jax_simpo.ops.responses import match_pairs
 from jax_simpo.sharding import make_mesh, put_rows
-from jax_simpo.train.optim import count_warmup_steps, learning_rate_schedule, make_optimizer
+from jax_simpo.train.optim import run_optimizer
 from jax_simpo.train.setup import Setup
-from jax_simpo.train.step import Denominators, make_score_function, make_train_functions
+from jax_simpo.train.step import (
+    MicroBatch,
+    TrainFunctions,
+    accumulate_step,
+    make_score_function,
+    make_train_functions,
+    run_step,
+)
 from parity.cases import JAX_GPU, MESHES, REFERENCE, Cell, Job, make_plan
 from parity.results import EXPORT, GRADIENTS, PYTORCH_IN_JAX, TokenTable, save_found
-from parity.variants import RIGHT, VARIANTS, MicroBatch, Variant, VariantPairs
+from parity.variants import RIGHT, VARIANTS, Variant, VariantPairs
 
 
 @dataclass
 class Runner:
-    """One model on one mesh, with its compiled functions; layouts share them, for their rows have one shape."""
+    """One model on one mesh, with its compiled functions; layouts share them, for their rows have one shape.
+
+    Attributes:
+        job: the job that the cells belong to.
+        setup: the setup of the model's config.
+        mesh: the mesh of the cells' backend.
+        forward: the forward pass, with the settings of training.
+        objective: the objective.
+        adapter: the folder of the adapter to start from, if one is trained.
+    """
 
     job: Job
     setup: Setup
     mesh: Mesh
     forward: Forward
     objective: Objective
-    adapter: Path | None = None  # to start from
+    adapter: Path | None = None
 
     @cached_property
-    def functions(self) -> Any:
-        c, steps = self.setup.config, self.job.steps
-        warmup = count_warmup_steps(steps, c.warmup_steps, c.warmup_ratio)
-        schedule = learning_rate_schedule(c.lr_scheduler_type, c.learning_rate, steps, warmup)
-        optimizer = make_optimizer(
-            schedule,
-            b1=c.adam_beta1,
-            b2=c.adam_beta2,
-            eps=c.adam_epsilon,
-            weight_decay=c.weight_decay,
-            max_grad_norm=c.max_grad_norm,
-        )
+    def functions(self) -> TrainFunctions:
+        """The compiled functions of training."""
+        _, optimizer = run_optimizer(self.setup.config, self.job.steps)
         return make_train_functions(self.forward, self.objective, optimizer, self.mesh)
 
     @cached_property
-    def score(self) -> Any:
+    def score(self) -> Callable[[Params, Rows], Any]:
+        """The compiled function of scoring."""
         return make_score_function(self.forward, self.mesh)
 
     @cached_property
-    def token_logps(self) -> Any:
-        return jax.jit(token_logps, static_argnums=0, out_shardings=NamedSharding(self.mesh, P()))
+    def target_logps(self) -> Callable[[Params, Rows], Array]:
+        """The compiled log-probs of single targets."""
+        return jax.jit(self.forward.target_logps, out_shardings=NamedSharding(self.mesh, P()))
 
     def load(self, folder: Path | None = None) -> Params:
-        """The weights of a folder, or those the run starts from. An adapter's folder is loaded on the run's base."""
+        """Loads the weights of a folder, or those the run starts from; an adapter's folder on the run's base."""
         config, model = self.setup.config, self.setup.model
         assert config.model_name_or_path is not None
         start = hf.resolve_model_folder(config.model_name_or_path, config.model_revision)
@@ -83,7 +89,7 @@ class Runner:
         return model.join(adapter, hf.load_params(start, model, self.mesh))
 
     def save(self, params: Params, folder: Path) -> None:
-        """Writes weights, or gradients, of what is trained."""
+        """Writes the weights, or the gradients, of the trained parameters."""
         model, tokenizer = self.setup.model, self.setup.tokenizer
         if self.adapter is None:
             hf.save_model(params, model, folder, "float32", tokenizer=tokenizer)
@@ -92,52 +98,44 @@ class Runner:
             adapters.save(params, model, folder, "float32", base=base, tokenizer=tokenizer)
 
     def table(self, params: Params, micro_batches: Iterable[MicroBatch], lengths: PairLengths) -> TokenTable:
-        """The log-prob of every target of a step's rows."""
+        """Computes the log-prob of every target of a step's rows."""
         table = TokenTable(lengths)
         for batch in micro_batches:
             rows = put_rows(batch.rows.arrays(), self.mesh)
-            logps = np.asarray(self.token_logps(self.forward, params, rows))
+            logps = np.asarray(self.target_logps(params, rows))
             for row, slot in zip(*np.nonzero(batch.rows.response_pair >= 0), strict=True):
                 pair, rank = batch.rows.response_pair[row, slot], batch.rows.response_rank[row, slot]
                 table.put(pair, rank, logps[row][batch.rows.target_response[row] == slot])
         return table
 
     def losses(self, params: Params, micro_batches: Iterable[MicroBatch], count: int) -> np.ndarray:
-        """The loss of each pair of a step, through the functions that score pairs."""
+        """Computes the loss of each pair of a step with the function that scores pairs."""
         losses = np.zeros(count)
         for batch in micro_batches:
             means = self.score(params, put_rows(batch.rows.arrays(), self.mesh)).mean
             slots = (np.asarray(means), batch.rows.response_pair, batch.rows.response_rank)
             pairs = match_pairs(*map(jnp.asarray, slots))
             valid = np.asarray(pairs.valid)
-            every = np.asarray(self.objective.losses(pairs.chosen, pairs.rejected))
-            losses[batch.rows.response_pair[valid]] = every[valid]
+            slot_losses = np.asarray(self.objective.losses(pairs.chosen, pairs.rejected))
+            losses[batch.rows.response_pair[valid]] = slot_losses[valid]
         return losses
 
-    def accumulate(self, params: Params, micro_batches: Iterable[MicroBatch]) -> Any:
-        """The gradients and metrics of a step."""
-        so_far = None
-        for batch in micro_batches:
-            denominators = Denominators(jnp.float32(batch.pairs), jnp.float32(batch.chosen_tokens))
-            rows = put_rows(batch.rows.arrays(), self.mesh)
-            so_far = self.functions.accumulate(params, so_far, rows, denominators)
-        return so_far
-
     def run(self, folder: Path, plan: StepPlan, pairs: PairSource, steps: int, variant: Variant = RIGHT) -> None:
-        """Runs the steps of a cell and writes what it found; with no step, what the first one begins with."""
+        """Runs the steps of a cell and writes its results; with 0 steps, those of the first step alone."""
         lengths = plan.lengths.of_pairs(plan.pairs(0))
         with jax.set_mesh(self.mesh):
             params = self.load()
-            first = variant.micro_batches(build_step(plan, pairs, 0))
+            first_step = build_step(plan, pairs, 0)
+            first = variant.micro_batches(first_step)
             table, losses = self.table(params, first, lengths), self.losses(params, first, len(lengths))
+            self.save(
+                accumulate_step(self.functions, params, first_step, variant.micro_batches).gradients, folder / GRADIENTS
+            )
             state, records, final = self.functions.init_optimizer(params), [], None
             for k in range(max(1, steps)):
-                so_far = self.accumulate(params, variant.micro_batches(build_step(plan, pairs, k)))
-                if k == 0:
-                    self.save(so_far.gradients, folder / GRADIENTS)
-                params, state, norm = self.functions.update(params, state, so_far.gradients)
-                metrics = jax.device_get({**so_far.metrics, "grad_norm": norm})
-                records.append({name: float(value) for name, value in metrics.items()})
+                step = build_step(plan, pairs, k)
+                params, state, metrics = run_step(self.functions, params, state, step, variant.micro_batches)
+                records.append({name: float(value) for name, value in jax.device_get(metrics).items()})
             if steps:
                 final = self.table(params, first, lengths)
                 self.save(params, folder / EXPORT)
@@ -145,28 +143,8 @@ class Runner:
         save_found(folder, table=table, losses=losses, steps=records, final=final, facts=facts)
 
 
-def token_logps(forward: Forward, params: Params, rows: Rows) -> Float[Array, "B T"]:
-    """`Forward.response_logps` before it adds up."""
-    mask = prepare_mask(
-        rows["key_end"],
-        rows["positions"],
-        forward.model.config.windows,
-        forward.attention,
-        sequences=rows["response_pair"].shape[1],
-    )
-    hidden = forward.model.hidden_states(params, rows["tokens"], rows["positions"], mask)
-    return target_logps(
-        hidden,
-        forward.model.head(params),
-        rows["target_index"],
-        rows["target_token"],
-        softcap=forward.model.config.logit_softcap,
-        chunk=None if forward.logprob_chunk == "auto" else forward.logprob_chunk,
-    )
-
-
 def make_runner(job: Job, cell: Cell, variant: Variant = RIGHT) -> Runner:
-    """The runner of a cell's model and mesh."""
+    """Makes the runner of a cell's model and mesh."""
     setup = Setup(job.config(cell))
     fsdp, tensor = MESHES.get(cell.backend, (1, 1))
     mesh = make_mesh(1, fsdp, tensor, devices=jax.devices()[: fsdp * tensor])
@@ -188,7 +166,7 @@ def run_cell(job: Job, runner: Runner, cell: Cell, folder: Path, steps: int, var
 
 
 def score_export(runner: Runner, job: Job, cell: Cell) -> None:
-    """The other side's export, loaded here: its log-probs of the first step's pairs."""
+    """Loads the reference's export and writes its log-probs of the first step's pairs."""
     export = job.found(cell.on(REFERENCE)) / EXPORT
     pairs = runner.setup.train_pairs()
     plan = make_plan(job, job.config(cell), pairs.lengths)
@@ -200,10 +178,10 @@ def score_export(runner: Runner, job: Job, cell: Cell) -> None:
 
 def try_variants(job: Job) -> None:
     """Runs the first step of every wrong variant that makes a difference here."""
-    made = cache(partial(make_runner, job))
+    runner_of = cache(partial(make_runner, job))
     for name in job.variants:
         variant, cell = VARIANTS[name], job.variant_cell(name)
-        plain = made(cell)
+        plain = runner_of(cell)
         pairs = plain.setup.train_pairs()
         first = build_step(make_plan(job, job.config(cell), pairs.lengths), pairs, 0)
         if not variant.applies(plain.forward, plain.objective, first):
@@ -215,8 +193,8 @@ def try_variants(job: Job) -> None:
 
 def main() -> None:
     """Runs the cells of a job one after the other, and then its wrong variants; or the cells that are for a GPU."""
-    what, job = sys.argv[1], Job.load(sys.argv[2])
-    backends = (JAX_GPU,) if what == "run-gpu" else tuple(MESHES)
+    task, job = sys.argv[1], Job.load(sys.argv[2])
+    backends = (JAX_GPU,) if task == "run-gpu" else tuple(MESHES)
     runners: dict[tuple[str, str, str], Runner] = {}
     injected = RIGHT if job.inject is None else VARIANTS[job.inject]
     for cell in (c for c in job.cells if c.backend in backends):
@@ -228,7 +206,7 @@ def main() -> None:
         run_cell(job, runners[key], cell, job.found(cell), job.steps, injected)
         if not cell.order and (job.found(cell.on(REFERENCE)) / EXPORT).exists():
             score_export(runners[key], job, cell)
-    if job.variants and what == "run":
+    if job.variants and task == "run":
         try_variants(job)
 
 

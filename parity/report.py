@@ -84,8 +84,8 @@ def variant_table(outcome: Outcome) -> Table:
     rows: list[Sequence[str]] = []
     for name, comparison in outcome.variants.items():
         by = ", ".join(f"{figure.name} {_value(figure.value)}" for figure in comparison.broken[:4])
-        rows.append((name, VARIANTS[name].what, by or "NOT CAUGHT"))
-    rows += [(name, VARIANTS[name].what, "not tried: makes no difference here") for name in outcome.not_tried]
+        rows.append((name, VARIANTS[name].mistake, by or "NOT CAUGHT"))
+    rows += [(name, VARIANTS[name].mistake, "not tried: makes no difference here") for name in outcome.not_tried]
     return ("wrong variant", "mistake", "caught by"), rows
 
 

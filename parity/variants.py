@@ -1,7 +1,7 @@
 """Wrong variants of the JAX side, each a mistake that implementations of SimPO or of prefix sharing have made.
 
-They are built from outside, out of other rows, another objective or other denominators; the program is not touched.
-Each must break a bound: one that passes is a defect of the check.
+A variant gives the program other rows, another objective, another forward pass or other denominators; the program
+itself is not changed. Each variant must break a bound: one that passes is a defect of the check.
 """
 
 from __future__ import annotations
@@ -22,20 +22,7 @@ from jax_simpo.models.policy import Forward, Rows
 from jax_simpo.models.transformer import Params
 from jax_simpo.objectives.simpo import Objective
 from jax_simpo.ops.responses import ResponseLogps
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows, and what their sums are divided by."""
-
-    rows: RowBatch
-    pairs: float
-    chosen_tokens: float
-
-
-def whole_step(step: StepBatch) -> list[MicroBatch]:
-    """As it is right: every micro-batch is divided by the whole step's numbers."""
-    return [MicroBatch(rows, len(step.pairs), step.chosen_tokens) for rows in step.micro_batches]
+from jax_simpo.train.step import MicroBatch, split_step
 
 
 def _same_pair(pair: TokenizedPair) -> TokenizedPair:
@@ -48,23 +35,23 @@ def _same_rows(rows: RowBatch) -> RowBatch:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is done otherwise, and where.
+    """A mistake, as changes to the parts of a run. Every change defaults to none.
 
     Attributes:
-        what: the mistake, in words.
-        pair: done to every tokenised pair.
-        rows: done to the rows that were built of them.
-        batches: the micro-batches of a step with their denominators.
-        objective: done to the objective.
-        forward: done to what computes log-probs.
-        changes_program: whether other functions must be compiled.
-        applies: whether it makes a difference at all, to this model, objective and first step.
+        mistake: a description for the report.
+        pair: changes a tokenised pair.
+        rows: changes the rows that were built from the pairs.
+        batches: splits a step into micro-batches with their denominators.
+        objective: changes the objective.
+        forward: changes the forward pass.
+        changes_program: True if the variant needs functions of its own to be compiled.
+        applies: returns False where the mistake makes no difference to this model, objective and first step.
     """
 
-    what: str
+    mistake: str
     pair: Callable[[TokenizedPair], TokenizedPair] = _same_pair
     rows: Callable[[RowBatch], RowBatch] = _same_rows
-    batches: Callable[[StepBatch], list[MicroBatch]] = whole_step
+    batches: Callable[[StepBatch], list[MicroBatch]] = split_step
     objective: Callable[[Objective], Objective] = lambda objective: objective
     forward: Callable[[Forward], Forward] = lambda forward: forward
     changes_program: bool = False
@@ -75,13 +62,13 @@ class Variant:
         return self.pair is not _same_pair
 
     def micro_batches(self, step: StepBatch) -> list[MicroBatch]:
-        """A step's micro-batches."""
-        return [replace(batch, rows=self.rows(batch.rows)) for batch in self.batches(step)]
+        """Splits a step into this variant's micro-batches."""
+        return [batch._replace(rows=self.rows(batch.rows)) for batch in self.batches(step)]
 
 
 @dataclass(frozen=True)
 class VariantPairs:
-    """Pairs with something done to each."""
+    """A source whose pairs are each changed by a function."""
 
     source: PairSource
     change: Callable[[TokenizedPair], TokenizedPair]
@@ -94,7 +81,10 @@ class VariantPairs:
 
 
 def _pair_start(rows: RowBatch) -> Int[np.ndarray, "B L"]:
-    """Where in the row the pair of each token begins. (A pair's positions begin at 0, once if it shares anything.)"""
+    """Returns the index in the row at which the pair of each token begins.
+
+    A pair's positions begin at 0, once if its responses share anything.
+    """
     index = np.arange(rows.tokens.shape[1])
     starts = np.where((rows.positions == 0) & (rows.key_end > 0), index, 0)
     return np.maximum.accumulate(starts, axis=1)
@@ -142,17 +132,17 @@ class _LengthAfterSharing(Forward):
     """Divides the sum over the whole response by the number of its tokens that are not shared."""
 
     def response_logps(self, params: Params, rows: Rows) -> ResponseLogps:
-        found = super().response_logps(params, rows)
+        responses = super().response_logps(params, rows)
         slots = rows["response_pair"].shape[1]
         index, response = rows["target_index"], rows["target_response"]
         other = (index[:, :, None] == index[:, None, :]) & (response[:, :, None] != response[:, None, :])
         shared = (other & (response < slots)[:, None, :]).any(-1)
         count = (shared[..., None] & (response[..., None] == jnp.arange(slots))).sum(1)
-        return ResponseLogps(found.sum, jnp.maximum(found.length - count, 1.0))
+        return ResponseLogps(responses.sum, jnp.maximum(responses.length - count, 1.0))
 
 
 def _with(**changes: Any) -> Callable[[Forward], Forward]:
-    """The forward pass of a model with other switches."""
+    """Returns a function that changes fields of the model's config."""
     return lambda f: replace(f, model=replace(f.model, config=replace(f.model.config, **changes)))
 
 
@@ -161,17 +151,21 @@ def _without_windows(forward: Forward) -> Forward:
 
 
 def _mean_of_device_means(step: StepBatch) -> list[MicroBatch]:
-    """Every row as the share of one device, which divides by its own pairs; then the mean over the devices."""
-    shares: list[MicroBatch] = []
-    for batch in step.micro_batches:
-        for row in range(len(batch.tokens)):
-            pairs = int(((batch.response_pair[row] >= 0) & (batch.response_rank[row] == 0)).sum())
+    """Takes every row as the share of one device, which divides by its own pairs; then averages over the devices."""
+    shares: list[tuple[MicroBatch, int]] = []
+    for batch in split_step(step):
+        for row in range(len(batch.rows.tokens)):
+            pairs = int(((batch.rows.response_pair[row] >= 0) & (batch.rows.response_rank[row] == 0)).sum())
             if pairs:
-                shares.append(MicroBatch(_only_row(batch, row), pairs, step.chosen_tokens))
-    return [replace(share, pairs=share.pairs * len(shares)) for share in shares]
+                shares.append((batch._replace(rows=_only_row(batch.rows, row)), pairs))
+    return [
+        share._replace(denominators=share.denominators._replace(pairs=jnp.float32(pairs * len(shares))))
+        for share, pairs in shares
+    ]
 
 
 def _only_row(batch: RowBatch, row: int) -> RowBatch:
+    """Empties all rows but one."""
     arrays = {name: array.copy() for name, array in batch.arrays().items()}
     empty = {"target_response": batch.response_pair.shape[1], "response_pair": -1}
     for name, array in arrays.items():
@@ -185,11 +179,11 @@ def _uneven(_: Forward, __: Objective, step: StepBatch) -> bool:
 
 
 def _shares_targets(_: Forward, __: Objective, step: StepBatch) -> bool:
-    """Whether a response token is predicted in the part that both responses share."""
+    """Returns True if a response token is predicted in the part that both responses share."""
     for batch in step.micro_batches:
         for index, response in zip(batch.target_index, batch.target_response, strict=True):
-            held = index[response < batch.response_pair.shape[1]]
-            if len(np.unique(held)) < len(held):
+            real = index[response < batch.response_pair.shape[1]]
+            if len(np.unique(real)) < len(real):
                 return True
     return False
 
@@ -203,7 +197,7 @@ def _scales_rope(forward: Forward, _: Objective, __: StepBatch) -> bool:
 
 
 def _leaves_windows(forward: Forward, _: Objective, step: StepBatch) -> bool:
-    """Whether a sequence is longer than a window."""
+    """Returns True if a sequence is longer than a window."""
     longest = max(int(batch.positions.max()) for batch in step.micro_batches) + 1
     return any(window is not None and window < longest for window in forward.model.config.windows)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 from rich.console import Console
@@ -23,11 +22,11 @@ from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
 from jax_simpo.run.checkpoint import Checkpoints
 from jax_simpo.run.metrics import MetricsLog, read_metrics
-from jax_simpo.sharding import local_rows, put_rows
+from jax_simpo.sharding import local_rows
 from jax_simpo.train.evaluate import Evaluation
 from jax_simpo.train.progress import TrainingProgress
 from jax_simpo.train.setup import Setup
-from jax_simpo.train.step import Denominators, TrainFunctions
+from jax_simpo.train.step import TrainFunctions, run_step
 
 
 @dataclass
@@ -80,7 +79,7 @@ class TrainingLoop:
                 self._evaluate(params, step=0, epoch=0.0)
             self._clock = _Clock(_counted_before(self.output, self.plan, first_step))
             for batch in self._clock.waiting(batches):
-                params, state, metrics = self._step(params, state, batch)
+                params, state, metrics = run_step(self.functions, params, state, batch)
                 self._clock.count(len(batch.pairs), batch.input_tokens)
                 self._after(batch, params, state, metrics)
                 done = batch.step + 1
@@ -91,16 +90,6 @@ class TrainingLoop:
             share = counted.waited / counted.seconds
             self.console.print(f"the host's row building kept the device waiting {share:.1%} of the time at most")
         return params, done
-
-    def _step(self, params: Params, state: Any, batch: StepBatch) -> tuple[Params, Any, dict[str, Any]]:
-        denominators = Denominators(jnp.float32(len(batch.pairs)), jnp.float32(batch.chosen_tokens))
-        so_far = None
-        for rows in batch.micro_batches:
-            put = put_rows(rows.arrays(), self.setup.mesh, self.plan.rows_per_micro_batch)
-            so_far = self.functions.accumulate(params, so_far, put, denominators)
-        assert so_far is not None  # no step is without pairs
-        params, state, norm = self.functions.update(params, state, so_far.gradients)
-        return params, state, {**so_far.metrics, "grad_norm": norm}
 
     def _after(self, batch: StepBatch, params: Params, state: Any, metrics: Mapping[str, Any]) -> None:
         """Logs, evaluates and saves what is due. Where none is, the device is not waited for."""
