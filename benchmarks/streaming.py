@@ -30,7 +30,7 @@ from benchmarks.results import Result, Table, gib
 from benchmarks.steps import device_name
 from jax_simpo import hf
 from jax_simpo.hf.config import read_model_config, write_model_config
-from jax_simpo.hf.safetensors_files import TensorWriter, plan_files, write_index
+from jax_simpo.hf.safetensors_files import TensorWriter, split_into_files, write_index
 from jax_simpo.models.transformer import Model
 from jax_simpo.sharding import make_mesh
 
@@ -90,7 +90,7 @@ def _write_checkpoint(model: Model, folder: Path, most: int) -> int:
     """Random weights in bfloat16 shards; returns the bytes of the largest file."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(write_model_config(model.config, "bfloat16")))
-    files = plan_files(hf.tensor_shapes(model), "bfloat16", most)
+    files = split_into_files(hf.tensor_shapes(model), "bfloat16", most)
     rng = np.random.default_rng(0)
     for file, shapes in files.items():
         with TensorWriter(folder / file, shapes, "bfloat16") as writer:

@@ -1,24 +1,24 @@
-"""What a user can get wrong, one exception type per kind of mistake.
+"""The mistakes a user can make, one exception type per kind.
 
-Every message says where (file, row, config key), what is wrong and what to do. The command line prints the
-message without a traceback; anything that is not a `UserError` is a defect of ours and keeps its traceback.
+Every message says where (file, row, config key), what is wrong and what to do. The command line prints a `UserError`
+without a traceback; any other exception is a defect of this program and keeps its traceback.
 """
 
 
 class UserError(Exception):
-    """Base of the mistakes a user can mend without reading our code."""
+    """Base class of the mistakes that you can mend without reading this code."""
 
 
 class ConfigError(UserError):
-    """A key or value of the YAML file or of a `--key=value` override."""
+    """A wrong key or value in the YAML file or in a `--key=value` override."""
 
 
 class DataError(UserError):
-    """A data file, split or row, or a tokenizer that cannot render it."""
+    """A data file, split or row that cannot be used, or a tokenizer that cannot render one."""
 
 
 class ModelError(UserError):
-    """A model folder: its `config.json`, or a tensor that is missing, extra or misshapen."""
+    """A model folder that cannot be used: its `config.json`, or a tensor that is missing, extra or misshapen."""
 
 
 class MeshError(UserError):
@@ -30,12 +30,12 @@ class CheckpointError(UserError):
 
 
 class LaunchError(UserError):
-    """Processes that are to be one run, and cannot find each other or do not agree."""
+    """Processes of one run that cannot find each other or do not agree."""
 
 
 class TrainingError(UserError):
-    """A run that cannot go on, such as a loss that is no longer finite."""
+    """A run that cannot continue, such as one whose loss is no longer finite."""
 
 
 class PlanError(UserError):
-    """A topology that no plan can be made for, or whose compiler is missing."""
+    """A topology that no hardware plan can be made for, or whose compiler is missing."""

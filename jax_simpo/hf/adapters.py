@@ -1,4 +1,4 @@
-"""Adapter folders in peft's format: `adapter_config.json` and `adapter_model.safetensors`, in and out."""
+"""Reads and writes adapter folders in peft's format: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from jax_simpo.models.transformer import Model, Params
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-# What peft can do to an adapter and we cannot: the fields that must be empty.
+# Fields of peft for features that are not built in: they must be empty.
 _MUST_BE_EMPTY = (
     *("modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "lora_bias"),
     *("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "trainable_token_indices", "target_parameters"),
     *("alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
 )
-# Initialisations that change the base model: the adapter belongs to what is left of it.
+# Initialisations that also change the base model. The adapter then fits only the changed base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """What an adapter's folder says of it.
+    """An adapter's folder and the settings in its `adapter_config.json`.
 
     Attributes:
         folder: the folder.
-        base: the model that it belongs to, a folder or hub id; None where the file does not say.
-        revision: of a hub model.
-        rank: of its matrices.
-        alpha: their product is scaled by `alpha / rank`.
+        base: the base model of the adapter, a folder or hub id; None where the file names none.
+        revision: branch, tag or commit of a base on the hub.
+        rank: the rank of the adapter's matrices.
+        alpha: the product of the matrices is scaled by `alpha / rank`.
     """
 
     folder: Path
@@ -53,43 +53,43 @@ class AdapterFolder:
     alpha: int | float
 
     def lora(self, config: ModelConfig) -> Lora:
-        """Which layers of its base it sits on, told by its tensors.
+        """Returns the adapter's settings, with the layers of the base that it is on. They follow from its tensors.
 
         Raises:
             ModelError: a tensor belongs to no linear layer, or one has an adapter in some of the decoder layers only.
         """
         files = _open(self.folder)
-        there = set(files)
+        unplaced = set(files)
         targets = []
         for path in linear_layers(config.model_type):
-            names = {name for _, _, name in _tensors(config, path)}
-            if not names & there:
+            names = {name for _, _, name in _peft_tensors(config, path)}
+            if not names & unplaced:
                 continue
-            if missing := sorted(names - there):
+            if missing := sorted(names - unplaced):
                 raise ModelError(
                     f"{self.folder / WEIGHTS}: tensor `{missing[0]}` is missing: the base model has "
-                    f"{config.num_layers} layers, and an adapter must be on all of them. {self._own_base}"
+                    f"{config.num_layers} layers, and an adapter must be on all of them. {self._base_hint}"
                 )
             targets.append(path)
-            there -= names
-        if there or not targets:
-            what = f"tensor `{min(there)}` has no place in" if there else "there is no tensor for"
+            unplaced -= names
+        if unplaced or not targets:
+            problem = f"tensor `{min(unplaced)}` has no place in" if unplaced else "there is no tensor for"
             raise ModelError(
-                f"{self.folder / WEIGHTS}: {what} a {config.model_type} model of {config.num_layers} layers. "
-                f"{self._own_base}"
+                f"{self.folder / WEIGHTS}: {problem} a {config.model_type} model of {config.num_layers} layers. "
+                f"{self._base_hint}"
             )
         return Lora(self.rank, self.alpha, tuple(targets))
 
     @property
-    def _own_base(self) -> str:
+    def _base_hint(self) -> str:
         return f"Give the adapter's own base model; `base_model_name_or_path` of {CONFIG} is {self.base!r}"
 
 
 def find(folder: Path) -> AdapterFolder | None:
-    """What a folder says of the adapter in it; None for a folder with a model of its own.
+    """Reads the configuration of the adapter in a folder; returns None if the folder holds a whole model or no adapter.
 
     Raises:
-        ModelError: it is an adapter of a kind that cannot be used here.
+        ModelError: the folder holds an adapter of a kind that is not built in.
     """
     file = folder / CONFIG
     if not file.is_file() or (folder / "config.json").exists():
@@ -103,27 +103,27 @@ def find(folder: Path) -> AdapterFolder | None:
         raise ModelError(
             f"{file}: `peft_type`, `r` and `lora_alpha` are {kind!r}, {rank!r} and {alpha!r}; expected LORA and numbers"
         )
-    odd = [key for key in _MUST_BE_EMPTY if fields.get(key)]
-    odd += ["bias"] if fields.get("bias", "none") != "none" else []
-    odd += ["init_lora_weights"] if str(fields.get("init_lora_weights")).startswith(_CHANGES_BASE) else []
-    if odd:
+    unsupported = [key for key in _MUST_BE_EMPTY if fields.get(key)]
+    unsupported += ["bias"] if fields.get("bias", "none") != "none" else []
+    unsupported += ["init_lora_weights"] if str(fields.get("init_lora_weights")).startswith(_CHANGES_BASE) else []
+    if unsupported:
         raise ModelError(
-            f"{file}: `{odd[0]}` is {fields[odd[0]]!r}, which is not built in; merge the adapter with peft "
-            "(`merge_and_unload`) and use the merged model"
+            f"{file}: `{unsupported[0]}` is {fields[unsupported[0]]!r}, which is not built in; merge the adapter with "
+            "peft (`merge_and_unload`) and use the merged model"
         )
     return AdapterFolder(folder, fields.get("base_model_name_or_path") or None, fields.get("revision"), rank, alpha)
 
 
 def load(folder: Path, model: Model, mesh: Mesh) -> Params:
-    """Reads an adapter as float32 onto the mesh: the part of the parameters that `Model.split` calls trained.
+    """Reads an adapter onto the mesh as float32: the trained part of the parameters, as `Model.split` returns it.
 
     Args:
-        folder: with `adapter_model.safetensors`.
-        model: with the adapter that the folder describes.
-        mesh: where to.
+        folder: the folder with `adapter_model.safetensors`.
+        model: the base model with the adapter that the folder describes.
+        mesh: the mesh that the arrays are placed on.
 
     Raises:
-        ModelError: a tensor has another shape than the base model and the rank make it.
+        ModelError: a tensor does not have the shape that follows from the base model and the rank.
         MeshError: the mesh does not divide the model.
     """
     files = _open(folder)
@@ -131,18 +131,18 @@ def load(folder: Path, model: Model, mesh: Mesh) -> Params:
 
     def load_matrix(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
         keys = [key.key for key in path]  # layers, attention, q, adapter, a
-        whole = np.empty(leaf.shape, np.float32)
-        for layer, matrix, name in _tensors(model.config, "/".join(keys[1:-2])):
+        stacked = np.empty(leaf.shape, np.float32)
+        for layer, matrix, name in _peft_tensors(model.config, "/".join(keys[1:-2])):
             if matrix != keys[-1]:
                 continue
             files.check_dtype(name)
             if files.shape(name) != leaf.shape[:0:-1]:
                 raise ModelError(
-                    f"{files.where(name)} has shape {list(files.shape(name))}, but the base model and `r` of {CONFIG} "
+                    f"{files.locate(name)} has shape {list(files.shape(name))}, but the base model and `r` of {CONFIG} "
                     f"make it {list(leaf.shape[:0:-1])}; give the base model that the adapter was trained on"
                 )
-            whole[layer] = files.read(name, (slice(None), slice(None))).T
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: whole[index])
+            stacked[layer] = files.read(name, (slice(None), slice(None))).T
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: stacked[index])
 
     return jax.tree_util.tree_map_with_path(load_matrix, model.split(model.abstract)[0], shardings)
 
@@ -157,26 +157,26 @@ def save(
     revision: str | None = None,
     tokenizer: Any = None,
 ) -> Path:
-    """Writes a folder that `peft.PeftModel.from_pretrained` loads on the base model. Of the base it holds nothing.
+    """Writes an adapter without its base, as a folder that `peft.PeftModel.from_pretrained` loads.
 
-    As with `save_model`, a killed export leaves no half adapter, every process calls this and the first one writes.
+    As with `save_model`, a killed export leaves no half adapter; every process calls this and the first one writes.
 
     Args:
         params: the model's parameters, or the adapter's alone.
-        model: their model, with an adapter.
-        folder: where to; an earlier export there is replaced.
+        model: the model of these parameters, with an adapter.
+        folder: the folder to write; an earlier export there is replaced.
         dtype: of the stored matrices, `float32` or `bfloat16`.
         base: the base model, a folder or hub id.
-        revision: of a hub model.
+        revision: branch, tag or commit of a base on the hub.
         tokenizer: a transformers tokenizer, saved alongside.
 
     Raises:
-        ModelError: something that is no model is in the way, or the folder cannot be written.
+        ModelError: the folder holds files that are not part of a model, or cannot be written.
     """
     assert model.lora is not None
-    dicts = {path: _adapter_of(model.split(params)[0], path) for path in model.lora.targets}
-    matrices = {(path, key): _whole(leaf) for path, adapter in dicts.items() for key, leaf in adapter.items()}
-    tensors = [(layer, path, key, name) for path in dicts for layer, key, name in _tensors(model.config, path)]
+    adapters = {path: _adapter_of(model.split(params)[0], path) for path in model.lora.targets}
+    matrices = {(path, key): _fetch(leaf) for path, adapter in adapters.items() for key, leaf in adapter.items()}
+    tensors = [(layer, path, key, name) for path in adapters for layer, key, name in _peft_tensors(model.config, path)]
     tensors.sort(key=lambda tensor: tensor[0])  # layer by layer
     with write.replacing(folder) as temporary:
         if temporary:
@@ -191,7 +191,7 @@ def save(
 
 
 def _fields(model: Model, base: str | None, revision: str | None) -> dict[str, Any]:
-    """The configuration; what is left out has peft's defaults."""
+    """Returns the content of `adapter_config.json`. peft fills absent fields with its defaults."""
     assert model.lora is not None
     modules = linear_layers(model.config.model_type)
     return {
@@ -212,10 +212,10 @@ def _fields(model: Model, base: str | None, revision: str | None) -> dict[str, A
     }
 
 
-def _tensors(config: ModelConfig, path: str) -> Iterator[tuple[int, str, str]]:
-    """The tensors of a linear layer's adapters: decoder layer, our name of the matrix, and peft's of the tensor.
+def _peft_tensors(config: ModelConfig, path: str) -> Iterator[tuple[int, str, str]]:
+    """Lists the tensors of a linear layer's adapters: decoder layer, matrix (`a` or `b`), name of the tensor in peft.
 
-    peft's matrices are ours transposed: A is [rank, in] and B [out, rank].
+    peft stores the matrices transposed: A is [rank, in] and B [out, rank].
     """
     module = linear_layers(config.model_type)[path]
     for layer in range(config.num_layers):
@@ -224,18 +224,18 @@ def _tensors(config: ModelConfig, path: str) -> Iterator[tuple[int, str, str]]:
 
 
 def _adapter_of(adapters: Params, path: str) -> dict[str, jax.Array]:
-    """The two stacked matrices of a linear layer's adapters."""
-    inner: Any = adapters["layers"]
+    """Returns the matrices of a linear layer's adapters, `a` and `b`, each stacked over the decoder layers."""
+    subtree: Any = adapters["layers"]
     for key in path.split("/"):
-        inner = inner[key]
-    return inner[KEY]
+        subtree = subtree[key]
+    return subtree[KEY]
 
 
-def _whole(leaf: jax.Array) -> np.ndarray:
-    """A matrix on the host, gathered so that any process can read it."""
-    own = leaf.sharding
-    if isinstance(own, NamedSharding):
-        leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(own.mesh, P()))(leaf)
+def _fetch(leaf: jax.Array) -> np.ndarray:
+    """Copies a matrix to the host. It is replicated first, so that each process holds all of it."""
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(sharding.mesh, P()))(leaf)
     return np.asarray(leaf.addressable_data(0))
 
 

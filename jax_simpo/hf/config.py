@@ -12,35 +12,35 @@ from jax_simpo.hf.fields import Fields
 from jax_simpo.models.config import LinearScaling, Llama3Scaling, ModelConfig, Rope
 
 
-def read_model_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+def read_model_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
     """Reads a Hugging Face model configuration, as transformers 4 or 5 writes it.
 
     Args:
         raw: the parsed `config.json`, or a mapping of the same shape.
-        where: the file or config key it comes from, for error messages.
+        source: the file or config key that `raw` comes from, for error messages.
 
     Raises:
         ModelError: the architecture or a field is not supported, missing or of the wrong type.
     """
-    model_type = _model_type(raw, where)
+    model_type = _model_type(raw, source)
     family = FAMILIES[model_type]
     raw = {**family.absent, **raw}
-    fields = Fields(raw, where)
+    fields = Fields(raw, source)
     hidden_size = fields.size("hidden_size")
     num_heads = fields.size("num_attention_heads")
     num_kv_heads = fields.size("num_key_value_heads", num_heads)
     if raw.get("head_dim") is None and hidden_size % num_heads:
         raise ModelError(
-            f"{where}: hidden_size={hidden_size} is not a multiple of num_attention_heads={num_heads}; set "
+            f"{source}: hidden_size={hidden_size} is not a multiple of num_attention_heads={num_heads}; set "
             "`head_dim`, or sizes that divide"
         )
     if num_heads % num_kv_heads:
         raise ModelError(
-            f"{where}: num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}"
+            f"{source}: num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}"
         )
     head_dim = fields.size("head_dim", hidden_size // num_heads)
     if head_dim % 2:
-        raise ModelError(f"{where}: head_dim={head_dim} is odd; rotary positions turn pairs, so it must be even")
+        raise ModelError(f"{source}: head_dim={head_dim} is odd; rotary positions turn pairs, so it must be even")
     num_layers = fields.size("num_hidden_layers")
     common = ModelConfig(
         model_type=model_type,
@@ -68,9 +68,9 @@ def read_model_config(raw: Mapping[str, Any], where: str = "config.json") -> Mod
 
 
 def write_model_config(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The `config.json` of this model, for weights stored in `dtype`; loads in transformers 4 and 5.
+    """Returns the content of a model's `config.json`, for weights stored in `dtype`. transformers 4 and 5 load it.
 
-    RoPE is written the way of transformers 4 (`rope_theta`, `rope_scaling`), which both versions read.
+    RoPE is written as transformers 4 writes it (`rope_theta`, `rope_scaling`), because both versions read that form.
     """
     scaling: dict[str, Any] | None = None
     if isinstance(config.rope.scaling, LinearScaling):
@@ -104,42 +104,44 @@ def write_model_config(config: ModelConfig, dtype: str = "float32") -> dict[str,
     }
 
 
-def _model_type(raw: Mapping[str, Any], where: str) -> str:
+def _model_type(raw: Mapping[str, Any], source: str) -> str:
+    """Returns the key of `FAMILIES` that a configuration names, by its `model_type` or else by its architecture."""
     supported = ", ".join(f"{kind} ({family.architecture})" for kind, family in FAMILIES.items())
-    named = raw.get("architectures") or []
+    architectures = raw.get("architectures") or []
     model_type = raw.get("model_type")
     if model_type is None:  # old files and hand-written mappings name the class alone
-        model_type = next((kind for kind, family in FAMILIES.items() if family.architecture in named), None)
+        model_type = next((kind for kind, family in FAMILIES.items() if family.architecture in architectures), None)
     if model_type not in FAMILIES:
-        what = f"model_type={model_type!r}" if model_type else "no field `model_type`"
-        raise ModelError(f"{where}: {what}; supported are {supported}")
-    if named and FAMILIES[model_type].architecture not in named:
-        raise ModelError(f"{where}: architectures={named!r} is not a language model we know: {supported}")
+        problem = f"model_type={model_type!r}" if model_type else "no field `model_type`"
+        raise ModelError(f"{source}: {problem}; supported are {supported}")
+    if architectures and FAMILIES[model_type].architecture not in architectures:
+        raise ModelError(f"{source}: architectures={architectures!r} is not a supported language model: {supported}")
     return model_type
 
 
 def _rope(fields: Fields) -> Rope:
     """Reads `rope_scaling` + `rope_theta` (transformers 4) or `rope_parameters` (transformers 5)."""
-    found = []
+    ropes = []
     for key in ("rope_scaling", "rope_parameters"):
         fields.read.add(key)
         value = fields.raw.get(key)
         if value is not None and not isinstance(value, Mapping):
-            raise ModelError(f"{fields.where}: {key}={value!r}, expected a mapping with `rope_type`")
+            raise ModelError(f"{fields.source}: {key}={value!r}, expected a mapping with `rope_type`")
         if value:
-            found.append(_rope_of(value, fields, f"{fields.where}: {key}"))
-    if not found:
+            ropes.append(_rope_of(value, fields, f"{fields.source}: {key}"))
+    if not ropes:
         return Rope(theta=fields.number("rope_theta", 10000.0))
-    if any(rope != found[0] for rope in found):
-        raise ModelError(f"{fields.where}: `rope_scaling` and `rope_parameters` disagree; keep one of them")
-    return found[0]
+    if any(rope != ropes[0] for rope in ropes):
+        raise ModelError(f"{fields.source}: `rope_scaling` and `rope_parameters` disagree; keep one of them")
+    return ropes[0]
 
 
-def _rope_of(value: Mapping[str, Any], top: Fields, where: str) -> Rope:
-    inner = Fields(value, where)
+def _rope_of(value: Mapping[str, Any], top: Fields, source: str) -> Rope:
+    """Reads one RoPE mapping; `top` holds the configuration's own fields, where `rope_theta` may stand instead."""
+    inner = Fields(value, source)
     theta = inner.number("rope_theta", top.number("rope_theta", 10000.0))
     if top.raw.get("rope_theta") is not None and theta != top.number("rope_theta"):
-        raise ModelError(f"{where}: rope_theta={theta} differs from the field `rope_theta` outside; keep one of them")
+        raise ModelError(f"{source}: rope_theta={theta} differs from the field `rope_theta` outside; keep one of them")
     inner.read |= {"rope_type", "type"}
     kind = value.get("rope_type", value.get("type", "default"))
     scaling: LinearScaling | Llama3Scaling | None
@@ -156,6 +158,6 @@ def _rope_of(value: Mapping[str, Any], top: Fields, where: str) -> Rope:
                 original_max_position_embeddings=inner.size("original_max_position_embeddings"),
             )
         case _:
-            raise ModelError(f"{where}: rope_type={kind!r} is not supported; supported are default, linear and llama3")
+            raise ModelError(f"{source}: rope_type={kind!r} is not supported; supported are default, linear and llama3")
     inner.refuse_the_rest()
     return Rope(theta=theta, scaling=scaling)

@@ -1,7 +1,7 @@
-"""Reads the fields of a Hugging Face model configuration one by one, and refuses those that nobody has read.
+"""Reads the fields of a Hugging Face model configuration one by one, and refuses any field that is left unread.
 
-Every field is either read, known to be harmless, or an error: a field that changes the mathematics and is unknown here
-would give a model that runs and is wrong.
+Every field is either read, known to be harmless, or an error: ignoring a field that changes the mathematics would give
+a model that runs and is wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from jax_simpo.errors import ModelError
 
-# Fields that describe files, defaults of generation or of other tasks' heads: the hidden states do not depend on them.
+# These fields describe files, defaults of generation or the heads of other tasks. Hidden states do not depend on them.
 _HARMLESS = frozenset(
     "architectures dtype torch_dtype transformers_version use_cache return_dict output_attentions output_hidden_states "
     "torchscript problem_type finetuning_task task_specific_params tokenizer_class prefix id2label label2id "
@@ -23,7 +23,7 @@ _HARMLESS = frozenset(
     "unsloth_training transformers.js_config tie_last_hidden_states".split()
 )
 
-# Fields that would change the mathematics, with the only value under which they do not.
+# These fields would change the mathematics under any other value than the one given here.
 _ONLY: dict[str, Any] = {
     "attention_dropout": 0,
     "is_encoder_decoder": False,
@@ -40,10 +40,17 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 class Fields:
-    """The fields of one configuration; remembers which were read, so that the rest can be refused."""
+    """Reads the fields of one configuration and remembers which were read, so that the rest can be refused.
 
-    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
-        self.raw, self.where = raw, where
+    Each method raises `ModelError` where a field is missing, has the wrong type or has a value that is not supported.
+
+    Args:
+        raw: the configuration.
+        source: the file or config key that it comes from, for error messages.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], source: str) -> None:
+        self.raw, self.source = raw, source
         self.read: set[str] = {"model_type"}
 
     def _get(self, key: str, default: Any) -> Any:
@@ -52,34 +59,37 @@ class Fields:
         if value is not None:
             return value
         if default is None:
-            raise ModelError(f"{self.where}: no field `{key}`; a model cannot be built without it")
+            raise ModelError(f"{self.source}: no field `{key}`; a model cannot be built without it")
         return default
 
     def size(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """Reads a whole number of at least `least` (0 or 1)."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             kind = "positive whole number" if least else "whole number that is not negative"
-            raise ModelError(f"{self.where}: {key}={value!r}, expected a {kind}")
+            raise ModelError(f"{self.source}: {key}={value!r}, expected a {kind}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
+        """Reads a positive number."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ModelError(f"{self.where}: {key}={value!r}, expected a positive number")
+            raise ModelError(f"{self.source}: {key}={value!r}, expected a positive number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
+        """Reads true or false."""
         value = self._get(key, default)
         if not isinstance(value, bool):
-            raise ModelError(f"{self.where}: {key}={value!r}, expected true or false")
+            raise ModelError(f"{self.source}: {key}={value!r}, expected true or false")
         return value
 
     def size_or_none(self, key: str) -> int | None:
-        """A size that a null switches off."""
+        """Reads a size; returns None where the field is null or absent."""
         return None if self._is_null(key) else self.size(key)
 
     def number_or_none(self, key: str) -> float | None:
-        """A number that a null switches off."""
+        """Reads a positive number; returns None where the field is null or absent."""
         return None if self._is_null(key) else self.number(key)
 
     def _is_null(self, key: str) -> bool:
@@ -87,56 +97,63 @@ class Fields:
         return self.raw.get(key) is None
 
     def token(self, key: str, several: bool = False) -> Any:
+        """Reads a token id or null; with `several` also a list of ids, which it returns as a tuple."""
         self.read.add(key)
         value = self.raw.get(key)
         ids = value if several and isinstance(value, list | tuple) else [value]
         if value is not None and any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-            raise ModelError(f"{self.where}: {key}={value!r}, expected a token id{' or a list of them' * several}")
+            raise ModelError(f"{self.source}: {key}={value!r}, expected a token id{' or a list of them' * several}")
         return tuple(ids) if several and isinstance(value, list | tuple) else value
 
     def windows(self, window: int | None, otherwise: list[bool]) -> tuple[int | None, ...]:
-        """The window of each layer: `window` where `layer_types`, or without it `otherwise`, says that there is one.
+        """Returns the window of each layer, None for a layer with full attention.
+
+        Args:
+            window: the size of every window; None if the configuration gives none.
+            otherwise: True for each layer that has a window, used where there is no field `layer_types`.
 
         Raises:
-            ModelError: `layer_types` is not a type for each layer, or names windows that have no size.
+            ModelError: `layer_types` does not give a type for each layer, or a layer has a window without a size.
         """
         windowed = otherwise
         if not self._is_null("layer_types"):
             types = self.raw["layer_types"]
             if not isinstance(types, list | tuple) or any(kind not in _LAYER_TYPES for kind in types):
                 raise ModelError(
-                    f"{self.where}: layer_types={types!r}, expected a list of {' and '.join(map(repr, _LAYER_TYPES))}"
+                    f"{self.source}: layer_types={types!r}, expected a list of {' and '.join(map(repr, _LAYER_TYPES))}"
                 )
             if len(types) != len(otherwise):
                 raise ModelError(
-                    f"{self.where}: layer_types has {len(types)} entries, but num_hidden_layers={len(otherwise)}"
+                    f"{self.source}: layer_types has {len(types)} entries, but num_hidden_layers={len(otherwise)}"
                 )
             windowed = [kind == "sliding_attention" for kind in types]
         if window is None and any(windowed):
             raise ModelError(
-                f"{self.where}: layers with sliding attention, but no window; set `sliding_window` (and, for a Qwen "
+                f"{self.source}: layers with sliding attention, but no window; set `sliding_window` (and, for a Qwen "
                 "model, `use_sliding_window`)"
             )
-        return tuple(window if yes else None for yes in windowed)
+        return tuple(window if has_window else None for has_window in windowed)
 
     def ignore(self, *keys: str) -> None:
-        """Fields that this family's model does not look at."""
+        """Marks fields as read that this family's model does not use."""
         self.read.update(keys)
 
     def require(self, key: str, only: Any) -> None:
+        """Raises ModelError unless the field is absent or has the only supported value."""
         value = self._get(key, only)
         if value != only:
-            raise ModelError(f"{self.where}: {key}={value!r} is not supported; only {only!r} is")
+            raise ModelError(f"{self.source}: {key}={value!r} is not supported; only {only!r} is")
 
     def refuse_the_rest(self) -> None:
+        """Raises ModelError if a field is left that was not read and may change the mathematics."""
         if self.raw.get("quantization_config"):
             raise ModelError(
-                f"{self.where}: the weights are quantised (`quantization_config`); training needs the float32, "
+                f"{self.source}: the weights are quantised (`quantization_config`); training needs the float32, "
                 "bfloat16 or float16 weights, so use the unquantised model"
             )
         if self.raw.get("auto_map"):
             raise ModelError(
-                f"{self.where}: `auto_map` says that the model runs code of its own, which is not supported; if it is "
+                f"{self.source}: `auto_map` says that the model runs code of its own, which is not supported; if it is "
                 f"a plain {self.raw.get('model_type')} model, remove the field"
             )
         for key in sorted(_ONLY.keys() - self.read):
@@ -150,6 +167,6 @@ class Fields:
         if unknown:
             named = ", ".join(f"`{key}`={self.raw[key]!r}" for key in unknown)
             raise ModelError(
-                f"{self.where}: unknown field(s) {named}; they may change what the model computes. Remove those that "
+                f"{self.source}: unknown field(s) {named}; they may change what the model computes. Remove those that "
                 "do not; a model that needs them is not supported"
             )

@@ -15,15 +15,15 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 
 
 def resolve_model_folder(name_or_path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The folder of a model: the path itself, or the local copy of a hub id (downloaded when it is not there yet).
+    """Returns the folder of a model: the path itself, or the local copy of a hub id, downloaded if it is missing.
 
     Args:
         name_or_path: a folder or a hub id.
         revision: branch, tag or commit of a hub model.
-        weights: whether its weights are wanted too, not only its configuration and tokenizer.
+        weights: download the weights too; False takes the configuration and the tokenizer only.
 
     Raises:
-        ModelError: neither a folder nor a model on the hub that can be reached.
+        ModelError: there is no such folder, and no such model on a hub that can be reached.
     """
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
@@ -43,7 +43,7 @@ def resolve_model_folder(name_or_path: str | Path, revision: str | None = None, 
             allow_patterns=_HUB_FILES,
             ignore_patterns=["*/*"] if weights else ["*/*", "*.safetensors"],
         )
-    except Exception as error:  # not found, gated, offline, interrupted: a dozen types from two libraries
+    except Exception as error:  # not found, gated, offline, interrupted: two libraries raise a dozen types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{name}: no such folder, and the hub gave no such model ({type(error).__name__}: {reason}). Check the "
@@ -53,7 +53,11 @@ def resolve_model_folder(name_or_path: str | Path, revision: str | None = None, 
 
 
 def load_model_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """Reads `config.json` of a model folder: our configuration, and the file as it is."""
+    """Reads `config.json` of a model folder; returns it as a `ModelConfig` and as the parsed file.
+
+    Raises:
+        ModelError: the file is missing, is not JSON, or describes a model that is not supported.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         adapter = (path.parent / "adapter_config.json").is_file()
@@ -65,11 +69,15 @@ def load_model_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise ModelError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(raw, dict):
         raise ModelError(f"{path}: expected a JSON object, got {type(raw).__name__}")
-    return read_model_config(raw, where=str(path)), raw
+    return read_model_config(raw, source=str(path)), raw
 
 
 def load_generation_config(folder: str | Path) -> dict[str, Any] | None:
-    """`generation_config.json` of a model folder, to be handed on to `save_model`; None where there is none."""
+    """Reads `generation_config.json` of a model folder, for `save_model`; returns None where there is no such file.
+
+    Raises:
+        ModelError: the file is not JSON.
+    """
     path = Path(folder) / "generation_config.json"
     try:
         return json.loads(path.read_text()) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Reads the weights of a model folder straight to their device shards."""
+"""Reads the weights of a model folder straight into their device shards."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from jax_simpo.models.transformer import Model, Params
 
 
 def load_params(folder: str | Path, model: Model, mesh: Mesh) -> Params:
-    """Reads the weights of a model folder onto the mesh: float32, or the compute dtype where they are frozen.
+    """Reads the weights of a model folder onto the mesh: float32, or the compute dtype for frozen parameters.
 
-    Each device's part is read from the files on its own, so the host holds one part of one parameter at a time. Of a
-    model with adapters this is the base.
+    Each device's part is read from the files separately, so the host holds one part of one parameter at a time. For a
+    model with adapters, only the parameters of the base are read.
 
     Raises:
-        ModelError: a tensor is missing, extra or has another shape than `config.json` says.
+        ModelError: a tensor is missing, extra, of an unreadable dtype or of another shape than `config.json` says.
         MeshError: the mesh does not divide the model.
     """
     (_, base), (_, shardings) = lora.split(model.abstract), lora.split(model.shardings(mesh))
@@ -45,8 +45,10 @@ def load_params(folder: str | Path, model: Model, mesh: Mesh) -> Params:
 def _load_parameter(
     files: WeightFiles, tensors: list[CheckpointTensor], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding
 ) -> jax.Array:
+    """Reads one parameter as a global array, one part per distinct shard."""
     shape = leaf.shape
-    devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}  # replicas of a part are read once
+    # Bounds of a part -> the devices that hold it: a part with several replicas is read once.
+    devices_of: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(i.indices(size)[:2] for i, size in zip(index or (), shape, strict=True))
         devices_of.setdefault(bounds, []).append(device)
@@ -60,6 +62,8 @@ def _load_parameter(
 
 
 def _read_part(files: WeightFiles, tensors: list[CheckpointTensor], index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    """Reads the part of a parameter at `index`, from the one tensor it is or from one tensor per layer."""
+
     def read(tensor: CheckpointTensor, index: tuple[slice, ...]) -> np.ndarray:
         return files.read(tensor.name, index[::-1]).T if tensor.transposed else files.read(tensor.name, index)
 
@@ -72,35 +76,38 @@ def _read_part(files: WeightFiles, tensors: list[CheckpointTensor], index: tuple
 
 
 def _check_tensors(files: WeightFiles, model: Model, tensors: list[CheckpointTensor]) -> None:
+    """Raises ModelError unless the files hold the model's tensors, in their shapes, and no others."""
     names = {tensor.name for tensor in tensors}
     missing = [tensor.name for tensor in tensors if tensor.name not in files]
     if missing:
         raise ModelError(
-            f"{files.folder}: {_some(missing)} missing from the safetensors files; config.json asks for "
+            f"{files.folder}: {_name_tensors(missing)} missing from the safetensors files; config.json asks for "
             f"{model.config.num_layers} layers of a {model.config.model_type} model"
         )
     family = FAMILIES[model.config.model_type]
-    spare = "|".join(family.ignored)
-    extra = [name for name in files if name not in names and not re.fullmatch(spare, name)]
+    ignored = "|".join(family.ignored)
+    extra = [name for name in files if name not in names and not re.fullmatch(ignored, name)]
     head = family.names["lm_head/embedding"]
     if model.config.tie_word_embeddings and head in extra:  # some exporters write the tied head a second time
         _check_tied(files, family.names["embed/embedding"], head)
         extra.remove(head)
     if extra:
         raise ModelError(
-            f"{files.folder}: {_some(extra)} of the safetensors files has no place in the {model.config.model_type} "
-            "model that config.json describes; use the config.json that belongs to these weights"
+            f"{files.folder}: {_name_tensors(extra)} of the safetensors files has no place in the "
+            f"{model.config.model_type} model that config.json describes; use the config.json that belongs to these "
+            "weights"
         )
     for tensor in tensors:
         files.check_dtype(tensor.name)
         if files.shape(tensor.name) != tensor.shape:
             raise ModelError(
-                f"{files.where(tensor.name)} has shape {list(files.shape(tensor.name))}, but config.json makes it "
+                f"{files.locate(tensor.name)} has shape {list(files.shape(tensor.name))}, but config.json makes it "
                 f"{list(tensor.shape)}; use the config.json that belongs to these weights"
             )
 
 
 def _check_tied(files: WeightFiles, embedding: str, head: str) -> None:
+    """Raises ModelError unless the two tensors are equal. They are compared in blocks of rows."""
     same = files.shape(embedding) == files.shape(head)
     rows = files.shape(head)[0]
     for start in range(0, rows if same else 0, 4096):
@@ -108,11 +115,12 @@ def _check_tied(files: WeightFiles, embedding: str, head: str) -> None:
         same = same and np.array_equal(files.read(embedding, block), files.read(head, block))
     if not same:
         raise ModelError(
-            f"{files.where(head)} differs from `{embedding}`, but config.json says tie_word_embeddings=true; set it "
+            f"{files.locate(head)} differs from `{embedding}`, but config.json says tie_word_embeddings=true; set it "
             "to false to train with both, or remove the tensor"
         )
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def _name_tensors(names: list[str], most: int = 5) -> str:
+    """Lists tensors for an error message, at most `most` of them by name."""
     shown = ", ".join(f"`{name}`" for name in names[:most])
     return f"tensor {shown}" + (f" and {len(names) - most} more" if len(names) > most else "")

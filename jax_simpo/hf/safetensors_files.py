@@ -1,7 +1,7 @@
-"""The weight files of a model folder: read slice by slice, written tensor by tensor.
+"""Reads the weight files of a model folder slice by slice, and writes them in blocks of rows.
 
-Neither side holds more than a block of a tensor in host memory, beside what it was asked for. That goes for mapped
-pages too, which count as the process's memory as long as a file stays open: a file is opened for each block.
+Reading and writing hold at most one block of a tensor in host memory, besides the result of a read. Mapped pages count
+as the process's memory as long as a file stays open, so a file is opened anew for each block.
 """
 
 from __future__ import annotations
@@ -21,13 +21,21 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _WRITE_DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16))}
-_READ_DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # and their bytes
+_READ_DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # dtype -> bytes of a number
 
 BLOCK_BYTES = 16 * 2**20
 
 
 class WeightFiles:
-    """The tensors of a model folder, whether in one file or in several with an index; or of these files of a folder."""
+    """The tensors of a folder's safetensors files, as a collection of names. Only headers are read on construction.
+
+    Args:
+        folder: the folder.
+        files: names of the files to read; None takes the one file of a model, or the files that its index names.
+
+    Raises:
+        ModelError: a file is missing or cannot be read.
+    """
 
     def __init__(self, folder: Path, files: Sequence[str] | None = None) -> None:
         self.folder = folder
@@ -53,24 +61,25 @@ class WeightFiles:
     def __contains__(self, name: str) -> bool:
         return name in self._file
 
-    def where(self, name: str) -> str:
-        """The tensor's file and name, for error messages."""
+    def locate(self, name: str) -> str:
+        """Returns the tensor's file and name, for error messages."""
         return f"{self.folder / self._file[name]}: tensor `{name}`"
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor."""
         return self._shape[name]
 
     def check_dtype(self, name: str) -> None:
-        """Raises ModelError unless the tensor is stored in a float type that we can read."""
+        """Raises ModelError unless the tensor is stored as float32, bfloat16 or float16."""
         dtype = self._dtype[name]
         if dtype not in _READ_DTYPES:
             raise ModelError(
-                f"{self.where(name)} is stored as {dtype}; weights are read from float32, bfloat16 and float16. "
+                f"{self.locate(name)} is stored as {dtype}; weights are read from float32, bfloat16 and float16. "
                 "Convert the model (a quantised one has to be dequantised)"
             )
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor as float32; other rows are not read."""
+        """Reads the part of a tensor at `index` (one slice per axis) as float32. No other rows are read."""
         bounds = [i.indices(size)[:2] for i, size in zip(index, self._shape[name], strict=True)]
         part = np.empty([stop - start for start, stop in bounds], np.float32)
         first, last = bounds[0]
@@ -84,6 +93,11 @@ class WeightFiles:
 
 
 def _weight_files(folder: Path) -> list[str]:
+    """Returns the names of a model folder's weight files.
+
+    Raises:
+        ModelError: there are none, or one that the index names is missing.
+    """
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if (folder / INDEX).is_file():
@@ -107,10 +121,19 @@ def _weight_files(folder: Path) -> list[str]:
     raise ModelError(f"{folder}: no {SINGLE} or {INDEX}; give a folder with a Hugging Face model")
 
 
-def plan_files(
+def split_into_files(
     shapes: dict[str, tuple[int, ...]], dtype: str, max_shard_bytes: int
 ) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Cuts tensors, in order, into files of at most `max_shard_bytes` (one larger tensor has a file of its own)."""
+    """Splits tensors, in order, into files of at most `max_shard_bytes`. A larger tensor gets a file of its own.
+
+    Args:
+        shapes: name -> shape of each tensor.
+        dtype: of the stored tensors, `float32` or `bfloat16`.
+        max_shard_bytes: most bytes of tensors per file.
+
+    Returns:
+        File name -> name -> shape.
+    """
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in shapes.items():
@@ -126,7 +149,7 @@ def plan_files(
 
 
 def write_index(folder: Path, files: dict[str, dict[str, tuple[int, ...]]], dtype: str) -> None:
-    """Writes which tensor is in which file, where there are several files."""
+    """Writes the index that says which tensor is in which file. A single file needs none and gets none."""
     if len(files) == 1:
         return
     total = sum(_bytes(shape, dtype) for shapes in files.values() for shape in shapes.values())
@@ -136,10 +159,15 @@ def write_index(folder: Path, files: dict[str, dict[str, tuple[int, ...]]], dtyp
 
 
 class TensorWriter:
-    """Writes one safetensors file, rows of its tensors in any order.
+    """Writes one safetensors file, the rows of its tensors in any order.
 
-    The format (8 bytes of header length, a JSON header, the raw tensors) needs all shapes first and nothing else, so
-    unlike `safetensors.save_file` this holds only the rows that are being written.
+    The format (8 bytes of header length, a JSON header, the raw tensors; https://github.com/huggingface/safetensors)
+    needs only the shapes in advance, so this class, unlike `safetensors.save_file`, never holds a whole tensor.
+
+    Args:
+        path: the file.
+        shapes: name -> shape of each tensor.
+        dtype: of the stored tensors, `float32` or `bfloat16`.
     """
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
@@ -165,7 +193,11 @@ class TensorWriter:
         self._file.close()
 
     def write(self, name: str, rows: np.ndarray, start: int = 0) -> None:
-        """Writes rows of a tensor from row `start` on."""
+        """Writes rows of a tensor, beginning at its row `start`.
+
+        Raises:
+            ValueError: the rows do not fit the tensor's shape.
+        """
         shape = self._shapes[name]
         if rows.shape[1:] != shape[1:] or not 0 <= start <= start + len(rows) <= shape[0]:
             raise ValueError(f"rows {rows.shape} from {start} on are not of tensor {name} {shape}")
@@ -175,4 +207,5 @@ class TensorWriter:
 
 
 def _bytes(shape: Sequence[int], dtype: str) -> int:
+    """Returns the bytes of a stored tensor."""
     return int(np.prod(shape, dtype=np.int64)) * _WRITE_DTYPES[dtype][1].itemsize

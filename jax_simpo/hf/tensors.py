@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: their names and shapes there, and the parts of our parameters that they are."""
+"""Lists the tensors of a model's checkpoint: their names and shapes, and the parts of the parameters they store."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ from jax_simpo.models.transformer import Model
 
 @dataclass(frozen=True)
 class CheckpointTensor:
-    """One tensor of a checkpoint and the part of our parameters that it is."""
+    """One tensor of a checkpoint, and the part of the parameters that it stores.
+
+    Attributes:
+        name: the tensor's name in the checkpoint.
+        path: the parameter's path, such as "layers/mlp/up/kernel".
+        layer: the tensor's index in a parameter that stacks all layers; None for other parameters.
+        shape: the tensor's shape in the checkpoint.
+        transposed: True for kernels, which are [in, out] in the parameters and [out, in] in the checkpoint.
+    """
 
     name: str
-    path: str  # of the parameter, "layers/mlp/up/kernel"
-    layer: int | None  # which layer of a stacked parameter
-    shape: tuple[int, ...]  # in the checkpoint
-    transposed: bool  # kernels are [in, out] here and [out, in] there
+    path: str
+    layer: int | None
+    shape: tuple[int, ...]
+    transposed: bool
 
 
 def checkpoint_tensors(model: Model) -> list[CheckpointTensor]:
-    """Every tensor of the model's checkpoint, layer by layer in the order of the family's table."""
+    """Returns every tensor of the model's checkpoint, layer by layer in the order of the family's table."""
     shapes = {join_path(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(model.abstract)}
     names = {path: name for path, name in FAMILIES[model.config.model_type].names.items() if path in shapes}
 
@@ -40,9 +48,10 @@ def checkpoint_tensors(model: Model) -> list[CheckpointTensor]:
 
 
 def tensor_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of the model's checkpoint, in the order they are exported."""
+    """Returns name -> shape of the tensors of the model's checkpoint, in the order of export."""
     return {tensor.name: tensor.shape for tensor in checkpoint_tensors(model)}
 
 
 def join_path(path: tuple[Any, ...]) -> str:
+    """Joins the keys of a parameter's path in the tree with slashes."""
     return "/".join(key.key for key in path)

@@ -94,7 +94,7 @@ def test_absent_fields_mean_what_they_mean_in_transformers_for_every_family(fami
 
 
 COMMON = {"attention_dropout": 0.0, "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True}
-# What is in the published files, as transformers 4 wrote them.
+# The content of published files, as transformers 4 wrote them.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Mistral-7B-Instruct-v0.1": {
         **COMMON,
@@ -328,7 +328,7 @@ def test_what_is_not_supported_is_an_error_that_names_it(
     hf_config: dict[str, Any], fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message) as error:
-        read_model_config({**hf_config, **fields}, where="the/config.json")
+        read_model_config({**hf_config, **fields}, source="the/config.json")
     assert str(error.value).startswith("the/config.json")
 
 

@@ -1,4 +1,4 @@
-"""One module per model family: what its configuration says beyond Llama's, and how its tensors are called."""
+"""The supported model families, one module each: the fields of its configuration and the names of its tensors."""
 
 from __future__ import annotations
 

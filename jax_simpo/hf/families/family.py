@@ -1,4 +1,4 @@
-"""What one family of models says about itself."""
+"""Defines the description of a model family."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ _ROPE_FREQUENCIES = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"m
 
 @dataclass(frozen=True)
 class Family:
-    """A family: its configuration's own fields, and how the tensors of its Hugging Face checkpoints are called.
+    """The description of a model family: its configuration's own fields, and the names of its checkpoints' tensors.
 
     Attributes:
-        architecture: the class transformers loads it with.
-        names: our parameter path -> Hugging Face name, `{}` being the layer number. Kernels are stored the other way
-            round there ([out, in]); everything else as it is. Paths that a configuration has no use for are skipped.
-        read: what of `ModelConfig` differs from its defaults, by the configuration's fields.
-        write: the fields to write for a configuration, beside those that all families have.
-        absent: what a field means that is not in the file, where transformers has a default of its own for the family.
-        ignored: patterns of tensors that a checkpoint may hold and the model has no use for.
+        architecture: the class with which transformers loads a model of the family.
+        names: parameter path -> name of the checkpoint's tensor, in which `{}` stands for the layer's number. The
+            checkpoint stores kernels transposed ([out, in]) and everything else unchanged. Paths of parameters that a
+            configuration does not have are skipped.
+        read: returns the values of `ModelConfig` that differ from its defaults, from the configuration's fields.
+        write: returns the configuration's fields besides those that all families have.
+        absent: the values of fields that are not in the file, where transformers has other defaults for the family.
+        ignored: patterns of tensors that a checkpoint may hold and the model does not use.
     """
 
     architecture: str

@@ -1,4 +1,4 @@
-"""Gemma 2: soft caps, windows in every other layer, four norms a block which multiply by `1 + w`, scaled embeddings."""
+"""Describes Gemma 2: soft caps, windows in every other layer, four norms a block (times `1 + w`), scaled embeddings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from jax_simpo.hf.fields import Fields
 if TYPE_CHECKING:
     from jax_simpo.models.config import ModelConfig
 
-# What Llama calls the norm after attention is the norm of the feed-forward part's input; here both exist.
+# Llama's `post_attention_layernorm` norms the input of the feed-forward part. Gemma 2 has that norm under another name,
+# and gives this name to a norm of the output of attention.
 _NAMES = {
     **llama.NAMES,
     "layers/attention_post_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
@@ -22,7 +23,7 @@ _NAMES = {
 
 def _read(fields: Fields) -> dict[str, Any]:
     fields.require("hidden_activation", "gelu_pytorch_tanh")
-    # Still in the published files; transformers looks at `hidden_activation` and `sliding_window` alone.
+    # Published files have these two fields, but transformers uses `hidden_activation` and `sliding_window` alone.
     fields.ignore("hidden_act", "sliding_window_size")
     bias, layers = fields.flag("attention_bias", False), fields.size("num_hidden_layers")
     return {
@@ -42,12 +43,12 @@ def _read(fields: Fields) -> dict[str, Any]:
 def _write(config: ModelConfig) -> dict[str, Any]:
     return {
         "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_act": "gelu_pytorch_tanh",  # other programs read it
+        "hidden_act": "gelu_pytorch_tanh",  # for programs that read this older field
         "attention_bias": config.qkv_bias,
         "query_pre_attn_scalar": config.query_pre_attn_scalar,
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.logit_softcap,
-        # transformers makes the mask of windowed layers even where there is none.
+        # transformers builds the mask of windowed layers even for a model without any, so it needs a size.
         "sliding_window": max((window for window in config.layer_windows if window), default=4096),
         "layer_types": config.layer_types,
     }

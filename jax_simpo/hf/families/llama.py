@@ -1,4 +1,4 @@
-"""Llama 2, 3 and 3.x; the other families are told by what they do differently."""
+"""Describes Llama 2, 3 and 3.x. The other families are described by their differences from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistral: a Llama whose attention looks back a fixed number of positions, in all layers or in none."""
+"""Describes Mistral: a Llama with a sliding window in the attention of all layers, or of none."""
 
 from __future__ import annotations
 

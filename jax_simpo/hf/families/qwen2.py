@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5: a Llama with biases on q, k and v, and windows in its upper layers where they are switched on."""
+"""Describes Qwen 2 and 2.5: a Llama with biases on q, k and v, and optional windows in its upper layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def read_windows(fields: Fields) -> tuple[int | None, ...]:
-    """The window of each layer. The files name a size even where `use_sliding_window` is off."""
+    """Reads the window of each layer. Files name a size even where `use_sliding_window` switches windows off."""
     layers, first = fields.size("num_hidden_layers"), fields.size("max_window_layers", least=0)
     window = fields.size_or_none("sliding_window") if fields.flag("use_sliding_window", False) else None
     fields.ignore("sliding_window")
@@ -21,7 +21,7 @@ def read_windows(fields: Fields) -> tuple[int | None, ...]:
 
 
 def write_windows(config: ModelConfig) -> dict[str, Any]:
-    """The fields that `read_windows` reads; `max_window_layers` is for programs that know no `layer_types`."""
+    """Returns the fields that `read_windows` reads; `max_window_layers` serves programs without `layer_types`."""
     windowed = [i for i, window in enumerate(config.layer_windows) if window]
     return {
         "use_sliding_window": bool(windowed),

@@ -1,4 +1,4 @@
-"""Qwen 3 (dense): each head's query and key are normed before they are turned; otherwise as Qwen 2, without biases."""
+"""Describes Qwen 3 (dense): Qwen 2 without its biases, and with a norm of each head's query and key before RoPE."""
 
 from __future__ import annotations
 
