@@ -1,4 +1,4 @@
-"""The `jax-simpo` command."""
+"""The `jax-simpo` command: reads options and configs, calls the Python API, prints."""
 
 from __future__ import annotations
 
@@ -6,33 +6,39 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from jax_simpo.config import TrainConfig, load_config
+from jax_simpo import __version__
+from jax_simpo.config import TrainConfig, builtin_configs, load_config
 from jax_simpo.errors import CheckpointError, ConfigError, MeshError, UserError
 from jax_simpo.processes import launch
+from jax_simpo.run.whole import writing
 
 if TYPE_CHECKING:  # importing jax takes seconds, which `--help` and a misspelt key need not wait for
-    from jax_simpo.data.tokenize import PairDataset
-    from jax_simpo.train.evaluate import PairScores
     from jax_simpo.train.setup import Setup
 
 app = typer.Typer(
     help="SimPO training on preference pairs, with prefix sharing and packing. Every command takes a config file and "
     "any number of --key=value overrides (dotted for nested keys).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The config file.", show_default=False)]
+ConfigFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG.yaml",
+        help="The config file, or `builtin:NAME` (`jax-simpo configs` lists them).",
+        show_default=False,
+        autocompletion=lambda: [f"builtin:{name}" for name in builtin_configs()],
+    ),
+]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -76,12 +82,36 @@ ProcessId = Annotated[
 Distributed = Annotated[
     bool | None,
     typer.Option(
-        help="Whether to join other processes. Default: where the environment names them; "
+        help="Join other processes. Default: where the environment names them; "
         "on Cloud TPU VMs and with Open MPI, ask for it.",
         rich_help_panel=_PANEL,
         show_default=False,
     ),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"jax-simpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options that belong to no command."""
+
+
+@app.command()
+def configs() -> None:
+    """Lists the configs that come with the program."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, description in builtin_configs().items():
+        table.add_row(f"builtin:{name}", description)
+    _console(stderr=False).print(table)
 
 
 @app.command(context_settings=OVERRIDES)
@@ -95,10 +125,10 @@ def train(
 ) -> None:
     """Trains; resumes by itself when the output directory holds a checkpoint of the same run."""
     launch.join(launch.Launch(coordinator_address, num_processes, process_id, distributed))
-    settings, console = _begin(config, context.args)
-    from jax_simpo.train.trainer import train as run
+    settings = _load(config, context.args)
+    from jax_simpo import api
 
-    run(settings, console)
+    api.train(settings)
 
 
 @app.command(context_settings=OVERRIDES)
@@ -116,15 +146,14 @@ def score(
     """Writes log-probs, rewards, margin and loss of every pair of a split, in file order."""
     launch.join(launch.Launch(coordinator_address, num_processes, process_id, distributed))
     settings, console = _begin(config, context.args)
-    with _written_whole(output) as file:
-        from jax_simpo.train.evaluate import pair_records
+    with writing(output if launch.is_first() else os.devnull) as file:
+        from jax_simpo import api
 
         setup = _setup(settings, console, model)
-        pairs, scores = _score(setup, split)
-        several = len({name for name, _ in pairs.origins}) > 1  # then a row number alone does not say which pair it is
-        for (name, row), record in zip(pairs.origins, pair_records(scores, setup.objective), strict=True):
-            origin = {"file": name, "row": row} if several else {"row": row}
-            file.write(json.dumps({**origin, **record}) + "\n")
+        pairs = setup.split_pairs(split)
+        api.print_notes(pairs, console)
+        for record in api.score_records(api.load_setup(setup), pairs, console):
+            file.write(json.dumps(record) + "\n")
     console.print(f"{len(pairs)} pairs scored: {output}")
 
 
@@ -144,13 +173,14 @@ def evaluate(
     """Prints the evaluation metrics of a split."""
     launch.join(launch.Launch(coordinator_address, num_processes, process_id, distributed))
     settings, console = _begin(config, context.args)
-    from jax_simpo.train.evaluate import evaluation_metrics
+    from jax_simpo import api
 
     setup = _setup(settings, console, model)
-    pairs, scores = _score(setup, split)
-    metrics = evaluation_metrics(scores, setup.objective)
+    pairs = setup.eval_pairs() if split is None else setup.split_pairs(split)
+    api.print_notes(pairs, console)
+    metrics = {**api.evaluate_dataset(api.load_setup(setup), pairs, console), "pairs": len(pairs)}
     if launch.is_first():
-        print(json.dumps({f"eval_{name}": value for name, value in {**metrics, "pairs": len(pairs)}.items()}, indent=2))
+        print(json.dumps({f"eval_{name}": value for name, value in metrics.items()}, indent=2))
 
 
 @app.command(context_settings=OVERRIDES)
@@ -190,8 +220,8 @@ def export(
     if merge and setup.model.lora is None:
         raise ConfigError(f"--merge: {model} is no adapter, there is nothing to merge. Leave the option out")
     with jax.set_mesh(setup.mesh):
-        what = setup.export(setup.load_params(), output, merge=merge, max_shard_bytes=most)
-    console.print(f"{'step ' if model.isdecimal() else ''}{model} exported ({what}): {output}")
+        written = setup.export(setup.load_params(), output, merge=merge, max_shard_bytes=most)
+    console.print(f"{'step ' if model.isdecimal() else ''}{model} exported ({written}): {output}")
 
 
 @app.command(context_settings=OVERRIDES)
@@ -210,20 +240,21 @@ def inspect(
     """Shows rows as the model sees them; loads no weights."""
     settings, console = _begin(config, context.args)
     from jax_simpo import inspection
+    from jax_simpo.sharding import make_mesh
     from jax_simpo.train.setup import Setup
 
-    setup = Setup(settings, console)
     if json_file is not None:
-        with _written_whole(json_file) as file:
-            inspection.write_json(setup, split, file)
+        with writing(json_file) as file:
+            inspection.write_json(Setup(settings), split, file)
         console.print(f"written: {json_file}")
         return
+    any_mesh = False
     try:
-        _ = setup.mesh
+        make_mesh(**settings.mesh.model_dump())
     except MeshError as error:
         console.print(f"note: {error}. Rows are planned for the devices that are here", style="yellow")
-        setup = Setup(settings, console, any_mesh=True)
-    inspection.show(setup, split, rows, _console(stderr=False))
+        any_mesh = True
+    inspection.show(Setup(settings, any_mesh=any_mesh), split, rows, _console(stderr=False))
 
 
 @app.command(context_settings=OVERRIDES)
@@ -258,29 +289,33 @@ def report(context: typer.Context, config: ConfigFile) -> None:
     console.print(f"report: {write_report(Path(settings.output_dir))}")
 
 
-def _begin(path: Path, overrides: list[str]) -> tuple[TrainConfig, Console]:
-    """Reads the config and opens the console. Notes go to stderr: stdout is for results."""
-    if str(path).startswith("--"):
+def _load(path: str, overrides: list[str]) -> TrainConfig:
+    """Reads the config, or says that it comes first."""
+    if path.startswith("--"):
         raise ConfigError(f"{path}: the config file comes first: jax-simpo COMMAND CONFIG.yaml {path}")
     # Orbax warns, through absl, of what a checkpoint that is opened to be read cannot do.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    console = _console()
-    settings = load_config(path, overrides)
+    return load_config(path, overrides)
+
+
+def _begin(path: str, overrides: list[str]) -> tuple[TrainConfig, Console]:
+    """Reads the config and prints its notices. Notes go to stderr: stdout is for results."""
+    settings, console = _load(path, overrides), _console()
     for notice in settings.notices:
         console.print(f"note: {notice}", style="yellow")
     return settings, console
 
 
 def _console(*, stderr: bool = True) -> Console:
-    """What is printed holds paths and texts of users: nothing in it is markup, and stderr's lines are left whole.
+    """Opens a console. Of several processes only the first prints.
 
-    Of several processes only the first prints.
+    What is printed holds paths and texts of users: nothing in it is markup, and the lines of stderr are left unwrapped.
     """
     return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=stderr, quiet=not launch.is_first())
 
 
 def _setup(settings: TrainConfig, console: Console, model: str | None) -> Setup:
-    """What scoring and exporting start from. A step that is not there is found before the pairs are tokenised."""
+    """Builds what scoring and exporting start from. A missing step is found before the pairs are tokenised."""
     from jax_simpo.train.compilation import keep_compiled_programs
     from jax_simpo.train.setup import Setup, open_checkpoints
 
@@ -288,63 +323,12 @@ def _setup(settings: TrainConfig, console: Console, model: str | None) -> Setup:
     if model is not None and model.isdecimal():
         with open_checkpoints(settings) as checkpoints:
             if int(model) not in checkpoints.steps():
-                there = ", ".join(map(str, checkpoints.steps())) or "none"
-                raise CheckpointError(f"--model {model}: {checkpoints.directory} has no such step; there are: {there}")
-    return Setup(settings, console, model, any_mesh=True)
-
-
-def _score(setup: Setup, split: str | None) -> tuple[PairDataset, PairScores]:
-    import jax
-
-    from jax_simpo.train.evaluate import PAIRS_PER_PLAN, score_pairs
-    from jax_simpo.train.step import make_score_function
-
-    pairs = setup.eval_pairs() if split is None else setup.split_pairs(split)
-    plan = setup.plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
-    setup.describe_plan(pairs.name, plan)
-    with jax.set_mesh(setup.mesh):
-        score = make_score_function(setup.forward, setup.mesh)
-        return pairs, score_pairs(score, setup.load_params(), plan, pairs, setup.mesh)
-
-
-@contextmanager
-def _written_whole(output: Path) -> Iterator[TextIO]:
-    """Opens a file that takes its place only when all is written; that it can be is found out before the work.
-
-    Of several processes only the first has the file; what the others write goes nowhere.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    if not launch.is_first():
-        with open(os.devnull, "w", encoding="utf-8") as nothing:
-            yield nothing
-        return
-    path = output.absolute()
-    missing = [folder for folder in path.parents if not os.path.exists(folder)]
-    # A folder is refused on opening; a device such as /dev/stdout is written to, never replaced.
-    replaced = os.path.isfile(path) or not os.path.exists(path)
-    path = path.resolve() if replaced else path
-    temporary = path.with_name(f".{path.name}.{os.getpid()}") if replaced else path
-    try:
-        try:
-            if missing:
-                path.parent.mkdir(parents=True)
-            file = temporary.open("w", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{output} cannot be written: {error.strerror}. Give another path") from error
-        with file:
-            yield file
-        if replaced:
-            temporary.replace(path)
-    except BaseException:
-        if replaced:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        for folder in missing:  # those that were made for it, if nothing else is in them by now
-            with suppress(OSError):
-                folder.rmdir()
-        raise
+                steps = ", ".join(map(str, checkpoints.steps())) or "none"
+                raise CheckpointError(f"--model {model}: {checkpoints.directory} has no such step; there are: {steps}")
+    setup = Setup(settings, model, any_mesh=True)
+    if setup.start.note:
+        console.print(f"note: {setup.start.note}", style="yellow")
+    return setup
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -59,7 +59,7 @@ def show(setup: Setup, split: str | None, rows: int, console: Console) -> None:
     _print_split(console, split or " + ".join(config.train_splits), pairs, plan)
 
 
-def write_json(setup: Setup, split: str | None, file: TextIO) -> None:
+def write_json(setup: Setup, split: str | None, file: IO[str]) -> None:
     """Writes one object per pair of a split, in input order: texts, token ids and response lengths.
 
     Args:

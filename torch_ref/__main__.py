@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from jax_simpo.config import TrainConfig, load_config
 from jax_simpo.errors import ConfigError, UserError
+from jax_simpo.run.whole import writing
 
 if TYPE_CHECKING:  # importing torch takes seconds, which `--help` and a misspelt key need not wait for
     from torch_ref.distributed import Ranks
@@ -25,22 +27,23 @@ app = typer.Typer(
     help="SimPO in PyTorch, the reference of jax-simpo: the same config files, overrides and outputs. Under torchrun "
     "or deepspeed it trains with ZeRO-3 on all ranks.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The config file.", show_default=False)]
+ConfigFile = Annotated[
+    str, typer.Argument(metavar="CONFIG.yaml", help="The config file, or `builtin:NAME`.", show_default=False)
+]
 DeepSpeedFile = Annotated[
     Path | None,
-    typer.Option(help="DeepSpeed settings. Default: configs/deepspeed_zero3.json.", show_default=False),
+    typer.Option(help="DeepSpeed settings. Default: the deepspeed_zero3.json of jax-simpo.", show_default=False),
 ]
 
 
 @app.command(context_settings=OVERRIDES)
 def train(context: typer.Context, config: ConfigFile, deepspeed: DeepSpeedFile = None) -> None:
     """Trains; resumes by itself when the output directory holds a checkpoint of the same run."""
-    settings = load_config(config, context.args, torch=True)
+    settings = _load(config, context.args)
     from torch_ref.distributed import open_ranks
     from torch_ref.trainer import train as run
 
@@ -61,46 +64,48 @@ def score(
     deepspeed: DeepSpeedFile = None,
 ) -> None:
     """Writes log-probs, rewards, margin and loss of every pair of a split, in file order."""
-    settings = load_config(config, context.args, torch=True)
-    _check_can_write(output)
+    settings = _load(config, context.args)
     from torch_ref.distributed import open_ranks
     from torch_ref.evaluate import PAIRS_PER_PLAN, pair_records, score_pairs
     from torch_ref.setup import Setup
     from torch_ref.trainer import make_forward
 
-    with open_ranks() as ranks:
+    with open_ranks() as ranks, writing(output if ranks.is_first else os.devnull) as file:
         console = _console(settings, ranks)
         setup = Setup(settings, console, ranks, model)
         pairs = setup.split_pairs(split)
         plan = setup.plan(split, pairs, batch=PAIRS_PER_PLAN, seed=None)
         scores = score_pairs(make_forward(setup, deepspeed), plan, pairs, ranks)
-        if not ranks.is_first:
-            return
-        with output.open("w", encoding="utf-8") as file:
-            for (_, row), record in zip(pairs.origins, pair_records(scores, setup.objective), strict=True):
-                file.write(json.dumps({"row": row, **record}) + "\n")
+        for (_, row), record in zip(pairs.origins, pair_records(scores, setup.objective), strict=True):
+            file.write(json.dumps({"row": row, **record}) + "\n")
         console.print(f"{len(pairs)} pairs scored: {output}")
 
 
+def _load(config: str, overrides: list[str]) -> TrainConfig:
+    """Reads the config, and makes sure that PyTorch is installed.
+
+    Raises:
+        ConfigError: the config has a mistake, or PyTorch is missing.
+    """
+    settings = load_config(config, overrides, torch=True)
+    missing = [name for name in ("torch", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"torch_ref needs {' and '.join(missing)}, which cannot be imported here: pip install 'jax-simpo[torch]'"
+        )
+    return settings
+
+
 def _console(settings: TrainConfig, ranks: Ranks) -> Console:
-    """Where notes go: stderr, of the first rank only."""
+    """Opens the console for notes: stderr, of the first rank only."""
     console = Console(stderr=True, quiet=not ranks.is_first, markup=False)  # paths may hold brackets
     for notice in settings.notices:
         console.print(f"note: {notice}", style="yellow")
     return console
 
 
-def _check_can_write(file: Path) -> None:
-    """Fails before the work is done, not after."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.open("a").close()
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be written: {error.strerror}. Give another path") from error
-
-
 def main() -> None:
-    """Runs the command; a mistake of the user's is told without a traceback, and once, by the first rank."""
+    """Runs the command. The first rank alone prints a mistake of the user, without a traceback."""
     rank = os.environ.get("RANK")
     status: int | str | None = 0
     # The deepspeed launcher puts this before the command, and says the same in the environment.

@@ -20,11 +20,11 @@ from jax_simpo.plan.report import Plan
 from jax_simpo.plan.topology import Topology
 
 
-def make_plan(config: Path, overrides: list[str], topology: Topology, *, search: bool = True) -> Plan:
+def make_plan(config: str | Path, overrides: list[str], topology: Topology, *, search: bool = True) -> Plan:
     """Compiles the step of a config for a topology and returns what it takes.
 
     Args:
-        config: the config file.
+        config: the config file, or `builtin:NAME`.
         overrides: `--key=value` of the command line.
         topology: what to compile for.
         search: look for the largest micro-batch that fits, which takes up to four more compilations.

@@ -26,7 +26,7 @@ def main(task: dict[str, Any]) -> None:
         Path(task["result"]).write_text(json.dumps(result), encoding="utf-8")
 
     try:
-        config = load_config(Path(task["config"]), list(task["overrides"]))
+        config = load_config(task["config"], list(task["overrides"]))
         setup = PlannedSetup(config, topology=Topology.parse(task["topology"]))
         plan_step(setup, console, search=bool(task["search"]), keep=lambda plan: keep(plan.to_json()))
     except UserError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -159,10 +159,8 @@ class Setup:
 
     @cached_property
     def training_forward(self) -> Forward:
-        """With memory to spare, a micro-batch's logits are kept for the backward pass."""
-        if self.config.logprob_chunk != "auto":
-            return self.forward
-        return replace(self.forward, logits_bytes=capacity.logits_bytes(self.model, self.mesh, self.device_memory))
+        """The forward pass of training: with memory to spare, it keeps a micro-batch's logits for the backward pass."""
+        return capacity.training_forward(self.forward, self.mesh, self.device_memory)
 
     @cached_property
     def device_memory(self) -> int:
@@ -231,6 +229,10 @@ class Setup:
         adapters.save(params, self.model, folder, dtype, base=name, revision=revision, tokenizer=self.tokenizer)
         return f"adapter of {name}"
 
+    def tokenize(self, raw: sources.RawSplit) -> PairDataset:
+        """Tokenises a split as the config says. Every process calls it; see `tokenize_on_first`."""
+        return tokenize_on_first(self.config, raw, self.tokenizer)
+
     def train_pairs(self) -> PairDataset:
         """Tokenises the training pairs, each source cut to its fraction.
 
@@ -240,10 +242,10 @@ class Setup:
         """
         config = self.config
         if self.memory_pairs is not None:
-            return tokenize_on_first(config, self.memory_pairs, self.tokenizer)
+            return self.tokenize(self.memory_pairs)
         require_data(config)
         raw = sources.load_train(config.dataset_mixer, config.train_splits, dataset_configs=config.dataset_configs)
-        return tokenize_on_first(config, raw, self.tokenizer)
+        return self.tokenize(raw)
 
     def eval_pairs(self) -> PairDataset:
         """Tokenises the pairs of all evaluation splits, uncut.
@@ -254,7 +256,7 @@ class Setup:
         """
         config = self.config
         if self.memory_eval_pairs is not None:
-            return tokenize_on_first(config, self.memory_eval_pairs, self.tokenizer)
+            return self.tokenize(self.memory_eval_pairs)
         require_data(config)
         if not config.eval_splits:
             raise ConfigError(
@@ -263,7 +265,7 @@ class Setup:
             )
         uncut = dict.fromkeys(config.dataset_mixer, 1.0)
         raw = sources.load_train(uncut, config.eval_splits, dataset_configs=config.dataset_configs)
-        return tokenize_on_first(config, raw, self.tokenizer)
+        return self.tokenize(raw)
 
     def split_pairs(self, split: str) -> PairDataset:
         """Tokenises the pairs of one split of all sources, uncut and in file order.
@@ -275,7 +277,7 @@ class Setup:
         config = self.config
         require_data(config)
         raw = sources.load_split(config.dataset_mixer, split, dataset_configs=config.dataset_configs)
-        return tokenize_on_first(config, raw, self.tokenizer)
+        return self.tokenize(raw)
 
     def step_plan(self, pairs: PairDataset, *, batch: int, seed: int | None) -> StepPlan:
         """Makes the step plan of a split and checks that every pair fits a row.

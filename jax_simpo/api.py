@@ -1,0 +1,232 @@
+"""Trains, loads and scores models from Python; the command line calls the same functions.
+
+These functions are re-exported by `jax_simpo`, where users find them: `import jax_simpo as js; js.train(...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from jax_simpo.config import TrainConfig
+from jax_simpo.config.yaml_files import read_file
+from jax_simpo.data import sources
+from jax_simpo.data.packing import measure
+from jax_simpo.data.tokenize import PairDataset
+from jax_simpo.models.transformer import Params
+from jax_simpo.processes import launch
+from jax_simpo.run import files
+from jax_simpo.train import evaluate as evaluation
+from jax_simpo.train import trainer
+from jax_simpo.train.compilation import keep_compiled_programs
+from jax_simpo.train.pairs import notes_on, packing_line
+from jax_simpo.train.setup import Setup
+from jax_simpo.train.step import make_score_function
+from jax_simpo.train.trainer import TrainRun
+
+# Pairs in memory: each is a dict as a row of a data file, with `chosen`, `rejected` and perhaps `prompt`. A
+# `datasets.Dataset` is such an iterable.
+Pairs = Iterable[Mapping[str, Any]]
+# Is given each record of `metrics.jsonl` as it is written; True stops the run once its state is saved.
+Callback = Callable[[dict[str, Any]], object]
+
+
+def train(
+    config: TrainConfig,
+    pairs: Pairs | None = None,
+    eval_pairs: Pairs | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    quiet: bool = False,
+    console: Console | None = None,
+) -> TrainRun:
+    """Trains a model, or continues the run that `config.output_dir` holds, and exports the result.
+
+    Args:
+        config: the settings of the run.
+        pairs: training pairs in memory, in place of the config's `dataset_mixer`. Each pair is a dict in any form
+            that a row of a data file may have.
+        eval_pairs: evaluation pairs in memory. The run is evaluated on them at its end, and during training where
+            `eval_strategy` says so.
+        callbacks: functions that are given each record of `metrics.jsonl` as it is written, training and evaluation
+            records alike, on the first process. If one returns True the run stops: its state is saved, the model is
+            exported, and the same call continues the run.
+        quiet: print nothing.
+        console: where progress and notes go; standard error, or the notebook's output, when not given.
+
+    Returns:
+        The ended run: `run.metrics`, `run.model_path`.
+
+    Raises:
+        UserError: a mistake that you can mend; its text says where it is and what to do.
+    """
+    console = console or make_console(quiet=quiet)
+    print_notices(config, console)
+    return trainer.train(
+        config,
+        console,
+        pairs=None if pairs is None else sources.from_memory("pairs", pairs),
+        eval_pairs=None if eval_pairs is None else sources.from_memory("eval_pairs", eval_pairs),
+        on_record=_ask(callbacks) if callbacks else None,
+    )
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on a mesh, ready to score pairs. `load_model` makes it.
+
+    Attributes:
+        setup: the objects that belong to it: tokenizer, mesh, model, objective.
+        params: its parameters, split over the mesh.
+    """
+
+    setup: Setup
+    params: Params
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model, with its chat template."""
+        return self.setup.tokenizer
+
+    def __repr__(self) -> str:
+        config, mesh = self.setup.model.config, dict(self.setup.mesh.shape)
+        return f"<{config.model_type} model of {self.setup.model.parameter_count:,} parameters on {mesh}>"
+
+
+def load_model(path: str | Path, **settings: Any) -> LoadedModel:
+    """Loads a model onto all devices.
+
+    A model that a run exported is loaded with the settings of that run (the `config.yaml` beside it).
+
+    Args:
+        path: the folder or hub id of a model or of an adapter (whose base model is loaded below it).
+        settings: keys of `TrainConfig` that are to differ: `dtype`, `attention`, `chat_template`, `max_length`, `beta`
+            and so on. The base of an adapter that does not name one is `model_name_or_path`.
+
+    Raises:
+        ModelError: there is no such model, or it is of no supported kind.
+        ConfigError: a setting is unknown or has a wrong value.
+    """
+    defaults = _run_settings(Path(path).expanduser())
+    if defaults.get("model_name_or_path") is None and defaults.get("model_config") is None:
+        defaults["model_name_or_path"] = str(path)
+    keep_compiled_programs()
+    choice = f"./{path}" if str(path).isdecimal() else str(path)  # a bare number is the step of a run
+    setup = Setup(TrainConfig(**{**defaults, **settings}), choice, any_mesh=True)
+    return load_setup(setup)
+
+
+def score(model: LoadedModel, pairs: Pairs) -> list[dict[str, Any]]:
+    """Scores pairs with a model: the log-probs, rewards, margin and loss of each.
+
+    Args:
+        model: from `load_model`.
+        pairs: a list of dicts or a `datasets.Dataset`, in any form that a data file may have.
+
+    Returns:
+        One dict per pair, in order, with the keys that the command `jax-simpo score` writes.
+
+    Raises:
+        DataError: a pair cannot be used; the message names its row.
+    """
+    return score_records(model, model.setup.tokenize(sources.from_memory("pairs", pairs)))
+
+
+def evaluate(model: LoadedModel, pairs: Pairs) -> dict[str, float]:
+    """Evaluates a model on pairs: the mean loss, rewards, accuracy and margin over all of them.
+
+    Args:
+        model: from `load_model`.
+        pairs: a list of dicts or a `datasets.Dataset`, in any form that a data file may have.
+
+    Returns:
+        Metrics under the names of the training metrics, such as `rewards/accuracies`.
+
+    Raises:
+        DataError: a pair cannot be used; the message names its row.
+    """
+    return evaluate_dataset(model, model.setup.tokenize(sources.from_memory("pairs", pairs)))
+
+
+def _ask(callbacks: Sequence[Callback]) -> Callable[[dict[str, Any]], bool]:
+    """Joins callbacks to one, which is True where any of them is."""
+
+    def on_record(record: dict[str, Any]) -> bool:
+        answers = [callback(dict(record)) for callback in callbacks]  # every callback is given every record
+        return any(isinstance(answer, bool | np.bool_) and bool(answer) for answer in answers)
+
+    return on_record
+
+
+def _run_settings(model: Path) -> dict[str, Any]:
+    """The settings of the run that exported a model folder; empty where it is no run's."""
+    config = model.parent / files.CONFIG
+    exported = model.name == files.MODEL and config.is_file() and (model.parent / files.METRICS).is_file()
+    return read_file(config)[0] if exported else {}
+
+
+# --- for the command line
+
+
+def load_setup(setup: Setup) -> LoadedModel:
+    """Loads the parameters of a setup's model onto its mesh."""
+    with jax.set_mesh(setup.mesh):
+        return LoadedModel(setup, setup.load_params())
+
+
+def score_records(model: LoadedModel, pairs: PairDataset, console: Console | None = None) -> list[dict[str, Any]]:
+    """Scores tokenised pairs; returns what `score` returns.
+
+    Where the pairs are from several files, a record names its file beside its row.
+    """
+    scores = score_dataset(model, pairs, console)
+    several = len({file for file, _ in pairs.origins}) > 1
+    return [
+        {**({"file": file} if several else {}), "row": row, **record}
+        for (file, row), record in zip(
+            pairs.origins, evaluation.pair_records(scores, model.setup.objective), strict=True
+        )
+    ]
+
+
+def evaluate_dataset(model: LoadedModel, pairs: PairDataset, console: Console | None = None) -> dict[str, float]:
+    """Evaluates a model on tokenised pairs; returns what `evaluate` returns."""
+    return evaluation.evaluation_metrics(score_dataset(model, pairs, console), model.setup.objective)
+
+
+def score_dataset(model: LoadedModel, pairs: PairDataset, console: Console | None = None) -> evaluation.PairScores:
+    """Computes the log-probs of tokenised pairs, and prints how they are packed if there is a console."""
+    setup = model.setup
+    plan = setup.step_plan(pairs, batch=evaluation.PAIRS_PER_PLAN, seed=None)
+    if console is not None:
+        console.print(packing_line(pairs.name, plan, measure(plan)))
+        console.print("attention: {} ({})".format(*setup.attention_choice))
+    with jax.set_mesh(setup.mesh):
+        function = make_score_function(setup.forward, setup.mesh)
+        return evaluation.score_pairs(function, model.params, plan, pairs, setup.mesh)
+
+
+def print_notes(pairs: PairDataset, console: Console) -> None:
+    """Prints which rows were skipped and why. Every process calls it."""
+    trainer.print_notes(console, notes_on(pairs))
+
+
+def make_console(*, stderr: bool = True, quiet: bool = False) -> Console:
+    """Opens the console for notes and progress. Of several processes only the first prints.
+
+    What is printed holds paths and texts of users: nothing in it is markup, and the lines of stderr are left unwrapped.
+    """
+    quiet = quiet or not launch.is_first()
+    return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=stderr, quiet=quiet)
+
+
+def print_notices(config: TrainConfig, console: Console) -> None:
+    """Prints what the user should know about the keys of a config."""
+    for notice in config.notices:
+        console.print(f"note: {notice}", style="yellow")
