@@ -1,4 +1,4 @@
-"""Loads the tokenizer and writes the turns of a pair as the text the model is fed, exactly as the original SimPO."""
+"""Loads the tokenizer and renders pairs as text with its chat template, exactly as the original SimPO does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jax_simpo.data import synthetic
-from jax_simpo.data.messages import BadRow, Message, conversation
+from jax_simpo.data.messages import BadRow, Message, read_conversation
 from jax_simpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REASONABLE_LENGTH = 100_000
-"""Tokenizers that know no maximum length report a number above this."""
+"""Tokenizers without a maximum length report a number above this one."""
 
 
 @dataclass(frozen=True)
 class PairText:
-    """Prompt and answers after the chat template. What the model reads is `prompt + chosen` and `prompt + rejected`."""
+    """Prompt and answers after the chat template. The model reads `prompt + chosen` and `prompt + rejected`."""
 
     prompt: str
     chosen: str
@@ -44,13 +44,20 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a folder or the hub and sets it up as the original does.
+    """Loads a tokenizer and sets it up as the original SimPO does.
 
-    `chat_template` is a built-in name (`built_in_templates()`), a path to a `.jinja` file, or the template itself; None
-    keeps the tokenizer's own. It is never guessed from a path.
+    Args:
+        name_or_path: a folder, a hub id, or `builtin:NAME` for a tokenizer of `jax_simpo.data.synthetic`.
+        chat_template: a built-in name (`built_in_templates()`), a path to a `.jinja` file, or the template's text.
+            None keeps the tokenizer's own template; a template is never guessed from a path.
+        trust_remote_code: runs code that comes with the tokenizer.
+        revision: a branch, tag or commit on the hub.
+
+    Raises:
+        DataError: the tokenizer cannot be loaded, has no EOS token, or has no chat template that renders an answer.
     """
     name = str(name_or_path)
-    tokenizer = _load(name, trust_remote_code, revision)
+    tokenizer = _load_as_saved(name, trust_remote_code, revision)
     if tokenizer.eos_token_id is None:
         raise DataError(f"tokenizer {name}: has no EOS token, which ends every answer: set eos_token in its files")
     if tokenizer.pad_token_id is None:
@@ -70,11 +77,11 @@ def load_tokenizer(
             f"tokenizer {name}: has no chat template: set `chat_template` to one of {', '.join(built_in_templates())}, "
             "to a .jinja file, or to the template's text"
         )
-    _try_template(name, tokenizer)
+    _check_template(name, tokenizer)
     return tokenizer
 
 
-def _load(name: str, trust_remote_code: bool, revision: str | None) -> PreTrainedTokenizerBase:
+def _load_as_saved(name: str, trust_remote_code: bool, revision: str | None) -> PreTrainedTokenizerBase:
     if name.startswith("builtin:"):
         return synthetic.make_tokenizer(name.removeprefix("builtin:"))
     # transformers takes a second to import, and brings torch along where torch is installed.
@@ -82,7 +89,7 @@ def _load(name: str, trust_remote_code: bool, revision: str | None) -> PreTraine
 
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    # A missing folder, no network, a broken file, remote code refused: transformers has an exception for each.
+    # transformers has different exceptions for a missing folder, no network, a broken file, refused remote code.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:300]
         raise DataError(
@@ -92,13 +99,17 @@ def _load(name: str, trust_remote_code: bool, revision: str | None) -> PreTraine
 
 
 def built_in_templates() -> list[str]:
-    """Names of the templates that come with the package: those of the published SimPO runs."""
+    """Lists the templates that come with the package: those of the published SimPO runs."""
     folder = resources.files("jax_simpo.data") / "templates"
     return sorted(file.name.removesuffix(".jinja") for file in folder.iterdir() if file.name.endswith(".jinja"))
 
 
 def resolve_template(chat_template: str) -> str:
-    """The text of a template that is given by a built-in name, as a path, or as the text itself."""
+    """Returns the text of a template that is given by a built-in name, a path, or its text.
+
+    Raises:
+        DataError: the value is none of the three.
+    """
     if chat_template in built_in_templates():
         return (resources.files("jax_simpo.data") / "templates" / f"{chat_template}.jinja").read_text("utf-8")
     if "{%" in chat_template or "{{" in chat_template:
@@ -113,29 +124,29 @@ def resolve_template(chat_template: str) -> str:
     )
 
 
-def _try_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Answers are rendered alone, which some templates refuse, and others answer with a system prompt of their own."""
+def _check_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Renders an answer by itself: refuses a template that cannot, and warns of one that adds a system prompt to it."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
     user, assistant = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
     try:
-        alone = _strip_bos(_render(tokenizer, [assistant]), tokenizer)
-        prompt, whole = _render(tokenizer, [user]), _render(tokenizer, [user, assistant])
+        lone_answer = _strip_bos(_render(tokenizer, [assistant]), tokenizer)
+        prompt, dialogue = _render(tokenizer, [user]), _render(tokenizer, [user, assistant])
     except TemplateSyntaxError as error:
-        raise DataError(f"chat template of {name}, line {error.lineno}: {error.message}: mend it") from error
+        raise DataError(f"chat template of {name}, line {error.lineno}: {error.message}: correct it") from error
     except TemplateError as error:
         raise DataError(
             f"chat template of {name}: cannot write an answer by itself, as SimPO needs ({error}): set "
             f"`chat_template`, for example to one of {', '.join(built_in_templates())}"
         ) from error
-    answer = whole.removeprefix(prompt)
-    if answer != alone and answer and alone.endswith(answer):
+    answer = dialogue.removeprefix(prompt)
+    if answer != lone_answer and answer and lone_answer.endswith(answer):
         logger.warning(
-            "The chat template of %s puts %r before every answer, where it is trained on as a part of the answer. "
+            "The chat template of %s puts %r before every answer, so the model is trained to write it. "
             "The original SimPO does the same. To avoid it, set `chat_template` to a template without a default "
             "system prompt.",
             name,
-            alone.removesuffix(answer),
+            lone_answer.removesuffix(answer),
         )
 
 
@@ -147,11 +158,20 @@ def _try_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
 def render_pair(
     row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, auto_insert_empty_system_msg: bool
 ) -> PairText:
-    """Writes a raw row as prompt and answers. Raises `BadRow` with the reason when it cannot.
+    """Renders the prompt and the answers of a raw row with the tokenizer's chat template.
 
     No generation prompt is added: the assistant header, where a template has one, belongs to the answer.
+
+    Args:
+        row: a row in any form that `read_conversation` accepts.
+        tokenizer: as `load_tokenizer` returns it.
+        auto_insert_empty_system_msg: puts an empty system turn first if the template knows system turns and the row
+            has none.
+
+    Raises:
+        BadRow: the row cannot be rendered, or an answer is empty, or the two are equal.
     """
-    turns = conversation(row)
+    turns = read_conversation(row)
     prompt = turns.prompt
     template = tokenizer.get_chat_template()
     takes_system = "system" in template or "<|im_start|>" in template
@@ -163,7 +183,7 @@ def render_pair(
             chosen=_strip_bos(_render(tokenizer, turns.chosen), tokenizer),
             rejected=_strip_bos(_render(tokenizer, turns.rejected), tokenizer),
         )
-    except Exception as error:  # whatever a template does, `raise_exception` included, is about this row
+    except Exception as error:  # a template may raise anything, `raise_exception` included: this row is at fault
         raise BadRow("refused by the chat template", str(error)) from error
     if not text.prompt:
         raise BadRow("no prompt", "the chat template writes nothing for the prompt")
@@ -175,7 +195,7 @@ def render_pair(
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    # Without a BOS token the name would be undefined in the template, and adding text to it an error.
+    # Templates add text to `bos_token`, which would be undefined for a tokenizer without one.
     extra = {"bos_token": ""} if tokenizer.bos_token is None else {}
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **extra))
 

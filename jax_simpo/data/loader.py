@@ -1,4 +1,4 @@
-"""Row batches built ahead of the device by a background thread."""
+"""Builds row batches in a background thread, ahead of the device that consumes them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 
 class PairSource(Protocol):
-    """Whatever holds tokenised pairs and can hand out some of them by index."""
+    """Anything that returns tokenised pairs by index, such as a `PairDataset`."""
 
     def pairs(self, indices: Int[np.ndarray, " P"]) -> list[TokenizedPair]: ...
 
@@ -28,13 +28,21 @@ class PairSource(Protocol):
 class StepBatch:
     """The rows of one optimizer step as micro-batches of static shape, and the step's denominators.
 
-    Where only some rows were asked for, `micro_batches` hold those; everything else is of the whole step.
+    Attributes:
+        step: the step's number, from 0.
+        pairs: indices of the step's pairs in the data.
+        micro_batches: the rows that `build_step` was asked for, per micro-batch. All other fields describe every row.
+        slots: the responses in each micro-batch's rows.
+        chosen_tokens: target tokens of the chosen responses.
+        input_tokens: tokens in the rows, without padding.
+        computed_tokens: tokens in the rows, padding and empty rows included.
+        epoch: epochs done after this step.
     """
 
     step: int
     pairs: Int[np.ndarray, " P"]
     micro_batches: Sequence[RowBatch]
-    slots: Sequence[Slots]  # per micro-batch, of all its rows
+    slots: Sequence[Slots]
     chosen_tokens: int
     input_tokens: int
     computed_tokens: int
@@ -45,30 +53,31 @@ def build_step(plan: StepPlan, source: PairSource, step: int, rows: Sequence[int
     """Builds the rows of one step. Empty rows fill the last micro-batch.
 
     Args:
-        plan: which pairs, in which rows.
-        source: the pairs; those of rows that are not built are not read.
-        step: its number.
-        rows: which rows of each micro-batch to build, such as those of this process's devices; None for all.
+        plan: the step plan: which pairs, in which rows.
+        source: gives the pairs; only the pairs of the rows that are built are read.
+        step: the step's number, from 0.
+        rows: the rows of each micro-batch to build, such as those of this process's devices; None builds all.
     """
     planned = plan.step(step)
     size = plan.rows_per_micro_batch
-    numbers = [row.tolist() for row in planned.rows]
-    numbers += [[]] * (planned.micro_batches * size - len(numbers))
-    starts = range(0, len(numbers), size)
+    all_rows = [row.tolist() for row in planned.rows]  # per row, the numbers of its pairs within the step
+    all_rows += [[]] * (planned.micro_batches * size - len(all_rows))
+    starts = range(0, len(all_rows), size)
     own = range(size) if rows is None else rows
-    built = [numbers[start + row] for start in starts for row in own]
-    needed = np.array(sorted(p for row in built for p in row), np.int64)
+    own_rows = [all_rows[start + row] for start in starts for row in own]
+    needed = np.array(sorted(p for row in own_rows for p in row), np.int64)
     pairs = dict(zip(needed.tolist(), source.pairs(planned.pairs[needed]), strict=True))
-    batch = build_rows([[(p, pairs[p]) for p in row] for row in built], plan.shape, prefix_sharing=plan.prefix_sharing)
+    numbered = [[(p, pairs[p]) for p in row] for row in own_rows]
+    batch = build_rows(numbered, plan.shape, prefix_sharing=plan.prefix_sharing)
     lengths = plan.lengths.of_pairs(planned.pairs)
     return StepBatch(
         step=step,
         pairs=planned.pairs,
         micro_batches=[batch.rows(k * len(own), (k + 1) * len(own)) for k in range(len(starts))],
-        slots=[response_slots(numbers[start : start + size], plan.shape) for start in starts],
+        slots=[response_slots(all_rows[start : start + size], plan.shape) for start in starts],
         chosen_tokens=int(lengths.chosen_targets.sum()),
         input_tokens=int(lengths.row_tokens(plan.prefix_sharing).sum()),
-        computed_tokens=len(numbers) * plan.shape.length,
+        computed_tokens=len(all_rows) * plan.shape.length,
         epoch=planned.epoch,
     )
 
@@ -76,14 +85,15 @@ def build_step(plan: StepPlan, source: PairSource, step: int, rows: Sequence[int
 def step_batches(
     plan: StepPlan, source: PairSource, steps: range, *, ahead: int = 2, rows: Sequence[int] | None = None
 ) -> Generator[StepBatch]:
-    """The batches of these steps in order, up to `ahead` of them built before they are asked for."""
+    """Yields the batches of these steps in order, and builds up to `ahead` of them in advance."""
     return prefetch((build_step(plan, source, step, rows) for step in steps), ahead)
 
 
 def prefetch(items: Iterator[Item], ahead: int) -> Generator[Item]:
-    """Runs an iterator in a thread of its own, `ahead` items in advance.
+    """Runs an iterator in a background thread, `ahead` items in advance.
 
-    What the iterator raises is raised here, at the item where it happened; closing this generator ends the thread.
+    An exception of the iterator is raised here, in place of the item that failed. Closing this generator ends the
+    thread.
     """
     ready: queue.Queue[tuple[str, Item | BaseException | None]] = queue.Queue(maxsize=max(1, ahead))
     stopped = threading.Event()
@@ -103,7 +113,7 @@ def prefetch(items: Iterator[Item], ahead: int) -> Generator[Item]:
                 if not put("item", item):
                     return
             put("end", None)
-        except BaseException as error:  # handed to the consumer, whatever it is
+        except BaseException as error:  # raised again in the thread that consumes the items
             put("error", error)
 
     thread = threading.Thread(target=work, name="row-builder", daemon=True)

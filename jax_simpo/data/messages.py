@@ -1,4 +1,4 @@
-"""Turns a raw row into the turns of its prompt and of its two answers, or says why it cannot be used."""
+"""Reads a raw row as the turns of its prompt and of its two answers, or raises `BadRow` with the reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class BadRow(Exception):
-    """A row that cannot be trained on. `kind` is one of a few phrases, for summaries; `detail` is about this row."""
+    """A row that cannot be trained on. `kind` is one of a few phrases, for summaries; `detail` describes this row."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(f"{kind}: {detail}")
@@ -25,52 +25,56 @@ class BadRow(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """The turns both answers follow, and the turns of each answer."""
+    """The turns of the prompt, which both answers follow, and the turns of each answer."""
 
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
 
 
-def conversation(row: Mapping[str, Any]) -> Conversation:
+def read_conversation(row: Mapping[str, Any]) -> Conversation:
     """Reads a row in any of the accepted forms.
 
     - `chosen` and `rejected` are message lists that begin with the prompt's turns: the last turn is the answer;
     - `prompt` is a message list, `chosen` and `rejected` are the turns (or the text) after it;
     - `prompt`, `chosen` and `rejected` are text: a user turn and assistant turns;
     - `chosen` and `rejected` are whole dialogues in HH-RLHF's text form `\\n\\nHuman: ...\\n\\nAssistant: ...`.
+
+    Raises:
+        BadRow: the row has none of these forms, or cannot be trained on.
     """
-    prompt = _value(row.get("prompt"), "prompt")
-    chosen = _value(row.get("chosen"), "chosen")
-    rejected = _value(row.get("rejected"), "rejected")
+    prompt = _read_value(row.get("prompt"), "prompt")
+    chosen = _read_value(row.get("chosen"), "chosen")
+    rejected = _read_value(row.get("rejected"), "rejected")
     if chosen is None or rejected is None:
         raise BadRow("missing value", f"the row has no `{'chosen' if chosen is None else 'rejected'}`")
     if prompt == []:
         raise BadRow("no prompt", "`prompt` is an empty list: give its turns, or drop the `prompt` column")
     if isinstance(prompt, list):
-        turns = Conversation(prompt, _answer(chosen), _answer(rejected))
+        turns = Conversation(prompt, _answer_turns(chosen), _answer_turns(rejected))
         if turns.chosen[: len(prompt)] == prompt:
             raise BadRow(
                 "prompt repeated",
                 "`chosen` begins with the turns of `prompt` again: keep the answer alone, or drop the `prompt` column",
             )
     else:
-        turns = _without_prompt_messages(prompt, chosen, rejected)
-    _check(turns)
+        turns = _read_without_prompt_turns(prompt, chosen, rejected)
+    _check_turns(turns)
     return turns
 
 
-def _without_prompt_messages(
+def _read_without_prompt_turns(
     prompt: str | None, chosen: str | list[Message], rejected: str | list[Message]
 ) -> Conversation:
+    """Reads a row whose prompt is text or missing."""
     if isinstance(chosen, str) and isinstance(rejected, str):
         chosen_turns, rejected_turns = parse_hh(chosen), parse_hh(rejected)
         if chosen_turns and rejected_turns:
             chosen, rejected = chosen_turns, rejected_turns
     text = prompt if prompt and prompt.strip() else None
-    lone = all(isinstance(answer, str) or len(answer) == 1 for answer in (chosen, rejected))
-    if lone and text is not None:
-        return Conversation(_prompt_turns(text), _answer(chosen), _answer(rejected))
+    answers_alone = all(isinstance(answer, str) or len(answer) == 1 for answer in (chosen, rejected))
+    if answers_alone and text is not None:
+        return Conversation(_prompt_turns(text), _answer_turns(chosen), _answer_turns(rejected))
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise BadRow(
             "no prompt",
@@ -79,12 +83,12 @@ def _without_prompt_messages(
         )
     # A text prompt beside whole dialogues (UltraFeedback) only repeats their first user turn: the original ignores it.
     if chosen[:-1] != rejected[:-1]:
-        raise BadRow("prompts differ", _difference(chosen[:-1], rejected[:-1]))
+        raise BadRow("prompts differ", _describe_difference(chosen[:-1], rejected[:-1]))
     return Conversation(chosen[:-1], chosen[-1:], rejected[-1:])
 
 
 def parse_hh(text: str) -> list[Message] | None:
-    """The turns of HH-RLHF's text form, or None when the text is not in that form."""
+    """Parses HH-RLHF's text form into turns; returns None for any other text."""
     head, *parts = _HH_TURN.split("\n\n" + text.lstrip())
     if head or not parts or parts[0] != "Human":
         return None
@@ -94,46 +98,47 @@ def parse_hh(text: str) -> list[Message] | None:
 
 def _prompt_turns(text: str) -> list[Message]:
     turns = parse_hh(text)
-    if turns and turns[-1] == {"role": "assistant", "content": ""}:  # '... \n\nAssistant:' waits for the answer
+    if turns and turns[-1] == {"role": "assistant", "content": ""}:  # '...\n\nAssistant:', before the answer
         return turns[:-1]
     return [{"role": "user", "content": text}]
 
 
-def _answer(value: str | list[Message]) -> list[Message]:
+def _answer_turns(value: str | list[Message]) -> list[Message]:
     return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
 
 
-def _value(value: Any, name: str) -> str | list[Message] | None:
+def _read_value(value: Any, name: str) -> str | list[Message] | None:
     if value is None or isinstance(value, str):
         _check_text(value, name)
         return value
     if isinstance(value, dict) and isinstance(value.get("role"), list) and isinstance(value.get("content"), list):
-        # The hub's `Sequence` of objects is stored column-wise.
+        # Datasets on the hub store a `Sequence` of objects by column.
         roles, contents = value["role"], value["content"]
         if len(roles) != len(contents):
             raise BadRow("not a message list", f"`{name}` has {len(roles)} roles but {len(contents)} contents")
         value = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
     if not isinstance(value, list):
-        raise BadRow("not a message list", f"`{name}` is {_show(value)}, neither text nor a list of messages")
+        raise BadRow("not a message list", f"`{name}` is {_short(value)}, neither text nor a list of messages")
     messages = []
     for number, message in enumerate(value):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise BadRow(
-                "not a message list", f"turn {number} of `{name}` is {_show(message)}, not {{'role', 'content'}}"
+                "not a message list", f"turn {number} of `{name}` is {_short(message)}, not {{'role', 'content'}}"
             )
         if message["role"] not in ROLES:
             raise BadRow("wrong role", f"turn {number} of `{name}` has the role {message['role']!r}, not {ROLES}")
         if message["role"] == "system" and number > 0:
             raise BadRow("wrong role", f"turn {number} of `{name}` is a system turn: only the first turn may be one")
-        if not isinstance(message["content"], str):
-            raise BadRow("not a message list", f"turn {number} of `{name}` has {_show(message['content'])} for content")
-        _check_text(message["content"], f"turn {number} of `{name}`")
-        # Other keys are left out: a null `tool_calls`, say, that Arrow put there would change what templates write.
-        messages.append({"role": message["role"], "content": message["content"]})
+        content = message["content"]
+        if not isinstance(content, str):
+            raise BadRow("not a message list", f"turn {number} of `{name}` has {_short(content)} for content")
+        _check_text(content, f"turn {number} of `{name}`")
+        # Other keys are dropped: Arrow may add a null `tool_calls`, say, which would change what templates write.
+        messages.append({"role": message["role"], "content": content})
     return messages
 
 
-def _check(turns: Conversation) -> None:
+def _check_turns(turns: Conversation) -> None:
     for name, answer in (("chosen", turns.chosen), ("rejected", turns.rejected)):
         if not answer:
             raise BadRow("empty response", f"`{name}` has no turns")
@@ -157,13 +162,13 @@ def _check_text(text: str | None, name: str) -> None:
             raise BadRow("broken text", f"{name} holds half of a Unicode surrogate pair") from error
 
 
-def _difference(chosen: list[Message], rejected: list[Message]) -> str:
+def _describe_difference(chosen: list[Message], rejected: list[Message]) -> str:
     if len(chosen) != len(rejected):
         return f"`chosen` has {len(chosen)} turns before the answer, `rejected` {len(rejected)}"
     number = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=True)) if a != b)
     return f"turn {number} is not the same in `chosen` and `rejected`"
 
 
-def _show(value: Any) -> str:
+def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -13,7 +13,7 @@ class Response:
     """One answer with the prompt it follows, as token ids.
 
     `ids[:-1]` are the model's inputs; `ids[prompt_length:]` are its targets. The prompt length belongs to the
-    response, not to the pair: where the last prompt token merges with the answer, two answers cut it differently.
+    response, not to the pair: if the last prompt token merges with one of the answers, the two lengths differ.
     """
 
     ids: Int[np.ndarray, " N"]
@@ -28,10 +28,12 @@ class Response:
 
     @property
     def inputs(self) -> Int[np.ndarray, " N-1"]:
+        """All ids but the last, int32 [N-1]."""
         return self.ids[:-1]
 
     @property
     def targets(self) -> Int[np.ndarray, " T"]:
+        """The ids after the prompt, int32 [T]."""
         return self.ids[self.prompt_length :]
 
 
@@ -51,7 +53,7 @@ class TokenizedPair:
 
 
 def common_prefix_length(a: Int[np.ndarray, " A"], b: Int[np.ndarray, " B"]) -> int:
-    """Number of leading ids that two sequences have in common."""
+    """Counts the leading ids that two sequences have in common."""
     n = min(len(a), len(b))
     differs = np.flatnonzero(a[:n] != b[:n])
     return int(differs[0]) if differs.size else n
@@ -59,7 +61,7 @@ def common_prefix_length(a: Int[np.ndarray, " A"], b: Int[np.ndarray, " B"]) -> 
 
 @dataclass(frozen=True)
 class PairLengths:
-    """What packing needs to know of each of P pairs, all int32 [P].
+    """The token counts of P pairs, from which rows are packed; all int32 [P].
 
     `chosen_inputs` and `rejected_inputs` count input tokens (ids without the last), `shared_inputs` the longest common
     prefix of the two input sequences, `chosen_targets` and `rejected_targets` the response tokens.
@@ -93,14 +95,14 @@ class PairLengths:
         return PairLengths(*columns.T)
 
     def of_pairs(self, indices: Int[np.ndarray, " Q"]) -> PairLengths:
-        """The lengths of some of the pairs."""
+        """Selects the lengths of the pairs at `indices`."""
         return PairLengths(*(column[indices] for column in vars(self).values()))
 
     def row_tokens(self, prefix_sharing: bool) -> Int[np.ndarray, " P"]:
-        """Tokens each pair takes in a row: `Nc + Nr - S`, with `S = 0` when nothing is shared."""
-        both = self.chosen_inputs + self.rejected_inputs
-        return both - self.shared_inputs if prefix_sharing else both
+        """Counts the tokens of each pair in a row: `Nc + Nr - S`, with `S = 0` if nothing is shared."""
+        separate = self.chosen_inputs + self.rejected_inputs
+        return separate - self.shared_inputs if prefix_sharing else separate
 
     def targets(self) -> Int[np.ndarray, " P"]:
-        """Targets each pair takes in a row. Shared targets are listed once for each response."""
+        """Counts the targets of each pair in a row. Shared targets are listed once for each response."""
         return self.chosen_targets + self.rejected_targets

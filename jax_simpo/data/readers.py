@@ -1,7 +1,7 @@
-"""Reads preference pairs from files, saved datasets and the hub into tables of one form.
+"""Reads preference pairs from files, saved datasets and the hub into tables of one schema.
 
-Every pair becomes three columns of JSON text, so that message lists and plain strings, with or without a `prompt`, sit
-in one table whatever else their source carries.
+Every pair becomes three columns of JSON text. So message lists and plain strings, with or without a `prompt`, fit one
+table, and other columns of the source are dropped. In every function here, `label` is the source's name in messages.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ _SCHEMA = pa.schema(
 )
 
 
-def from_rows(shown: str, rows: Iterable[Any]) -> pa.Table:
-    """Takes rows that are already Python objects."""
-    columns = _Columns(shown)
+def from_rows(label: str, rows: Iterable[Any]) -> pa.Table:
+    """Makes a table of rows that are Python objects. Raises `DataError` for rows without `chosen` and `rejected`."""
+    builder = _TableBuilder(label)
     for row in rows:
-        columns.add(row, None)
-    return columns.table()
+        builder.add(row, None)
+    return builder.table()
 
 
-def read_file(shown: str, path: Path) -> pa.Table:
-    """Reads a file by its extension. `shown` is how messages name it."""
+def read_file(label: str, path: Path) -> pa.Table:
+    """Reads a file by its extension. Raises `DataError` if it is empty, broken or has no pairs."""
     if path.stat().st_size == 0:
-        raise DataError(f"{shown}: the file is empty")
+        raise DataError(f"{label}: the file is empty")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _read_parquet(shown, path)
-    if suffix == ".json" and not _begins_with_an_object_in_a_line(path):
-        return _read_json(shown, path)
-    return _read_jsonl(shown, path)
+        return _read_parquet(label, path)
+    if suffix == ".json" and not _is_jsonl(path):
+        return _read_json(label, path)
+    return _read_jsonl(label, path)
 
 
-def _begins_with_an_object_in_a_line(path: Path) -> bool:
-    """Whether a file holds one object per line, which is also met under the name .json."""
+def _is_jsonl(path: Path) -> bool:
+    """Returns True if a file named .json holds one object per line, judged by its first line."""
     with path.open("rb") as stream:
         first = next((line for line in stream if not line.isspace()), b"").removeprefix(b"\xef\xbb\xbf")
     if not first.lstrip().startswith(b"{"):
@@ -65,9 +65,9 @@ def _begins_with_an_object_in_a_line(path: Path) -> bool:
     return True
 
 
-def _read_jsonl(shown: str, path: Path) -> pa.Table:
-    """One JSON object per line. Read line by line, so that an error names the line."""
-    columns = _Columns(shown)
+def _read_jsonl(label: str, path: Path) -> pa.Table:
+    """Reads one JSON object per line, line by line, so that an error names the line."""
+    builder = _TableBuilder(label)
     with path.open("rb") as stream:
         for line, data in enumerate(stream, start=1):
             if data.isspace():
@@ -76,21 +76,21 @@ def _read_jsonl(shown: str, path: Path) -> pa.Table:
                 value = json.loads(data)
             except (ValueError, RecursionError) as error:
                 raise DataError(
-                    f"{shown}, line {line}: broken JSON ({_json_fault(error)}): each line must be one JSON object"
+                    f"{label}, line {line}: broken JSON ({_json_fault(error)}): each line must be one JSON object"
                 ) from error
-            columns.add(value, line)
-    return columns.table()
+            builder.add(value, line)
+    return builder.table()
 
 
-def _read_json(shown: str, path: Path) -> pa.Table:
-    """One JSON list of objects."""
+def _read_json(label: str, path: Path) -> pa.Table:
+    """Reads one JSON list of objects."""
     data = path.read_bytes()
     if not data.strip():
-        raise DataError(f"{shown}: the file is empty")
+        raise DataError(f"{label}: the file is empty")
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
-        place = shown
+        place = label
         if isinstance(error, json.JSONDecodeError):
             place += f", line {error.lineno}"
         elif isinstance(error, UnicodeDecodeError):
@@ -101,40 +101,40 @@ def _read_json(shown: str, path: Path) -> pa.Table:
         ) from error
     if not isinstance(values, list):
         raise DataError(
-            f"{shown}: holds {_kind(values)}: a .json file must be one list of objects, or one object per line"
+            f"{label}: holds {_type_name(values)}: a .json file must be one list of objects, or one object per line"
         )
-    return from_rows(shown, values)
+    return from_rows(label, values)
 
 
-def _read_parquet(shown: str, path: Path) -> pa.Table:
+def _read_parquet(label: str, path: Path) -> pa.Table:
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            _check_columns(shown, names)
+            _check_columns(label, names)
             table = file.read(columns=[name for name in PAIR_COLUMNS if name in names])
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{shown}: not a readable parquet file ({error})") from error
-    return _from_arrow(shown, [table])
+        raise DataError(f"{label}: not a readable parquet file ({error})") from error
+    return _from_arrow(label, [table])
 
 
-def read_saved(shown: str, folder: Path) -> pa.Table:
-    """Reads a `Dataset` that was written with `save_to_disk`."""
-    import datasets  # half a second, and a run on JSONL never needs it
+def read_saved(label: str, folder: Path) -> pa.Table:
+    """Reads a `Dataset` that was written with `save_to_disk`. Raises `DataError` if it cannot be loaded."""
+    import datasets  # takes half a second, and runs on JSONL do not need it
 
     try:
         dataset = datasets.load_from_disk(str(folder))
     except Exception as error:
-        raise DataError(f"{shown}: cannot load the saved dataset ({_first_line(error)}): save it again") from error
-    return _from_dataset(shown, dataset)
+        raise DataError(f"{label}: cannot load the saved dataset ({_first_line(error)}): save it again") from error
+    return _from_dataset(label, dataset)
 
 
 def read_hub(name: str, split: str, config: str | None) -> pa.Table:
-    """Reads a split of a dataset on the hub."""
+    """Reads a split of a dataset on the hub. Raises `DataError` if the dataset or the split cannot be reached."""
     import datasets
 
     try:
         dataset = datasets.load_dataset(name, config, split=split)
-    # A missing repository, no network, a private one, a bad name: as many exception types as ways to fail.
+    # datasets has different exceptions for a missing or private repository, no network and a bad name.
     except Exception as error:
         reason = _first_line(error)
         if re.search(r"\b(Unknown|Bad) split\b", reason):
@@ -148,24 +148,24 @@ def read_hub(name: str, split: str, config: str | None) -> pa.Table:
     return _from_dataset(f"{name}/{split}", dataset)
 
 
-def _from_dataset(shown: str, dataset: Any) -> pa.Table:
-    _check_columns(shown, dataset.column_names)
-    kept = dataset.select_columns([name for name in PAIR_COLUMNS if name in dataset.column_names])
-    return _from_arrow(shown, kept.with_format("arrow").iter(batch_size=1000))
+def _from_dataset(label: str, dataset: Any) -> pa.Table:
+    _check_columns(label, dataset.column_names)
+    pairs = dataset.select_columns([name for name in PAIR_COLUMNS if name in dataset.column_names])
+    return _from_arrow(label, pairs.with_format("arrow").iter(batch_size=1000))
 
 
-def _from_arrow(shown: str, tables: Iterable[pa.Table]) -> pa.Table:
+def _from_arrow(label: str, tables: Iterable[pa.Table]) -> pa.Table:
     return from_rows(
-        shown,
+        label,
         (row for table in tables for batch in table.to_batches(max_chunksize=1000) for row in batch.to_pylist()),
     )
 
 
-class _Columns:
-    """Gathers rows into the table of a `RawSplit`."""
+class _TableBuilder:
+    """Collects rows and makes the table of a `RawSplit` from them."""
 
-    def __init__(self, shown: str) -> None:
-        self.shown = shown
+    def __init__(self, label: str) -> None:
+        self.label = label
         self.keys: set[str] = set()
         self.texts: dict[str, list[str | None]] = {name: [] for name in PAIR_COLUMNS}
         self.lines: list[int | None] = []
@@ -173,7 +173,7 @@ class _Columns:
     def add(self, value: Any, line: int | None) -> None:
         if not isinstance(value, dict):
             place = f"line {line}" if line is not None else f"row {len(self.lines)}"
-            raise DataError(f"{self.shown}, {place}: {_kind(value)}, not an object with `chosen` and `rejected`")
+            raise DataError(f"{self.label}, {place}: {_type_name(value)}, not an object with `chosen` and `rejected`")
         self.keys.update(value)
         for name, texts in self.texts.items():
             item = value.get(name)
@@ -183,22 +183,22 @@ class _Columns:
     def table(self) -> pa.Table:
         rows = len(self.lines)
         if rows == 0:
-            raise DataError(f"{self.shown}: there are no rows in it")
-        # A column that some rows lack is a matter of those rows; one that no row has is a matter of the file.
-        _check_columns(self.shown, self.keys)
-        file = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([self.shown]))
+            raise DataError(f"{self.label}: there are no rows in it")
+        # Some rows without a column are bad rows; a column that no row has is a mistake in the whole file.
+        _check_columns(self.label, self.keys)
+        file = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([self.label]))
         arrays = [pa.array(self.texts[name], pa.string()) for name in PAIR_COLUMNS]
         return pa.Table.from_arrays(
             [*arrays, file, pa.array(range(rows), pa.int64()), pa.array(self.lines, pa.int64())], schema=_SCHEMA
         )
 
 
-def _check_columns(shown: str, names: Iterable[str]) -> None:
+def _check_columns(label: str, names: Iterable[str]) -> None:
     names = sorted(names)
     missing = [name for name in ("chosen", "rejected") if name not in names]
     if missing:
         raise DataError(
-            f"{shown}: has the columns {', '.join(names) or '(none)'} but not {' and '.join(missing)}: "
+            f"{label}: has the columns {', '.join(names) or '(none)'} but not {' and '.join(missing)}: "
             "rename them; needed are `chosen` and `rejected`, and `prompt` if the answers stand alone"
         )
 
@@ -209,7 +209,7 @@ def _json_fault(error: ValueError | RecursionError) -> str:
     return "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     names = {list: "a list", str: "text", dict: "an object", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 

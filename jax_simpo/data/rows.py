@@ -1,6 +1,6 @@
-"""The row: a preference pair (or several) as one sequence of tokens and a mask of one integer per key.
+"""Lays out preference pairs in rows: a sequence of tokens, and a mask of one integer per key.
 
-This file is the only place that knows how prefix sharing and packing are laid out; model, loss and trainer see arrays.
+Only this file knows how prefix sharing and packing are laid out; model, loss and trainer work on its arrays.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class RowBatch:
 
     @classmethod
     def empty(cls, rows: int, shape: RowShape) -> RowBatch:
-        """Rows with nothing in them: every token is padding, every slot empty."""
+        """Makes rows without content: every token is padding, every slot empty."""
         widths = {"target": shape.targets, "response": shape.responses}
         batch = cls(
             **{f.name: np.zeros((rows, widths.get(f.name.split("_")[0], shape.length)), np.int32) for f in fields(cls)}
@@ -60,16 +60,16 @@ class RowBatch:
         return batch
 
     def arrays(self) -> dict[str, Int[np.ndarray, "B _"]]:
-        """The arrays by name."""
+        """Returns the arrays by field name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def rows(self, start: int, stop: int) -> RowBatch:
-        """A slice of the rows (a view)."""
+        """Returns the rows from `start` to `stop` as views."""
         return RowBatch(**{name: array[start:stop] for name, array in self.arrays().items()})
 
     @property
     def input_tokens(self) -> int:
-        """Tokens that are not padding. (Only padding is visible to nobody.)"""
+        """Number of tokens that are not padding; only padding has a `key_end` of 0."""
         return int(np.count_nonzero(self.key_end))
 
 
@@ -80,12 +80,11 @@ def build_rows(
 
     Args:
         rows: per row, the pairs it holds, each with its number in the step.
-        shape: what a row can hold.
-        prefix_sharing: compute the prefix that a pair's input sequences have in common once. Without it the same
-            builder lays out the same pair with nothing shared.
+        shape: the size of every row.
+        prefix_sharing: lays out the common prefix of a pair's input sequences once; False shares nothing.
 
     Raises:
-        ValueError: a row's pairs do not fit its shape (a defect of the plan, which packs by the same lengths).
+        ValueError: a row's pairs do not fit its shape (a bug in the step plan, which packs by the same lengths).
     """
     batch = RowBatch.empty(len(rows), shape)
     for b, pairs in enumerate(rows):
@@ -96,16 +95,16 @@ def build_rows(
 
 
 class Slots(NamedTuple):
-    """Which response each slot of B rows holds: `response_pair` and `response_rank` of a `RowBatch`."""
+    """The response in each slot of B rows: `response_pair` and `response_rank` of a `RowBatch`, int32."""
 
     pair: Int[np.ndarray, "B R"]
     rank: Int[np.ndarray, "B R"]
 
 
 def response_slots(rows: Sequence[Sequence[int]], shape: RowShape) -> Slots:
-    """The slots of rows from the numbers of their pairs alone, so that a process knows them of rows it does not build.
+    """Computes the slots of rows from the numbers of their pairs, so that a process need not build all rows.
 
-    As `build_rows` fills them: pair after pair, of each the chosen response and then the rejected one.
+    The order is that of `build_rows`: pair after pair, and of each the chosen response before the rejected one.
     """
     slots = Slots(np.full((len(rows), shape.responses), -1, np.int32), np.zeros((len(rows), shape.responses), np.int32))
     for b, pairs in enumerate(rows):
@@ -131,14 +130,15 @@ class _RowWriter:
 
         self._write_tokens(start, inputs[0][:shared], first_position=0, key_end=end)
         for rank, response in enumerate(pair.responses):
-            own = response.inputs[shared:]
-            self._write_tokens(branch, own, first_position=shared, key_end=branch + len(own))
+            branch_tokens = response.inputs[shared:]
+            branch_end = branch + len(branch_tokens)
+            self._write_tokens(branch, branch_tokens, first_position=shared, key_end=branch_end)
             # Input i of this response stands at start + i while shared, at branch + i - shared in its own branch; the
             # target x[j] is predicted at input j - 1.
             predictors = np.arange(response.prompt_length - 1, len(response.inputs))
-            at = predictors + np.where(predictors < shared, start, branch - shared)
-            self._write_response(number, rank, at, response.targets)
-            branch += len(own)
+            target_index = predictors + np.where(predictors < shared, start, branch - shared)
+            self._write_response(number, rank, target_index, response.targets)
+            branch = branch_end
         self.length = end
 
     def _check_room(self, end: int, targets: int, responses: int) -> None:
@@ -148,13 +148,13 @@ class _RowWriter:
             or needed.targets > self.shape.targets
             or needed.responses > self.shape.responses
         ):
-            raise ValueError(f"the pairs of a row need {needed}, the row has {self.shape}")
+            raise ValueError(f"the pairs of a row need {needed}, but the row has {self.shape}")
 
-    def _write_tokens(self, at: int, tokens: Int[np.ndarray, " N"], *, first_position: int, key_end: int) -> None:
-        stop = at + len(tokens)
-        self.row["tokens"][at:stop] = tokens
-        self.row["positions"][at:stop] = np.arange(first_position, first_position + len(tokens))
-        self.row["key_end"][at:stop] = key_end
+    def _write_tokens(self, start: int, tokens: Int[np.ndarray, " N"], *, first_position: int, key_end: int) -> None:
+        stop = start + len(tokens)
+        self.row["tokens"][start:stop] = tokens
+        self.row["positions"][start:stop] = np.arange(first_position, first_position + len(tokens))
+        self.row["key_end"][start:stop] = key_end
 
     def _write_response(
         self, number: int, rank: int, index: Int[np.ndarray, " N"], tokens: Int[np.ndarray, " N"]

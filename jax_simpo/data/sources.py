@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # train-00000-of-00002.parquet, as i
 
 @dataclass(frozen=True)
 class RawSplit:
-    """The pairs of one split as they stand in the sources, in file order, and where each came from.
+    """The pairs of one split as the sources give them, in file order, with the origin of each.
 
     `table` has the columns `prompt`, `chosen`, `rejected` (JSON text, null where absent), `file` (as shown to users),
     `row` (from 0 within the file or hub split) and `line` (from 1, null where the source has no lines).
@@ -41,25 +41,25 @@ class RawSplit:
         return self.table.num_rows
 
     def row(self, index: int) -> dict[str, Any]:
-        """The pair as Python values: message lists or strings, None where the source has no such value."""
+        """Returns a pair as Python values: message lists or strings, None where the source has no value."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a split of {len(self)}")
         (row,) = decode_rows(self.table.slice(index, 1))
         return row
 
     def origin(self, index: int) -> tuple[str, int]:
-        """File and row (from 0) of a pair."""
+        """Returns the file and the row (from 0) of a pair."""
         return self.table["file"][index].as_py(), self.table["row"][index].as_py()
 
     def place(self, index: int) -> str:
-        """File, row and, for JSONL, line of a pair, as messages name it. Rows count from 0, lines from 1."""
+        """Names a pair for messages by file, row (from 0) and, in JSONL, line (from 1)."""
         file, row = self.origin(index)
         line = self.table["line"][index].as_py()
         return f"{file}, row {row}" + (f" (line {line})" if line is not None else "")
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the pairs' content; moving or renaming a file does not change it."""
+        """A hash of the pairs' content. It does not change when a file is moved or renamed."""
         digest = hashlib.blake2b(digest_size=20)
         for column in PAIR_COLUMNS:
             for text in self.table[column].to_pylist():
@@ -69,7 +69,7 @@ class RawSplit:
 
 
 def decode_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """Rows of a `RawSplit.table` as Python values."""
+    """Converts rows of a `RawSplit.table` to Python values."""
     columns = [[None if t is None else json.loads(t) for t in table[name].to_pylist()] for name in PAIR_COLUMNS]
     return [dict(zip(PAIR_COLUMNS, values, strict=True)) for values in zip(*columns, strict=True)]
 
@@ -82,28 +82,36 @@ def decode_rows(table: pa.Table) -> list[dict[str, Any]]:
 def load_split(
     dataset_mixer: Mapping[str, float], split: str, *, dataset_configs: Sequence[str | None] | None = None
 ) -> RawSplit:
-    """One split of every source, whole, in mixer order. The fractions of the mixer are for training only."""
+    """Loads a split of every source with all its rows, in mixer order; the mixer's fractions are for training only.
+
+    Raises:
+        DataError: the mixer is wrong, or a source cannot be read or has no such split.
+    """
     _check_mixer(dataset_mixer)
-    configs = _configs(dataset_mixer, dataset_configs)
-    tables = [_read(source, split, config) for source, config in zip(dataset_mixer, configs, strict=True)]
+    configs = _source_configs(dataset_mixer, dataset_configs)
+    tables = [_read_source(source, split, config) for source, config in zip(dataset_mixer, configs, strict=True)]
     return RawSplit(split, pa.concat_tables(tables).unify_dictionaries())
 
 
 def load_train(
     dataset_mixer: Mapping[str, float], splits: Sequence[str], *, dataset_configs: Sequence[str | None] | None = None
 ) -> RawSplit:
-    """The training pairs: of each train split of each source its first `int(fraction * rows)` rows."""
+    """Loads the training pairs: the first `int(fraction * rows)` rows of every train split of every source.
+
+    Raises:
+        DataError: as `load_split`, or a fraction leaves a source without a pair.
+    """
     _check_mixer(dataset_mixer)
     if not splits:
         raise DataError("dataset_splits names no train split: add one, such as `train`")
     tables = []
-    configs = _configs(dataset_mixer, dataset_configs)
-    # The fraction belongs to the source, whatever number of splits it has.
+    configs = _source_configs(dataset_mixer, dataset_configs)
+    # A source has one fraction, which applies to each of its splits.
     for (source, fraction), config in zip(dataset_mixer.items(), configs, strict=True):
-        whole = [_read(source, split, config) for split in splits]
-        cut = [table.slice(0, int(fraction * table.num_rows)) for table in whole]
+        splits_of_source = [_read_source(source, split, config) for split in splits]
+        cut = [table.slice(0, int(fraction * table.num_rows)) for table in splits_of_source]
         if fraction > 0 and not any(table.num_rows for table in cut):
-            rows = " + ".join(str(table.num_rows) for table in whole)
+            rows = " + ".join(str(table.num_rows) for table in splits_of_source)
             raise DataError(
                 f"dataset_mixer: {source}: the fraction {fraction} of its {rows} rows is not one pair: raise it, or "
                 "remove the source"
@@ -115,6 +123,24 @@ def load_train(
     return RawSplit("+".join(splits), table)
 
 
+def from_memory(name: str, pairs: Any) -> RawSplit:
+    """The split of pairs that are in memory already.
+
+    Args:
+        name: names the pairs in messages.
+        pairs: an iterable of dicts in any form that a row of a file may have, or a `datasets.Dataset`.
+
+    Raises:
+        DataError: there are no pairs, or they lack `chosen` or `rejected`.
+    """
+    if isinstance(pairs, str | Path | Mapping) or not isinstance(pairs, Iterable):
+        raise DataError(
+            f"{name}: {type(pairs).__name__} is no list of pairs; give a list of dicts with `chosen` and `rejected`, "
+            "or a `datasets.Dataset`. Files are named in `dataset_mixer`"
+        )
+    return RawSplit(name, from_rows(name, pairs))
+
+
 def _check_mixer(dataset_mixer: Mapping[str, float]) -> None:
     if not dataset_mixer:
         raise DataError("dataset_mixer is empty: name at least one dataset, such as `my_pairs.jsonl: 1.0`")
@@ -124,7 +150,7 @@ def _check_mixer(dataset_mixer: Mapping[str, float]) -> None:
             raise DataError(f"dataset_mixer: the fraction of {source!r} is {fraction!r}: give a number from 0 to 1")
 
 
-def _configs(dataset_mixer: Mapping[str, float], configs: Sequence[str | None] | None) -> Sequence[str | None]:
+def _source_configs(dataset_mixer: Mapping[str, float], configs: Sequence[str | None] | None) -> Sequence[str | None]:
     if not configs:
         return [None] * len(dataset_mixer)
     if len(configs) != len(dataset_mixer):
@@ -139,7 +165,7 @@ def _configs(dataset_mixer: Mapping[str, float], configs: Sequence[str | None] |
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _read(source: str, split: str, config: str | None) -> pa.Table:
+def _read_source(source: str, split: str, config: str | None) -> pa.Table:
     path = Path(source).expanduser()
     if source.startswith(BUILTIN):
         table = from_rows(f"{source}/{split}", synthetic.make_rows(source.removeprefix(BUILTIN), split))
@@ -147,11 +173,12 @@ def _read(source: str, split: str, config: str | None) -> pa.Table:
         table = _read_folder(source, path, split)
     elif path.exists():
         if path.suffix.lower() not in FILE_TYPES:
-            raise DataError(f"{source}: cannot read {path.suffix or 'a file without extension'}; use {_types()}")
+            raise DataError(f"{source}: cannot read {path.suffix or 'a file without extension'}; use {_file_types()}")
         _check_split(source, split, ["train"], "a single data file is the split `train`; put test pairs beside it")
         table = read_file(source, path)
-    elif path.suffix.lower() in FILE_TYPES or source.startswith(("/", ".", "~")) or source.count("/") > 1:  # no hub id
-        raise DataError(f"{source}: no such file or folder{_nearest(path)}")
+    elif path.suffix.lower() in FILE_TYPES or source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        # Not a hub id, which has at most one slash.
+        raise DataError(f"{source}: no such file or folder{_suggest_neighbour(path)}")
     else:
         table = read_hub(source, split, config)
     if table.num_rows == 0:
@@ -164,13 +191,13 @@ def _read_folder(source: str, folder: Path, split: str) -> pa.Table:
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
         _check_split(source, split, splits)
         return read_saved(f"{source}/{split}", folder / split)
-    if _is_saved(folder):
+    if _is_saved_dataset(folder):
         _check_split(source, split, ["train"], "a saved dataset without splits is the split `train`")
         return read_saved(source, folder)
     files = _folder_files(source, folder)
-    saved = {child.name: child for child in sorted(folder.iterdir()) if child.is_dir() and _is_saved(child)}
+    saved = {child.name: child for child in sorted(folder.iterdir()) if child.is_dir() and _is_saved_dataset(child)}
     if not files and not saved:
-        raise DataError(f"{source}: the folder holds neither {_types()} files nor a dataset of `save_to_disk`")
+        raise DataError(f"{source}: the folder holds neither {_file_types()} files nor a dataset of `save_to_disk`")
     _check_split(source, split, [*saved, *files], "a folder's splits are its file names without the extension")
     if split in saved:
         return read_saved(f"{source}/{split}", saved[split])
@@ -178,15 +205,15 @@ def _read_folder(source: str, folder: Path, split: str) -> pa.Table:
 
 
 def _folder_files(source: str, folder: Path) -> dict[str, list[Path]]:
-    """Split -> its files. A hub repository on disk keeps them in `data/`, perhaps in shards."""
+    """Maps each split to its files. A hub repository on disk keeps them in `data/`, perhaps in shards."""
     files: dict[str, list[Path]] = {}
-    own = ("dataset_info.json", "dataset_infos.json", "state.json")
+    metadata = ("dataset_info.json", "dataset_infos.json", "state.json")
     for place in (folder, folder / "data"):
         if files or not place.is_dir():
             continue
         for file in sorted(place.iterdir()):
             readable = file.suffix.lower() in FILE_TYPES and file.is_file()
-            if readable and not file.name.startswith(".") and file.name not in own:
+            if readable and not file.name.startswith(".") and file.name not in metadata:
                 shard = SHARD.fullmatch(file.stem)
                 files.setdefault(shard[1] if shard else file.stem, []).append(file)
     for split, members in files.items():
@@ -196,7 +223,7 @@ def _folder_files(source: str, folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _is_saved(folder: Path) -> bool:
+def _is_saved_dataset(folder: Path) -> bool:
     return (folder / "state.json").exists() and (folder / "dataset_info.json").exists()
 
 
@@ -205,11 +232,11 @@ def _check_split(source: str, split: str, available: Sequence[str], why: str = "
         raise DataError(f"{source}: no split {split!r}; there is {', '.join(available)}" + (f" ({why})" if why else ""))
 
 
-def _types() -> str:
+def _file_types() -> str:
     return ", ".join(FILE_TYPES[:-1]) + " or " + FILE_TYPES[-1]
 
 
-def _nearest(path: Path) -> str:
+def _suggest_neighbour(path: Path) -> str:
     if not path.parent.is_dir():
         return f" ({path.parent} does not exist either)"
     near = difflib.get_close_matches(path.name, [child.name for child in path.parent.iterdir()], n=1)

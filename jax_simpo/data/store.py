@@ -1,4 +1,4 @@
-"""The tokenised pairs of a split on disk: a memory-mapped Arrow table, found again by what it was made from."""
+"""Keeps the tokenised pairs of a split on disk: a memory-mapped Arrow table, named by a hash of what determines it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENISATION_VERSION = 1
-"""Raise it with every change to messages, chat or tokenize that can change a token: it makes old caches invalid."""
+"""Raise this number with every change to messages, chat or tokenize that can change a token: it ends old caches."""
 
 SHOWN_SKIPPED = 10
 
@@ -50,7 +50,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that cannot be used: its number in the raw split, the kind of reason, and what is the matter with it."""
+    """A row that cannot be used: its number in the raw split, and the `kind` and `detail` of its `BadRow`."""
 
     index: int
     kind: str
@@ -62,13 +62,13 @@ class Skipped:
 
 
 class PairDataset:
-    """The tokenised pairs of a split, in file order, read from disk as they are asked for.
+    """The tokenised pairs of a split, in file order, read from disk on demand.
 
     Attributes:
-        name: of the split.
+        name: the split's name.
         skipped: the rows that could not be used, in file order, also when the tokens came from the cache.
-        cache_hit: whether nothing had to be tokenised.
-        fingerprint: equal exactly when rows, tokenizer, template and settings are; moving a file does not change it.
+        cache_hit: True if the tokens came from the cache.
+        fingerprint: a hash of rows, tokenizer, template and settings. Moving a file does not change it.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class PairDataset:
         self.cache_hit = cache_hit
         self.fingerprint = fingerprint
         self._table = table
-        self._raw = RawSplit(raw.name, raw.table.select(["file", "row", "line"]))  # texts need not stay in memory
+        self._raw = RawSplit(raw.name, raw.table.select(["file", "row", "line"]))  # without the texts, to save memory
         self._chunk_starts = np.cumsum([0] + [batch.num_rows for batch in table.to_batches()])
 
     def __len__(self) -> int:
@@ -87,55 +87,60 @@ class PairDataset:
 
     @cached_property
     def lengths(self) -> PairLengths:
-        """The lengths of all pairs, from which every process derives the step plan."""
-        chosen = _numpy(pc.list_value_length(self._table["chosen_ids"]))
-        rejected = _numpy(pc.list_value_length(self._table["rejected_ids"]))
+        """The token counts of all pairs, from which every process derives the step plan."""
+        chosen = _int32_array(pc.list_value_length(self._table["chosen_ids"]))
+        rejected = _int32_array(pc.list_value_length(self._table["rejected_ids"]))
         return PairLengths(
             chosen_inputs=chosen - 1,
             rejected_inputs=rejected - 1,
-            shared_inputs=_numpy(self._table["shared_inputs"]),
+            shared_inputs=_int32_array(self._table["shared_inputs"]),
             chosen_targets=chosen - self._prompt_lengths[0],
             rejected_targets=rejected - self._prompt_lengths[1],
         )
 
     def pair(self, index: int) -> TokenizedPair:
+        """Returns one pair; see `pairs`."""
         return self.pairs([index])[0]
 
     def pairs(self, indices: Sequence[int] | np.ndarray) -> list[TokenizedPair]:
-        """Several pairs, in the order asked for. The ids are views of the file: nothing is copied."""
+        """Returns the pairs at `indices`, in that order. Their ids are views of the memory-mapped file, not copies.
+
+        Raises:
+            IndexError: an index is negative or beyond the last pair.
+        """
         positions = np.asarray(indices, np.int64).reshape(-1)
         if positions.size and not (0 <= positions.min() and positions.max() < len(self)):
             raise IndexError(f"pair {positions.min()} … {positions.max()} of a dataset of {len(self)}")
         chunks = np.searchsorted(self._chunk_starts, positions, side="right") - 1
-        places = positions - self._chunk_starts[chunks]
+        in_chunks = positions - self._chunk_starts[chunks]
         chosen_prompt, rejected_prompt = self._prompt_lengths
         return [
             TokenizedPair(
                 (
-                    Response(self._ids[0][chunk][place], int(chosen_prompt[position])),
-                    Response(self._ids[1][chunk][place], int(rejected_prompt[position])),
+                    Response(self._ids[0][chunk][in_chunk], int(chosen_prompt[position])),
+                    Response(self._ids[1][chunk][in_chunk], int(rejected_prompt[position])),
                 )
             )
-            for position, chunk, place in zip(positions.tolist(), chunks.tolist(), places.tolist(), strict=True)
+            for position, chunk, in_chunk in zip(positions.tolist(), chunks.tolist(), in_chunks.tolist(), strict=True)
         ]
 
     def texts(self, index: int) -> PairText:
-        """Prompt and answers of a pair after the chat template."""
+        """Returns the prompt and the answers of a pair as text, after the chat template."""
         return PairText(*(self._table[f"text_{part}"][index].as_py() for part in ("prompt", "chosen", "rejected")))
 
     def origin(self, index: int) -> tuple[str, int]:
-        """File and row (from 0) a pair came from."""
+        """Returns the file and the row (from 0) of a pair."""
         return self._raw.origin(self._table["index"][index].as_py())
 
     @property
     def origins(self) -> list[tuple[str, int]]:
-        """File and row (from 0) of every pair."""
+        """The file and the row (from 0) of every pair."""
         indices = self._table["index"]
         files, rows = (self._raw.table[name].take(indices).to_pylist() for name in ("file", "row"))
         return list(zip(files, rows, strict=True))
 
     def skipped_summary(self) -> str:
-        """How many rows were skipped and why, in a line; empty when there are none."""
+        """Counts the skipped rows by reason, in one line; empty if there are none."""
         if not self.skipped:
             return ""
         kinds = Counter(row.kind for row in self.skipped).most_common()
@@ -143,17 +148,17 @@ class PairDataset:
         return f"{len(self.skipped)} of {total} rows skipped: " + ", ".join(f"{n} {kind}" for kind, n in kinds)
 
     def skipped_lines(self) -> list[str]:
-        """The first skipped rows with file, row and reason, a line each."""
+        """Lists the first skipped rows with file, row and reason, one line each."""
         lines = [f"  {self._raw.place(row.index)}: {row.reason}" for row in self.skipped[:SHOWN_SKIPPED]]
         more = len(self.skipped) - SHOWN_SKIPPED
         return [*lines, f"  and {more} more"] if more > 0 else lines
 
     def skipped_report(self) -> str:
-        """The summary and the first skipped rows; empty when there are none."""
+        """Joins `skipped_summary` and `skipped_lines`; empty if there are none."""
         return "\n".join([self.skipped_summary(), *self.skipped_lines()])
 
     def inspect_objects(self) -> Iterator[dict[str, Any]]:
-        """One object per pair in input order: what `inspect --json` writes, with the keys of the golden file."""
+        """Yields one object per pair in file order, as `inspect --json` writes them."""
         for batch in self._table.to_batches():
             for pair in batch.to_pylist():
                 file, row = self._raw.origin(pair["index"])
@@ -171,7 +176,7 @@ class PairDataset:
 
     @cached_property
     def _prompt_lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        return _numpy(self._table["chosen_prompt_length"]), _numpy(self._table["rejected_prompt_length"])
+        return _int32_array(self._table["chosen_prompt_length"]), _int32_array(self._table["rejected_prompt_length"])
 
     @cached_property
     def _ids(self) -> tuple[list[_IdLists], list[_IdLists]]:
@@ -180,18 +185,18 @@ class PairDataset:
 
 
 class _IdLists:
-    """A list column's ids as numpy views; pyarrow's own item access is a hundred times slower."""
+    """Gives the lists of a column chunk as numpy views; pyarrow's own item access is a hundred times slower."""
 
     def __init__(self, chunk: pa.ListArray) -> None:
         self.offsets = chunk.offsets.to_numpy()
         self.values = chunk.values.to_numpy()
 
-    def __getitem__(self, place: int) -> np.ndarray:
-        ids: np.ndarray = self.values[self.offsets[place] : self.offsets[place + 1]]
+    def __getitem__(self, index: int) -> np.ndarray:
+        ids: np.ndarray = self.values[self.offsets[index] : self.offsets[index + 1]]
         return ids
 
 
-def _numpy(column: pa.ChunkedArray) -> np.ndarray:
+def _int32_array(column: pa.ChunkedArray) -> np.ndarray:
     return np.asarray(column.to_numpy(), np.int32)
 
 
@@ -201,7 +206,7 @@ def _numpy(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def cache_key(raw: RawSplit, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> str:
-    """A name for the tokens of a split: equal exactly when rows, tokenizer, template and settings are."""
+    """Hashes all that determines a split's tokens: rows, tokenizer, template, settings and library versions."""
     import tokenizers
     import transformers
 
@@ -217,7 +222,7 @@ def cache_key(raw: RawSplit, tokenizer: PreTrainedTokenizerBase, settings: Mappi
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer
-        # State of the last call, not content: the tokenizer sets both anew at every call.
+        # Truncation and padding are left over from the last call, and the tokenizer sets both again at every call.
         backend.no_truncation()
         backend.no_padding()
         content = backend.to_str()
@@ -226,27 +231,31 @@ def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         hashes = [hashlib.blake2b(Path(f).read_bytes()).hexdigest() for f in files if f and Path(f).is_file()]
         content = json.dumps([sorted(tokenizer.get_vocab().items()), hashes])
     digest = hashlib.blake2b(content.encode(), digest_size=20)
-    # `split_special_tokens` decides whether "<|eot_id|>" typed by a user becomes the special token.
-    rest = [
+    # `split_special_tokens`: if False, "<|eot_id|>" in a text becomes the special token.
+    properties = [
         type(tokenizer).__name__,
         tokenizer.get_chat_template(),
         tokenizer.special_tokens_map,
         [tokenizer.bos_token_id, tokenizer.eos_token_id],
         bool(getattr(tokenizer, "split_special_tokens", False)),
     ]
-    digest.update(json.dumps(rest, sort_keys=True, default=str).encode())
+    digest.update(json.dumps(properties, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
 def default_cache_dir() -> Path:
-    """Where Hugging Face datasets keeps its cache, without importing it (half a second)."""
+    """Returns our folder in the cache of Hugging Face datasets, without importing datasets (half a second)."""
     from huggingface_hub.constants import HF_HOME
 
     return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets") / "jax_simpo"
 
 
 class Store:
-    """One entry of the cache: a folder that appears whole or not at all."""
+    """One entry of the cache: a folder that is written completely or not at all.
+
+    Raises:
+        DataError: the cache folder cannot be made or written.
+    """
 
     def __init__(self, cache_dir: str | Path | None, key: str) -> None:
         self.root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
@@ -260,13 +269,16 @@ class Store:
             raise DataError(f"cache folder {self.root}: {error}: set {key} to a folder that can be written") from error
 
     def lock(self) -> FileLock:
+        """Returns the lock that the processes of a host take before they look for or write the entry."""
         return FileLock(f"{self.folder}.lock")
 
     def exists(self) -> bool:
+        """Returns True if the entry has been written."""
         return self.folder.is_dir()
 
     @contextmanager
     def writer(self) -> Iterator[Writer]:
+        """Opens the entry for writing. It appears when the block ends without an exception."""
         temporary = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.", dir=self.root))
         try:
             with pa.OSFile(str(temporary / "pairs.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as stream:
@@ -274,16 +286,17 @@ class Store:
                 yield writer
             writer.skipped.sort(key=lambda row: row.index)
             (temporary / "skipped.json").write_text(json.dumps([asdict(row) for row in writer.skipped]))
-            temporary.chmod(0o755)  # mkdtemp's folders are closed to other users of a shared cache
+            temporary.chmod(0o755)  # mkdtemp closes its folder to other users, who may share the cache
             try:
                 temporary.replace(self.folder)
-            except OSError:  # another host, which our lock does not reach, was faster: its entry is the same
+            except OSError:  # another host, which the lock does not cover, wrote the same entry first
                 if not self.exists():
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def open(self, raw: RawSplit, cache_hit: bool) -> PairDataset:
+        """Opens the written entry; `raw` gives the origins of its pairs."""
         with pa.memory_map(str(self.folder / "pairs.arrow")) as source:
             table = pa.ipc.open_file(source).read_all()
         skipped = [Skipped(**row) for row in json.loads((self.folder / "skipped.json").read_text())]
@@ -300,6 +313,7 @@ class Writer:
     def write(
         self, indices: list[int], texts: list[PairText], pairs: list[TokenizedPair], skipped: list[Skipped]
     ) -> None:
+        """Writes the rows of a chunk that became pairs, and notes those that were skipped."""
         self.skipped += skipped
         if not pairs:
             return

@@ -1,12 +1,12 @@
-"""Preference pairs made on the spot, for the quickstart and for trying things out: the café that learns to listen.
+"""Makes the built-in preference pairs and their tokenizer, for the quickstart and for trials without data files.
 
-A guest orders ("Could I have a large tea with lemon? The name is Anna."), sometimes with a change of mind
-("... Actually, make that a coffee."). The chosen reply confirms what was ordered, the rejected one gets one thing
-wrong. Right and wrong replies are made of the same words, so an untrained model prefers the right one half of the time.
-Held-out orders combine a drink and an extra that never come together in training: only a model that reads the order can
-get them right.
+`builtin:cafe` holds orders in a café. A guest orders ("Could I have a large tea with lemon? The name is Anna."),
+sometimes with a change of mind ("... Actually, make that a coffee."). The chosen reply confirms the order, the rejected
+one gets one word wrong. Both kinds of reply use the same words, so an untrained model prefers the right one half of the
+time. Test orders combine a drink and an extra that never come together in training, so only a model that reads the
+order gets them right.
 
-Beside it: pairs of a real data set's lengths without its texts, for plans.
+`builtin:lengths` has the lengths of a real data set without its texts, for hardware plans.
 """
 
 from __future__ import annotations
@@ -69,30 +69,30 @@ SPLITS = {"train": 4096, "test": 512}
 
 
 def _held_out(drink: str, extra: str) -> bool:
-    """Whether a drink and an extra come together only in the test split: a fifth of all combinations."""
+    """Returns True if a drink and an extra come together only in the test split: a fifth of all combinations."""
     return (DRINKS.index(drink) + 2 * EXTRAS.index(extra)) % 5 == 0
 
 
-def _other(chance: random.Random, field: str, than: str) -> str:
+def _another_word(chance: random.Random, field: str, than: str) -> str:
     return chance.choice([word for word in _CHOICES[field] if word != than])
 
 
 def _pair(chance: random.Random, split: str) -> dict[str, list[dict[str, str]]]:
-    """One order with the right reply and one that gets a single thing wrong."""
+    """Makes one order with a right reply and a reply that gets one word wrong."""
     while True:
         order = _Order(*(chance.choice(_CHOICES[field.name]) for field in fields(_Order)))
         if _held_out(order.drink, order.extra) == (split == "test"):
             break
-    said = order
     request = chance.choice(_ORDERS)
     if chance.random() < 0.3:
         changed = chance.choice(list(_SECOND_THOUGHTS))
-        said = replace(order, **{changed: _other(chance, changed, than=getattr(order, changed))})
-        request = request.format(**vars(said)) + " " + chance.choice(_SECOND_THOUGHTS[changed]).format(**vars(order))
+        first_order = replace(order, **{changed: _another_word(chance, changed, than=getattr(order, changed))})
+        correction = chance.choice(_SECOND_THOUGHTS[changed])
+        request = f"{request.format(**vars(first_order))} {correction.format(**vars(order))}"
     else:
         request = request.format(**vars(order))
-    wrong = chance.choice([field.name for field in fields(_Order)])
-    mistaken = replace(order, **{wrong: _other(chance, wrong, than=getattr(order, wrong))})
+    wrong_field = chance.choice([field.name for field in fields(_Order)])
+    mistaken = replace(order, **{wrong_field: _another_word(chance, wrong_field, than=getattr(order, wrong_field))})
     reply = chance.choice(_REPLIES)
     prompt = {"role": "user", "content": request}
     return {
@@ -102,16 +102,16 @@ def _pair(chance: random.Random, split: str) -> dict[str, list[dict[str, str]]]:
 
 
 def _cafe_rows(split: str) -> list[dict[str, Any]]:
-    # The split is part of the seed, so that the splits do not repeat one another's draws.
+    # The split is part of the seed, so that each split has draws of its own.
     chance = random.Random(f"0/{split}")
     return [_pair(chance, split) for _ in range(SPLITS[split])]
 
 
 def _length_rows(split: str) -> list[dict[str, Any]]:
-    """Orders without sense, of UltraFeedback's lengths: for plans, where only lengths count, and no network is needed.
+    """Makes pairs of random words with the lengths of UltraFeedback, for hardware plans, where only lengths count.
 
-    Its median prompt has 121 tokens and its median response 288 (a prompt and a response together 409, one 0.42 of the
-    other: arXiv 2410.20305). Drawn log-normally with sigma 0.5 and cut at four medians, as the benchmarks do.
+    UltraFeedback's median prompt has 121 tokens and its median response 288 (arXiv 2410.20305 gives their sum, 409, and
+    their ratio, 0.42). Lengths are log-normal with sigma 0.5 and cut at four medians, as in the benchmarks.
     """
     chance = random.Random(f"lengths/{split}")
 
@@ -127,14 +127,14 @@ def _length_rows(split: str) -> list[dict[str, Any]]:
     return [pair() for _ in range(SPLITS[split])]
 
 
-# --- what `builtin:NAME` means, as a data source and as a tokenizer
+# --- the names after `builtin:`, as data sources and as tokenizers
 
 _ROWS: dict[str, Callable[[str], list[dict[str, Any]]]] = {"cafe": _cafe_rows, "lengths": _length_rows}
 BUILTINS = tuple(_ROWS)
 
 
 def make_rows(name: str, split: str) -> list[dict[str, Any]]:
-    """The pairs of one split of a built-in data set, always the same.
+    """Makes the pairs of one split of a built-in data set. Every call gives the same pairs.
 
     Raises:
         DataError: there is no built-in data set of that name, or it has no such split.
@@ -146,12 +146,12 @@ def make_rows(name: str, split: str) -> list[dict[str, Any]]:
 
 
 def make_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A word-level tokenizer with a chat template that knows exactly the words of a built-in data set.
+    """Makes a word-level tokenizer for the words of the built-in data sets, with a chat template.
 
     Raises:
         DataError: there is no built-in tokenizer of that name.
     """
-    # Imported here: it takes seconds, and rows are made without it.
+    # Imported here, because it takes seconds and rows are made without it.
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -159,7 +159,7 @@ def make_tokenizer(name: str) -> PreTrainedTokenizerBase:
     special = (_PAD, _BOS, _EOS, _UNKNOWN, "<|user|>", "<|assistant|>")
     words = sorted({word for text in _all_texts() for word in re.findall(_WORD, text)})
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*special, *words))}, unk_token=_UNKNOWN))
-    # A word carries the space before it, so that joining tokens gives back the text.
+    # A token is a word with the space before it, so that joined tokens give back the text.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(list(special))
@@ -177,8 +177,8 @@ def make_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _all_texts() -> list[str]:
-    """Every sentence form with every word, for the vocabulary."""
-    # Second thoughts follow an order, so their first word has a space before it.
+    """Lists every sentence form with every word, from which the vocabulary is made."""
+    # A second thought follows an order, so its first word has a space before it.
     forms = [*_ORDERS, *_REPLIES, *(" " + form for forms in _SECOND_THOUGHTS.values() for form in forms)]
     order = _Order(SIZES[0], DRINKS[0], EXTRAS[0], NAMES[0])
     orders = [replace(order, **{field: word}) for field, words in _CHOICES.items() for word in words]

@@ -1,4 +1,4 @@
-"""Turns rendered pairs into token ids, exactly as the original SimPO but for one flaw, and whole splits at a time."""
+"""Tokenises rendered pairs, one by one or a split at a time, as the original SimPO does but for how it cuts answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHUNK_ROWS = 512
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """Everything besides the row and the tokenizer that decides which ids a pair becomes."""
+    """The settings that determine a pair's token ids, together with its row and the tokenizer."""
 
     max_length: int
     max_prompt_length: int
@@ -53,12 +53,23 @@ def tokenize_pair(
     max_prompt_length: int,
     truncation_mode: TruncationMode,
 ) -> TokenizedPair:
-    """Tokenises one rendered pair. Raises `BadRow` when nothing trainable is left of it."""
+    """Tokenises one rendered pair.
+
+    Args:
+        text: prompt and answers after the chat template.
+        tokenizer: as `load_tokenizer` returns it.
+        max_length: most tokens of a prompt with its answer.
+        max_prompt_length: tokens that a prompt is cut to if it does not fit `max_length` with the longer answer.
+        truncation_mode: the end of a prompt that is kept.
+
+    Raises:
+        BadRow: truncation leaves no prompt or no answer, or makes the answers equal.
+    """
     settings = TokenSettings(max_length, max_prompt_length, truncation_mode)
-    return _assemble(_encode(tokenizer, _texts(text)), tokenizer, settings)
+    return _make_pair(_encode(tokenizer, _texts_to_encode(text)), tokenizer, settings)
 
 
-def _texts(text: PairText) -> list[str]:
+def _texts_to_encode(text: PairText) -> list[str]:
     return [text.prompt, text.prompt + text.chosen, text.prompt + text.rejected]
 
 
@@ -69,60 +80,60 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
     return ids
 
 
-def _assemble(encoded: list[list[int]], tokenizer: PreTrainedTokenizerBase, settings: TokenSettings) -> TokenizedPair:
-    """Prompt and answers from the ids of the prompt alone and of the prompt with each answer."""
-    prompt, *wholes = encoded
+def _make_pair(encoded: list[list[int]], tokenizer: PreTrainedTokenizerBase, settings: TokenSettings) -> TokenizedPair:
+    """Makes a pair from the ids of the prompt alone and of the prompt with each answer."""
+    prompt, *sequences = encoded
     max_length, max_prompt_length = settings.max_length, settings.max_prompt_length
     parts = [
-        _with_bos_and_eos(whole[:boundary], whole[boundary:], tokenizer)
-        for whole, boundary in zip(wholes, _boundaries(prompt, wholes), strict=True)
+        _add_bos_and_eos(ids[:start], ids[start:], tokenizer)
+        for ids, start in zip(sequences, _answer_starts(prompt, sequences), strict=True)
     ]
-    longer = max(len(after) for _, after in parts)
+    longer = max(len(answer_ids) for _, answer_ids in parts)
     responses = []
-    for before, after in parts:
-        # The original decides by the longer answer for both, but by each one's own prompt.
-        if len(before) + longer > max_length:
+    for prompt_ids, answer_ids in parts:
+        # As in the original: each response has its own prompt, but the longer answer decides for both.
+        if len(prompt_ids) + longer > max_length:
             keep_start = settings.truncation_mode == "keep_start"
-            before = before[:max_prompt_length] if keep_start else before[-max_prompt_length:]
-        # Here we differ: the original cuts both answers to max_length - max_prompt_length, even if the prompt is short.
-        after = after[: max(max_length - len(before), 0)]
-        if not before or not after or max_prompt_length < 1:
+            prompt_ids = prompt_ids[:max_prompt_length] if keep_start else prompt_ids[-max_prompt_length:]
+        # Unlike the original, which cuts both answers to max_length - max_prompt_length, even if the prompt is short.
+        answer_ids = answer_ids[: max(max_length - len(prompt_ids), 0)]
+        if not prompt_ids or not answer_ids or max_prompt_length < 1:
             raise BadRow(
                 "nothing left after truncation",
-                f"max_length {max_length} and max_prompt_length {max_prompt_length} leave {len(before)} prompt and "
-                f"{len(after)} answer tokens",
+                f"max_length {max_length} and max_prompt_length {max_prompt_length} leave {len(prompt_ids)} prompt and "
+                f"{len(answer_ids)} answer tokens",
             )
-        responses.append(Response(np.array(before + after, np.int32), len(before)))
+        responses.append(Response(np.array(prompt_ids + answer_ids, np.int32), len(prompt_ids)))
     if np.array_equal(responses[0].ids, responses[1].ids):
         raise BadRow("nothing left after truncation", f"the answers differ only beyond max_length {max_length}")
     return TokenizedPair(tuple(responses))
 
 
-def _boundaries(prompt: list[int], wholes: list[list[int]]) -> list[int]:
-    """Finds where each answer begins, on the whole: one token earlier when the prompt's last token merged with it."""
-    boundaries = [len(prompt) - (whole[: len(prompt)] != prompt) for whole in wholes]
-    chosen, rejected = (whole[:boundary] for whole, boundary in zip(wholes, boundaries, strict=True))
+def _answer_starts(prompt: list[int], sequences: list[list[int]]) -> list[int]:
+    """Finds the first answer token of each sequence: one earlier if the prompt's last token merged with the answer."""
+    starts = [len(prompt) - (ids[: len(prompt)] != prompt) for ids in sequences]
+    chosen, rejected = (ids[:start] for ids, start in zip(sequences, starts, strict=True))
     differing = sum(a != b for a, b in zip(chosen, rejected, strict=False))
-    if differing > 1 or any(len(whole) < len(prompt) for whole in wholes):
-        # More than the last token merged. The original stops with an exception; the first token that is not the
-        # prompt's own is a boundary too.
-        return [_common_prefix(prompt, whole) for whole in wholes]
-    return boundaries
+    if differing > 1 or any(len(ids) < len(prompt) for ids in sequences):
+        # More than the last token merged. The original stops with an exception; here the answer starts at the first
+        # token that is not the prompt's own.
+        return [_common_prefix_length(prompt, ids) for ids in sequences]
+    return starts
 
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
+def _common_prefix_length(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _with_bos_and_eos(
-    before: list[int], after: list[int], tokenizer: PreTrainedTokenizerBase
+def _add_bos_and_eos(
+    prompt: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and before[:1] != [bos]:
-        before = [bos, *before]
-    if eos is not None and after[-1:] != [eos]:
-        after = [*after, eos]
-    return before, after
+    if bos is not None and prompt[:1] != [bos]:
+        prompt = [bos, *prompt]
+    if eos is not None and answer[-1:] != [eos]:
+        answer = [*answer, eos]
+    return prompt, answer
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -143,23 +154,33 @@ def tokenize_split(
     cache_dir: str | Path | None = None,
     progress: bool | None = None,
 ) -> PairDataset:
-    """Tokenises a split, or takes it from the cache of an earlier run with the same rows, tokenizer and settings.
+    """Tokenises a split, or opens the tokens that an earlier run with the same rows, tokenizer and settings cached.
 
-    `num_proc` is the number of threads that encode (None: one per core, 1: none besides this one). `cache_dir` defaults
-    to the cache of Hugging Face datasets. `progress` shows a bar on stderr; None shows it on a terminal only.
+    Args:
+        raw: the pairs as the sources give them.
+        tokenizer: as `load_tokenizer` returns it.
+        max_length, max_prompt_length, truncation_mode: see `tokenize_pair`.
+        auto_insert_empty_system_msg: see `render_pair`.
+        on_bad_row: raises an error for rows that cannot be used, or skips them.
+        num_proc: number of threads that encode. None uses one per core; 1 starts no thread.
+        cache_dir: folder of the cache; None stands for the cache of Hugging Face datasets.
+        progress: shows a bar on stderr, or none; None shows it on a terminal only.
+
+    Raises:
+        DataError: rows cannot be used and `on_bad_row` is "error", no row can be used, or the cache cannot be written.
     """
     settings = TokenSettings(max_length, max_prompt_length, truncation_mode, auto_insert_empty_system_msg)
     store = Store(cache_dir, cache_key(raw, tokenizer, asdict(settings)))
-    with store.lock():  # of several processes on a host, one tokenises and the others read
+    with store.lock():  # one process of a host tokenises, and the others read its tokens
         cache_hit = store.exists()
         if not cache_hit:
-            with _threads(num_proc), store.writer() as writer:
+            with _encoder_threads(num_proc), store.writer() as writer:
                 for chunk in _tokenize_chunks(raw, tokenizer, settings, progress):
                     writer.write(*chunk)
     dataset = store.open(raw, cache_hit)
     if dataset.skipped and on_bad_row == "error":
         first = f"{len(dataset.skipped)} of {len(raw)} rows of {raw.name} cannot be used:"
-        last = "Mend or remove them, or set `on_bad_row: skip` to go on without them (rows count from 0)."
+        last = "Correct or remove them, or set `on_bad_row: skip` to go on without them (rows count from 0)."
         raise DataError("\n".join([first, *dataset.skipped_lines(), last]))
     if len(dataset) == 0:
         raise DataError(f"no row of {raw.name} can be used: {dataset.skipped_summary()}")
@@ -191,18 +212,17 @@ def _tokenize_chunk(
         except BadRow as bad:
             skipped.append(Skipped(index, bad.kind, bad.detail))
 
-    # One call for the chunk: the tokenizer's own Rust threads encode it, and this thread does the rest. Processes
-    # would have to import transformers and read the vocabulary first. 1300 pairs (0.6 M tokens, Llama-3 vocabulary) on
-    # 2 cores: encoding takes 0.57 s on one thread and 0.33 s on two, the rest 0.25 s; starting one spawned worker costs
-    # over 2 s. Forked workers (the way of `datasets`) may deadlock beside JAX's threads.
-    encoded = _encode(tokenizer, [t for _, text in rendered for t in _texts(text)]) if rendered else []
+    # One call encodes the chunk in the tokenizer's own Rust threads. Worker processes would be slower: 1300 pairs
+    # (0.6 M tokens, Llama-3 vocabulary) take 0.33 s to encode on two cores and 0.25 s for the rest, and a spawned
+    # worker takes 2 s to import transformers. Forked workers (as in `datasets`) may deadlock beside JAX's threads.
+    encoded = _encode(tokenizer, [t for _, text in rendered for t in _texts_to_encode(text)]) if rendered else []
 
     indices: list[int] = []
     texts: list[PairText] = []
     pairs: list[TokenizedPair] = []
     for number, (index, text) in enumerate(rendered):
         try:
-            pair = _assemble(encoded[3 * number : 3 * number + 3], tokenizer, settings)
+            pair = _make_pair(encoded[3 * number : 3 * number + 3], tokenizer, settings)
         except BadRow as bad:
             skipped.append(Skipped(index, bad.kind, bad.detail))
             continue
@@ -213,8 +233,8 @@ def _tokenize_chunk(
 
 
 @contextmanager
-def _threads(num_proc: int | None) -> Iterator[None]:
-    """Sets how many Rust threads encode. Their pool is made once per process: only its first use can set a number."""
+def _encoder_threads(num_proc: int | None) -> Iterator[None]:
+    """Sets the number of Rust threads that encode. A process makes their pool once, so only its first call counts."""
     if num_proc is None:
         yield
         return
@@ -234,6 +254,6 @@ def _threads(num_proc: int | None) -> Iterator[None]:
 
 def _progress_bar(show: bool | None) -> Progress:
     console = Console(stderr=True)
-    # A split may be called `[x]`, which is no markup.
+    # A split may be named `[x]`, which rich would read as markup.
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=not (console.is_terminal if show is None else show))
