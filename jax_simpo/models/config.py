@@ -1,7 +1,7 @@
-"""The sizes and switches of a decoder: everything its weights and its forward pass depend on.
+"""Describes a decoder: the sizes and switches on which its weights and its forward pass depend.
 
-`jax_simpo.hf.config` reads one from a Hugging Face `config.json`. A further family is a further module in
-`jax_simpo.hf.families`, and the switches it needs here (a default that means "off" leaves the other families alone).
+`jax_simpo.hf.config` reads a `ModelConfig` from a Hugging Face `config.json`. To add a family, add a module to
+`jax_simpo.hf.families` and the switches it needs here, with a default that leaves the other families as they are.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ Activation = Literal["silu", "gelu_tanh"]
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """All RoPE frequencies divided by one factor (position interpolation, arXiv 2306.15595)."""
+    """Divides all RoPE frequencies by one factor (position interpolation, arXiv 2306.15595)."""
 
     factor: float
 
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's RoPE: long wavelengths divided by `factor`, short ones kept, a ramp between the two."""
+    """Divides low RoPE frequencies by `factor`, keeps high ones, and blends those between (Llama 3.1)."""
 
     factor: float
     low_freq_factor: float
@@ -39,7 +39,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches of a decoder; everything the weights and the forward pass depend on."""
+    """Sizes and switches of a decoder. Two models with equal configurations have the same shapes and computations."""
 
     model_type: str
     vocab_size: int
@@ -54,16 +54,16 @@ class ModelConfig:
     rope: Rope
     tie_word_embeddings: bool
     initializer_range: float
-    query_pre_attn_scalar: int  # scores are divided by its root; the head size, unless a family says otherwise
-    layer_windows: tuple[int | None, ...]  # per layer, how many positions back attention sees; `None` is all of them
-    activation: Activation = "silu"  # of the feed-forward part
+    query_pre_attn_scalar: int  # attention scores are divided by its root; usually head_dim
+    layer_windows: tuple[int | None, ...]  # per layer: positions that attention sees; None is all
+    activation: Activation = "silu"  # in the feed-forward part
     qkv_bias: bool = False
-    output_bias: bool = False  # of attention
+    output_bias: bool = False  # in attention's output projection
     mlp_bias: bool = False  # on gate, up and down
-    qk_norm: bool = False  # each head's query and key are normed
-    post_norms: bool = False  # what a block's two parts give is normed before it is added
+    qk_norm: bool = False  # norm over each head of queries and keys
+    post_norms: bool = False  # norm attention's and feed-forward's outputs before adding them
     norm_offset: bool = False  # norms multiply by 1 + scale, in float32
-    scale_embeddings: bool = False  # times the root of the width
+    scale_embeddings: bool = False  # multiply by the root of hidden_size
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     bos_token_id: int | None = None
@@ -72,10 +72,10 @@ class ModelConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The distinct sliding windows of the layers' attention, in positions; `None` sees everything before it."""
+        """The distinct sliding windows of the layers, in positions; None is attention without a window."""
         return tuple(dict.fromkeys(self.layer_windows))
 
     @property
     def layer_types(self) -> list[str]:
-        """The layers' kinds of attention, as Hugging Face configurations name them."""
+        """The kind of attention of each layer, as Hugging Face configurations name it."""
         return ["sliding_attention" if window else "full_attention" for window in self.layer_windows]

@@ -1,7 +1,7 @@
-"""LoRA: beside a frozen linear layer, the product of two thin matrices that are trained in its place.
+"""LoRA adapters: instead of a linear layer's kernel, the product of two thin matrices beside it is trained.
 
-`y = x @ kernel + alpha / rank * (x @ a) @ b` (Hu et al., arXiv 2106.09685), as peft has it. An adapter's parameters lie
-next to the kernel's, under the key `adapter`; everything else of the model is its base.
+`y = x @ kernel + alpha / rank * (x @ a) @ b` (Hu et al., arXiv 2106.09685), as peft computes it. An adapter's
+parameters are stored next to the kernel, under the key `adapter`; all other parameters are the base.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from jax_simpo.ops.linear import linear, product
 from jax_simpo.ops.numerics import matmul_precision
 from jax_simpo.sharding import gather_parameter
 
-KEY = "adapter"  # of an adapter's parameters, in the dict of their linear layer
+KEY = "adapter"  # names an adapter's parameters in the dict of their linear layer
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Which linear layers have an adapter, and of what size.
+    """The linear layers that have an adapter, and the adapter's size.
 
     Attributes:
-        rank: of the product of the two matrices.
+        rank: the rank of the product of the two matrices.
         alpha: the product is scaled by `alpha / rank`.
         targets: the linear layers, by their paths in a decoder layer ("attention/q").
     """
@@ -37,18 +37,19 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What the product of the matrices is multiplied by."""
+        """The factor of the matrices' product."""
         return self.alpha / self.rank
 
 
 class Adapter(nnx.Module):
-    """What is added to a linear layer's output. Its matrices are drawn as peft draws them: the second one is zero.
+    """Computes the term that is added to a linear layer's output: `scale * (x @ a) @ b`.
 
-    They are split over the mesh as the kernel is, along the axis that they have in common with it.
+    As in peft, `a` is drawn at random and `b` is zero. Each matrix is split over the mesh along the axis that it shares
+    with the kernel.
     """
 
     def __init__(self, lora: Lora, axes: tuple[str, str], sizes: tuple[int, int], rngs: nnx.Rngs) -> None:
-        bound = sizes[0] ** -0.5  # Kaiming's uniform distribution with a = sqrt(5)
+        bound = sizes[0] ** -0.5  # peft's kaiming_uniform_(a=sqrt(5))
         a = jax.random.uniform(rngs.adapters(), (sizes[0], lora.rank), minval=-bound, maxval=bound)
         self.a = nnx.Param(a, axes=(axes[0], None))
         self.b = nnx.Param(jnp.zeros((lora.rank, sizes[1])), axes=(None, axes[1]))
@@ -56,20 +57,20 @@ class Adapter(nnx.Module):
 
     def __call__(self, x: Float[Array, "B L In"]) -> Float[Array, "B L Out"]:
         a, b = (gather_parameter(param[...], x.dtype, *param.axes) for param in (self.a, self.b))
-        # The thin product may be kept for the backward pass; the wide one is cheap to make of it again.
+        # `linear` lets the backward pass keep the thin product; `product` recomputes the wide one, which is cheap.
         return product(linear(x, a), b) * self.scale
 
 
 def merged(
     kernel: Float[Array, "In Out"], a: Float[Array, "In R"], b: Float[Array, "R Out"], scale: Any
 ) -> Float[Array, "In Out"]:
-    """The kernel of one linear layer that computes what a layer and its adapter do together, float32."""
-    wide = jnp.matmul(a, b, precision=matmul_precision(jnp.dtype(jnp.float32)))
-    return kernel.astype(jnp.float32) + scale * wide
+    """Returns the float32 kernel of a linear layer that computes the same as `kernel` with its adapter."""
+    update = jnp.matmul(a, b, precision=matmul_precision(jnp.dtype(jnp.float32)))
+    return kernel.astype(jnp.float32) + scale * update
 
 
 def split(params: Any) -> tuple[Any, Any]:
-    """A model's nested dict in two: the adapters, and the base. Either may be empty."""
+    """Splits a model's nested dict into the adapters and the base. Either may be empty."""
     adapters: dict[str, Any] = {}
     base: dict[str, Any] = {}
     for key, value in params.items():
@@ -85,6 +86,6 @@ def split(params: Any) -> tuple[Any, Any]:
 
 
 def join(adapters: Any, base: Any) -> Any:
-    """The whole of what `split` has split."""
-    both = {**base, **adapters}
-    return {key: join(adapters[key], base[key]) if key in adapters and key in base else both[key] for key in both}
+    """Joins the two dicts that `split` returns."""
+    entries = {**base, **adapters}
+    return {key: join(adapters[key], base[key]) if key in adapters and key in base else entries[key] for key in entries}

@@ -1,13 +1,13 @@
-"""The decoder: tokens, positions and a mask in, hidden states out.
+"""The decoder: computes hidden states from tokens, positions and a mask.
 
-Read from the top: the parts of a layer, the layer, the stack of layers, and `Model`, the handle that the rest of the
-program uses. Parameters are float32 (the frozen ones beside adapters are in `dtype`) and live in a nested dict outside;
-the modules below say which there are, how they are split over the mesh (logical axis names) and what is computed with
-them, in `dtype`.
+Read from the top: the parts of a layer, the layer, the stack of layers, and `Model`, which the rest of the program
+uses. Parameters are float32 (the frozen ones beside adapters are in `dtype`) and are kept outside, in a nested dict.
+The modules below define which parameters there are, how they are split over the mesh (logical axis names) and what is
+computed with them, in `dtype`.
 
 The layers are stacked: each of their parameters has a leading `layers` axis, and one compiled layer runs over it. So
-compile time does not grow with depth, and only one layer's parameters are gathered at a time. Where layers differ in
-their sliding windows, what is compiled and run over is one period of the pattern (two layers of Gemma 2).
+compile time does not grow with depth, and only one layer's parameters are gathered at a time. If layers differ in
+their sliding windows, one period of the pattern is compiled instead of one layer (two layers in Gemma 2).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Remat = Literal["none", "dots", "full"]
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, and what an adapter adds to it."""
+    """Computes `x @ kernel + bias`, plus the term of its adapter if it has one."""
 
     def __init__(
         self,
@@ -56,15 +56,15 @@ class Linear(nnx.Module):
         self.adapter = None if lora is None else Adapter(lora, axes, sizes, rngs)
 
     def __call__(self, x: Float[Array, "B L In"]) -> Float[Array, "B L Out"]:
-        y = linear(x, _use(self.kernel, x.dtype))
-        y = y if self.bias is None else y + _spread(_use(self.bias, x.dtype), y.shape)
+        y = linear(x, _gathered_weight(self.kernel, x.dtype))
+        y = y if self.bias is None else y + _broadcast(_gathered_weight(self.bias, x.dtype), y.shape)
         return y if self.adapter is None else y + self.adapter(x)
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, float32 inside.
+    """Root-mean-square norm over the last axis, computed in float32.
 
-    Llama goes back to the input's dtype and multiplies by the scale then; Gemma multiplies by `1 + scale` in float32.
+    Llama rounds to the input's dtype and then multiplies by `scale`; Gemma multiplies by `1 + scale` before it rounds.
     """
 
     def __init__(self, config: ModelConfig, size: int, axis: str | None = "embed") -> None:
@@ -75,12 +75,12 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         if self.offset:
-            return (normed * _spread(1.0 + _use(self.scale, jnp.float32), x.shape)).astype(x.dtype)
-        return _spread(_use(self.scale, x.dtype), x.shape) * normed.astype(x.dtype)
+            return (normed * _broadcast(1.0 + _gathered_weight(self.scale, jnp.float32), x.shape)).astype(x.dtype)
+        return _broadcast(_gathered_weight(self.scale, x.dtype), x.shape) * normed.astype(x.dtype)
 
 
 class Embedding(nnx.Module):
-    """One vector per token of the vocabulary; also the shape of an LM head."""
+    """One vector per token of the vocabulary. The LM head's weights are stored as an `Embedding` too."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         sizes = (config.vocab_size, config.hidden_size)
@@ -101,13 +101,13 @@ class Attention(nnx.Module):
         keys = config.num_kv_heads * config.head_dim
 
         def make(name: str, axes: tuple[str, str], sizes: tuple[int, int], bias: bool) -> Linear:
-            return Linear(axes, sizes, bias, config.initializer_range, rngs, _adapted(f"attention/{name}", lora))
+            return Linear(axes, sizes, bias, config.initializer_range, rngs, _adapter_of(f"attention/{name}", lora))
 
         self.q = make("q", ("embed", "heads"), (width, queries), config.qkv_bias)
         self.k = make("k", ("embed", "heads"), (width, keys), config.qkv_bias)
         self.v = make("v", ("embed", "heads"), (width, keys), config.qkv_bias)
         self.o = make("o", ("heads", "embed"), (queries, width), config.output_bias)
-        # One scale for all heads, so it is whole on every device.
+        # All heads share one scale, so every device has all of it.
         self.q_norm = RMSNorm(config, config.head_dim, None) if config.qk_norm else None
         self.k_norm = RMSNorm(config, config.head_dim, None) if config.qk_norm else None
 
@@ -132,13 +132,13 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """The gated feed-forward part."""
+    """The gated feed-forward part: `down(activation(gate(x)) * up(x))`."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, lora: Lora | None = None) -> None:
         width, inner = config.hidden_size, config.intermediate_size
 
         def make(name: str, axes: tuple[str, str], sizes: tuple[int, int]) -> Linear:
-            adapter = _adapted(f"mlp/{name}", lora)
+            adapter = _adapter_of(f"mlp/{name}", lora)
             return Linear(axes, sizes, config.mlp_bias, config.initializer_range, rngs, adapter)
 
         self.gate = make("gate", ("embed", "mlp"), (width, inner))
@@ -147,7 +147,7 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        # The activation in float32 and rounded once, as PyTorch does: in bfloat16 its own steps would each round.
+        # As in PyTorch: in float32 and rounded once, because in bfloat16 each step of an activation would round.
         gate = _ACTIVATIONS[self.activation](self.gate(x).astype(jnp.float32)).astype(x.dtype)
         return self.down(constrain(gate * self.up(x), "batch", None, "mlp"))
 
@@ -159,7 +159,7 @@ _ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 
 
 class Layer(nnx.Module):
-    """One decoder layer: attention, then feed-forward, each on the norm of the stream and added to it."""
+    """One decoder layer: adds attention and then feed-forward to the stream, each computed from the stream's norm."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, lora: Lora | None = None) -> None:
         norm = partial(RMSNorm, config, config.hidden_size)
@@ -181,7 +181,7 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, the stack of layers, the final norm; and the LM head's weights, unless they are the embedding's."""
+    """Embedding, stack of layers and final norm. It also has the LM head's weights, unless they are the embedding's."""
 
     def __init__(self, config: ModelConfig, dtype: Any, remat: Remat, lora: Lora | None, rngs: nnx.Rngs) -> None:
         self.config, self.dtype, self.remat = config, dtype, remat
@@ -201,75 +201,75 @@ class Decoder(nnx.Module):
 
     def _run_layers(self, x: Float[Array, "B L D"], rope: tuple[Array, Array], mask: Mask) -> Float[Array, "B L D"]:
         layer, stacked = nnx.split(self.layers)
-        windows = _one_period(self.config.layer_windows)
+        windows = _shortest_period(self.config.layer_windows)
         count, periods = len(windows), self.config.num_layers // len(windows)
-        # The loop takes a period from each stack of parameters, except where XLA would copy the stack to do so.
+        # The loop slices a period from each stack of parameters, except from stacks that XLA would copy to slice them.
         leaves, structure = jax.tree.flatten(stacked)
         looped = [None if sliced_as_bits(leaf) else leaf for leaf in leaves]
-        whole = [without_gradient(leaf) if sliced_as_bits(leaf) else None for leaf in leaves]
+        unsliced = [without_gradient(leaf) if sliced_as_bits(leaf) else None for leaf in leaves]
         if count > 1:
             looped = jax.tree.map(lambda leaf: leaf.reshape(periods, count, *leaf.shape[1:]), looped)
 
-        def run_layer(number: int, x: Array, params: Any, whole: Any, period: Array) -> Array:
-            # A layer is taken out of its period inside what is rematerialised: what is kept for the backward pass is
-            # then the stack of parameters itself, not a copy of it.
+        def run_layer(number: int, x: Array, params: Any, unsliced: Any, period: Array) -> Array:
+            # The layer is sliced out of its period inside the rematerialised function. So the backward pass keeps the
+            # stack of parameters itself, not a copy of it.
             if count > 1:
                 params = jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, number, keepdims=False), params)
-            taken = jax.tree.map(lambda leaf: slice_in_loop(leaf, period * count + number, 1).squeeze(0), whole)
-            params = [a if b is None else b for a, b in zip(params, taken, strict=True)]
+            sliced = jax.tree.map(lambda leaf: slice_in_loop(leaf, period * count + number, 1).squeeze(0), unsliced)
+            params = [a if b is None else b for a, b in zip(params, sliced, strict=True)]
             return nnx.merge(layer, jax.tree.unflatten(structure, params))(x, rope, mask, windows[number])
 
-        def run_period(x: Array, at: tuple[Any, Array]) -> tuple[Array, None]:
-            params, period = at
+        def run_period(x: Array, params_and_period: tuple[Any, Array]) -> tuple[Array, None]:
+            params, period = params_and_period
             for number in range(count):
-                # prevent_cse guards against a compiler that undoes the rematerialisation; inside a loop it cannot.
+                # prevent_cse stops the compiler from undoing the rematerialisation, which it cannot do inside a loop.
                 run = jax.checkpoint(partial(run_layer, number), policy=_REMAT[self.remat], prevent_cse=periods == 1)
-                x = run(x, params, whole, period)
+                x = run(x, params, unsliced, period)
             return x, None
 
         return jax.lax.scan(run_period, x, (looped, jnp.arange(periods)))[0]
 
 
-def _one_period(windows: tuple[int | None, ...]) -> tuple[int | None, ...]:
-    """The shortest pattern that the layers' windows repeat; all of them where they repeat none."""
+def _shortest_period(windows: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    """Returns the shortest pattern that the layers' windows repeat; all windows if they repeat none."""
     count = len(windows)
     lengths = (n for n in range(1, count + 1) if count % n == 0)
     return next(windows[:n] for n in lengths if windows[:n] * (count // n) == windows)
 
 
-def _use(param: nnx.Param, dtype: Any) -> Array:
-    """A parameter as a layer computes with it: in the compute dtype, whole along `fsdp`.
+def _gathered_weight(param: nnx.Param, dtype: Any) -> Array:
+    """Returns a parameter in the form that a layer computes with: in the compute dtype and whole along `fsdp`.
 
-    Every weight of a layer's base passes here, and nowhere else: what is stored in another form (quantised, say) is
-    made a number again in this place.
+    Every weight of a layer's base comes from here. A weight that is stored in another form (quantised, say) is to be
+    decoded here.
     """
     return gather_parameter(param[...], dtype, *param.axes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _spread(vector: Float[Array, " N"], shape: tuple[int, ...]) -> Float[Array, "*B N"]:
-    """The vector at every place of `*B`, whose gradient is one sum in float32, rounded once.
+def _broadcast(vector: Float[Array, " N"], shape: tuple[int, ...]) -> Float[Array, "*B N"]:
+    """Broadcasts a vector to `*B N`. Its gradient is one sum in float32, rounded once.
 
-    Left to autodiff, a sum of bfloat16 would be of as few digits as its terms. And left to `*`, the vector would first
-    be given axes of one, which the gradient keeps: where a batch is one row, XLA's CPU backend takes fifty times as
-    long for that sum.
+    Autodiff would sum a bfloat16 gradient in bfloat16, with the precision of a single term. And broadcasting by `*`
+    adds axes of size one, which the gradient keeps: with a batch of one row, that makes XLA's CPU backend fifty times
+    slower at this sum.
     """
     return jnp.broadcast_to(vector, shape)
 
 
-def _spread_forward(vector: Array, shape: tuple[int, ...]) -> tuple[Array, None]:
-    return _spread(vector, shape), None
+def _broadcast_forward(vector: Array, shape: tuple[int, ...]) -> tuple[Array, None]:
+    return _broadcast(vector, shape), None
 
 
-def _spread_backward(_: tuple[int, ...], __: None, g: Array) -> tuple[Array]:
+def _broadcast_backward(_: tuple[int, ...], __: None, g: Array) -> tuple[Array]:
     return (jnp.sum(g, axis=tuple(range(g.ndim - 1)), dtype=jnp.float32).astype(g.dtype),)
 
 
-_spread.defvjp(_spread_forward, _spread_backward)
+_broadcast.defvjp(_broadcast_forward, _broadcast_backward)
 
 
-def _adapted(path: str, lora: Lora | None) -> Lora | None:
-    """The adapter of a linear layer, if it has one."""
+def _adapter_of(path: str, lora: Lora | None) -> Lora | None:
+    """Returns `lora` if the linear layer at `path` has an adapter, else None."""
     return lora if lora is not None and path in lora.targets else None
 
 
@@ -277,24 +277,25 @@ def _split_heads(x: Float[Array, "B L HDh"], heads: int) -> Float[Array, "B L H 
     return constrain(x.reshape(*x.shape[:2], heads, -1), "batch", None, "heads", None)
 
 
-def _made_of_activations(primitive: Any, *inputs: Any, **_: Any) -> bool:
-    """Activations are [B, L, ...]; what is made of one layer's parameters alone has at most two axes.
+def _depends_on_activations(primitive: Any, *inputs: Any, **_: Any) -> bool:
+    """Rematerialisation policy: keeps results computed from activations, but nothing computed from parameters alone.
 
-    Without this rule a "none" policy would keep every layer's gathered parameters for the backward pass, which is the
-    whole model on every device. (Slices cost nothing to make again, and some take a layer out of its stack.)
+    Activations are [B, L, ...], and one layer's parameters have at most two axes. Without this rule, remat "none" would
+    keep every layer's gathered parameters for the backward pass: the whole model on every device. Slices are never
+    kept, because they cost nothing to recompute, and some take a layer out of its stack of parameters.
     """
-    return primitive.name not in _OF_SLICES and any(len(getattr(x, "shape", ())) >= 3 for x in inputs)
+    return primitive.name not in _SLICING_PRIMITIVES and any(len(getattr(x, "shape", ())) >= 3 for x in inputs)
 
 
-_OF_SLICES = ("slice", "squeeze", "optimization_barrier", "bitcast_convert_type", "dynamic_slice")
+_SLICING_PRIMITIVES = ("slice", "squeeze", "optimization_barrier", "bitcast_convert_type", "dynamic_slice")
 
 
 _keep_attention = jax.checkpoint_policies.save_only_these_names(SAVED)
-_keep_both = jax.checkpoint_policies.save_from_both_policies
+_keep_either = jax.checkpoint_policies.save_from_both_policies
 
-# What the forward pass of a layer keeps for its backward pass; what it does not keep is computed again.
+# Policies for what a layer keeps for its backward pass. Everything else is computed again.
 _REMAT = {
-    "none": _keep_both(_made_of_activations, _keep_attention),
+    "none": _keep_either(_depends_on_activations, _keep_attention),
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -302,12 +303,19 @@ _REMAT = {
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder without its weights: what parameters it has, how they lie on a mesh, and what it computes with them.
+    """A decoder without its weights: describes its parameters, places them on a mesh, and computes with them.
 
-    Hashable, so that a jitted function can take it as a static argument. Parameters are a plain nested dict of arrays
-    (`params["layers"]["attention"]["q"]["kernel"]`); the last key is `kernel` ([in, out]), `bias`, `scale` (norms) or
-    `embedding` ([vocabulary, width], the LM head too). With `lora`, linear layers have an `adapter` of two matrices,
-    `a` ([in, rank]) and `b` ([rank, out]): these alone are trained, and the rest is frozen and held in `dtype`.
+    It is hashable, so that a jitted function can take it as a static argument. Parameters are a nested dict of arrays
+    (`params["layers"]["attention"]["q"]["kernel"]`). The last key is `kernel` ([in, out]), `bias`, `scale` (of norms)
+    or `embedding` ([vocabulary, width], also for the LM head). With `lora`, linear layers have an `adapter` of two
+    matrices, `a` ([in, rank]) and `b` ([rank, out]). Only adapters are trained then; the base is frozen, in `dtype`.
+
+    Attributes:
+        config: sizes and switches of the decoder.
+        dtype: the dtype of activations and of the copies of weights that layers compute with.
+        remat: what a layer keeps for its backward pass: everything ("none"), the results of matrix products and of
+            attention ("dots"), or only its input ("full").
+        lora: the adapters; None trains all parameters.
     """
 
     config: ModelConfig
@@ -321,60 +329,60 @@ class Model:
             raise ValueError(f"remat={self.remat!r} is not one of {', '.join(_REMAT)}")
 
     @cached_property
-    def _split(self) -> tuple[Any, Any]:
-        return nnx.split(nnx.eval_shape(lambda: self._fresh(jax.random.key(0))))
+    def _graph_and_state(self) -> tuple[Any, Any]:
+        return nnx.split(nnx.eval_shape(lambda: self._new_decoder(jax.random.key(0))))
 
-    def _fresh(self, key: Array) -> Decoder:
-        # Adapters draw from a stream of their own: the base is the same with them and without.
+    def _new_decoder(self, key: Array) -> Decoder:
+        # Adapters have a random stream of their own, so that the base is the same with and without them.
         rngs = nnx.Rngs(params=key, adapters=jax.random.fold_in(key, 1))
         return Decoder(self.config, self.dtype, self.remat, self.lora, rngs)
 
     @cached_property
     def abstract(self) -> Params:
-        """Shapes and dtypes of the parameters: float32, and the compute dtype for what is frozen."""
-        trained, frozen = self.split(nnx.to_pure_dict(self._split[1]))
-        held = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), frozen)
-        return self.join(trained, held)
+        """Shapes and dtypes of the parameters: float32 for trained ones, the compute dtype for frozen ones."""
+        trained, frozen = self.split(nnx.to_pure_dict(self._graph_and_state[1]))
+        frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), frozen)
+        return self.join(trained, frozen)
 
     def split(self, params: Params) -> tuple[Params, Params]:
-        """Parameters, or anything of their structure, in two: what is trained, and what is frozen."""
+        """Splits parameters, or a dict of the same structure, into the trained and the frozen ones."""
         return (params, {}) if self.lora is None else split(params)
 
     def join(self, trained: Params, frozen: Params) -> Params:
-        """The whole of what `split` has split."""
+        """Joins the two dicts that `split` returns."""
         return trained if self.lora is None else join(trained, frozen)
 
     @cached_property
     def logical_axes(self) -> Params:
-        """The logical axis names of the parameters; stacked ones start with `layers`."""
+        """The logical axis names of each parameter; those of stacked parameters start with `layers`."""
 
         def axes(path: tuple[Any, ...], param: nnx.Param) -> tuple[str | None, ...]:
             return ("layers", *param.axes) if path[0].key == "layers" else param.axes
 
         is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-        tree = nnx.to_pure_dict(self._split[1], extract_fn=lambda param: param)
+        tree = nnx.to_pure_dict(self._graph_and_state[1], extract_fn=lambda param: param)
         return jax.tree_util.tree_map_with_path(axes, tree, is_leaf=is_param)
 
     @cached_property
     def parameter_count(self) -> int:
-        """How many numbers the model is made of; a tied head counts once."""
-        return _count(self.abstract)
+        """Number of scalars in all parameters; a tied head counts once."""
+        return _count_scalars(self.abstract)
 
     @cached_property
     def trained_count(self) -> int:
-        """How many of them are trained."""
-        return _count(self.split(self.abstract)[0])
+        """Number of scalars in the trained parameters."""
+        return _count_scalars(self.split(self.abstract)[0])
 
     def shardings(self, mesh: Mesh) -> Params:
-        """Where each parameter lies on the mesh.
+        """Returns the sharding of each parameter on the mesh.
 
         Raises:
             MeshError: an axis of the mesh does not divide the model's width, heads, feed-forward width or vocabulary.
         """
-        self._check(mesh)
+        self._check_mesh(mesh)
         return jax.tree.map(lambda leaf, axes: named(mesh, *axes), self.abstract, self.logical_axes)
 
-    def _check(self, mesh: Mesh) -> None:
+    def _check_mesh(self, mesh: Mesh) -> None:
         split = [
             ("embed", "hidden_size", self.config.hidden_size, "every parameter"),
             ("heads", "num_attention_heads", self.config.num_heads, "layers/attention/q and o"),
@@ -382,53 +390,53 @@ class Model:
             ("mlp", "intermediate_size", self.config.intermediate_size, "layers/mlp"),
             ("vocab", "vocab_size", self.config.vocab_size, "embed and the LM head"),
         ]
-        for logical, field, size, where in split:
+        for logical, field, size, parameters in split:
             axis = str(RULES[logical])
             if size % mesh.shape[axis]:
                 fits = ", ".join(str(n) for n in range(1, mesh.shape[axis]) if size % n == 0)
                 raise MeshError(
                     f"mesh axis `{axis}` has {mesh.shape[axis]} devices, which do not divide the model's "
-                    f"{field}={size} (split in: {where}). Set mesh.{axis} to a divisor of {size}, such as {fits}, and "
-                    "put the devices that are left on another axis"
+                    f"{field}={size} (split in: {parameters}). Set mesh.{axis} to a divisor of {size}, such as {fits}, "
+                    "and put the remaining devices on another axis"
                 )
 
     def init(self, seed: int, mesh: Mesh) -> Params:
-        """Fresh parameters as Hugging Face draws them: normal with `initializer_range`, biases zero, norms neutral.
+        """Draws fresh parameters as Hugging Face does: normal with `initializer_range`, biases zero, norms neutral.
 
-        They are born split over the mesh, and the same seed gives the same numbers on every mesh.
+        They are split over the mesh from the start. The same seed gives the same numbers on every mesh.
         """
 
         def fresh(key: Array) -> Params:
-            params = nnx.to_pure_dict(nnx.state(self._fresh(key)))
+            params = nnx.to_pure_dict(nnx.state(self._new_decoder(key)))
             return jax.tree.map(lambda x, like: x.astype(like.dtype), params, self.abstract)
 
         return jax.jit(fresh, out_shardings=self.shardings(mesh))(jax.random.key(seed))
 
     def init_trained(self, seed: int, mesh: Mesh) -> Params:
-        """That part of `init` which is trained, without making the rest."""
+        """Draws only the trained parameters, with the numbers that `init` gives them."""
 
         def fresh(key: Array) -> Params:
-            return self.split(nnx.to_pure_dict(nnx.state(self._fresh(key))))[0]
+            return self.split(nnx.to_pure_dict(nnx.state(self._new_decoder(key))))[0]
 
         return jax.jit(fresh, out_shardings=self.split(self.shardings(mesh))[0])(jax.random.key(seed))
 
     def hidden_states(
         self, params: Params, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], mask: Mask
     ) -> Float[Array, "B L D"]:
-        """The hidden states after the final norm, in the compute dtype.
+        """Computes the hidden states after the final norm, in the compute dtype.
 
         Args:
-            params: as `init` or `hf.load_params` give them.
+            params: parameters as `init` or `hf.load_params` returns them.
             tokens: int32 token ids.
             positions: int32, the RoPE position of each token in its own response's sequence.
             mask: from `jax_simpo.ops.attention.prepare_mask`, made once per batch.
         """
-        return nnx.merge(self._split[0], nnx.State(params))(tokens, positions, mask)
+        return nnx.merge(self._graph_and_state[0], nnx.State(params))(tokens, positions, mask)
 
     def head(self, params: Params) -> Float[Array, "V D"]:
-        """The weights of the LM head; the embedding's when they are tied."""
+        """Returns the weights of the LM head, which are the embedding's if the two are tied."""
         return params["embed" if self.config.tie_word_embeddings else "lm_head"]["embedding"]
 
 
-def _count(tree: Params) -> int:
+def _count_scalars(tree: Params) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

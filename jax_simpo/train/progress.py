@@ -1,4 +1,4 @@
-"""The progress of a run on the user's terminal."""
+"""Shows the progress of a run on the terminal."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class TrainingProgress:
-    """A bar with the step, loss, accuracy, pairs per second and the time left.
+    """Shows a bar with the step, loss, accuracy, pairs per second and time left.
 
-    Where there is no terminal, a line every few seconds.
+    Without a terminal it prints a line every few seconds instead.
     """
 
     _SECONDS_BETWEEN_LINES = 5.0
@@ -40,11 +40,13 @@ class TrainingProgress:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def show(self, step: int, record: Mapping[str, Any]) -> None:
-        """Shows a step's record."""
+        """Shows the figures of a step's record: its loss, accuracy and pairs per second."""
         figures = (
             f"loss {record['loss']:.4f}  accuracy {record['rewards/accuracies']:.2f}  "
             f"{record['pairs_per_second']:.1f} pairs/s"
@@ -55,5 +57,5 @@ class TrainingProgress:
             self._next_line = time.monotonic() + self._SECONDS_BETWEEN_LINES
 
     def advance(self, step: int) -> None:
-        """Moves the bar without new figures."""
+        """Moves the bar to a step without new figures."""
         self._bar.update(self._task, completed=step)
