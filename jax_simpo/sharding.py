@@ -1,6 +1,6 @@
-"""The mesh, and the one table that says which array axis lies on which mesh axis.
+"""Makes the mesh, and holds the one table that says which array axis is split over which mesh axis.
 
-To change a parallelism strategy, edit `RULES`. Arrays name their axes logically ("embed", "heads", ...); nothing else
+To change a parallelism strategy, edit `RULES`. Arrays name their axes logically ("embed", "heads", ...); no other place
 in the program writes a `PartitionSpec` for a parameter.
 """
 
@@ -24,7 +24,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
-    "embed": "fsdp",  # parameters are split along the model width and gathered when used
+    "embed": "fsdp",  # parameters are split along the model width, and gathered when they are used
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
@@ -34,10 +34,16 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """Builds the `data x fsdp x tensor` mesh; one axis may be -1 and takes the devices that are left.
+    """Builds the `data x fsdp x tensor` mesh. One axis may be -1 and takes the devices that are left.
+
+    Args:
+        data: devices along `data`: replicas of the model.
+        fsdp: devices along `fsdp`: parts of the parameters, and of the rows.
+        tensor: devices along `tensor`: parts of heads, feed-forward width and vocabulary.
+        devices: the devices of the mesh; None takes all that jax has.
 
     Raises:
-        MeshError: the sizes do not multiply to the number of devices.
+        MeshError: a size is not positive, or the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -62,76 +68,76 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.
     lengths, types = tuple(sizes[axis] for axis in MESH_AXES), (AxisType.Auto,) * len(MESH_AXES)
     try:
         return jax.make_mesh(lengths, MESH_AXES, types, devices=devices)
-    except NotImplementedError:  # a TPU's torus has axes of other lengths; they are split only where it has to be
+    except NotImplementedError:  # no whole axes of the TPU's torus have these lengths, so an axis must be split
         grid = mesh_utils.create_device_mesh(lengths, devices, allow_split_physical_axes=True)
         return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def spec(*logical_axes: str | None) -> P:
-    """The mesh axes of an array whose axes carry these logical names (`None`: not split)."""
+    """Returns the mesh axes of an array whose axes have these logical names (`None`: not split)."""
     return P(*(RULES[axis] for axis in logical_axes))
 
 
 def named(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
-    """The sharding of an array whose axes carry these logical names."""
+    """Returns the sharding of an array whose axes have these logical names."""
     return NamedSharding(mesh, spec(*logical_axes))
 
 
 def local_rows(mesh: Mesh, rows: int) -> Int[np.ndarray, " _"]:
-    """Which of so many rows, split over `data` and `fsdp`, lie on devices of this process: their numbers, in order."""
-    held = named(mesh, "batch").addressable_devices_indices_map((rows,)).values()
-    return np.unique(np.concatenate([np.arange(rows)[index] for index in held]))
+    """Returns, in order, the numbers of the rows that lie on this process's devices when `rows` rows are split."""
+    indices = named(mesh, "batch").addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in indices]))
 
 
 def hosts_share_tensor(mesh: Mesh) -> bool:
-    """Whether devices of different processes are neighbours along `tensor`, whose collectives are the most frequent."""
+    """Returns True if devices of different processes are neighbours along `tensor`, which has the most collectives."""
     return differ_along_tensor(np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices))
 
 
 def differ_along_tensor(processes: Int[np.ndarray, "data fsdp tensor"]) -> bool:
-    """Whether numbers of processes, as their devices lie in the mesh, change along its last axis."""
+    """Returns True if process numbers, laid out like the mesh's devices, differ along the mesh's last axis."""
     return bool((processes != processes[..., :1]).any())
 
 
 def constrain(x: Array, *logical_axes: str | None) -> Array:
-    """Holds an activation to its sharding under the mesh of `jax.set_mesh`; does nothing without one."""
+    """Constrains an activation to its sharding on the mesh of `jax.set_mesh`; returns it unchanged without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
 
 
-# Collectives inside `shard_map`; over an axis of one device they do nothing, which is not free on every backend.
+# Collectives inside `shard_map`. Over an axis of one device they are left out, because some backends run them anyway.
 
 
 def psum(x: Array, axis: str) -> Array:
-    """`jax.lax.psum`."""
+    """Calls `jax.lax.psum`: the sum over an axis."""
     return jax.lax.psum(x, axis) if jax.lax.axis_size(axis) > 1 else x
 
 
 def all_gather(x: Array, axis: str, dimension: int) -> Array:
-    """`jax.lax.all_gather` of the parts of a dimension."""
+    """Calls `jax.lax.all_gather`: joins the parts of a dimension."""
     return jax.lax.all_gather(x, axis, axis=dimension, tiled=True) if jax.lax.axis_size(axis) > 1 else x
 
 
 def psum_scatter(x: Array, axis: str, dimension: int) -> Array:
-    """`jax.lax.psum_scatter` to the parts of a dimension."""
+    """Calls `jax.lax.psum_scatter`: sums over an axis and leaves each device its part of a dimension."""
     if jax.lax.axis_size(axis) == 1:
         return x
     return jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
 
 
 def all_to_all(x: Array, axis: str, *, split: int, join: int) -> Array:
-    """`jax.lax.all_to_all`: parts of one dimension for parts of another."""
+    """Calls `jax.lax.all_to_all`: splits dimension `split` and joins the parts along dimension `join`."""
     if jax.lax.axis_size(axis) == 1:
         return x
     return jax.lax.all_to_all(x, axis, split_axis=split, concat_axis=join, tiled=True)
 
 
 def gather_parameter(w: Float[Array, "..."], dtype: Any, *logical_axes: str | None) -> Float[Array, "..."]:
-    """Casts a parameter to the compute dtype and gathers it over `fsdp`, once, for the use that follows.
+    """Casts a parameter to the compute dtype and gathers it over `fsdp`.
 
-    The cast comes first, so bfloat16 travels, not float32. The gradient takes the way back: reduced and scattered to
-    the parameter's own sharding (left to autodiff it would be all-reduced to every device), then cast to its dtype.
+    The cast comes first, so that bfloat16 is sent and not float32. The gradient is reduced and scattered to the
+    parameter's own sharding, then cast to its dtype. (Plain autodiff would all-reduce it to every device.)
     """
     if jax.sharding.get_abstract_mesh().empty:
         return w.astype(dtype)
@@ -140,9 +146,9 @@ def gather_parameter(w: Float[Array, "..."], dtype: Any, *logical_axes: str | No
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(w: Array, dtype: Any, logical_axes: tuple[str | None, ...]) -> Array:
-    whole = P(*(None if RULES[axis] == "fsdp" else RULES[axis] for axis in logical_axes))
+    gathered = P(*(None if RULES[axis] == "fsdp" else RULES[axis] for axis in logical_axes))
     local = jax.lax.with_sharding_constraint(w.astype(dtype), spec(*logical_axes))
-    return jax.lax.with_sharding_constraint(local, whole)
+    return jax.lax.with_sharding_constraint(local, gathered)
 
 
 def _gather_fwd(w: Array, dtype: Any, logical_axes: tuple[str | None, ...]) -> tuple[Array, Array]:
@@ -157,25 +163,25 @@ _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def put_rows(arrays: Mapping[str, Any], mesh: Mesh, rows: int | None = None) -> dict[str, Array]:
-    """Sends the arrays of a micro-batch to the devices, rows split over `data` and `fsdp`.
+    """Sends the arrays of a micro-batch to the devices, with rows split over `data` and `fsdp`.
 
     Args:
-        arrays: of a `RowBatch`.
-        mesh: where to.
-        rows: rows of the whole micro-batch, where the arrays hold only this process's (those of `local_rows`).
+        arrays: the arrays of a `RowBatch`, each [rows, ...].
+        mesh: the mesh.
+        rows: number of rows of the whole micro-batch, if the arrays hold only this process's rows (`local_rows`).
     """
     sharding = named(mesh, "batch", None)
     if sharding.is_fully_addressable:
         return jax.device_put(dict(arrays), sharding)
 
     count = len(arrays["tokens"]) if rows is None else rows
-    held = np.arange(count) if rows is None else local_rows(mesh, count)
+    row_numbers = np.arange(count) if rows is None else local_rows(mesh, count)  # of the rows in `arrays`
 
     def put(array: Any) -> Array:
         def part(index: tuple[slice, ...] | None) -> Any:
             assert index is not None
             start, stop, _ = index[0].indices(count)
-            first = int(np.searchsorted(held, start))
+            first = int(np.searchsorted(row_numbers, start))
             return array[first : first + stop - start]
 
         return jax.make_array_from_callback((count, *array.shape[1:]), sharding, part)

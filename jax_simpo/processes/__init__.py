@@ -1,1 +1,1 @@
-"""Runs of several processes: how they find one another and agree."""
+"""Joins several processes to one run, and lets them wait for each other, compare values and end together."""

@@ -1,10 +1,11 @@
-"""Several processes as one run: they wait for each other, compare what must be equal, and share one fate.
+"""Makes several processes one run: they wait for each other, compare values that must be equal, and end together.
 
-All of it goes through the key-value store of JAX's coordination service, which process 0 holds. No device is needed, so
-it works before the mesh exists and while a collective hangs. With one process each function here does its plain work.
+All communication goes through the key-value store of JAX's coordination service, which runs in process 0. It needs no
+device, so it works before the mesh exists and while a collective hangs. In a run of one process no function here waits.
 
-Fate. A process that fails tells the store why, and every other one, which looks there each second, ends with that
-reason. A process that is killed can tell nothing; the service misses its heartbeats and ends the others, naming it.
+How a run ends: a process that fails writes the reason to the store. The other processes look there every second, print
+the reason and end. A process that is killed writes nothing, but the service misses its heartbeats and ends the others
+with a message that names it.
 """
 
 from __future__ import annotations
@@ -24,32 +25,38 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-from jax._src.distributed import global_state  # the store has no public name; Orbax takes the same way to it
+from jax._src.distributed import global_state  # the store has no public name; Orbax uses this one too
 
 from jax_simpo.errors import CheckpointError, LaunchError, UserError
 
 T = TypeVar("T")
 
-# A process that sent no sign of life for so long is dead: the others have a minute in all. (JAX's own value is 100.)
+# A process without a heartbeat for so long is dead. JAX's default of 100 would keep the others waiting much longer.
 HEARTBEAT_SECONDS = 30
-# Longest wait of a barrier: tokenising a large split takes hours, and who died is found out in other ways.
+# Longest wait at a barrier: tokenising a large split takes hours. Dead processes are detected by their heartbeats.
 _LONGEST_WAIT_MS = 24 * 3600 * 1000
 _POLL_SECONDS = 1.0
-_FAREWELL_SECONDS = 10.0  # how long process 0, which holds the store, waits for the others to have read the reason
-_SHARED_SECONDS = 60.0  # network file systems may hide a new file for a while
-_FAILED, _LEFT = "jax_simpo/failed/", "jax_simpo/left/"
+_EXIT_SECONDS = 10.0  # process 0, which runs the store, waits so long for the others to read the reason
+_SHARED_SECONDS = 60.0  # a network file system may show a new file late
+_FAILED, _EXITED = "jax_simpo/failed/", "jax_simpo/left/"  # keys in the store
 
 _calls = itertools.count()
 _ending = threading.Event()
 
 
 def join(address: str | None, count: int | None, number: int | None, local_device_ids: Sequence[int] | None) -> None:
-    """Makes this process one of a run; what is None is found by JAX in the environment.
+    """Makes this process part of a run. JAX finds arguments that are None in the environment.
+
+    Args:
+        address: host and port of process 0.
+        count: number of processes.
+        number: number of this process, from 0.
+        local_device_ids: devices of this machine that the process takes.
 
     Raises:
-        LaunchError: the others do not answer, or the environment does not say where they are.
+        LaunchError: the other processes do not answer, or the environment does not say where they are.
     """
-    # A CPU has no collectives of its own across processes. Other backends do not look at this.
+    # The CPU backend has no collectives across processes by default. Other backends ignore this setting.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
@@ -57,7 +64,7 @@ def join(address: str | None, count: int | None, number: int | None, local_devic
             num_processes=count,
             process_id=number,
             local_device_ids=local_device_ids,
-            # Who says all of it takes all devices; under SLURM JAX would still leave each task only one.
+            # A process with all three arguments takes all devices. Under SLURM, detection would leave it only one.
             cluster_detection_method=None if None in (address, count, number) else "deactivate",
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
@@ -67,13 +74,17 @@ def join(address: str | None, count: int | None, number: int | None, local_devic
             "process 0 can be reached from the others, and that its port is free"
         ) from error
     _keep_stdout_for_results()
-    if not is_first():  # one bar for all of them
+    if not is_first():  # the first process alone draws progress bars
         os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    threading.Thread(target=_watch, name="fate", daemon=True).start()
+    threading.Thread(target=_watch, name="failure-watch", daemon=True).start()
 
 
 def _keep_stdout_for_results() -> None:
-    """Only process 0 has results to print. What libraries write past Python (Gloo does) goes to stderr, or nowhere."""
+    """Reserves stdout for the results of process 0.
+
+    Libraries that write to file descriptor 1 themselves, as Gloo does, then write to stderr in process 0 and to
+    `/dev/null` in the others.
+    """
     sys.stdout.flush()
     if is_first():
         results = os.dup(1)
@@ -85,79 +96,90 @@ def _keep_stdout_for_results() -> None:
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which prints and writes for all."""
-    return _number() == 0
+    """Returns True in process 0, which prints and writes for the whole run."""
+    return _process_number() == 0
 
 
 def count() -> int:
-    """Processes of the run."""
+    """Returns the number of processes of the run."""
     return int(global_state.num_processes or 1) if global_state.client is not None else 1
 
 
-def _number() -> int:
+def _process_number() -> int:
     return int(global_state.process_id) if global_state.client is not None else 0
 
 
-# --- agreeing
+# --- waiting and comparing
 
 
-def barrier(what: str) -> None:
-    """Waits until every process is here. All of them must come by the same barriers in the same order."""
+def barrier(name: str) -> None:
+    """Waits until every process has called this. All processes must pass the same barriers in the same order."""
     if count() > 1:
-        _client().wait_at_barrier(f"jax_simpo/{next(_calls)}/{what}", _LONGEST_WAIT_MS)
+        _client().wait_at_barrier(f"jax_simpo/{next(_calls)}/{name}", _LONGEST_WAIT_MS)
 
 
-def collect(what: str, value: T) -> list[T]:
-    """Every process's value, in their order; values must be made of what JSON knows."""
+def collect(name: str, value: T) -> list[T]:
+    """Returns the values of all processes, ordered by process. A value must be representable in JSON."""
     if count() == 1:
         return [value]
-    key = f"jax_simpo/{next(_calls)}/{what}/"
-    _client().key_value_set(f"{key}{_number()}", json.dumps(value))
-    barrier(what)
-    found = {int(name.rpartition("/")[2]): text for name, text in _client().key_value_dir_get(key)}
-    return [json.loads(found[i]) for i in range(count())]
+    key = f"jax_simpo/{next(_calls)}/{name}/"
+    _client().key_value_set(f"{key}{_process_number()}", json.dumps(value))
+    barrier(name)
+    texts = {int(path.rpartition("/")[2]): text for path, text in _client().key_value_dir_get(key)}
+    return [json.loads(texts[i]) for i in range(count())]
 
 
-def check_same(what: str, value: Any, advice: str, error: type[UserError] = LaunchError) -> None:
-    """Makes sure that all processes have the same value of something that each finds out for itself.
+def check_same(subject: str, value: Any, advice: str, error: type[UserError] = LaunchError) -> None:
+    """Checks that all processes have worked out the same value.
+
+    Args:
+        subject: the noun phrase with which the error message begins.
+        value: this process's value; it must be representable in JSON.
+        advice: the sentence with which the error message ends.
+        error: the type of the error.
 
     Raises:
-        LaunchError, or the error asked for: one has another; named are the first that differs and both values.
+        LaunchError: or `error`, if a value differs from process 0's. The message gives the first such process and both
+            values.
     """
-    digests = collect(what, hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest())
+    digests = collect(subject, hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest())
     if len(set(digests)) == 1:
         return
-    values = collect(what, [socket.gethostname(), value])
+    values = collect(subject, [socket.gethostname(), value])
     for number, (host, other) in enumerate(values):
         if other != values[0][1]:
             raise error(
-                f"{what}: process {number} (on {host}) has {other!r}, process 0 (on {values[0][0]}) has "
+                f"{subject}: process {number} (on {host}) has {other!r}, process 0 (on {values[0][0]}) has "
                 f"{values[0][1]!r}. {advice}"
             )
 
 
-def on_first(what: str, work: Callable[[], object]) -> None:
-    """Process 0 works while the others wait. What it raises ends them all."""
+def on_first(name: str, work: Callable[[], object]) -> None:
+    """Calls `work` in process 0 while the others wait at the barrier `name`. If it raises, all processes end."""
     if is_first():
         work()
-    barrier(what)
+    barrier(name)
 
 
-def first_then_others(what: str, work: Callable[[], T]) -> T:
-    """Process 0 works while the others wait; then they find in a shared cache what it has left there."""
+def first_then_others(name: str, work: Callable[[], T]) -> T:
+    """Calls `work` in process 0, then in the others, which find its results in a shared cache."""
     if not is_first():
-        barrier(what)
+        barrier(name)
     result = work()
     if is_first():
-        barrier(what)
+        barrier(name)
     return result
 
 
 def check_shared(folder: Path, key: str) -> None:
-    """Makes sure that a folder which process 0 writes to is the same for all.
+    """Checks that a folder which process 0 writes to is the same for all processes.
+
+    Args:
+        folder: the folder.
+        key: the config key that names it, for the error message.
 
     Raises:
-        CheckpointError: a process does not see a file that process 0 has put there.
+        CheckpointError: a process does not see a file that process 0 has written there.
     """
     if count() == 1:
         return
@@ -165,36 +187,36 @@ def check_shared(folder: Path, key: str) -> None:
     if is_first():
         marker.touch()
     barrier("marker written")
-    until = time.monotonic() + _SHARED_SECONDS
-    while not (seen := marker.exists()) and time.monotonic() < until:
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while not (seen := marker.exists()) and time.monotonic() < deadline:
         time.sleep(0.5)
-    blind = [host for host in collect("marker seen", "" if seen else socket.gethostname()) if host]
+    blind_hosts = [host for host in collect("marker seen", "" if seen else socket.gethostname()) if host]
     if is_first():
         marker.unlink()
-    if blind:
+    if blind_hosts:
         raise CheckpointError(
-            f"`{key}` {folder} is not the same folder on all hosts: {', '.join(sorted(set(blind)))} did not see what "
-            "process 0 wrote there. Give a folder on a file system that all hosts share"
+            f"`{key}` {folder} is not the same folder on all hosts: {', '.join(sorted(set(blind_hosts)))} did not see "
+            "what process 0 wrote there. Give a folder on a file system that all hosts share"
         )
 
 
-# --- one fate
+# --- ending together
 
 
 def finish() -> None:
-    """Waits for all processes at the end of a command that went well, and takes leave of them."""
+    """Waits for all processes at the end of a command that succeeded, and disconnects from them."""
     barrier("end")
     _ending.set()
     jax.distributed.shutdown()
 
 
 def fail(error: BaseException) -> None:
-    """Says why this process fails and ends it, and with it the others. Does not return.
+    """Publishes why this process fails and ends it, and so ends the others. Does not return.
 
-    JAX's own way out would wait five minutes for the others, which wait for this one in a collective.
+    JAX's own shutdown would wait five minutes for the others, which wait for this process in a collective.
     """
     _ending.set()
-    name = f"process {_number()} of {count()} (on {socket.gethostname()})"
+    name = f"process {_process_number()} of {count()} (on {socket.gethostname()})"
     if isinstance(error, UserError):
         reason = f"error: {error}"
     else:
@@ -203,66 +225,69 @@ def fail(error: BaseException) -> None:
     print(f"{name}: {reason}", file=sys.stderr, flush=True)
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
         print(f"{name}: looking for a process that died before", file=sys.stderr, flush=True)
-        _await_cause(name)
-    _tell(_FAILED, f"{name}: {reason}")
-    _leave()
+        _wait_for_cause(name)
+    _publish(_FAILED, f"{name}: {reason}")
+    _exit_now()
 
 
-def _await_cause(name: str) -> None:
-    """Waits for the reason where this process may only have lost another one in a collective.
+def _wait_for_cause(name: str) -> None:
+    """Waits for another process's reason, because a collective also fails here when it fails there.
 
-    Either the other one has told it, or its heartbeats stay away and JAX's service ends this process, naming that one.
+    Ends this process if another one publishes a reason. If the other one was killed, its heartbeats stop and JAX's
+    service ends this process with a message that names it.
     """
-    until = time.monotonic() + HEARTBEAT_SECONDS + 15
-    while time.monotonic() < until:
-        if told := _told():
-            print(f"{name}: ends because of {'; '.join(told)}", file=sys.stderr, flush=True)
-            _leave()
+    deadline = time.monotonic() + HEARTBEAT_SECONDS + 15
+    while time.monotonic() < deadline:
+        if reasons := _published_reasons():
+            print(f"{name}: ends because of {'; '.join(reasons)}", file=sys.stderr, flush=True)
+            _exit_now()
         time.sleep(_POLL_SECONDS)
 
 
 def _watch() -> None:
-    """Ends this process when another one has told that it fails."""
+    """Ends this process when another one has published that it fails."""
     while not _ending.wait(_POLL_SECONDS):
-        told = _told()
-        if told and not _ending.is_set():
-            name = f"process {_number()} of {count()} (on {socket.gethostname()})"
-            print(f"{name}: ends because of {'; '.join(told)}", file=sys.stderr, flush=True)
-            _leave()
+        reasons = _published_reasons()
+        if reasons and not _ending.is_set():
+            name = f"process {_process_number()} of {count()} (on {socket.gethostname()})"
+            print(f"{name}: ends because of {'; '.join(reasons)}", file=sys.stderr, flush=True)
+            _exit_now()
 
 
-def _told() -> list[str]:
+def _published_reasons() -> list[str]:
     try:
         return [text for _, text in _client().key_value_dir_get(_FAILED)]
-    except jax.errors.JaxRuntimeError:  # the service is gone, and JAX ends this process for it
+    except jax.errors.JaxRuntimeError:  # the service is gone, and JAX ends this process because of that
         return []
 
 
-def _tell(key: str, text: str) -> None:
+def _publish(prefix: str, text: str) -> None:
+    """Writes a text of this process to the store."""
     try:
-        _client().key_value_set(f"{key}{_number()}", text)
+        _client().key_value_set(f"{prefix}{_process_number()}", text)
     except jax.errors.JaxRuntimeError as error:
-        print(f"the other processes could not be told: {error}", file=sys.stderr, flush=True)
+        print(f"the reason could not be published to the other processes: {error}", file=sys.stderr, flush=True)
 
 
-def _leave() -> None:
-    """Ends this process at once; process 0, whose end is the end of the store, when the others have left."""
+def _exit_now() -> None:
+    """Ends this process at once. Process 0 first waits for the others to end, because the store ends with it."""
     sys.stdout.flush()
     if is_first():
-        until = time.monotonic() + _FAREWELL_SECONDS
-        while time.monotonic() < until and len(_left()) < count() - 1:
+        deadline = time.monotonic() + _EXIT_SECONDS
+        while time.monotonic() < deadline and len(_exited()) < count() - 1:
             time.sleep(0.1)
     else:
-        _tell(_LEFT, "")
+        _publish(_EXITED, "")
     os._exit(1)
 
 
-def _left() -> list[tuple[str, str]]:
+def _exited() -> list[tuple[str, str]]:
+    """Returns the entries of the processes that are ending."""
     try:
-        found: list[tuple[str, str]] = _client().key_value_dir_get(_LEFT)
+        entries: list[tuple[str, str]] = _client().key_value_dir_get(_EXITED)
     except jax.errors.JaxRuntimeError:
         return []
-    return found
+    return entries
 
 
 def _client() -> Any:

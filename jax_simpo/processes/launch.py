@@ -1,7 +1,7 @@
-"""How the processes of a run find each other: from options, from SLURM, from Kubernetes, or as JAX finds them itself.
+"""Finds the other processes of a run: from options, from SLURM, from Kubernetes, or with JAX's own detection.
 
 These settings belong to the launch and not to the run, so they are options and environment variables, never keys of the
-config file. A run of one process needs none. Nothing here imports jax before there is something to join.
+config file. A run of one process needs none of them. jax is imported only when there are processes to join.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from dataclasses import dataclass
 
 from jax_simpo.errors import LaunchError
 
-# What one process of a SLURM job step is told, as JAX reads it. `sbatch` alone does not set the node list: a program
-# that is started without `srun` is one process, however many tasks were asked for.
+# The variables of a SLURM job step that JAX reads. `sbatch` alone does not set the node list: a program that is started
+# without `srun` is one process, whatever the number of tasks of the job.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # set by GKE
-_MANY = "`--coordinator_address HOST:PORT --num_processes N --process_id I`"
+_PLACE_OPTIONS = "`--coordinator_address HOST:PORT --num_processes N --process_id I`"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the user said about the launch.
+    """The launch options that the user gave; None where an option was left out.
 
     Attributes:
         coordinator_address: host and port of process 0, which the others connect to.
-        num_processes: of the run.
-        process_id: of this process, from 0.
-        distributed: True to let JAX find the processes in any way it knows (Cloud TPU VMs, Open MPI), False to be one
-            process whatever the environment says, None to look for SLURM, GKE and Kubernetes.
+        num_processes: number of processes of the run.
+        process_id: number of this process, from 0.
+        distributed: True lets JAX find the processes in any way it knows (Cloud TPU VMs, Open MPI). False makes this
+            a run of one process, whatever the environment says. None looks for SLURM, GKE and Kubernetes.
     """
 
     coordinator_address: str | None = None
@@ -41,7 +41,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Join:
-    """Arguments of `jax.distributed.initialize`; what is None is found by JAX in the environment."""
+    """Arguments of `jax.distributed.initialize`. JAX finds those that are None in the environment."""
 
     coordinator_address: str | None = None
     num_processes: int | None = None
@@ -50,11 +50,11 @@ class Join:
 
 
 def find(launch: Launch, environment: Mapping[str, str]) -> Join | None:
-    """What to join; None where this is a run of one process.
+    """Returns the arguments for joining the other processes; None for a run of one process.
 
     Raises:
-        LaunchError: the options are incomplete or contradict each other, or this is one of several pods that cannot
-            find the others.
+        LaunchError: the options are incomplete or contradict each other, or this process is one of several pods that
+            cannot find each other.
     """
     given = (launch.coordinator_address, launch.num_processes, launch.process_id)
     if launch.distributed is False:
@@ -73,14 +73,17 @@ def find(launch: Launch, environment: Mapping[str, str]) -> Join | None:
 
 
 def _explicit(launch: Launch, environment: Mapping[str, str]) -> Join | None:
+    """Returns the arguments that the options give; JAX may find those that are missing."""
     address, count, number = launch.coordinator_address, launch.num_processes, launch.process_id
     if count == 1 and not number:
         return None
-    known = launch.distributed or _in_slurm(environment) or _tpu_hosts(environment) > 1
-    if known and None in (address, count, number):  # JAX finds the rest
+    jax_finds_rest = launch.distributed or _in_slurm(environment) or _tpu_hosts(environment) > 1
+    if jax_finds_rest and None in (address, count, number):
         return Join(address, count, number)
     if address is None or count is None or number is None:
-        raise LaunchError(f"the place of this process among others takes three options: {_MANY}; give all of them")
+        raise LaunchError(
+            f"the place of this process among others takes three options: {_PLACE_OPTIONS}; give all of them"
+        )
     if count < 1 or not 0 <= number < count:
         raise LaunchError(f"--process_id {number} of --num_processes {count}: processes count from 0 to {count - 1}")
     if not re.fullmatch(r".+:\d+", address):
@@ -95,14 +98,16 @@ def _in_slurm(environment: Mapping[str, str]) -> bool:
 def _slurm(environment: Mapping[str, str]) -> Join | None:
     if int(environment["SLURM_NTASKS"]) == 1:
         return None
-    # JAX gives each task the one GPU of its local number. Where a node runs one task, that task takes all of them.
+    # JAX gives each task one GPU, that of its local number. The only task of a node must take all GPUs of the node.
     per_node = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
     gpus = environment.get("SLURM_GPUS_ON_NODE", "")
-    alone = re.fullmatch(r"1(\(x\d+\))?", per_node) is not None and gpus.isdecimal()
-    return Join(local_device_ids=tuple(range(int(gpus))) if alone else None)
+    one_task_per_node = re.fullmatch(r"1(\(x\d+\))?", per_node) is not None and gpus.isdecimal()
+    return Join(local_device_ids=tuple(range(int(gpus))) if one_task_per_node else None)
 
 
 def _tpu_hosts(environment: Mapping[str, str]) -> int:
+    """Returns the number of TPU hosts, over all slices."""
+    """Returns the number of TPU hosts, over all slices."""
     hosts = next((environment[name] for name in _TPU_HOSTS if name in environment), "")
     return len(hosts.split(",")) * int(environment.get("MEGASCALE_NUM_SLICES") or 1)
 
@@ -114,8 +119,8 @@ def _kubernetes(environment: Mapping[str, str]) -> Join | None:
     if importlib.util.find_spec("kubernetes") is None:
         raise LaunchError(
             f"this is pod {index} of an indexed Kubernetes job, and the other pods cannot be found. Install the "
-            f"`kubernetes` package (`pip install 'jax[k8s]'`) for JAX to ask the cluster, or give {_MANY}; for a job "
-            "of one pod give `--no-distributed`"
+            f"`kubernetes` package (`pip install 'jax[k8s]'`) for JAX to ask the cluster, or give {_PLACE_OPTIONS}; "
+            "for a job of one pod give `--no-distributed`"
         )
     return Join()
 
@@ -124,25 +129,27 @@ _joined = False
 
 
 def join(launch: Launch) -> None:
-    """Joins the other processes, where there are any. Call it before anything else: JAX must not have begun.
+    """Joins the other processes, if there are any. Call it before JAX is initialized.
 
     Raises:
-        LaunchError: as of `find`, or the others do not answer.
+        LaunchError: as `find` raises it, or the other processes do not answer.
     """
     global _joined
-    if _joined:  # JAX joins once; a second command of one process goes on in the same company
+    if _joined:  # JAX joins only once; later commands of this process keep the same group
         return
-    found = find(launch, os.environ)
-    if found is None:
+    arguments = find(launch, os.environ)
+    if arguments is None:
         return
-    from jax_simpo.processes import distributed  # imports jax, which one process need not wait for yet
+    from jax_simpo.processes import distributed  # imports jax, which takes seconds
 
-    distributed.join(found.coordinator_address, found.num_processes, found.process_id, found.local_device_ids)
+    distributed.join(
+        arguments.coordinator_address, arguments.num_processes, arguments.process_id, arguments.local_device_ids
+    )
     _joined = True
 
 
 def is_first() -> bool:
-    """Whether this process prints and writes; every one does that is alone."""
+    """Returns True if this process prints and writes: the first of several processes, or the only one."""
     if not _joined:
         return True
     from jax_simpo.processes import distributed
@@ -151,7 +158,7 @@ def is_first() -> bool:
 
 
 def finish() -> None:
-    """Waits for the other processes at the end of a command that went well."""
+    """Waits for the other processes at the end of a command that succeeded."""
     if _joined:
         from jax_simpo.processes import distributed
 
@@ -159,7 +166,7 @@ def finish() -> None:
 
 
 def fail(error: BaseException) -> None:
-    """Ends the whole run with what ended this process; in a run of one process it does nothing."""
+    """Ends all processes of the run because of `error`. In a run of one process it does nothing."""
     if _joined:
         from jax_simpo.processes import distributed
 
