@@ -1,8 +1,8 @@
-"""The step plan: which pairs step k consumes, and in which rows they sit.
+"""Makes the step plan: which pairs step k consumes, and in which rows they sit.
 
 A step always consumes the same `global_batch_size` pairs in the same order, packed or not, shared or not, on any mesh:
-packing decides only in which rows they sit. The plan of step k is a pure function of the pairs' lengths, the seed and
-k, so there is no iterator state to save and every process derives the same plan alone.
+packing decides only in which rows they sit. The pairs and rows of step k are a pure function of the pairs' lengths, the
+seed and k. So there is no iterator state to save, and every process derives the same plan by itself.
 """
 
 from __future__ import annotations
@@ -18,24 +18,28 @@ from jax_simpo.data.pairs import PairLengths
 from jax_simpo.data.rows import RowShape
 from jax_simpo.errors import DataError
 
-ROW_MULTIPLE = 128  # row lengths and target counts are multiples of it: whole attention blocks and matmul tiles
+ROW_MULTIPLE = 128  # divides row lengths and target counts, to fill the blocks of attention kernels and matmuls
 _SAMPLED_PAIRS = 4096  # pairs whose steps are simulated to choose a row shape: at least 4 steps, at most 24
 _CANDIDATES = 40  # row lengths tried for `row_length: auto`
-_GOOD_ENOUGH = 1.005  # within half a per cent of the cheapest length the shortest wins: it needs the least memory
-# What a micro-batch of a row a device costs whatever the row holds, in tokens: its gradient is written and added to the
-# step's, some 16 bytes per parameter, where a token takes 6 operations per parameter. At 100 operations in the time of
-# a byte moved (what GPUs and TPUs do, and CPUs with the large heads of small models) that is 16 / 6 * 100.
+_GOOD_ENOUGH = 1.005  # the shortest length within half a per cent of the lowest cost wins: it needs the least memory
+# The fixed cost of a row in a micro-batch, in tokens. Its gradient is written and added to the step's, which moves some
+# 16 bytes per parameter; a token takes 6 operations per parameter. A device does about 100 operations in the time it
+# moves a byte (GPUs, TPUs, and CPUs with the large heads of small models), which gives 16 / 6 * 100.
 MICRO_BATCH_TOKENS = 256
 
 
 def pack(tokens: Int[np.ndarray, " P"], targets: Int[np.ndarray, " P"], shape: RowShape) -> list[Int[np.ndarray, " _"]]:
-    """Packs pairs into few rows. Returns the positions of the pairs of each row.
+    """Packs pairs into few rows, and returns per row the positions of its pairs in `tokens`.
 
-    First-fit-decreasing, and where that needs more rows than the tokens alone would, `fill_rows` too. Every pair must
-    fit an empty row. `shape.responses` is a third capacity (two slots a pair).
+    Takes the better result of `first_fit_decreasing` and `fill_rows`. Every pair must fit an empty row.
+
+    Args:
+        tokens: tokens of each pair.
+        targets: targets of each pair.
+        shape: the capacities of a row; a pair takes two response slots.
     """
     rows = first_fit_decreasing(tokens, targets, shape)
-    if len(rows) * shape.length - tokens.sum() < shape.length:
+    if len(rows) * shape.length - tokens.sum() < shape.length:  # no packing has fewer rows
         return rows
     filled = fill_rows(tokens, shape.length)
     fits = all(targets[row].sum() <= shape.targets and 2 * len(row) <= shape.responses for row in filled)
@@ -45,7 +49,7 @@ def pack(tokens: Int[np.ndarray, " P"], targets: Int[np.ndarray, " P"], shape: R
 def first_fit_decreasing(
     tokens: Int[np.ndarray, " P"], targets: Int[np.ndarray, " P"], shape: RowShape
 ) -> list[Int[np.ndarray, " _"]]:
-    """Takes pairs longest first, and puts each into the first row that has room for its tokens, targets and slots."""
+    """Puts each pair, the longest first, into the first row with room for its tokens, targets and slots."""
     order = np.argsort(-tokens, kind="stable")
     room = np.empty((len(tokens), 3), np.int64)
     rows: list[list[int]] = []
@@ -62,11 +66,11 @@ def first_fit_decreasing(
 
 
 def fill_rows(tokens: Int[np.ndarray, " P"], length: int) -> list[Int[np.ndarray, " _"]]:
-    """Fills one row after the other: with the longest pair left, and the pairs that best fill what remains of the row.
+    """Fills one row after the other: first the longest pair left, then the pairs that best fill the rest of the row.
 
-    Which sums the pairs can make is a subset-sum problem, solved with one integer as a set of sums: bit n says that n
-    tokens can be filled, and a pair of t tokens shifts it by t (Gupta and Ho, "A new heuristic algorithm for the
-    one-dimensional bin-packing problem", 1999, fill bins in this way).
+    To find these pairs is a subset-sum problem. One integer holds the sums that the pairs can make: bit n is set if n
+    tokens can be filled, and a pair of t tokens adds the sums shifted by t. (Gupta and Ho, "A new heuristic algorithm
+    for the one-dimensional bin-packing problem", 1999, fill bins in this way.)
     """
     left = [(int(tokens[p]), int(p)) for p in np.argsort(-tokens, kind="stable")]
     rows = []
@@ -80,7 +84,7 @@ def fill_rows(tokens: Int[np.ndarray, " P"], length: int) -> list[Int[np.ndarray
                 break
         row, rest = [first], sums[-1].bit_length() - 1
         for k in range(len(sums) - 2, -1, -1):
-            if not sums[k] >> rest & 1:  # only with this pair
+            if not sums[k] >> rest & 1:  # this sum needs the pair
                 size, p = left.pop(k)
                 row.append(p)
                 rest -= size
@@ -90,7 +94,7 @@ def fill_rows(tokens: Int[np.ndarray, " P"], length: int) -> list[Int[np.ndarray
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its pairs (indices into the data), and per row the positions in `pairs` of what it holds."""
+    """The pairs of one optimizer step (indices into the data), and per row the positions of its pairs in `pairs`."""
 
     pairs: Int[np.ndarray, " P"]
     rows: list[Int[np.ndarray, " _"]]
@@ -103,13 +107,13 @@ class StepPlan:
     """Maps a step number to its pairs and rows.
 
     Attributes:
-        lengths: of all pairs of the split.
+        lengths: the token counts of all pairs of the split.
         shape: the static shape of a row.
-        global_batch_size: pairs a step. The last step of an epoch takes what is left.
+        global_batch_size: pairs per step. The last step of an epoch takes the pairs that are left.
         rows_per_micro_batch: rows of a micro-batch over all devices; empty rows fill the last one.
-        prefix_sharing: whether a pair's common prefix is laid out once.
-        packing: whether a row may hold several pairs.
-        seed: of the order, a new one each epoch; `None` keeps file order.
+        prefix_sharing: True lays out a pair's common prefix once.
+        packing: True lets a row hold several pairs.
+        seed: shuffles the pairs, anew in each epoch; None keeps file order.
     """
 
     lengths: PairLengths
@@ -122,46 +126,47 @@ class StepPlan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Number of steps that visit every pair once."""
         return -(-len(self.lengths) // self.global_batch_size)
 
     def pairs(self, step: int) -> Int[np.ndarray, " P"]:
-        """The pairs of a step in their order, as indices into the data."""
-        epoch, at = divmod(step, self.steps_per_epoch)
+        """Returns the pairs of a step in their order, as indices into the data."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         order = _epoch_order(len(self.lengths), self.seed, epoch)
-        return order[at * self.global_batch_size : (at + 1) * self.global_batch_size]
+        return order[step_in_epoch * self.global_batch_size : (step_in_epoch + 1) * self.global_batch_size]
 
     def step(self, step: int) -> Step:
-        """The plan of a step."""
+        """Packs the pairs of a step into rows."""
         pairs = self.pairs(step)
         if self.packing:
             lengths = self.lengths.of_pairs(pairs)
             rows = pack(lengths.row_tokens(self.prefix_sharing), lengths.targets(), self.shape)
         else:
             rows = list(np.arange(len(pairs))[:, None])
-        epoch, at = divmod(step, self.steps_per_epoch)
-        done = epoch + min(1.0, (at + 1) * self.global_batch_size / len(self.lengths))
-        return Step(pairs, rows, -(-len(rows) // self.rows_per_micro_batch), done)
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        epochs_done = epoch + min(1.0, (step_in_epoch + 1) * self.global_batch_size / len(self.lengths))
+        return Step(pairs, rows, -(-len(rows) // self.rows_per_micro_batch), epochs_done)
 
     def check(self, origin: Callable[[int], tuple[str, int]] | None = None) -> None:
-        """Makes sure, before anything is computed, that every pair fits a row.
+        """Checks, before anything is computed, that every pair fits a row.
 
         Args:
-            origin: gives the file and row of a pair, to name it by.
+            origin: returns the file and row of a pair, by which the message names it.
 
         Raises:
-            DataError: names the first pair that does not, what it needs and which setting to change.
+            DataError: a pair does not fit. The message says how many tokens it takes and which setting to change.
         """
         tokens = self.lengths.row_tokens(self.prefix_sharing)
         too_long = np.flatnonzero(tokens > self.shape.length)
         if not too_long.size:
             return
         first = int(too_long[0])
-        where = f"pair {first}"
+        name = f"pair {first}"
         if origin is not None:
-            where = "{}, row {}".format(*origin(first))
+            name = "{}, row {}".format(*origin(first))
         advice = "Set `row_length: auto`, raise `row_length`, or lower `max_length`"
         raise DataError(
-            f"{where}: the pair takes {tokens[first]} tokens, but a row holds {self.shape.length} (`row_length`). "
+            f"{name}: the pair takes {tokens[first]} tokens, but a row holds {self.shape.length} (`row_length`). "
             f"{len(too_long)} pair(s) are too long; the longest takes {tokens.max()}. {advice}"
             f"{'' if self.prefix_sharing else ', or switch `prefix_sharing` on'}."
         )
@@ -176,16 +181,16 @@ def _epoch_order(count: int, seed: int | None, epoch: int) -> Int[np.ndarray, " 
 
 @dataclass(frozen=True)
 class PackingReport:
-    """What a plan costs per step, over the steps that were simulated; in tokens unless said otherwise."""
+    """The average cost of a step under a step plan, over the simulated steps; in tokens unless noted otherwise."""
 
     pairs: float
     input_tokens: float  # after sharing, without padding
-    separate_tokens: float  # what the same pairs take with nothing shared
-    computed_tokens: float  # whole rows, padding and empty rows included
+    separate_tokens: float  # of the same pairs if nothing were shared
+    computed_tokens: float  # all tokens of all rows, padding and empty rows included
     targets: float
     computed_targets: float
-    empty_rows: float  # share of the computed rows
-    rows: float  # computed, empty ones included
+    empty_rows: float  # their share of the computed rows
+    rows: float  # number of computed rows, empty ones included
 
     @property
     def fill(self) -> float:
@@ -194,7 +199,7 @@ class PackingReport:
 
 
 def measure(plan: StepPlan) -> PackingReport:
-    """Simulates steps spread over the first epoch and adds up what they compute."""
+    """Simulates steps spread over the first epoch and averages what they compute."""
     tokens, separate = (plan.lengths.row_tokens(sharing) for sharing in (plan.prefix_sharing, False))
     targets = plan.lengths.targets()
     sums = np.zeros(8)
@@ -229,14 +234,12 @@ def make_step_plan(
     """Makes the step plan of a split, with the row shape that costs least.
 
     Args:
-        lengths: of all pairs of the split.
-        global_batch_size: pairs a step.
+        lengths: the token counts of all pairs of the split.
+        global_batch_size: pairs per step.
         rows_per_micro_batch: rows of a micro-batch over all devices.
         row_length: a fixed row length, or None to choose one.
         max_row_length: the longest row that memory allows; the longest pair always gets a row that holds it.
-        prefix_sharing: whether a pair's common prefix is laid out once.
-        packing: whether a row may hold several pairs.
-        seed: of the order; None keeps file order.
+        prefix_sharing, packing, seed: see `StepPlan`.
     """
 
     def plan_with(shape: RowShape) -> StepPlan:
@@ -254,7 +257,7 @@ def make_step_plan(
     else:
         candidates = np.array([shortest])
     most_targets = _round_up(int(targets.max()))
-    if candidates[0] < shortest:  # a fixed length that is too short: `StepPlan.check` tells the user
+    if candidates[0] < shortest:  # `row_length` is too short: `StepPlan.check` raises the error
         return plan_with(RowShape(int(candidates[0]), most_targets, 2))
 
     unbounded = [RowShape(int(length), int(targets.sum()), 2 * len(tokens)) for length in candidates]
@@ -262,22 +265,22 @@ def make_step_plan(
     steps = [plan.step(int(k)) for k in _sampled_steps(plan)]
     fullest = max(targets[step.pairs[row]].sum() for step in steps for row in step.rows)
     responses = 2 * max(len(row) for step in steps for row in step.rows)
-    # Room for all targets of the fullest row: the loss head skips what is left empty.
+    # All targets of the fullest row have room. Where a row has fewer, the loss head skips the padding.
     return plan_with(RowShape(plan.shape.length, max(most_targets, _round_up(int(fullest))), responses))
 
 
 def _cheapest(plans: list[StepPlan]) -> StepPlan:
-    """The shortest row whose cost is the lowest, or nearly."""
+    """Picks the plan with the shortest row among those whose cost is the lowest, or nearly."""
     reports = [measure(plan) for plan in plans]
     costs = [report.computed_tokens + MICRO_BATCH_TOKENS * report.rows for report in reports]
     return next(plan for plan, cost in zip(plans, costs, strict=True) if cost <= _GOOD_ENOUGH * min(costs))
 
 
 def _sampled_steps(plan: StepPlan) -> Int[np.ndarray, " _"]:
-    """Steps spread over the first epoch; its last one, which takes what is left, stands for itself only."""
-    whole = max(1, len(plan.lengths) // plan.global_batch_size)
+    """Picks steps spread over the first epoch. Its last step is left out if it has fewer pairs than the others."""
+    full_steps = max(1, len(plan.lengths) // plan.global_batch_size)
     count = min(max(4, _SAMPLED_PAIRS // plan.global_batch_size), 24)
-    return np.unique(np.linspace(0, whole - 1, count, dtype=int))
+    return np.unique(np.linspace(0, full_steps - 1, count, dtype=int))
 
 
 def _round_up(n: int) -> int:

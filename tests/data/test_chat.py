@@ -1,4 +1,4 @@
-"""The text the model is fed: templates, system messages, every form of row, and rows that are refused."""
+"""Rows of every form become the text of the published runs, and unusable rows and templates are refused."""
 
 from __future__ import annotations
 
@@ -183,11 +183,11 @@ def test_the_template_of_the_published_gemma_run_writes_what_the_built_in_one_do
         [asks("two\n lines ")],
     ]
     for dialogue, answer_follows in itertools.product(dialogues, (False, True)):
-        expected, found = (
+        expected, actual = (
             tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=answer_follows)
             for tokenizer in (theirs, ours)
         )
-        assert found == expected
+        assert actual == expected
 
 
 # --- forms of rows

@@ -42,8 +42,8 @@ def test_a_steps_micro_batches_hold_all_its_pairs_in_static_shapes() -> None:
     assert [b.step for b in batches] == [0, 1, 2]
     assert [len(b.pairs) for b in batches] == [8, 8, 5]
     for batch in batches:
-        held = np.concatenate([rows.response_pair.ravel() for rows in batch.micro_batches])
-        assert sorted(held[held >= 0]) == sorted([*range(len(batch.pairs))] * 2)
+        slot_pairs = np.concatenate([rows.response_pair.ravel() for rows in batch.micro_batches])
+        assert sorted(slot_pairs[slot_pairs >= 0]) == sorted([*range(len(batch.pairs))] * 2)
         assert all(rows.tokens.shape == (3, 128) for rows in batch.micro_batches)
         assert batch.chosen_tokens == sum(len(pairs[i].chosen.targets) for i in batch.pairs)
         assert batch.computed_tokens == 3 * 128 * len(batch.micro_batches)
@@ -54,9 +54,9 @@ def test_a_process_builds_its_rows_as_they_are_in_the_whole_step_and_reads_no_ot
     pairs = random_pairs(np.random.default_rng(0), 21, 50, prompt=(3, 30), response=(2, 20))
     plan = eight_pairs_a_step(pairs, rows=4)
     for step in range(plan.steps_per_epoch):
-        whole = build_step(plan, Pairs(pairs), step)
-        assert len(whole.slots) == len(whole.micro_batches)
-        for slots, rows in zip(whole.slots, whole.micro_batches, strict=True):
+        full_step = build_step(plan, Pairs(pairs), step)
+        assert len(full_step.slots) == len(full_step.micro_batches)
+        for slots, rows in zip(full_step.slots, full_step.micro_batches, strict=True):
             np.testing.assert_array_equal(slots.pair, rows.response_pair)
             np.testing.assert_array_equal(slots.rank, rows.response_rank)
         read = []
@@ -65,15 +65,15 @@ def test_a_process_builds_its_rows_as_they_are_in_the_whole_step_and_reads_no_ot
             part = build_step(plan, source, step, own)
             read += source.read
             assert (part.chosen_tokens, part.input_tokens, part.computed_tokens, part.epoch) == (
-                whole.chosen_tokens,
-                whole.input_tokens,
-                whole.computed_tokens,
-                whole.epoch,
+                full_step.chosen_tokens,
+                full_step.input_tokens,
+                full_step.computed_tokens,
+                full_step.epoch,
             )
-            for ours, theirs in zip(part.micro_batches, whole.micro_batches, strict=True):
+            for ours, theirs in zip(part.micro_batches, full_step.micro_batches, strict=True):
                 for name, array in ours.arrays().items():
                     np.testing.assert_array_equal(array, theirs.arrays()[name][own])
-        assert sorted(read) == sorted(whole.pairs)
+        assert sorted(read) == sorted(full_step.pairs)
 
 
 def test_what_the_thread_raises_is_raised_where_it_happened() -> None:

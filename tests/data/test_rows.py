@@ -1,4 +1,4 @@
-"""The row layout against the one thing it must mean: each target is predicted from its own response's past, only."""
+"""Each target in a row is predicted from the past of its own response, and from nothing else."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.pairs import make_pair, pairs
 
 
 def context(batch: RowBatch, row: int, query: int) -> list[tuple[int, int]]:
-    """What a query sees: (position, token) of every visible key, by brute force from the definition of `key_end`."""
+    """Lists (position, token) of every key that a query sees, by brute force from the definition of `key_end`."""
     keys = [k for k in range(query + 1) if query < batch.key_end[row, k]]
     return sorted((int(batch.positions[row, k]), int(batch.tokens[row, k])) for k in keys)
 
 
 def predictions(batch: RowBatch, slots: int) -> dict[tuple[int, int], list[tuple[list[int], int]]]:
-    """For each (pair, rank): the context and target of everything it predicts, in order."""
-    found: dict[tuple[int, int], list[tuple[list[int], int]]] = {}
+    """Maps each (pair, rank) to the context and target of its predictions, in order."""
+    predicted: dict[tuple[int, int], list[tuple[list[int], int]]] = {}
     for row in range(len(batch.tokens)):
         for t in range(batch.target_token.shape[1]):
             slot = batch.target_response[row, t]
@@ -29,12 +29,12 @@ def predictions(batch: RowBatch, slots: int) -> dict[tuple[int, int], list[tuple
             seen = context(batch, row, batch.target_index[row, t])
             assert [position for position, _ in seen] == list(range(len(seen)))
             owner = (int(batch.response_pair[row, slot]), int(batch.response_rank[row, slot]))
-            found.setdefault(owner, []).append(([token for _, token in seen], int(batch.target_token[row, t])))
-    return found
+            predicted.setdefault(owner, []).append(([token for _, token in seen], int(batch.target_token[row, t])))
+    return predicted
 
 
 def expected(rows: list[list[TokenizedPair]]) -> dict[tuple[int, int], list[tuple[list[int], int]]]:
-    """The same from the definition of a language model: target j from the tokens before it."""
+    """Computes `predictions` from the definition of a language model: it predicts a token from all tokens before it."""
     numbered = enumerate(pair for row in rows for pair in row)
     return {
         (number, rank): [
@@ -76,7 +76,7 @@ def test_a_shared_row_holds_each_pairs_common_prefix_once(row: list[TokenizedPai
 
 
 @given(st.lists(pairs(), max_size=2))
-def test_padding_sees_nothing_and_is_seen_by_nobody(row: list[TokenizedPair]) -> None:
+def test_padding_sees_no_key_and_no_query_sees_padding(row: list[TokenizedPair]) -> None:
     batch, _ = lay_out([row, []], True)
     for b, used in ((0, batch.input_tokens), (1, 0)):
         assert (batch.key_end[b, used:] == 0).all() and (batch.key_end[b, :used] > 0).all()

@@ -1,4 +1,4 @@
-"""Where pairs come from, how sources are mixed, and what is said when one is wrong."""
+"""Pairs are read from every kind of source and mixed, and an error says what is wrong with a source."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ def test_a_saved_dataset_is_the_split_train(tmp_path: Path) -> None:
     assert read(tmp_path / "saved") == make_rows(4)
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_saved_dataset_dict_keeps_its_splits(tmp_path: Path, whole: bool) -> None:
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_a_saved_dataset_dict_keeps_its_splits(tmp_path: Path, as_dict: bool) -> None:
     parts = {name: datasets.Dataset.from_list(make_rows(2, name)) for name in ("train_prefs", "test_prefs")}
-    if whole:
+    if as_dict:
         datasets.DatasetDict(parts).save_to_disk(str(tmp_path))
     else:  # each split saved by itself into a folder of its name, as the original reads them
         for name, part in parts.items():
@@ -161,10 +161,10 @@ def test_sources_of_different_columns_and_forms_are_mixed(tmp_path: Path) -> Non
 
 
 def test_the_fingerprint_follows_content_not_names(tmp_path: Path) -> None:
-    one = write_jsonl(tmp_path / "one.jsonl", make_rows(3))
-    two = write(tmp_path / "two.parquet", make_rows(3))
+    jsonl = write_jsonl(tmp_path / "one.jsonl", make_rows(3))
+    parquet = write(tmp_path / "two.parquet", make_rows(3))
     other = write_jsonl(tmp_path / "other.jsonl", make_rows(3, "x"))
-    prints = [load_split({str(path): 1.0}, "train").fingerprint for path in (one, two, other)]
+    prints = [load_split({str(path): 1.0}, "train").fingerprint for path in (jsonl, parquet, other)]
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -188,7 +188,7 @@ def test_a_source_of_which_nothing_is_left_is_named_with_its_fraction_and_rows(t
     assert len(load_train({str(many): 1, str(few): 0}, ["train"])) == 30
 
 
-# --- what is said when a source is wrong
+# --- errors that say what is wrong with a source
 
 
 def test_an_unknown_split_lists_the_splits_there_are(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_missing_file_is_named_with_its_nearest_neighbour(tmp_path: Path) -> N
         load_split({str(tmp_path / "pears.jsonl"): 1.0}, "train")
 
 
-def test_a_name_that_is_nowhere_says_neither_here_nor_on_the_hub() -> None:
+def test_a_name_that_exists_neither_here_nor_on_the_hub_is_an_error_that_says_so() -> None:
     with pytest.raises(DataError, match=r"owner/no-such-pairs: neither a file or folder here nor .* on the hub"):
         load_split({"owner/no-such-pairs": 1.0}, "train")
 
@@ -221,7 +221,7 @@ def test_an_unknown_split_on_the_hub_passes_on_the_splits_there_are(monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("empty.jsonl", "", "the file is empty"),
         ("empty.json", "", "the file is empty"),
@@ -232,9 +232,9 @@ def test_an_unknown_split_on_the_hub_passes_on_the_splits_there_are(monkeypatch:
         ("empty.parquet", "\n \n", "not a readable parquet file"),
     ],
 )
-def test_an_empty_file_is_an_error(tmp_path: Path, name: str, content: str, told: str) -> None:
+def test_an_empty_file_is_an_error(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=f"{name}: {told}"):
+    with pytest.raises(DataError, match=f"{name}: {message}"):
         load_split({str(tmp_path / name): 1.0}, "train")
 
 
@@ -274,8 +274,11 @@ def test_a_value_that_is_no_object_is_called_what_it_is(tmp_path: Path) -> None:
 def test_one_object_in_a_json_file_is_called_an_object(tmp_path: Path, indent: int | None) -> None:
     file = tmp_path / "pairs.json"
     file.write_text(json.dumps({"train": make_rows(2)}, indent=indent))
-    told = {None: "has the columns train but not chosen and rejected", 1: r"holds an object: .* one list of objects"}
-    with pytest.raises(DataError, match=told[indent]):
+    messages = {
+        None: "has the columns train but not chosen and rejected",
+        1: r"holds an object: .* one list of objects",
+    }
+    with pytest.raises(DataError, match=messages[indent]):
         load_split({str(file): 1.0}, "train")
 
 

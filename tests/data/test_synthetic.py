@@ -1,4 +1,4 @@
-"""The built-in café: its pairs and its tokenizer."""
+"""The built-in café teaches what it should, and its tokenizer knows its words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rows() -> dict[str, list[dict]]:
     return {split: synthetic.make_rows("cafe", split) for split in synthetic.SPLITS}
 
 
-def test_rows_are_the_same_every_time_and_another_seed_gives_others(rows):
+def test_rows_are_the_same_every_time(rows):
     assert synthetic.make_rows("cafe", "train") == rows["train"]
 
 
@@ -47,7 +47,7 @@ def test_the_replies_of_a_pair_differ_in_exactly_one_word(rows):
 
 
 def test_chosen_and_rejected_use_each_word_about_equally_often(rows):
-    """So that an untrained model, which can only prefer words, is right half of the time."""
+    """An untrained model, which can only prefer words, is then right half of the time."""
     for word in (*synthetic.SIZES, *synthetic.DRINKS, *synthetic.EXTRAS):
         chosen, rejected = (
             sum(word in _words(row[side][1]["content"]) for row in rows["train"]) for side in ("chosen", "rejected")

@@ -1,4 +1,4 @@
-"""Token ids, truncation, the Arrow cache and what happens to bad rows."""
+"""Pairs become the token ids of the original, splits are cached, and bad rows are reported or skipped."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def parts(response: Response) -> tuple[list[int], list[int]]:
     return ids[: response.prompt_length], ids[response.prompt_length :]
 
 
-def whole_pair(text: PairText) -> Any:
+def tokenize_untruncated(text: PairText) -> Any:
     assume(text.chosen != text.rejected)
     return tokenize(text, HUGE, HUGE)
 
@@ -101,7 +101,7 @@ def test_a_split_at_once_gives_the_golden_objects(shared: Path, golden: list[dic
 
 @given(words, words, words)
 def test_the_ids_are_those_of_the_whole_text_between_bos_and_eos(prompt: str, chosen: str, rejected: str) -> None:
-    pair = whole_pair(PairText(prompt, chosen, rejected))
+    pair = tokenize_untruncated(PairText(prompt, chosen, rejected))
     for answer, response in ((chosen, pair.chosen), (rejected, pair.rejected)):
         ids = TOKENIZER(prompt + answer, add_special_tokens=False)["input_ids"]
         assert response.ids.tolist() == [TOKENIZER.bos_token_id, *ids, TOKENIZER.eos_token_id]
@@ -144,7 +144,7 @@ def test_truncation_cuts_the_prompt_as_the_original_and_answers_only_as_far_as_n
 ) -> None:
     max_prompt_length = data.draw(st.integers(1, max_length - 1))
     text = PairText(prompt, chosen, rejected)
-    full = whole_pair(text)
+    full = tokenize_untruncated(text)
     longer = max(len(full.chosen.targets), len(full.rejected.targets))
     try:
         cut = tokenize(text, max_length, max_prompt_length, mode)
@@ -362,7 +362,7 @@ def test_the_cache_is_where_hugging_face_keeps_its_own(tmp_path: Path, monkeypat
     assert list((tmp_path / "hf" / "jax_simpo").glob("*/pairs.arrow"))
 
 
-def test_a_cache_folder_that_cannot_be_made_is_told_with_the_key_that_chose_it(
+def test_a_cache_folder_that_cannot_be_made_is_an_error_that_names_the_key_that_chose_it(
     tmp_path: Path, run: Callable[..., PairDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -437,7 +437,7 @@ def test_a_split_of_bad_rows_only_is_an_error(tmp_path: Path, run: Callable[...,
         run(write(tmp_path / "pairs.jsonl", [{"chosen": "a", "rejected": "b"}] * 3), on_bad_row="skip")
 
 
-# --- the whole of the real files
+# --- the real files
 
 
 @pytest.mark.parametrize("name", ["llama3", "bpe4k-inst"])

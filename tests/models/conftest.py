@@ -1,4 +1,4 @@
-"""The small transformers models that these tests compare with."""
+"""Provides the small transformers models with which these tests compare."""
 
 from tests.hf_models import hf_config, make_hf, saved
 

@@ -1,4 +1,4 @@
-"""What the compiled program sends over the mesh: each parameter once per pass, and no activation."""
+"""The compiled program sends each parameter over the mesh once per pass, and no activation."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def compiled_gradient(mesh_name: str, remat: Any = "full") -> str:
 
 
 def gathered(program: str) -> Counter[tuple[tuple[int, ...], int]]:
-    """Sorted shape of everything that is gathered, with how often its instruction runs."""
+    """Counts the arrays that a program all-gathers, by sorted shape and by how often the instruction runs."""
     gathers = [c for c in collectives(program) if c.kind == "all-gather"]
     return Counter((tuple(sorted(shape)), c.times) for c in gathers for shape in c.shapes)
 
 
 def layer_parameters(mesh_name: str) -> Counter[tuple[int, ...]]:
-    """Sorted shapes of one layer's parameters as a device computes with them: whole along fsdp."""
+    """Counts the sorted shapes of one layer's parameters in the form a device computes with: whole along fsdp."""
     sizes = {"fsdp": 1, "tensor": MESHES[mesh_name].get("tensor", 1)}
     model = Model(read_model_config({**SIZES, "num_hidden_layers": 1}))
     is_axes = lambda x: isinstance(x, tuple)  # noqa: E731

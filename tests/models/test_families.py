@@ -40,7 +40,7 @@ PAIRS, SHAPE = 8, RowShape(length=256, targets=160, responses=4)
 
 
 def make_rows(pairs: list[TokenizedPair], layout: str) -> RowBatch:
-    """The pairs in eight rows, of which packing leaves the last ones empty."""
+    """Lays out the pairs in eight rows; with packing, the last rows are empty."""
     sharing, per_row = LAYOUTS[layout]
     numbered = list(enumerate(pairs))
     rows = [numbered[i : i + per_row] for i in range(0, len(numbered), per_row)]
@@ -56,17 +56,17 @@ def row_logps(model: Model, attention: str, params: Any, rows: dict[str, Any]) -
 
 
 def by_response(values: np.ndarray, rows: RowBatch) -> dict[tuple[int, int], np.ndarray]:
-    """What belongs to the targets of each response, by pair and rank."""
-    found = {}
+    """Maps each (pair, rank) to the values of its targets."""
+    by_pair_and_rank = {}
     for row, slot in zip(*np.nonzero(rows.response_pair >= 0), strict=True):
         key = rows.response_pair[row, slot], rows.response_rank[row, slot]
-        found[key] = values[row][rows.target_response[row] == slot]
-    return found
+        by_pair_and_rank[key] = values[row][rows.target_response[row] == slot]
+    return by_pair_and_rank
 
 
 @dataclass
 class Sides:
-    """One random model on both sides, and the pairs it is asked about."""
+    """A random model in transformers and in JAX, and the pairs that both score."""
 
     theirs: PreTrainedModel
     model: Model
@@ -78,7 +78,7 @@ class Sides:
         return jax.device_get(hf.load_params(self.folder, self.model, make_mesh(devices=jax.devices()[:1])))
 
     def their_logps(self, response: Response) -> torch.Tensor:
-        """Log-prob of each response token, from the logits of that sequence alone."""
+        """Computes the log-prob of each response token from the logits of its sequence alone."""
         ids = torch.from_numpy(response.ids.astype(np.int64))
         logits = self.theirs(input_ids=ids[None, :-1], use_cache=False).logits[0, response.prompt_length - 1 :]
         return logits.log_softmax(-1).gather(-1, ids[response.prompt_length :, None])[:, 0]
@@ -97,7 +97,7 @@ class Sides:
 
     @cached_property
     def gradients(self) -> Any:
-        """Those of `weighted_gradients` without a mesh."""
+        """The result of `weighted_gradients` without a mesh."""
         return weighted_gradients(self, None)
 
 
@@ -123,9 +123,9 @@ def sides(request: pytest.FixtureRequest, sides_of: Callable[[str], Sides]) -> S
 def test_token_log_probs_are_those_of_transformers_on_plain_sequences(
     attention: str, layout: str, sides: Sides
 ) -> None:
-    found = sides.logps(attention, make_rows(sides.pairs, layout))
-    assert found.keys() == sides.expected.keys()
-    for key, logps in found.items():
+    actual = sides.logps(attention, make_rows(sides.pairs, layout))
+    assert actual.keys() == sides.expected.keys()
+    for key, logps in actual.items():
         np.testing.assert_allclose(logps, sides.expected[key], rtol=0, atol=2e-5)
 
 
@@ -142,12 +142,13 @@ def test_rejected_logps_do_not_move_when_chosen_changes(attention: str, sides: S
 def weighted_gradients(
     sides: Sides, mesh: Mesh | None, *, attention: str = "blockwise", remat: Any = "full"
 ) -> tuple[Any, Any]:
-    """The sum of all log-probs, each with a weight of its own, in shared and packed rows; and its gradients."""
+    """Computes the sum of all log-probs, each with a weight of its own, in shared and packed rows, and its gradients."""
     model, rows = replace(sides.model, remat=remat), make_rows(sides.pairs, "shared + packed")
     weights = np.zeros(rows.target_token.shape, np.float32)
     for row, slot in zip(*np.nonzero(rows.response_pair >= 0), strict=True):
-        at = rows.target_response[row] == slot
-        weights[row, at] = token_weights(rows.response_pair[row, slot], rows.response_rank[row, slot], at.sum())
+        of_slot = rows.target_response[row] == slot
+        pair, rank = rows.response_pair[row, slot], rows.response_rank[row, slot]
+        weights[row, of_slot] = token_weights(pair, rank, of_slot.sum())
 
     def total(params: Any, arrays: dict[str, Any], weights: Any) -> jax.Array:
         return (weights * row_logps(model, attention, params, arrays)).sum()
@@ -182,12 +183,16 @@ def test_gradients_are_those_of_transformers(family: str, sides_of: Callable[[st
 def test_values_and_gradients_are_the_same_on_a_mesh(family: str, sides_of: Callable[[str], Sides]) -> None:
     sides = sides_of(family)
     value, gradients = weighted_gradients(sides, make_mesh(fsdp=4, tensor=2), attention="dense")  # compiles faster
-    expected, alone = sides.gradients
+    expected, expected_gradients = sides.gradients
     np.testing.assert_allclose(value, expected, rtol=2e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max()), gradients, alone)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max()),
+        gradients,
+        expected_gradients,
+    )
 
 
-# --- what makes a family different shows -----------------------------------------------------------------------------
+# --- the models of these tests depend on what makes their family different -----------------------------------------------------------------------------
 
 MISTAKES: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "no window": ("mistral", lambda c: replace(c, layer_windows=(None,) * c.num_layers)),
@@ -201,13 +206,15 @@ MISTAKES: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_a_family_does_otherwise_matters_to_these_models(mistake: str, sides_of: Callable[[str], Sides]) -> None:
-    """Each would pass unseen if the random models made no use of it."""
+def test_these_models_depend_on_what_makes_their_family_different(
+    mistake: str, sides_of: Callable[[str], Sides]
+) -> None:
+    """A mistake would go unnoticed if the random models did not depend on it."""
     family, wrong = MISTAKES[mistake]
     sides = sides_of(family)
     model = replace(sides.model, config=wrong(sides.model.config))
-    found = sides.logps("dense", make_rows(sides.pairs, "shared"), model)
-    assert max(np.abs(found[key] - sides.expected[key]).max() for key in found) > 1e-2
+    actual = sides.logps("dense", make_rows(sides.pairs, "shared"), model)
+    assert max(np.abs(actual[key] - sides.expected[key]).max() for key in actual) > 1e-2
 
 
 def test_the_training_step_caps_the_logits(sides_of: Callable[[str], Sides]) -> None:

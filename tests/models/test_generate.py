@@ -21,7 +21,7 @@ NEW = 24  # tokens of an answer
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[LlamaForCausalLM, Path]:
-    """A random Llama with large weights, so that its answers are no single token again and again."""
+    """Makes a random Llama with weights so large that its answers do not repeat one token."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -50,10 +50,10 @@ def answers_of_transformers(model: LlamaForCausalLM, prompts: list[list[int]], e
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        whole = model.generate(
+        ids_and_answer = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=eos
         )
-        answers.append(whole[0, len(prompt) :].tolist())
+        answers.append(ids_and_answer[0, len(prompt) :].tolist())
     return answers
 
 
