@@ -142,7 +142,7 @@ def test_rejected_logps_do_not_move_when_chosen_changes(attention: str, sides: S
 def weighted_gradients(
     sides: Sides, mesh: Mesh | None, *, attention: str = "blockwise", remat: Any = "full"
 ) -> tuple[Any, Any]:
-    """Computes the sum of all log-probs, each with a weight of its own, in shared and packed rows, and its gradients."""
+    """Computes the sum of all log-probs, each with its own weight, in shared and packed rows, and its gradients."""
     model, rows = replace(sides.model, remat=remat), make_rows(sides.pairs, "shared + packed")
     weights = np.zeros(rows.target_token.shape, np.float32)
     for row, slot in zip(*np.nonzero(rows.response_pair >= 0), strict=True):
@@ -192,7 +192,7 @@ def test_values_and_gradients_are_the_same_on_a_mesh(family: str, sides_of: Call
     )
 
 
-# --- the models of these tests depend on what makes their family different -----------------------------------------------------------------------------
+# --- the models of these tests depend on what is special to their family ---------------------------------------------
 
 MISTAKES: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "no window": ("mistral", lambda c: replace(c, layer_windows=(None,) * c.num_layers)),
@@ -206,9 +206,7 @@ MISTAKES: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_these_models_depend_on_what_makes_their_family_different(
-    mistake: str, sides_of: Callable[[str], Sides]
-) -> None:
+def test_these_models_depend_on_what_is_special_to_their_family(mistake: str, sides_of: Callable[[str], Sides]) -> None:
     """A mistake would go unnoticed if the random models did not depend on it."""
     family, wrong = MISTAKES[mistake]
     sides = sides_of(family)
