@@ -27,6 +27,7 @@ from jax_simpo.models.transformer import Params
 from jax_simpo.objectives.simpo import Objective
 from jax_simpo.ops.responses import match_pairs
 from jax_simpo.sharding import make_mesh, put_rows
+from jax_simpo.train import capacity
 from jax_simpo.train.optim import run_optimizer
 from jax_simpo.train.setup import Setup
 from jax_simpo.train.step import (
@@ -149,8 +150,9 @@ def make_runner(job: Job, cell: Cell, variant: Variant = RIGHT) -> Runner:
     fsdp, tensor = MESHES.get(cell.backend, (1, 1))
     mesh = make_mesh(1, fsdp, tensor, devices=jax.devices()[: fsdp * tensor])
     adapter = Path(job.adapters[cell.family]) if cell.family in job.adapters else None
-    forward, objective = variant.forward(setup.training_forward), variant.objective(setup.objective)
-    return Runner(job, setup, mesh, forward, objective, adapter)
+    # The setup's own mesh is of all devices here; the cell's mesh says how much memory is left for logits.
+    forward = capacity.training_forward(setup.forward, mesh, setup.device_memory)
+    return Runner(job, setup, mesh, variant.forward(forward), variant.objective(setup.objective), adapter)
 
 
 def run_cell(job: Job, runner: Runner, cell: Cell, folder: Path, steps: int, variant: Variant = RIGHT) -> None:

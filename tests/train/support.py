@@ -1,4 +1,4 @@
-"""A tiny model, random pairs and a run of steps on any mesh and layout."""
+"""Makes a tiny model and random pairs, and runs optimizer steps on any mesh and layout."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jax_simpo.config import TrainConfig
 from jax_simpo.data.loader import build_step
 from jax_simpo.data.packing import StepPlan, make_step_plan
 from jax_simpo.data.pairs import PairLengths, TokenizedPair
@@ -17,9 +17,9 @@ from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
 from jax_simpo.objectives.simpo import Objective
-from jax_simpo.sharding import make_mesh, put_rows
-from jax_simpo.train.optim import make_optimizer
-from jax_simpo.train.step import Denominators, make_train_functions
+from jax_simpo.sharding import make_mesh
+from jax_simpo.train.optim import run_optimizer
+from jax_simpo.train.step import make_train_functions, run_step
 from tests.pairs import random_pairs
 
 VOCABULARY = 96
@@ -36,6 +36,14 @@ CONFIG = {
     "initializer_range": 0.2,
 }
 OBJECTIVE = Objective(beta=2.5, gamma_beta_ratio=0.55)
+OPTIMIZER = TrainConfig(
+    model_name_or_path="unused",
+    dataset_mixer={"unused": 1.0},
+    learning_rate=1e-3,
+    lr_scheduler_type="constant",
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+)
 MESHES = {"one device": (1, 1, 1), "fsdp=8": (1, 8, 1), "fsdp=4 x tensor=2": (1, 4, 2), "data=2 x fsdp=4": (2, 4, 1)}
 
 
@@ -76,11 +84,11 @@ def plan_of(pairs: Pairs, mesh: Mesh, *, batch: int, sharing: bool = True, packi
 
 @dataclass(frozen=True)
 class History:
-    """What a run of steps gave: per step the metrics, and the last parameters on the host."""
+    """The metrics of each step of a run, the last parameters on the host, and the number of programs compiled."""
 
     records: list[dict[str, float]]
     params: Any
-    programs: int = 0  # compiled for the steps
+    programs: int = 0
 
     def values(self, name: str) -> np.ndarray:
         return np.array([record[name] for record in self.records])
@@ -101,11 +109,9 @@ def run_steps(
     params: Any = None,
     logits_bytes: int = 0,
 ) -> History:
-    """Runs optimizer steps as the trainer does, without its shell."""
+    """Runs optimizer steps with the trainer's functions, without its files and console."""
     model = model or tiny_model()
-    optimizer = optimizer or make_optimizer(
-        lambda _: 1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0
-    )
+    optimizer = optimizer or run_optimizer(OPTIMIZER, steps)[1]
     plan = plan_of(pairs, mesh, batch=batch, sharing=sharing, packing=packing)
     records = []
     with jax.set_mesh(mesh):
@@ -113,14 +119,8 @@ def run_steps(
         params = model.init(0, mesh) if params is None else jax.device_put(params, model.shardings(mesh))
         state = functions.init_optimizer(params)
         for k in range(steps):
-            step = build_step(plan, pairs, k)
-            denominators = Denominators(jnp.float32(len(step.pairs)), jnp.float32(step.chosen_tokens))
-            so_far = None
-            for rows in step.micro_batches:
-                so_far = functions.accumulate(params, so_far, put_rows(rows.arrays(), mesh), denominators)
-            assert so_far is not None
-            params, state, norm = functions.update(params, state, so_far.gradients)
-            records.append({name: float(v) for name, v in {**so_far.metrics, "grad_norm": norm}.items()})
+            params, state, metrics = run_step(functions, params, state, build_step(plan, pairs, k))
+            records.append({name: float(value) for name, value in metrics.items()})
         programs = functions.accumulate._cache_size() + functions.update._cache_size()  # type: ignore[attr-defined]
         return History(records, jax.device_get(params), programs)
 

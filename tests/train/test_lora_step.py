@@ -23,8 +23,8 @@ from jax_simpo.models.transformer import Model
 from jax_simpo.ops import bits
 from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.plan.hlo import collectives
-from jax_simpo.sharding import named, put_rows
-from jax_simpo.train.step import Accumulated, Denominators, make_train_functions
+from jax_simpo.sharding import named
+from jax_simpo.train.step import Accumulated, Denominators, accumulate_step, make_train_functions
 from tests.train.support import (
     MESHES,
     OBJECTIVE,
@@ -84,16 +84,14 @@ def test_the_steps_give_the_same_losses_on_a_mesh(pairs: Pairs, reference: Histo
 
 
 def gradients_of(model: Model, params: Any, pairs: Pairs) -> Any:
-    """The gradients of the first micro-batch of a step."""
+    """Computes the gradients of the first micro-batch of a step."""
     mesh = mesh_of((1, 1, 1))
     functions = make_train_functions(Forward(model, "blockwise", 64), OBJECTIVE, optax.sgd(1.0), mesh)
     step = build_step(plan_of(pairs, mesh, batch=BATCH), pairs, 0)
-    one = Denominators(jnp.float32(len(step.pairs)), jnp.float32(step.chosen_tokens))
+    step = replace(step, micro_batches=step.micro_batches[:1], slots=step.slots[:1])
     with jax.set_mesh(mesh):
-        rows = put_rows(step.micro_batches[0].arrays(), mesh)
-        return jax.device_get(
-            functions.accumulate(jax.device_put(params, model.shardings(mesh)), None, rows, one).gradients
-        )
+        params = jax.device_put(params, model.shardings(mesh))
+        return jax.device_get(accumulate_step(functions, params, step).gradients)
 
 
 def test_the_gradients_are_those_of_the_merged_kernels_by_the_chain_rule(pairs: Pairs) -> None:
