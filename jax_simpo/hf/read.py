@@ -42,6 +42,19 @@ def load_params(folder: str | Path, model: Model, mesh: Mesh) -> Params:
     return jax.tree_util.tree_map_with_path(load, base, shardings)
 
 
+def check_params(folder: str | Path, model: Model) -> None:
+    """Makes sure that `load_params` can read the weights of a folder, from the headers of its files alone.
+
+    A header gives the name, dtype and shape of every tensor and with them the length that the file must have. Data is
+    read only where a checkpoint holds a tied head a second time, which must equal the embedding.
+
+    Raises:
+        ModelError: a file is missing or cut short, or a tensor is missing, extra, of an unreadable dtype or of another
+            shape than `config.json` says.
+    """
+    _check_tensors(WeightFiles(Path(folder)), model, checkpoint_tensors(model))
+
+
 def _load_parameter(
     files: WeightFiles, tensors: list[CheckpointTensor], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding
 ) -> jax.Array:

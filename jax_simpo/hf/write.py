@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -25,7 +24,7 @@ from jax_simpo.hf.tensors import CheckpointTensor, checkpoint_tensors, join_path
 from jax_simpo.models import lora
 from jax_simpo.models.config import ModelConfig
 from jax_simpo.models.transformer import Model, Params
-from jax_simpo.run.whole import fresh_folder_beside, move_into_place
+from jax_simpo.run import whole
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -102,23 +101,13 @@ def save_model(
 
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path | None]:
-    """A new folder to write to, which takes the place of `folder` when all is written; None but on the first process.
+    """Gives the first process a new folder to write to, which takes the place of `folder`; gives the others None.
 
     Raises:
-        ModelError: something that is no model is in the way, or the folder cannot be written.
+        ModelError: a file that is no part of a model is in the way, or the folder cannot be written.
     """
-    folder = Path(folder).absolute()
-    temporary = None
-    try:
-        temporary = fresh_folder_beside(folder) if jax.process_index() == 0 else None
+    with whole.replacing(folder) if jax.process_index() == 0 else nullcontext() as temporary:
         yield temporary
-        if temporary:
-            move_into_place(temporary, folder)
-    except OSError as error:
-        raise ModelError(f"{folder}: the model cannot be written there ({error})") from error
-    finally:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)  # gone already, unless something failed
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_model")
 

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: parameters, optimizer state, and what the run is, in `checkpoints/STEP/` (Orbax).
+"""Checkpoints of a run: parameters, optimizer state and the run's identity, in `checkpoints/STEP/` (Orbax).
 
 A step holds three items. `params` (those that are trained) and `optimizer` are saved and restored shard by shard; `run`
-is a small JSON object that says which run this is. No iterator state is needed: the step number determines the batches
-that follow.
+is a small JSON object, the run's identity. No iterator state is needed: the step number determines the batches that
+follow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
+from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError
+from jax_simpo.run import files
+from jax_simpo.run.resume import check_trainer, choose_step
 
 
 class Checkpoints:
@@ -32,7 +35,7 @@ class Checkpoints:
         self.directory = directory.absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            # What a killed save left behind is no checkpoint; it is removed, never restored.
+            # The rest of a killed save is no checkpoint; it is removed, never restored.
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
@@ -44,11 +47,13 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._manager.close()
 
     def steps(self) -> list[int]:
-        """The steps there are, oldest first."""
+        """The finished steps, oldest first."""
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int:
@@ -63,7 +68,14 @@ class Checkpoints:
         return steps[-1]
 
     def save(self, step: int, params: Any, optimizer: Any, run: Mapping[str, Any]) -> None:
-        """Writes a step: complete, or not at all. A step of the same number is removed first."""
+        """Writes a step whole or not at all. A step of the same number is removed first.
+
+        Args:
+            step: optimizer steps done.
+            params: the trained parameters.
+            optimizer: the optimizer state.
+            run: the run's identity.
+        """
         if step in self._manager.all_steps():
             self._manager.delete(step)
         self._manager.save(
@@ -78,7 +90,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def run(self, step: int) -> dict[str, Any]:
-        """What the run of a step is, as `save` was told."""
+        """The identity of the run that saved a step."""
         return self._restore(step, run=ocp.args.JsonRestore())["run"]
 
     def params(self, step: int, abstract: Any) -> Any:
@@ -91,8 +103,8 @@ class Checkpoints:
 
     def _restore(self, step: int, **items: Any) -> Any:
         if step not in self._manager.all_steps():
-            there = ", ".join(map(str, self.steps())) or "none"
-            raise CheckpointError(f"{self.directory}: there is no checkpoint of step {step}; there are: {there}")
+            steps = ", ".join(map(str, self.steps())) or "none"
+            raise CheckpointError(f"{self.directory}: there is no checkpoint of step {step}; there are: {steps}")
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
@@ -103,24 +115,25 @@ class Checkpoints:
 
 
 def abstract_state(shapes: Any, shardings: Any) -> Any:
-    """Shapes with shardings, as `Checkpoints.params` and `.optimizer` want them."""
+    """Joins shapes and shardings to the abstract arrays that `Checkpoints.params` and `.optimizer` take."""
 
-    def one(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+    def abstract_array(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(one, shapes, shardings)
+    return jax.tree.map(abstract_array, shapes, shardings)
 
 
-def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Refuses to continue a run as another one.
+def starting_point(config: TrainConfig, output: Path) -> tuple[int, dict[str, Any]]:
+    """Returns the step to continue from, and the identity of the run that saved it; step 0 starts afresh.
 
     Raises:
-        CheckpointError: names every key that differs, with both values, and what to do.
+        CheckpointError: there is no step such as `resume_from_checkpoint` asks for, or the PyTorch reference wrote it.
+        ConfigError: the value of `resume_from_checkpoint` is none that the key may have.
     """
-    keys = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
-    if keys:
-        differ = "\n".join(f"  {key}: was {saved.get(key)!r}, is {now.get(key)!r}" for key in keys)
-        raise CheckpointError(
-            f"{where} holds a checkpoint of another run; these settings differ:\n{differ}\nSet them back to continue "
-            "it, give another `output_dir`, or set `overwrite_output_dir: true` to remove it and start afresh"
-        )
+    folder = output / files.CHECKPOINTS
+    if config.overwrite_output_dir or not folder.is_dir():
+        return choose_step(config.resume_from_checkpoint, [], output), {}
+    check_trainer(output, "jax-simpo train")
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        step = choose_step(config.resume_from_checkpoint, checkpoints.steps(), output)
+        return (step, checkpoints.run(step)) if step else (0, {})

@@ -1,7 +1,8 @@
-"""The names of everything a run writes to its output directory."""
+"""The names of everything that a run writes, relative to its output directory."""
 
 from __future__ import annotations
 
+MANIFEST = ".jax-simpo.json"  # lists which of the names below this run wrote
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -11,3 +12,9 @@ FACTS = "run.json"
 CARD = "README.md"
 REPORT = "report.html"
 CURVES = "curves.png"
+STEP_RUN = "run.json"  # in a step folder of the PyTorch reference: the identity of the run and the engine
+
+# Everything but the manifest, in the order in which a run writes it.
+ALL = (CONFIG, METRICS, FACTS, SAMPLES, CHECKPOINTS, MODEL, REPORT, CURVES, CARD)
+# The PyTorch reference writes only these.
+OF_TORCH_REF = (CONFIG, METRICS, FACTS, CHECKPOINTS, MODEL)

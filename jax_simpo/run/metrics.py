@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-METRICS_FILE = "metrics.jsonl"
+from jax_simpo.errors import ConfigError
+from jax_simpo.run import files
+from jax_simpo.run.manifest import write_file
 
 
 class MetricsLog:
-    """Appends one JSON object per logged step; a resumed run first drops what it is about to write again.
+    """Appends one JSON object per logged step; a resumed run first drops the records that it will write again.
 
-    With `write` off it does nothing: of several processes one writes.
+    Args:
+        output: the output directory.
+        first_step: steps done before; records of later steps are dropped.
+        write: False turns the log off: of several processes one writes.
     """
 
-    def __init__(self, folder: Path, *, first_step: int, write: bool = True) -> None:
-        self.path = folder / METRICS_FILE
+    def __init__(self, output: Path, *, first_step: int, write: bool = True) -> None:
         self._file: TextIO | None = None
         if not write:
             return
-        kept = [r for r in read_metrics(folder) if record_step(r) <= first_step] if first_step else []
-        rewritten = self.path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        rewritten.replace(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        records = read_metrics(output) if first_step else []
+        kept = [json.dumps(record) + "\n" for record in records if record_step(record) <= first_step]
+        self._file = write_file(output, files.METRICS, "".join(kept)).open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes a record at once, so that a killed run loses none."""
@@ -37,14 +39,16 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._file is not None:
             self._file.close()
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(output: Path) -> list[dict[str, Any]]:
     """The records of a run so far; a last line that a killed run left half written is dropped."""
-    path = folder / METRICS_FILE
+    path = output / files.METRICS
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -54,3 +58,43 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def record_step(record: Mapping[str, Any]) -> int:
     """The step of a training or evaluation record."""
     return record["step"] if "step" in record else record["eval_step"]
+
+
+# --- the keys of an evaluation
+
+
+def evaluation_figures(overall: Mapping[str, float], by_split: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Names the figures of an evaluation: `eval_loss` over all pairs and, of several splits, `eval_SPLIT_loss` of each.
+
+    Args:
+        overall: figures over all pairs, such as `loss` and `rewards/accuracies`.
+        by_split: the figures of each split. A single split is the same as all pairs and adds nothing.
+    """
+    figures = {f"eval_{name}": value for name, value in overall.items()}
+    if len(by_split) > 1:
+        for split, values in by_split.items():
+            figures |= {f"eval_{split}_{name}": value for name, value in values.items()}
+    return figures
+
+
+def check_split_names(splits: Sequence[str], names: Sequence[str]) -> None:
+    """Makes sure that no two figures of an evaluation have the same key.
+
+    Args:
+        splits: the evaluation splits.
+        names: names of the figures.
+
+    Raises:
+        ConfigError: two have; with a split called `sft`, `eval_sft_loss` would mean two things.
+    """
+    if len(splits) < 2:
+        return
+    keys = [f"eval_{name}" for name in names]
+    for split in splits:
+        own = [f"eval_{split}_{name}" for name in names]
+        if doubled := sorted(set(keys) & set(own)):
+            raise ConfigError(
+                f"`dataset_splits`: the metric `{doubled[0]}` of the split `{split}` would have the name of another "
+                "metric. Rename the split"
+            )
+        keys += own

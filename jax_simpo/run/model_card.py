@@ -12,11 +12,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from jax_simpo.config import TrainConfig
 from jax_simpo.data.readers import FILE_TYPES
 from jax_simpo.data.sources import BUILTIN
-from jax_simpo.run.report import MEASURES, PACKAGES, Run, read_run
+from jax_simpo.run import files
+from jax_simpo.run.facts import PACKAGES
+from jax_simpo.run.manifest import CARD_SENTENCE, claim
+from jax_simpo.run.report import MEASURES, Run, read_run
+from jax_simpo.run.whole import write_text
 
-CARD_FILE = "README.md"
-
-# What a reader wants to compare with another run, in this order.
+# The settings by which runs are compared, in the order of the table.
 _HYPERPARAMETERS = (
     "beta",
     "gamma_beta_ratio",
@@ -47,14 +49,17 @@ _CITATION = """\
 
 
 def write(output: Path, config: TrainConfig, *, global_batch_size: int | None = None) -> Path:
-    """Writes `README.md` of an output directory, and next to the exported model, which is what gets uploaded.
+    """Writes `README.md` to an output directory, and to the folder of the exported model, which gets uploaded.
 
-    Local paths stay out of it: a card is published, and they mean nothing elsewhere.
+    A card is published, so it names local models and data by the last part of their paths only.
 
     Args:
         output: the output directory of a run.
         config: its config.
         global_batch_size: pairs per optimizer step, where the config leaves it to the mesh.
+
+    Raises:
+        CheckpointError: no training step was logged there, or a `README.md` is there that no run wrote.
     """
     run = read_run(output)
     base = config.model_name_or_path
@@ -68,11 +73,11 @@ def write(output: Path, config: TrainConfig, *, global_batch_size: int | None = 
         model_name=run.name,
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(run, config, global_batch_size)}\n")
-    path = output / CARD_FILE
-    for folder in (output, output / "model"):
+    claim(output, files.CARD)
+    for folder in (output, output / files.MODEL):
         if folder.is_dir():
-            (folder / CARD_FILE).write_text(str(card), encoding="utf-8")
-    return path
+            write_text(folder / files.CARD, str(card))
+    return output / files.CARD
 
 
 def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
@@ -85,8 +90,7 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
     adapter = " These are the weights of a LoRA adapter, to be loaded on that model." if _is_adapter(config) else ""
     parts = [
         f"# {run.name}",
-        f"Trained from {start} on the preference pairs of {sources} with SimPO (simple preference optimization with a "
-        f"reference-free reward), using jax-simpo.{adapter}",
+        f"Trained from {start} on the preference pairs of {sources} {CARD_SENTENCE}.{adapter}",
         run.outcome(),
         "## Training",
         f"{last['step']:,} steps, {run.pairs_seen:,} pairs ({last['epoch']:.3g} epochs).",
@@ -94,17 +98,31 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
     ]
     if run.evals:
         rows = [[str(r["eval_step"]), *(f"{r[f'eval_{key}']:.4f}" for key in MEASURES)] for r in run.evals]
-        splits = ", ".join(f"`{split}`" for split in config.eval_splits[:1])
         parts += [
             "## Evaluation",
-            f"On the {run.evals[-1]['eval_pairs']:,} pairs of the split {splits}. Rewards are beta times the mean "
+            f"On the {run.evals[-1]['eval_pairs']:,} {_evaluated(config)}. Rewards are beta times the mean "
             "log-probability of a response; accuracy is the share of pairs whose chosen response has the higher one.",
             _table(["step", *MEASURES.values()], rows),
         ]
+        if by_split := run.last_by_split:
+            rows = [
+                [f"`{split}`", f"{values['pairs']:,}", *(f"{values[key]:.4f}" for key in MEASURES)]
+                for split, values in by_split.items()
+            ]
+            parts += [f"By split, at step {run.evals[-1]['eval_step']}:"]
+            parts += [_table(["split", "pairs", *MEASURES.values()], rows)]
     versions = {name: run.facts.get("versions", {}).get(name) for name in ("python", *PACKAGES)}
     if any(versions.values()):
         parts += ["## Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)]
     return "\n\n".join([*parts, "## Citation", _CITATION])
+
+
+def _evaluated(config: TrainConfig) -> str:
+    """Names the evaluated pairs: "pairs of the split `test`", "pairs of the splits `a` and `b`"."""
+    *others, last = [f"`{split}`" for split in config.eval_splits] or [""]
+    if not last:
+        return "evaluation pairs"
+    return f"pairs of the splits {', '.join(others)} and {last}" if others else f"pairs of the split {last}"
 
 
 def _settings(config: TrainConfig, global_batch_size: int | None) -> list[list[str]]:
@@ -121,19 +139,19 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_adapter(config: TrainConfig) -> bool:
-    """Whether the folder holds an adapter: that of a new model is merged into it."""
+    """Returns True if the exported folder holds an adapter; the adapter of a new model is merged into the model."""
     return config.use_peft and config.model_name_or_path is not None
 
 
 def _is_hub_id(name: str) -> bool:
-    """Whether a source is one of the hub: `owner/name`, and no path on this machine."""
+    """Returns True for the name of a hub repository: `owner/name`, and no path on this machine."""
     local = name.startswith(BUILTIN) or Path(name).expanduser().exists()
     data_file = Path(name).suffix.lower() in FILE_TYPES
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not name.startswith(".") and not local and not data_file
 
 
 def _shown(name: str) -> str:
-    """A model or data set as the card names it: a hub id, or the last part of a local path."""
+    """Returns the name that the card gives to a model or data set: a hub id, or the last part of a local path."""
     if name.startswith(BUILTIN):
         return f"the built-in `{name.removeprefix(BUILTIN)}`"
     if _is_hub_id(name):

@@ -1,18 +1,15 @@
-"""What a run has done, for people: `report.html`, `curves.png` and the summary at the end of training.
+"""The report of a run, for people: `report.html`, `curves.png` and the summary at the end of training.
 
-Everything is read from the files of the output directory, so a report can be made again at any time:
-`metrics.jsonl` (the only one that must be there), `config.yaml`, `samples.jsonl` and `run.json`.
+Everything is read from the files of the output directory, so a report can be made again at any time: from
+`metrics.jsonl`, which must be there, and from `config.yaml`, `samples.jsonl` and `run.json` where they are.
 """
 
 from __future__ import annotations
 
 import base64
-import json
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +22,24 @@ from rich.text import Text
 
 from jax_simpo.config import yaml_files
 from jax_simpo.errors import CheckpointError
-from jax_simpo.run.curves import draw_curves
-from jax_simpo.run.metrics import METRICS_FILE, read_metrics
+from jax_simpo.run import files
+from jax_simpo.run.curves import Theme, draw_curves
+from jax_simpo.run.facts import read_facts
+from jax_simpo.run.manifest import write_file
+from jax_simpo.run.metrics import read_metrics
 from jax_simpo.run.samples import Sample, read_samples
 
-REPORT_FILE = "report.html"
-CURVES_FILE = "curves.png"
-FACTS_FILE = "run.json"
-
-PACKAGES = ("jax-simpo", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
 MEASURES = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
 _SHORT = 240  # characters of a text on the console
 _SUMMARY_SAMPLES = 2
 
 
-# --- what is known of a run
+# --- the files of a run
 
 
 @dataclass(frozen=True)
 class Run:
-    """The files of an output directory."""
+    """The contents of an output directory."""
 
     output: Path
     config: Mapping[str, Any]
@@ -59,10 +54,25 @@ class Run:
         return str(self.config.get("run_name") or self.output.resolve().name)
 
     @property
+    def eval_splits(self) -> list[str]:
+        """Names of the evaluated splits, as far as the config tells them."""
+        return [split for split in self.config.get("dataset_splits") or [] if "train" not in split]
+
+    @property
     def eval_name(self) -> str:
-        """What the evaluated pairs are called: the split's name where the config tells it."""
-        splits = [split for split in self.config.get("dataset_splits") or [] if "train" not in split]
-        return f"evaluation ({splits[0]})" if splits else "evaluation"
+        """The label of figures over all evaluated pairs: "evaluation" and the names of their splits."""
+        return f"evaluation ({', '.join(self.eval_splits)})" if self.eval_splits else "evaluation"
+
+    @property
+    def last_by_split(self) -> dict[str, dict[str, float]]:
+        """Figures of each split in the last evaluation, without the prefix of their keys; empty for a single split."""
+        last = self.evals[-1] if self.evals else {}
+        prefixes = {split: f"eval_{split}_" for split in self.eval_splits}
+        figures = {
+            split: {key.removeprefix(prefix): value for key, value in last.items() if key.startswith(prefix)}
+            for split, prefix in prefixes.items()
+        }
+        return {split: values for split, values in figures.items() if "loss" in values}
 
     @property
     def pairs_seen(self) -> int:
@@ -80,7 +90,7 @@ class Run:
         return float(self.train[-1]["total_seconds"])
 
     def outcome(self) -> str:
-        """What came of it, in a sentence."""
+        """Sums up in a sentence how often the model prefers the chosen answer."""
         key = "rewards/accuracies"
         if not self.evals:
             start, end = (f"{self.train[i][key]:.1%}" for i in (0, -1))
@@ -99,7 +109,7 @@ class Run:
         return f"{sentence}, {'up' if after > before else 'down'} from {before:.1%} {when}."
 
     def figures(self) -> list[tuple[str, str, str]]:
-        """The key figures: name, value, and what to know about it."""
+        """Returns the key figures: name, value and a remark each."""
         last, facts = self.train[-1], self.facts
         of_steps = f"of {facts['total_steps']:,}" if facts.get("total_steps", last["step"]) != last["step"] else ""
         of_pairs = f"{facts['training_pairs']:,} pairs, " if "training_pairs" in facts else ""
@@ -123,15 +133,15 @@ class Run:
             figures.append(("evaluation time", duration(seconds), f"{len(self.evals)} evaluations"))
         return figures
 
-    def draw(self, theme: Any = "light") -> bytes:
-        """`curves.png`."""
+    def draw(self, theme: Theme = "light") -> bytes:
+        """Draws the curves, as the bytes of a PNG."""
         beta, ratio = (self.config.get(key) for key in ("beta", "gamma_beta_ratio"))
         gamma = beta * ratio if isinstance(beta, int | float) and isinstance(ratio, int | float) else None
         return draw_curves(self.train, self.evals, eval_name=self.eval_name, target_margin=gamma, theme=theme)
 
 
 def read_run(output: Path) -> Run:
-    """Reads what an output directory holds.
+    """Reads the files of an output directory.
 
     Raises:
         CheckpointError: no training step was logged in it.
@@ -140,9 +150,9 @@ def read_run(output: Path) -> Run:
     train = [record for record in records if "step" in record]
     if not train:
         raise CheckpointError(
-            f"{output / METRICS_FILE} holds no training step: nothing to report. Give the `output_dir` of a run"
+            f"{output / files.METRICS} holds no training step: nothing to report. Give the `output_dir` of a run"
         )
-    config, facts = output / "config.yaml", output / FACTS_FILE
+    config = output / files.CONFIG
     return Run(
         output=output,
         config=yaml_files.read_file(config)[0] if config.exists() else {},
@@ -150,69 +160,25 @@ def read_run(output: Path) -> Run:
         train=train,
         evals=[record for record in records if "eval_step" in record],
         samples=read_samples(output),
-        facts=json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {},
+        facts=read_facts(output),
     )
-
-
-def write_facts(
-    output: Path,
-    *,
-    mesh: Mapping[str, int],
-    device: str,
-    parameters: int,
-    training_pairs: int,
-    total_steps: int,
-    tokens_saved: float,
-) -> None:
-    """Writes `run.json`: what only the running program knows and a later report wants.
-
-    Args:
-        output: the output directory.
-        mesh: devices per axis (`mesh.shape`).
-        device: kind of device (`jax.devices()[0].device_kind`).
-        parameters: numbers that are trained.
-        training_pairs: pairs of an epoch.
-        total_steps: steps the run is to take.
-        tokens_saved: share of the tokens that prefix sharing saves, 0 without it.
-    """
-    facts = {
-        "device": device,
-        "mesh": dict(mesh),
-        "parameters": parameters,
-        "training_pairs": training_pairs,
-        "total_steps": total_steps,
-        "tokens_saved": tokens_saved,
-        "versions": versions(),
-    }
-    (output / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # run from a source tree
-            continue
-    return found
 
 
 # --- the page
 
 
 def write_report(output: Path) -> Path:
-    """Writes `curves.png` and `report.html` of a run, finished or not, and returns the latter's path.
+    """Writes `curves.png` and `report.html` of a run, finished or not, and returns the path of the page.
 
     Raises:
-        CheckpointError: no training step was logged there.
+        CheckpointError: no training step was logged there, or a file of that name is there that no run wrote.
     """
     run = read_run(output)
     light = run.draw("light")
-    (output / CURVES_FILE).write_bytes(light)
+    write_file(output, files.CURVES, light)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jax_simpo.run", "templates"),
-        autoescape=True,  # prompts and answers are other people's text
+        autoescape=True,  # prompts and answers may hold markup
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -229,16 +195,14 @@ def write_report(output: Path) -> Path:
         measures=MEASURES,
         facts={**facts, **run.facts.get("versions", {})},
     )
-    path = output / REPORT_FILE
-    path.write_text(page, encoding="utf-8")
-    return path
+    return write_file(output, files.REPORT, page)
 
 
 # --- the console
 
 
 def print_summary(console: Console, output: Path) -> None:
-    """Prints the outcome, first and last figures, some samples and where the files are."""
+    """Prints the outcome, the first and last figures, some samples and the places of the files."""
     run = read_run(output)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
@@ -253,8 +217,8 @@ def print_summary(console: Console, output: Path) -> None:
     parts: list[Any] = [Text(run.outcome(), style="bold"), table]
     for sample in run.samples[:_SUMMARY_SAMPLES]:
         parts += [_sample_on_console(sample), Text()]
-    files = [name for name in (REPORT_FILE, CURVES_FILE, METRICS_FILE, "model") if (output / name).exists()]
-    parts += [Text.assemble((f"{name:>13}  ", "dim"), str(output / name)) for name in files]
+    shown = (files.REPORT, files.CURVES, files.METRICS, files.MODEL)
+    parts += [Text.assemble((f"{name:>13}  ", "dim"), str(output / name)) for name in shown if (output / name).exists()]
     panel = Panel(Group(*parts), title=Text(run.name), title_align="left", box=box.ROUNDED, padding=(1, 2))
     console.print(panel, soft_wrap=False)  # the console leaves lines as they are; inside the frame they must wrap
 
@@ -281,7 +245,7 @@ def _value(key: str, value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 8.4 s, 2 min 41 s, 3 h 12 min."""
+    """Writes seconds as people say them: 8.4 s, 2 min 41 s, 3 h 12 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -291,7 +255,7 @@ def duration(seconds: float) -> str:
 
 
 def _large(number: float) -> str:
-    """A large count in three digits: 812, 48.3 k, 1.20 M."""
+    """Writes a count in three digits: 812, 48.3 k, 1.20 M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

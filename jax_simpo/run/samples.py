@@ -1,8 +1,8 @@
-"""The few prompts whose answers a run shows before and after training: which they are, and how a person reads them.
+"""The samples of a run: a few prompts that the model answers before and after training, as text for people.
 
-They live in `samples.jsonl` of the output directory, one object per prompt with `prompt`, `chosen`, `rejected`,
-`before` and `after`. The file is written when training starts, with what the model answers then, and completed at the
-end; so a resumed run still has what the untrained model said.
+They are kept in `samples.jsonl` of the output directory, one object per prompt with `prompt`, `chosen`, `rejected`,
+`before` and `after`. The file is written with the answers of the untrained model when training starts, and completed at
+the end; so a resumed run still has the former answers.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from jaxtyping import Int
 
 from jax_simpo.data.pairs import common_prefix_length
 from jax_simpo.data.tokenize import PairDataset
+from jax_simpo.run import files
+from jax_simpo.run.manifest import write_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SAMPLES_FILE = "samples.jsonl"
 
 _MARK = "\0"  # stands for a special token; no text of a data file has it
 _ROLES = "system|user|assistant|model"
@@ -32,7 +32,7 @@ _ROLES = "system|user|assistant|model"
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with its two known answers and the model's own, as text; None where it has not answered yet."""
+    """A prompt with its two known answers and the model's own, as text; None where the model has not answered yet."""
 
     prompt: str
     chosen: str
@@ -44,15 +44,21 @@ class Sample:
 def sample_prompts(
     pairs: PairDataset, tokenizer: PreTrainedTokenizerBase, count: int
 ) -> tuple[list[Sample], list[Int[np.ndarray, " N"]]]:
-    """The first pairs of a split as samples, and the token ids to answer for each."""
+    """Takes the first pairs of a split as samples, and returns them with the token ids that the model is to answer.
+
+    Args:
+        pairs: the split.
+        tokenizer: its tokenizer.
+        count: number of samples; a shorter split gives fewer.
+    """
     header = _assistant_header(tokenizer)
     samples, prompts = [], []
     for index in range(min(count, len(pairs))):
         text, chosen = pairs.texts(index), pairs.pair(index).chosen
-        # The assistant's header belongs to the response (nothing of it is in the prompt), but an answer comes after
-        # it. So the prompt goes on with as much of the template's generation prompt as the responses begin with: all
-        # of it with Llama-3 and Zephyr, nothing with Mistral, and no more where the template opens a thought, say,
-        # which the responses do not have. The ids are the pair's own: cut to the length that training sees.
+        # The assistant's header belongs to the response, not to the prompt, but an answer comes after it. So the prompt
+        # goes on with as much of the template's generation prompt as the responses begin with: all of it with Llama-3
+        # and Zephyr, nothing with Mistral, and only a part where the template also opens a thought, say, which the
+        # responses do not have. The ids are the pair's own: they are cut to the length that training has.
         shared = _header_length(text.prompt, header, chosen.targets[:-1], tokenizer)
         prompts.append(chosen.ids[: chosen.prompt_length + shared])
         samples.append(Sample(*(readable(part, tokenizer) for part in (text.prompt, text.chosen, text.rejected))))
@@ -60,30 +66,30 @@ def sample_prompts(
 
 
 def read_answers(answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Generated ids as text, without special tokens; where there is nothing else, they are named and counted."""
+    """Turns generated ids into text without special tokens; an answer of special tokens alone names and counts them."""
     texts = []
     for ids in answers:
         text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-        # An untrained model may repeat one special token to the end, which is not the same as to say nothing.
+        # An untrained model may repeat one special token to the end, which is not the same as an empty answer.
         runs = [(str(tokenizer.decode([token])), len(list(same))) for token, same in groupby(ids)]
         texts.append(text or " ".join(name if count == 1 else f"{name} ({count} times)" for name, count in runs))
     return texts
 
 
 def with_answers(samples: Sequence[Sample], when: Literal["before", "after"], texts: Sequence[str]) -> list[Sample]:
-    """The samples with what the model answers before or after training."""
+    """Returns the samples completed by the model's answers from before or after training."""
     return [replace(sample, **{when: text}) for sample, text in zip(samples, texts, strict=True)]
 
 
 def write_samples(output: Path, samples: Sequence[Sample]) -> None:
     """Writes `samples.jsonl` of an output directory."""
     lines = (json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
-    (output / SAMPLES_FILE).write_text("".join(lines), encoding="utf-8")
+    write_file(output, files.SAMPLES, "".join(lines))
 
 
 def read_samples(output: Path) -> list[Sample]:
-    """The samples of an output directory; none when the run took none."""
-    path = output / SAMPLES_FILE
+    """Reads the samples of an output directory; the list is empty when the run took none."""
+    path = output / files.SAMPLES
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -91,7 +97,7 @@ def read_samples(output: Path) -> list[Sample]:
 
 
 def readable(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A rendered prompt or answer as a person reads it: no special tokens, and roles named where turns are several.
+    """Makes a rendered prompt or answer readable: without special tokens, and with roles where there are several turns.
 
     >>> readable("<|begin|><|user|>Tea, please.<|end|>", tokenizer)
     'Tea, please.'
@@ -102,13 +108,12 @@ def readable(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     text = re.sub(rf"<\|({_ROLES})\|>\s?", rf"{_MARK}\1{_MARK}", text)
     if special:
         text = re.sub("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)), _MARK, text)
-    before, *turns = re.split(rf"{_MARK}\s*({_ROLES})\s*[{_MARK}\n]", text)
-    said = [(role, _plain(content)) for role, content in zip(turns[::2], turns[1::2], strict=True)]
-    said = [("", _plain(before)), *said]
-    said = [(role, content) for role, content in said if content]
-    if len(said) == 1:
-        return said[0][1]
-    return "\n".join(f"{role.capitalize()}: {content}" if role else content for role, content in said)
+    before, *parts = re.split(rf"{_MARK}\s*({_ROLES})\s*[{_MARK}\n]", text)
+    turns = [("", before), *zip(parts[::2], parts[1::2], strict=True)]
+    turns = [(role, _plain(content)) for role, content in turns if _plain(content)]
+    if len(turns) == 1:
+        return turns[0][1]
+    return "\n".join(f"{role.capitalize()}: {content}" if role else content for role, content in turns)
 
 
 def _plain(content: str) -> str:
@@ -116,22 +121,22 @@ def _plain(content: str) -> str:
 
 
 def _assistant_header(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template writes before an answer to be generated; nothing if it knows no generation prompt."""
+    """Returns the generation prompt of the chat template; an empty text where the template has none."""
     turn = [{"role": "user", "content": "x"}]
     extra = {"bos_token": ""} if tokenizer.bos_token is None else {}
-    without, whole = (
+    without, with_header = (
         str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=add, **extra))
         for add in (False, True)
     )
-    return whole.removeprefix(without) if whole.startswith(without) else ""
+    return with_header.removeprefix(without) if with_header.startswith(without) else ""
 
 
 def _header_length(prompt: str, header: str, targets: Int[np.ndarray, " T"], tokenizer: PreTrainedTokenizerBase) -> int:
-    """With how many tokens of the header a response begins."""
+    """Counts the tokens of the header with which a response begins."""
     if not header:
         return 0
-    alone, whole = (
+    alone, with_header = (
         np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32) for text in (prompt, prompt + header)
     )
     # The prompt's last token may merge with the header, as it may with a response: then the boundary is one earlier.
-    return max(common_prefix_length(whole[boundary:], targets) for boundary in (len(alone), len(alone) - 1))
+    return max(common_prefix_length(with_header[boundary:], targets) for boundary in (len(alone), len(alone) - 1))

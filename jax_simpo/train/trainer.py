@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 from rich.console import Console
 
+from jax_simpo import hf
 from jax_simpo.config import TrainConfig
 from jax_simpo.data.packing import StepPlan, measure
 from jax_simpo.data.sources import RawSplit
@@ -20,12 +19,15 @@ from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.models.generate import generate
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
-from jax_simpo.run import model_card, report
-from jax_simpo.run.checkpoint import Checkpoints, abstract_state, check_same_run
-from jax_simpo.run.files import CHECKPOINTS, MODEL
+from jax_simpo.run import files, model_card, report
+from jax_simpo.run.checkpoint import Checkpoints, abstract_state, starting_point
+from jax_simpo.run.facts import note_export, write_facts
+from jax_simpo.run.manifest import claim, write_file
 from jax_simpo.run.metrics import read_metrics
-from jax_simpo.run.output import check_not_finished, check_output, note_export, remove_run, starting_point
+from jax_simpo.run.output import check_output, prepare_output
+from jax_simpo.run.resume import check_not_finished, check_same_run, run_identity
 from jax_simpo.run.samples import read_answers, read_samples, sample_prompts, with_answers, write_samples
+from jax_simpo.sharding import hosts_share_tensor
 from jax_simpo.train.compilation import keep_compiled_programs
 from jax_simpo.train.evaluate import PAIRS_PER_PLAN, Evaluation
 from jax_simpo.train.loop import TrainingLoop
@@ -94,7 +96,7 @@ def train(
     first_step, saved = starting_point(config, output)
     plan = setup.step_plan(training, batch=setup.global_batch_size(saved.get("global_batch_size")), seed=config.seed)
     total_steps = count_steps(config, plan)
-    identity = _identity(config, plan, training)
+    identity = run_identity(config, plan.global_batch_size, training)
     advice = "Start all processes with the same config and options, on the same files"
     distributed.check_same("the run", {**identity, "step to begin at": first_step, "rows": str(plan.shape)}, advice)
     if saved:
@@ -106,9 +108,9 @@ def train(
     evaluation = _evaluation(setup, console) if config.do_eval or eval_pairs is not None else None
     console.print("attention: {} ({})".format(*setup.attention_choice))
 
-    if config.overwrite_output_dir:
-        distributed.on_first("removal", lambda: remove_run(output))
-    with Checkpoints(output / CHECKPOINTS, keep=config.save_total_limit) as checkpoints, jax.set_mesh(mesh):
+    _check_weights(setup, resumes=bool(first_step))
+    distributed.on_first("output", lambda: prepare_output(config, output))
+    with Checkpoints(output / files.CHECKPOINTS, keep=config.save_total_limit) as checkpoints, jax.set_mesh(mesh):
         schedule, optimizer = run_optimizer(config, total_steps)
         functions = make_train_functions(setup.training_forward, setup.objective, optimizer, mesh)
         if first_step:
@@ -123,8 +125,8 @@ def train(
             frozen = f" (beside {count - trained:,} frozen ones)" if trained < count else ""
             console.print(f"training {trained:,} parameters{frozen} for {total_steps} steps")
         if distributed.is_first():
-            (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-            report.write_facts(
+            write_file(output, files.CONFIG, config.to_yaml())
+            write_facts(
                 output,
                 mesh=mesh.shape,
                 device=mesh.devices.flat[0].device_kind,
@@ -152,7 +154,9 @@ def train(
             on_record=on_record,
         )
         params, done = loop.run(params, state, first_step)
-        setup.export(params, output / MODEL)
+        if distributed.is_first():
+            claim(output, files.MODEL)
+        setup.export(params, output / files.MODEL)
         if distributed.is_first():
             note_export(output, done)
         sampler.answer(params, "after")
@@ -161,7 +165,7 @@ def train(
         model_card.write(output, config, global_batch_size=plan.global_batch_size)
         report.print_summary(console, output)
     distributed.barrier("report")
-    return TrainRun(output, output / MODEL, output / report.REPORT_FILE, done, done < total_steps)
+    return TrainRun(output, output / files.MODEL, output / files.REPORT, done, done < total_steps)
 
 
 def count_steps(config: TrainConfig, plan: StepPlan) -> int:
@@ -171,18 +175,19 @@ def count_steps(config: TrainConfig, plan: StepPlan) -> int:
     return math.ceil(config.num_train_epochs * plan.steps_per_epoch)
 
 
-def _identity(config: TrainConfig, plan: StepPlan, pairs: PairDataset) -> dict[str, Any]:
-    """What makes this run this run and no other: its settings, its batch and the tokens it trains on."""
-    digest = sha256()
-    for pair in pairs.pairs(range(len(pairs))):
-        for response in pair.responses:
-            digest.update(b"%d:%d:" % (len(response.ids), response.prompt_length) + response.ids.tobytes())
-    identity = {
-        **config.run_identity(),
-        "global_batch_size": plan.global_batch_size,
-        "training pairs": f"{len(pairs)} pairs, tokens {digest.hexdigest()[:16]}",
-    }
-    return json.loads(json.dumps(identity))  # as it comes back from a checkpoint: all keys are text, say
+def _check_weights(setup: Setup, *, resumes: bool) -> None:
+    """Makes sure that the parameters can be loaded onto the mesh, before anything is removed. Reads headers alone.
+
+    Raises:
+        MeshError: the mesh does not divide the model.
+        ModelError: a weight file of the start model is missing or damaged, or does not fit `config.json`.
+    """
+    setup.model.shardings(setup.mesh)  # raises
+    if resumes and setup.model.lora is None:
+        return  # a step holds all parameters
+    folder = setup.start.folder(weights=True)
+    if folder is not None:
+        hf.check_params(folder, setup.model)
 
 
 def _print_start(setup: Setup, console: Console) -> None:

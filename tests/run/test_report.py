@@ -15,6 +15,7 @@ from rich.console import Console
 
 from jax_simpo.errors import CheckpointError
 from jax_simpo.run import report
+from jax_simpo.run.facts import write_facts
 from jax_simpo.run.samples import Sample, read_samples, write_samples
 
 CONFIG = """\
@@ -138,7 +139,7 @@ def test_all_pairs_are_counted_where_only_some_steps_are_logged_and_one_is_short
 
 
 def test_what_the_program_noted_of_the_run_is_shown(run_folder: Path) -> None:
-    report.write_facts(
+    write_facts(
         run_folder,
         mesh={"data": 1, "fsdp": 8, "tensor": 1},
         device="cpu",

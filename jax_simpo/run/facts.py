@@ -1,0 +1,76 @@
+"""`run.json`: the facts of a run that only the running program knows."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jax_simpo.run import files
+from jax_simpo.run.manifest import write_file
+
+PACKAGES = ("jax-simpo", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
+
+
+def read_facts(output: Path) -> dict[str, Any]:
+    """Returns the facts of an output directory; an empty mapping where there are none."""
+    path = output / files.FACTS
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def write_facts(
+    output: Path,
+    *,
+    mesh: Mapping[str, int],
+    device: str,
+    parameters: int,
+    training_pairs: int,
+    total_steps: int,
+    tokens_saved: float,
+) -> None:
+    """Writes the facts that a later report shows.
+
+    Args:
+        output: the output directory.
+        mesh: devices per axis (`mesh.shape`).
+        device: kind of device (`jax.devices()[0].device_kind`).
+        parameters: numbers that are trained.
+        training_pairs: pairs of an epoch.
+        total_steps: steps the run is to take.
+        tokens_saved: share of the tokens that prefix sharing saves, 0 without it.
+    """
+    _write(
+        output,
+        {
+            "device": device,
+            "mesh": dict(mesh),
+            "parameters": parameters,
+            "training_pairs": training_pairs,
+            "total_steps": total_steps,
+            "tokens_saved": tokens_saved,
+            "versions": versions(),
+        },
+    )
+
+
+def note_export(output: Path, step: int) -> None:
+    """Notes that the exported model is that of this step."""
+    _write(output, {**read_facts(output), "exported_step": step})
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that numbers depend on, those installed."""
+    numbers = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            numbers[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from a source tree
+            continue
+    return numbers
+
+
+def _write(output: Path, facts: Mapping[str, Any]) -> None:
+    write_file(output, files.FACTS, json.dumps(facts, indent=2) + "\n")

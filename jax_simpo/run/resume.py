@@ -1,0 +1,149 @@
+"""Continuing a run: from which step, whether it is the same run, and whether anything is left of it to do.
+
+Nothing here reads a checkpoint's arrays. Both trainers use it; each says which folders of steps it can read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from jax_simpo.config import TrainConfig
+from jax_simpo.data.store import PairDataset
+from jax_simpo.errors import CheckpointError, ConfigError
+from jax_simpo.run import files
+from jax_simpo.run.facts import read_facts
+
+Trainer = Literal["jax-simpo train", "python -m torch_ref train"]
+
+ENGINE = "engine"  # key under which the PyTorch reference saves which engine wrote a step; no part of the identity
+
+
+def run_identity(config: TrainConfig, global_batch_size: int, pairs: PairDataset) -> dict[str, Any]:
+    """Returns what makes a run this run and no other: its settings, its batch size and the tokens it trains on.
+
+    Args:
+        config: the settings of the run.
+        global_batch_size: pairs per optimizer step.
+        pairs: the training pairs.
+    """
+    digest = sha256()
+    for pair in pairs.pairs(range(len(pairs))):
+        for response in pair.responses:
+            digest.update(b"%d:%d:" % (len(response.ids), response.prompt_length) + response.ids.tobytes())
+    identity = {
+        **config.run_identity(),
+        "global_batch_size": global_batch_size,
+        "training pairs": f"{len(pairs)} pairs, tokens {digest.hexdigest()[:16]}",
+    }
+    return dict(json.loads(json.dumps(identity)))  # as it comes back from a checkpoint: all keys are text, say
+
+
+def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], output: Path) -> None:
+    """Refuses to continue a run as another one.
+
+    Args:
+        saved: the identity that a checkpoint holds.
+        current: the identity of the run that is to continue it.
+        output: the output directory.
+
+    Raises:
+        CheckpointError: names every key that differs, with both values, and what to do.
+    """
+    keys = [key for key in {**saved, **current} if key != ENGINE and saved.get(key) != current.get(key)]
+    if keys:
+        differences = "\n".join(f"  {key}: was {saved.get(key)!r}, is {current.get(key)!r}" for key in keys)
+        raise CheckpointError(
+            f"{output} holds a checkpoint of another run; these settings differ:\n{differences}\nSet them back to "
+            "continue it, give another `output_dir`, or set `overwrite_output_dir: true` to remove it and start afresh"
+        )
+
+
+def check_trainer(output: Path, trainer: Trainer) -> None:
+    """Makes sure that the checkpoints of an output directory are not those of the other trainer.
+
+    Raises:
+        CheckpointError: they are; it names who wrote them, and the way to go on from the exported model.
+    """
+    folder = output / files.CHECKPOINTS
+    steps = [entry for entry in folder.iterdir() if entry.name.isdecimal()] if folder.is_dir() else []
+    for step in sorted(steps, key=lambda entry: int(entry.name)):
+        writer, engine = _writer(step)
+        if writer is not None and writer != trainer:
+            raise CheckpointError(
+                f"{folder} holds checkpoints of `{writer}`{engine}, which `{trainer}` cannot read. Give another "
+                "`output_dir`; to start from its model, set `model_name_or_path` to its folder `model`"
+            )
+
+
+def _writer(step: Path) -> tuple[Trainer | None, str]:
+    """The trainer that wrote a step folder and, in brackets, its engine; None where neither has finished it."""
+    if (step / "_CHECKPOINT_METADATA").exists():  # Orbax leaves it in its folders
+        return "jax-simpo train", " (Orbax)"
+    run = step / files.STEP_RUN
+    if run.is_file():
+        engine = json.loads(run.read_text(encoding="utf-8")).get(ENGINE)
+        return "python -m torch_ref train", f" ({engine})" if engine else ""
+    return ("python -m torch_ref train", "") if any(step.glob("*.pt")) else (None, "")
+
+
+def choose_step(wanted: bool | int | str | None, steps: Sequence[int], output: Path) -> int:
+    """Returns the step that `resume_from_checkpoint` means; 0 starts afresh.
+
+    Args:
+        wanted: the value of the key: None takes the newest step, if there is one; True wants a step, False wants none;
+            otherwise the number of a step, or its folder.
+        steps: the finished steps, oldest first.
+        output: the output directory.
+
+    Raises:
+        CheckpointError: there is no such step, or there are steps that would be lost.
+        ConfigError: the value is none that the key may have.
+    """
+    folder = output / files.CHECKPOINTS
+    if wanted is False:
+        if steps:
+            raise CheckpointError(
+                f"`resume_from_checkpoint` is false, but {output} holds checkpoints (steps {list(steps)}). Give "
+                "another `output_dir`, or set `overwrite_output_dir: true` to remove them"
+            )
+        return 0
+    if wanted is None or wanted is True:
+        if wanted and not steps:
+            raise CheckpointError(
+                f"`resume_from_checkpoint` is true, but {folder} holds no checkpoint. Remove the key to start afresh, "
+                "or correct `output_dir`"
+            )
+        return steps[-1] if steps else 0
+    path = Path(str(wanted))
+    number = path.name.removeprefix("checkpoint-")
+    elsewhere = len(path.parts) > 1 and path.parent.absolute() != folder.absolute()
+    if not number.isdecimal() or elsewhere:
+        raise ConfigError(
+            f"`resume_from_checkpoint` is {wanted!r}; expected true, false, a step number, or a folder {folder}/STEP"
+        )
+    if int(number) not in steps:
+        raise CheckpointError(f"{folder}: there is no step {number}; there are: {list(steps) or 'none'}")
+    return int(number)
+
+
+def check_not_finished(output: Path, step: int, total_steps: int) -> None:
+    """Refuses to train nothing. A run that was killed before its last step was exported is not finished.
+
+    Args:
+        output: the output directory.
+        step: the step to continue from.
+        total_steps: optimizer steps of the whole run.
+
+    Raises:
+        CheckpointError: all steps are done and the model of the last one is exported.
+    """
+    exported = read_facts(output).get("exported_step") if (output / files.MODEL).exists() else None
+    if step >= total_steps and exported == step:
+        raise CheckpointError(
+            f"{output} holds this run, finished at step {step}: nothing is left to train. Give another `output_dir`, "
+            "or set `overwrite_output_dir: true` to train it again"
+        )
