@@ -200,7 +200,7 @@ def reference_page(model: type[BaseModel]) -> str:
     lines = [
         "# Config keys",
         "",
-        "<!-- Made by `python -m jax_simpo.config` from the descriptions in jax_simpo/config/schema.py; do not edit. -->",
+        "<!-- Made by `python -m jax_simpo.config` from jax_simpo/config/schema.py; do not edit. -->",
         "",
         "A config file is YAML with these keys. On the command line any of them can be set with `--key=value`, dotted",
         "for nested keys (`--mesh.fsdp=8`, `--dataset_mixer.pairs.jsonl=1.0`). Keys marked with * define the",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_simpo.config import foreign, help, yaml_files
+from jax_simpo.config import foreign, yaml_files
 from jax_simpo.config.builtin import find_config
 from jax_simpo.config.overrides import Values, apply
 from jax_simpo.config.schema import TrainConfig, checked_config, torch_only, with_notices

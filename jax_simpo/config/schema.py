@@ -360,13 +360,10 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         for source, fraction in self.dataset_mixer.items():
             if not 0 <= fraction <= 1:
                 raise ValueError(f"`dataset_mixer`: the fraction of {source} is {fraction}; expected 0 to 1")
-        if (
-            self.dataset_mixer
-            and self.dataset_configs is not None
-            and len(self.dataset_configs) != len(self.dataset_mixer)
-        ):
+        configs = self.dataset_configs
+        if self.dataset_mixer and configs is not None and len(configs) != len(self.dataset_mixer):
             raise ValueError(
-                f"`dataset_configs` has {len(self.dataset_configs)} entries and `dataset_mixer` "
+                f"`dataset_configs` has {len(configs)} entries and `dataset_mixer` "
                 f"{len(self.dataset_mixer)}; give one name for each source, null for none"
             )
         if twice := [split for split, count in Counter(self.dataset_splits).items() if count > 1]:
@@ -467,10 +464,6 @@ def with_notices(config: TrainConfig, notices: Sequence[str]) -> TrainConfig:
     copy = config.model_copy()
     _set_notices(copy, [*config.notices, *notices])
     return copy
-
-
-def _default(model: type[BaseModel], key: str) -> Any:
-    return model.model_fields[key].default
 
 
 # What only the PyTorch reference can do, and why not.

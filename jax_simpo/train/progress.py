@@ -1,4 +1,4 @@
-"""Shows the progress of a run on the terminal."""
+"""Shows the progress of a run: a bar on a terminal or in a notebook, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class TrainingProgress:
     """Shows a bar with the step, loss, accuracy, pairs per second and time left.
 
-    Without a terminal it prints a line every few seconds instead.
+    Without a terminal or a notebook it prints a line every few seconds instead.
     """
 
     _SECONDS_BETWEEN_LINES = 5.0
@@ -34,6 +34,7 @@ class TrainingProgress:
         )
         self._task = self._bar.add_task("steps", total=total_steps, completed=first_step, figures="compiling")
         self._total = total_steps
+        self._notebook = _NotebookBar(total_steps, first_step) if console.is_jupyter and not console.quiet else None
         self._next_line = 0.0
 
     def __enter__(self) -> Self:
@@ -52,10 +53,35 @@ class TrainingProgress:
             f"{record['pairs_per_second']:.1f} pairs/s"
         )
         self._bar.update(self._task, completed=step, figures=figures)
-        if not self._console.is_terminal and (time.monotonic() >= self._next_line or step == self._total):
+        if self._notebook is not None:
+            self._notebook.update(step, figures)
+        elif not self._console.is_terminal and (time.monotonic() >= self._next_line or step == self._total):
             self._console.print(f"step {step}/{self._total}  {figures}")
             self._next_line = time.monotonic() + self._SECONDS_BETWEEN_LINES
 
     def advance(self, step: int) -> None:
         """Moves the bar to a step without new figures."""
         self._bar.update(self._task, completed=step)
+
+
+class _NotebookBar:
+    """A bar in the output of a notebook's cell, redrawn in place. (rich draws none there without ipywidgets.)"""
+
+    _SECONDS_BETWEEN_UPDATES = 0.2
+
+    def __init__(self, total_steps: int, first_step: int) -> None:
+        from IPython.display import display  # where there is a notebook there is IPython
+
+        self._total, self._figures, self._next_update = total_steps, "compiling", 0.0
+        self._handle = display(self._drawn(first_step), raw=True, display_id=True)
+
+    def update(self, step: int, figures: str | None = None) -> None:
+        """Redraws the bar, a few times a second at most; the last step is always drawn."""
+        self._figures = figures or self._figures
+        if time.monotonic() >= self._next_update or step == self._total:
+            self._handle.update(self._drawn(step), raw=True)
+            self._next_update = time.monotonic() + self._SECONDS_BETWEEN_UPDATES
+
+    def _drawn(self, step: int) -> dict[str, str]:
+        text = f"step {step}/{self._total}  {self._figures}"
+        return {"text/plain": text, "text/html": f'<progress value="{step}" max="{self._total}"></progress> {text}'}
