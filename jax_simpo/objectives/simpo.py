@@ -1,4 +1,4 @@
-"""The SimPO objective, as in the code that the published numbers come from (princeton-nlp/SimPO, `simpo_loss`).
+"""The SimPO objective, as `simpo_loss` of princeton-nlp/SimPO computes it, the code behind the published numbers.
 
 Meng, Xia and Chen, "SimPO: Simple Preference Optimization with a Reference-Free Reward" (2024),
 arXiv 2405.14734, equation 6.
@@ -24,11 +24,14 @@ def simpo_losses(
     loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> Float[Array, "*P"]:
-    """The loss of each pair, from the mean log-probability of its two responses.
+    """Computes the loss of each pair from the mean log-probabilities of its two responses.
 
-    With `z = chosen - rejected - gamma_beta_ratio`: sigmoid is `-(1-s) logsigmoid(beta z) - s logsigmoid(-beta z)`, `s`
-    the label smoothing; hinge is `relu(1 - beta z)`, which knows no smoothing. The target margin gamma is
-    `beta * gamma_beta_ratio`: the ratio stands inside beta, once.
+    With `z = chosen - rejected - gamma_beta_ratio` and the label smoothing `s`, the sigmoid loss is
+    `-(1-s) logsigmoid(beta z) - s logsigmoid(-beta z)`. The hinge loss is `relu(1 - beta z)` and has no smoothing. The
+    target margin gamma of the paper is `beta * gamma_beta_ratio`: beta multiplies the ratio once.
+
+    Raises:
+        ValueError: `loss_type` is neither "sigmoid" nor "hinge".
     """
     z = beta * (chosen_logps - rejected_logps - gamma_beta_ratio)
     if loss_type == "hinge":
@@ -50,12 +53,12 @@ class Objective:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of what a step reports, as the original names them."""
+        """Names of a step's metrics, as the original names them."""
         rewards = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
         return ("loss", *rewards, "logps/chosen", "logps/rejected", *(("sft_loss",) if self.sft_weight else ()))
 
     def losses(self, chosen_logps: Float[Array, "*P"], rejected_logps: Float[Array, "*P"]) -> Float[Array, "*P"]:
-        """The preference loss of each pair."""
+        """Computes the preference loss of each pair."""
         return simpo_losses(
             chosen_logps,
             rejected_logps,

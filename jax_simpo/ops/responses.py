@@ -1,4 +1,4 @@
-"""From the log-probs of single targets to those of responses, and from responses to pairs."""
+"""Adds the log-probs of single targets up to those of responses, and matches responses to pairs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class ResponseLogps(NamedTuple):
 
     @property
     def mean(self) -> Float[Array, "B R"]:
-        """What SimPO calls the reward over beta. Empty slots give 0, not 0/0, in values and gradients."""
+        """Mean log-prob, SimPO's reward over beta. Empty slots give 0, not 0/0, in values and gradients."""
         return self.sum / jnp.maximum(self.length, 1.0)
 
 
 def sum_responses(target_logps: Float[Array, "B T"], target_response: Int[Array, "B T"], slots: int) -> ResponseLogps:
     """Adds up the targets of each response; targets that point at slot `slots` are padding."""
     belongs = (target_response[..., None] == jnp.arange(slots)).astype(target_logps.dtype)
-    # The product in full float32: a TPU would round the log-probs to bfloat16.
+    # Full float32 precision, because a TPU would round the log-probs to bfloat16.
     total = jnp.einsum("bt,btr->br", target_logps, belongs, precision=jax.lax.Precision.HIGHEST)
     return ResponseLogps(total, belongs.sum(1))
 
@@ -40,7 +40,7 @@ class PairLogps(NamedTuple):
 def match_pairs(
     logps: Float[Array, "B R"], response_pair: Int[Array, "B R"], response_rank: Int[Array, "B R"]
 ) -> PairLogps:
-    """Brings each chosen response together with its rejected one, which sits in the same row.
+    """Brings each chosen response together with its rejected one, which is in the same row.
 
     Args:
         logps: one number per response slot, such as the mean log-probability.

@@ -1,4 +1,4 @@
-"""AdamW with the Trainer's schedules: what published SimPO hyper-parameters mean."""
+"""AdamW with the learning-rate schedules of transformers' Trainer, which published SimPO settings were made for."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ NOT_DECAYED = ("scale", "bias")  # norms and biases, by the last key of a parame
 
 
 def learning_rate_schedule(kind: str, peak: float, total_steps: int, warmup_steps: int) -> optax.Schedule:
-    """Learning rate of optimizer step k (from 0), as `transformers.get_scheduler` has it.
+    """Returns the learning rate as a function of the step number (from 0), as `transformers.get_scheduler` does.
 
-    Warm-up is linear from 0, so step 0 of a run with warm-up does not move the parameters. `constant` has none,
-    whatever `warmup_steps` says.
+    Warm-up is linear from 0, so step 0 of a run with warm-up does not move the parameters. `constant` ignores
+    `warmup_steps`.
+
+    Raises:
+        ValueError: no schedule is called `kind`.
     """
     decay_steps = max(1, total_steps - warmup_steps)
     match kind:
@@ -39,16 +42,16 @@ def learning_rate_schedule(kind: str, peak: float, total_steps: int, warmup_step
 
 
 def count_warmup_steps(total_steps: int, warmup_steps: int, warmup_ratio: float) -> int:
-    """`warmup_steps` where given, else that ratio of the run, rounded up."""
+    """Returns `warmup_steps` if it is positive, else `warmup_ratio` of the run, rounded up."""
     return warmup_steps if warmup_steps > 0 else math.ceil(total_steps * warmup_ratio)
 
 
 def make_optimizer(
     schedule: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, max_grad_norm: float
 ) -> optax.GradientTransformation:
-    """Clips by the global norm (0: never), then AdamW; norms and biases are not decayed."""
+    """Builds an optimizer that clips by the global norm (0: never) and applies AdamW; norms and biases do not decay."""
     clip = _clip_by_global_norm(max_grad_norm) if max_grad_norm > 0 else optax.identity()
-    adamw = optax.chain(  # as `optax.adamw` has it, also in the layout of its state
+    adamw = optax.chain(  # the chain of `optax.adamw`, so that the state has the same layout
         _scale_by_adam(b1, b2, eps),
         optax.add_decayed_weights(weight_decay, decay_mask),
         optax.scale_by_learning_rate(schedule),
@@ -57,7 +60,7 @@ def make_optimizer(
 
 
 def run_optimizer(config: TrainConfig, total_steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """The learning rate of each step of a run, and its optimizer."""
+    """Builds a run's learning-rate schedule and its optimizer."""
     schedule = learning_rate_schedule(
         config.lr_scheduler_type,
         config.learning_rate,
@@ -75,26 +78,26 @@ def run_optimizer(config: TrainConfig, total_steps: int) -> tuple[optax.Schedule
     return schedule, optimizer
 
 
-def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
-    """Multiplies all gradients by one number.
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Clips like `optax.clip_by_global_norm`, with one multiplication per gradient.
 
-    optax divides each by the norm, which XLA thinks too dear to do in each of the passes that read it: it writes a
-    whole second gradient first.
+    optax divides each gradient by the norm. XLA does not repeat a division in every pass that reads its result, but
+    stores the result: a second copy of all gradients.
     """
 
     def clip(gradients: Any, _: Any) -> Any:
         norm = optax.tree.norm(gradients)
-        factor = jnp.where(norm < most, 1.0, most / norm)
+        factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
         return jax.tree.map(lambda g: g * factor, gradients)
 
     return optax.stateless(clip)
 
 
 def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` with bias corrections that are right to float32.
+    """Scales like `optax.scale_by_adam`, with bias corrections that are exact to float32.
 
-    optax computes `1 - b**t` in float32, which for b2 = 0.999 is off by up to 2e-5 in the first steps: 1 and 0.999
-    agree in three digits, and those are lost. `-expm1(t log b)` loses none.
+    optax computes `1 - b**t` in float32. For b2 = 0.999 that is off by up to 2e-5 in the first steps, because 1 and
+    0.999 agree in three digits, which the subtraction loses. `-expm1(t log b)` loses none.
     """
 
     def correction(b: float, count: Array) -> Array | float:
@@ -105,20 +108,20 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
         mu = optax.tree.update_moment(gradients, state.mu, b1, 1)
         nu = optax.tree.update_moment(gradients, state.nu, b2, 2)
         count = optax.safe_increment(state.count)
-        first, second = correction(b1, count), correction(b2, count)
-        updates = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + eps), mu, nu)
+        mu_correction, nu_correction = correction(b1, count), correction(b2, count)
+        updates = jax.tree.map(lambda m, v: m / mu_correction / (jnp.sqrt(v / nu_correction) + eps), mu, nu)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
 def decay_mask(params: Any) -> Any:
-    """True for every parameter that weight decay applies to."""
+    """Returns a tree with True for every parameter that weight decay applies to."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any, scalars: Any) -> Any:
-    """The optimizer state's shardings: moments lie where their parameter lies, counters on every device (`scalars`)."""
+    """Returns the shardings of the optimizer state: those of their parameters for moments, `scalars` for counters."""
     state = jax.eval_shape(optimizer.init, params)
     return optax.tree.map_params(
         optimizer, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: scalars
