@@ -170,17 +170,19 @@ def evaluate(
     process_id: ProcessId = None,
     distributed: Distributed = None,
 ) -> None:
-    """Prints the evaluation metrics of a split."""
+    """Prints evaluation metrics, over all pairs and of each split."""
     launch.join(launch.Launch(coordinator_address, num_processes, process_id, distributed))
     settings, console = _begin(config, context.args)
     from jax_simpo import api
+    from jax_simpo.train.evaluate import split_metrics
 
     setup = _setup(settings, console, model)
     pairs = setup.eval_pairs() if split is None else setup.split_pairs(split)
     api.print_notes(pairs, console)
-    metrics = {**api.evaluate_dataset(api.load_setup(setup), pairs, console), "pairs": len(pairs)}
+    scores = api.score_dataset(api.load_setup(setup), pairs, console)
+    metrics = split_metrics(scores, setup.objective, pairs.splits)
     if launch.is_first():
-        print(json.dumps({f"eval_{name}": value for name, value in metrics.items()}, indent=2))
+        print(json.dumps(metrics, indent=2))
 
 
 @app.command(context_settings=OVERRIDES)
@@ -269,15 +271,15 @@ def plan(
 ) -> None:
     """Compiles the step for hardware that need not be here: memory, collectives, FLOPs, and whether it fits."""
     _begin(config, context.args)
-    from jax_simpo.plan import make_plan
+    from jax_simpo.plan import make_hardware_plan
     from jax_simpo.plan.report import show
     from jax_simpo.plan.topology import Topology
 
-    found = make_plan(config, context.args, Topology.parse(topology), search=search)
+    hardware_plan = make_hardware_plan(config, context.args, Topology.parse(topology), search=search)
     if as_json:
-        print(json.dumps(found.to_json(), indent=2))
+        print(json.dumps(hardware_plan.to_json(), indent=2))
     else:
-        show(found, _console(stderr=False))
+        show(hardware_plan, _console(stderr=False))
 
 
 @app.command(context_settings=OVERRIDES)

@@ -31,11 +31,13 @@ class RawSplit:
     """The pairs of one split as the sources give them, in file order, with the origin of each.
 
     `table` has the columns `prompt`, `chosen`, `rejected` (JSON text, null where absent), `file` (as shown to users),
-    `row` (from 0 within the file or hub split) and `line` (from 1, null where the source has no lines).
+    `row` (from 0 within the file or hub split) and `line` (from 1, null where the source has no lines). Where several
+    splits were read as one, `parts` gives the name and the number of rows of each, in the order of the table.
     """
 
     name: str
     table: pa.Table
+    parts: tuple[tuple[str, int], ...] = ()
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -104,7 +106,7 @@ def load_train(
     _check_mixer(dataset_mixer)
     if not splits:
         raise DataError("dataset_splits names no train split: add one, such as `train`")
-    tables = []
+    tables, parts = [], []
     configs = _source_configs(dataset_mixer, dataset_configs)
     # A source has one fraction, which applies to each of its splits.
     for (source, fraction), config in zip(dataset_mixer.items(), configs, strict=True):
@@ -117,10 +119,22 @@ def load_train(
                 "remove the source"
             )
         tables += cut
+        parts += [(split, table.num_rows) for split, table in zip(splits, cut, strict=True)]
     table = pa.concat_tables(tables).unify_dictionaries()
     if table.num_rows == 0:
         raise DataError(f"dataset_mixer: the fractions leave no training pairs ({dict(dataset_mixer)}): raise them")
-    return RawSplit("+".join(splits), table)
+    return RawSplit("+".join(splits), table, tuple(parts))
+
+
+def load_eval(
+    dataset_mixer: Mapping[str, float], splits: Sequence[str], *, dataset_configs: Sequence[str | None] | None = None
+) -> RawSplit:
+    """Loads the evaluation pairs: all rows of every evaluation split of every source.
+
+    Raises:
+        DataError: as `load_split`.
+    """
+    return load_train(dict.fromkeys(dataset_mixer, 1.0), splits, dataset_configs=dataset_configs)
 
 
 def from_memory(name: str, pairs: Any) -> RawSplit:

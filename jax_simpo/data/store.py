@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
+from jaxtyping import Int
 
 from jax_simpo.data.chat import PairText
 from jax_simpo.data.pairs import PairLengths, Response, TokenizedPair, common_prefix_length
@@ -79,7 +80,7 @@ class PairDataset:
         self.cache_hit = cache_hit
         self.fingerprint = fingerprint
         self._table = table
-        self._raw = RawSplit(raw.name, raw.table.select(["file", "row", "line"]))  # without the texts, to save memory
+        self._raw = replace(raw, table=raw.table.select(["file", "row", "line"]))  # without the texts, to save memory
         self._chunk_starts = np.cumsum([0] + [batch.num_rows for batch in table.to_batches()])
 
     def __len__(self) -> int:
@@ -138,6 +139,18 @@ class PairDataset:
         indices = self._table["index"]
         files, rows = (self._raw.table[name].take(indices).to_pylist() for name in ("file", "row"))
         return list(zip(files, rows, strict=True))
+
+    @property
+    def splits(self) -> dict[str, Int[np.ndarray, " _"]]:
+        """The indices of the pairs of each split, by its name; a split of which every row was skipped is left out."""
+        parts = self._raw.parts or ((self.name, len(self._raw)),)
+        part_of_row = np.repeat(np.arange(len(parts)), [rows for _, rows in parts])
+        part_of_pair = part_of_row[self._table["index"].to_numpy()]
+        numbers: dict[str, list[int]] = {}
+        for number, (name, _) in enumerate(parts):
+            numbers.setdefault(name, []).append(number)
+        indices = {name: np.flatnonzero(np.isin(part_of_pair, own)) for name, own in numbers.items()}
+        return {name: own for name, own in indices.items() if own.size}
 
     def skipped_summary(self) -> str:
         """Counts the skipped rows by reason, in one line; empty if there are none."""

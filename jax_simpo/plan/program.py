@@ -1,14 +1,15 @@
-"""Compiles the step of a config for devices that compute nothing, and reads from the programs what they take.
+"""Compiles the step of a config for devices that cannot compute, and reads memory and collectives from the programs.
 
-What is on a device, and when (P parameters, O optimizer state, G the step's sum of gradients):
+A step runs three programs. With P the parameters, O the optimizer state and G the step's sum of gradients, a device
+holds these arrays while they run:
 
-* first micro-batch of a step: P and O, and it makes G;
-* every later one: P, O and G, and beside them its own gradient before it is added;
-* the update: P, O and G, of which P and O are replaced in place.
+* first micro-batch of a step: P and O; the program makes G;
+* every later micro-batch: P, O and G, and its own gradient until it is added;
+* the update: P, O and G; it replaces P and O in place.
 
-O is no argument of the first two programs but stays where it is. The largest of the three sums, each with the
-program's temporaries, is what the step needs. The first two programs differ by G alone, so only one is compiled: the
-later one's, or the first one's where no step has a second micro-batch.
+O is not an argument of the first two programs, but it stays on the device. The step needs the largest of the three
+sums, each with the program's temporaries. The first two programs differ only by G, so one of them is compiled: that of
+the later micro-batches, or that of the first one if no step has a second micro-batch.
 """
 
 from __future__ import annotations
@@ -32,22 +33,22 @@ from jax_simpo.data.rows import RowBatch
 from jax_simpo.plan.allocations import compile_and_measure
 from jax_simpo.plan.flops import useful_flops, work_of
 from jax_simpo.plan.hlo import array_bytes, collectives, loop_states
-from jax_simpo.plan.report import Memory, Plan, Traffic
+from jax_simpo.plan.report import HardwarePlan, Memory, Traffic
 from jax_simpo.plan.topology import Topology
+from jax_simpo.run.cadence import count_steps
 from jax_simpo.sharding import make_mesh, named
 from jax_simpo.train.optim import run_optimizer
 from jax_simpo.train.pairs import packing_line
 from jax_simpo.train.setup import Setup
 from jax_simpo.train.step import Accumulated, Denominators, make_train_functions
-from jax_simpo.train.trainer import count_steps
 
-_COMPILATIONS = 4  # at most, beside that of the config itself, to find the largest micro-batch
+_COMPILATIONS = 4  # most compilations to find the largest micro-batch, besides that of the configured one
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass(frozen=True)
-class PlannedSetup(Setup):
-    """A config's setup on a topology instead of the devices that are here."""
+class TopologySetup(Setup):
+    """A config's setup on the devices of a topology instead of those of this machine."""
 
     topology: Topology = field(kw_only=True)
 
@@ -62,13 +63,13 @@ class PlannedSetup(Setup):
 
 @dataclass(frozen=True)
 class Compiled:
-    """One program on one device.
+    """The figures of one program on one device.
 
     Attributes:
-        bytes: its arguments, results and temporaries and the program itself; what is both argument and result once.
-        kept: of its temporaries, what the layers' forward pass keeps for their backward pass.
-        traffic: how often each kind of collective runs and the bytes of its arrays; None where the compiler refused
-            the program for its size.
+        bytes: bytes of arguments, results, temporaries and the program itself; a donated argument counts once.
+        kept: bytes of the temporaries that the layers' forward pass keeps for the backward pass.
+        traffic: kind of collective -> how often it runs and the bytes of its arrays; None if the compiler refused the
+            program because of its size.
     """
 
     bytes: int
@@ -77,65 +78,71 @@ class Compiled:
 
 
 class Programs:
-    """The programs of a config's steps. Nothing of their arrays is ever made."""
+    """Compiles the programs of a config's steps, from the shapes of their arrays alone.
 
-    def __init__(self, setup: Setup, plan: StepPlan, *, several: bool) -> None:
-        self._setup, self._plan, self._several = setup, plan, several
+    Args:
+        setup: the config's setup.
+        step_plan: the step plan of the training pairs.
+        several: True if a step has several micro-batches.
+    """
+
+    def __init__(self, setup: Setup, step_plan: StepPlan, *, several: bool) -> None:
+        self._setup, self._step_plan, self._several = setup, step_plan, several
         mesh, model = setup.mesh, setup.model
-        _, optimizer = run_optimizer(setup.config, count_steps(setup.config, plan))
+        _, optimizer = run_optimizer(setup.config, count_steps(setup.config, step_plan.steps_per_epoch))
         self._functions: Any = make_train_functions(setup.training_forward, setup.objective, optimizer, mesh)
         self._params: Any = _placed(model.abstract, model.shardings(mesh))
         state = jax.eval_shape(self._functions.init_optimizer, model.abstract)
         self._state = _placed(state, self._functions.optimizer_shardings)
         accumulate = self._functions.accumulate
-        started = self._lower(accumulate, self._params, None, self._rows(1), self._denominators).out_info
-        # Gradients lie where their parameters do; there are none of parameters that are frozen.
-        where = dict(jax.tree_util.tree_leaves_with_path(self._params))
-        gradients = jax.tree_util.tree_map_with_path(lambda path, _: where[path], started.gradients)
-        everywhere = NamedSharding(mesh, P())
-        metrics = {name: _array(info, everywhere) for name, info in started.metrics.items()}
-        self._so_far = Accumulated(gradients, metrics)
+        first_output = self._lower(accumulate, self._params, None, self._rows(1), self._denominators).out_info
+        # Gradients have the shardings of their parameters; frozen parameters have none.
+        params_at = dict(jax.tree_util.tree_leaves_with_path(self._params))
+        gradients = jax.tree_util.tree_map_with_path(lambda path, _: params_at[path], first_output.gradients)
+        replicated = NamedSharding(mesh, P())
+        metrics = {name: _array(info, replicated) for name, info in first_output.metrics.items()}
+        self._accumulated = Accumulated(gradients, metrics)
 
     @property
     def parameters(self) -> int:
-        """Bytes of parameters on each device."""
+        """The bytes of parameters on each device."""
         return _local_bytes(self._params)
 
     @property
     def optimizer(self) -> int:
-        """Bytes of optimizer state on each device."""
+        """The bytes of optimizer state on each device."""
         return _local_bytes(self._state)
 
     @property
     def gradients(self) -> int:
-        """Bytes of the step's gradients on each device."""
-        return _local_bytes(self._so_far.gradients)
+        """The bytes of the step's gradients on each device."""
+        return _local_bytes(self._accumulated.gradients)
 
     def rows(self, rows_per_device: int) -> int:
-        """Bytes of a micro-batch's arrays on each device."""
+        """Returns the bytes of a micro-batch's arrays on each device."""
         return _local_bytes(self._rows(rows_per_device))
 
     def micro_batch(self, rows_per_device: int) -> Compiled:
-        """The program of a micro-batch of so many rows a device."""
-        so_far = self._so_far if self._several else None
-        arguments = (self._params, so_far, self._rows(rows_per_device), self._denominators)
+        """Compiles the program of a micro-batch with `rows_per_device` rows on each device."""
+        accumulated = self._accumulated if self._several else None
+        arguments = (self._params, accumulated, self._rows(rows_per_device), self._denominators)
         return self._compile(self._functions.accumulate, *arguments, rows_per_device=rows_per_device)
 
     def update(self) -> Compiled:
-        """The program that ends a step."""
-        return self._compile(self._functions.update, self._params, self._state, self._so_far.gradients)
+        """Compiles the program that ends a step."""
+        return self._compile(self._functions.update, self._params, self._state, self._accumulated.gradients)
 
     def memory(self, micro_batch: Compiled, rows_per_device: int, update: Compiled) -> Memory:
-        """What is on a device when most is."""
+        """Returns the memory of a device at the peak of a step."""
         rows = self.rows(rows_per_device)
         in_micro_batch = micro_batch.bytes + self.optimizer
-        held = self.parameters + self.optimizer + self.gradients
+        state = self.parameters + self.optimizer + self.gradients
         kept = micro_batch.kept if in_micro_batch >= update.bytes else 0
-        working = max(in_micro_batch, update.bytes) - held - rows - kept
+        working = max(in_micro_batch, update.bytes) - state - rows - kept
         return Memory(self.parameters, self.optimizer, rows, self.gradients, kept, max(0, working))
 
     def _rows(self, rows_per_device: int) -> dict[str, jax.ShapeDtypeStruct]:
-        empty = RowBatch.empty(rows_per_device * self._setup.data_parallel, self._plan.shape).arrays()
+        empty = RowBatch.empty(rows_per_device * self._setup.data_parallel, self._step_plan.shape).arrays()
         sharding = named(self._setup.mesh, "batch", None)
         return {name: _array(array, sharding) for name, array in empty.items()}
 
@@ -149,7 +156,7 @@ class Programs:
         try:
             program, size = compile_and_measure(lowered, self._setup.mesh.devices.flat[0].platform)
         except jax.errors.JaxRuntimeError as error:
-            return Compiled(_refused(error), 0, None)
+            return Compiled(_bytes_refused(error), 0, None)
         text = program.as_text()
         counts: Counter[str] = Counter()
         sizes: Counter[str] = Counter()
@@ -164,8 +171,11 @@ class Programs:
             return function.lower(*arguments)
 
     def _kept(self, text: str, rows_per_device: int) -> int:
-        """The layers are a loop, and what it keeps of each layer is stacked: [layers, rows, length, ...]."""
-        rows = (rows_per_device, self._plan.shape.length)
+        """Returns the bytes that the layers' forward pass keeps.
+
+        The layers are a loop, which keeps its values in stacked arrays: [layers, rows, length, ...].
+        """
+        rows = (rows_per_device, self._step_plan.shape.length)
         model = self._setup.model.config
         layers = {n for n in range(1, model.num_layers + 1) if model.num_layers % n == 0}
 
@@ -180,27 +190,28 @@ class Programs:
         return max(loops, default=0)
 
 
-def plan_step(setup: PlannedSetup, console: Console, *, search: bool, keep: Callable[[Plan], None]) -> None:
+def measure_step(setup: TopologySetup, console: Console, *, search: bool, save: Callable[[HardwarePlan], None]) -> None:
     """Compiles a config's step for its topology and measures it.
 
     Args:
-        setup: the config's things.
-        console: where progress goes.
+        setup: the config's setup on the topology.
+        console: the console for progress.
         search: look for the largest micro-batch that fits.
-        keep: is given the plan; with `search` first one without what is searched for, for a compiler may break off.
+        save: called with the hardware plan. With `search` it is first called with a plan that lacks the largest
+            micro-batch, because the compiler may break off during the search.
     """
     config, model, mesh = setup.config, setup.model, setup.mesh
-    model.shardings(mesh)  # a mesh that does not divide the model is told before the pairs are tokenised
+    model.shardings(mesh)  # raises for a mesh that does not divide the model, before the pairs are tokenised
     pairs = setup.train_pairs()
-    steps = setup.step_plan(pairs, batch=setup.global_batch_size(), seed=config.seed)
-    report = measure(steps)
-    console.print(packing_line("training", steps, report))
-    micro_batches = report.rows / steps.rows_per_micro_batch
+    step_plan = setup.step_plan(pairs, batch=setup.global_batch_size(), seed=config.seed)
+    packing = measure(step_plan)
+    console.print(packing_line("training", step_plan, packing))
+    micro_batches = packing.rows / step_plan.rows_per_micro_batch
     rows = config.rows_per_device
-    needed = math.ceil(report.rows * (1 - report.empty_rows) / setup.data_parallel)
-    most = max(rows, needed)
+    rows_of_a_step = math.ceil(packing.rows * (1 - packing.empty_rows) / setup.data_parallel)
+    most = max(rows, rows_of_a_step)
 
-    programs = Programs(setup, steps, several=micro_batches > 1)
+    programs = Programs(setup, step_plan, several=micro_batches > 1)
     update = programs.update()
     compiled: dict[int, Compiled] = {}
 
@@ -210,9 +221,9 @@ def plan_step(setup: PlannedSetup, console: Console, *, search: bool, keep: Call
             compiled[rows_per_device] = programs.micro_batch(rows_per_device)
         return programs.memory(compiled[rows_per_device], rows_per_device, update)
 
-    found = memory(rows)
+    configured_memory = memory(rows)
     capacity = setup.device_memory
-    lengths, step_pairs = steps.lengths, min(steps.global_batch_size, len(steps.lengths))
+    lengths, step_pairs = step_plan.lengths, min(step_plan.global_batch_size, len(step_plan.lengths))
     tokens = {
         name: round(float(lengths.row_tokens(sharing).mean()) * step_pairs)
         for name, sharing in (("separate", False), ("shared", True))
@@ -221,46 +232,47 @@ def plan_step(setup: PlannedSetup, console: Console, *, search: bool, keep: Call
     traffic = compiled[rows].traffic
     notes = []
     if traffic is None:
-        notes.append("the compiler gave no program, for it would not fit: no collectives can be read from it")
-    plan = Plan(
+        notes.append("the compiler refused the program because it does not fit, so its collectives cannot be read")
+    plan = HardwarePlan(
         topology=str(setup.topology),
         devices=mesh.size,
         device_kind=mesh.devices.flat[0].device_kind,
         mesh=dict(mesh.shape),
         attention=setup.attention,
-        row=vars(steps.shape),
+        row=vars(step_plan.shape),
         rows_per_device=rows,
         micro_batches_per_step=micro_batches,
         pairs_per_step=step_pairs,
         longest_pair=-(-int(lengths.row_tokens(config.prefix_sharing).max()) // ROW_MULTIPLE) * ROW_MULTIPLE,
         settings={name: getattr(config, name) for name in ("remat", "dtype", "prefix_sharing", "max_length")},
         capacity=capacity,
-        memory=found,
+        memory=configured_memory,
         flops_per_step=useful_flops(model.config, work) * step_pairs / len(lengths),
-        collectives={} if traffic is None else _of_a_step(traffic, micro_batches, update.traffic or {}),
+        collectives={} if traffic is None else _step_traffic(traffic, micro_batches, update.traffic or {}),
         tokens_per_step=tokens,
         largest_rows_per_device=None,
         most_rows_per_device=most,
         notes=notes,
     )
     if search:
-        keep(replace(plan, notes=[*notes, "the compiler broke off while the largest micro-batch was looked for"]))
+        save(replace(plan, notes=[*notes, "the compiler broke off while the largest micro-batch was looked for"]))
         plan = replace(plan, largest_rows_per_device=_largest(lambda n: memory(n).total, rows, most, capacity))
-    keep(plan)
+    save(plan)
 
 
-def _refused(error: Exception) -> int:
-    """Bytes of a program that a TPU's compiler refused because it takes more than the chip has, as its message says."""
-    says = r"Ran out of memory (?:in memory space hbm\. Used |on HBM, .*? for HLO temporaries \()([\d.]+)([KMGT])"
-    used = re.search(says, str(error))
+def _bytes_refused(error: Exception) -> int:
+    """Reads the bytes of a program from the message with which a TPU's compiler refused it for its size."""
+    pattern = r"Ran out of memory (?:in memory space hbm\. Used |on HBM, .*? for HLO temporaries \()([\d.]+)([KMGT])"
+    used = re.search(pattern, str(error))
     if used is None:
         raise error
     return int(float(used[1]) * _UNITS[used[2]])
 
 
-def _of_a_step(
+def _step_traffic(
     micro_batch: Mapping[str, tuple[int, int]], times: float, update: Mapping[str, tuple[int, int]]
 ) -> dict[str, Traffic]:
+    """Adds up the collectives of `times` micro-batches and an update, by kind."""
     none = (0, 0)
     kinds = dict.fromkeys([*micro_batch, *update])
     return {
@@ -272,27 +284,33 @@ def _of_a_step(
 
 
 def _largest(total: Callable[[int], int], start: int, most: int, capacity: int) -> int:
-    """The largest number of rows whose total fits, of those that were tried: nothing is claimed that was not compiled.
+    """Returns the largest number of rows that was tried and fits; 0 if none fits.
 
-    Memory grows by the same amount with every row, nearly: the next number to try is where the line through the two
-    nearest sizes known meets the capacity.
+    Each try is a compilation, so the result is never extrapolated. Memory grows by almost the same amount with every
+    row, so the next number to try is where the line through the two sizes nearest to the capacity meets it.
+
+    Args:
+        total: returns the bytes of a micro-batch of so many rows per device.
+        start: the first number of rows to try.
+        most: the largest useful number of rows.
+        capacity: bytes of memory per device.
     """
-    known = {start: total(start)}
+    sizes = {start: total(start)}
     for _ in range(_COMPILATIONS):
-        fitting = [n for n, size in known.items() if size <= capacity]
+        fitting = [n for n, size in sizes.items() if size <= capacity]
         low = max(fitting, default=0)
-        high = min((n for n in known if n not in fitting), default=most + 1)
+        high = min((n for n in sizes if n not in fitting), default=most + 1)
         if high - low <= 1:
             break
-        if len(known) == 1:
+        if len(sizes) == 1:
             guess = 2 * start if fitting else 1
         else:
-            (a, size_a), (b, size_b) = sorted(known.items(), key=lambda item: abs(item[1] - capacity))[:2]
+            (a, size_a), (b, size_b) = sorted(sizes.items(), key=lambda item: abs(item[1] - capacity))[:2]
             slope = max(1.0, (size_b - size_a) / (b - a))
             guess = a + math.floor((capacity - size_a) / slope)
         guess = min(max(guess, low + 1), high - 1)
-        known[guess] = total(guess)
-    return max((n for n, size in known.items() if size <= capacity), default=0)
+        sizes[guess] = total(guess)
+    return max((n for n, size in sizes.items() if size <= capacity), default=0)
 
 
 def _array(like: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -300,9 +318,10 @@ def _array(like: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
+    """Describes the arrays of a tree with their shardings."""
     return jax.tree.map(_array, tree, shardings)
 
 
 def _local_bytes(tree: Any) -> int:
-    """Bytes of a tree's arrays on each device."""
+    """Returns the bytes of a tree's arrays on each device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from jax_simpo.errors import ConfigError
+from jax_simpo.errors import ConfigError, TrainingError
 from jax_simpo.run import files
 from jax_simpo.run.manifest import write_file
 
@@ -60,6 +61,25 @@ def record_step(record: Mapping[str, Any]) -> int:
     return record["step"] if "step" in record else record["eval_step"]
 
 
+def check_finite(step: int, loss: float, gradient_norm: float, saved_steps: Callable[[], Sequence[int]]) -> None:
+    """Stops a run whose loss or gradient is no longer finite.
+
+    Args:
+        step: optimizer steps done.
+        loss: the loss of the last step.
+        gradient_norm: the norm of its gradient.
+        saved_steps: lists the steps that have a checkpoint; called only for the error text.
+
+    Raises:
+        TrainingError: one of the two is infinite or no number.
+    """
+    if not math.isfinite(loss) or not math.isfinite(gradient_norm):
+        raise TrainingError(
+            f"step {step}: the loss is {loss}, the gradient norm {gradient_norm}. The newest checkpoint is of step "
+            f"{max(saved_steps(), default=0)}. Lower `learning_rate`, raise `warmup_ratio`, or try `dtype: float32`"
+        )
+
+
 # --- the keys of an evaluation
 
 
@@ -69,12 +89,34 @@ def evaluation_figures(overall: Mapping[str, float], by_split: Mapping[str, Mapp
     Args:
         overall: figures over all pairs, such as `loss` and `rewards/accuracies`.
         by_split: the figures of each split. A single split is the same as all pairs and adds nothing.
+
+    Raises:
+        ConfigError: two figures would have the same key.
     """
+    check_split_names(list(by_split), list(overall))
     figures = {f"eval_{name}": value for name, value in overall.items()}
     if len(by_split) > 1:
         for split, values in by_split.items():
             figures |= {f"eval_{split}_{name}": value for name, value in values.items()}
     return figures
+
+
+def evaluation_line(step: int, figures: Mapping[str, float], splits: Sequence[str]) -> str:
+    """Describes an evaluation in one line: loss, accuracy and margin over all pairs, and the accuracy of each split.
+
+    Args:
+        step: optimizer steps done.
+        figures: as `evaluation_figures` names them.
+        splits: names of the evaluated splits.
+    """
+    line = (
+        f"evaluation at step {step}: loss {figures['eval_loss']:.4f}, accuracy "
+        f"{figures['eval_rewards/accuracies']:.3f}, margin {figures['eval_rewards/margins']:.3f}"
+    )
+    if len(splits) > 1:
+        accuracies = [f"{split} {figures[f'eval_{split}_rewards/accuracies']:.3f}" for split in splits]
+        line += f" (accuracy by split: {', '.join(accuracies)})"
+    return line
 
 
 def check_split_names(splits: Sequence[str], names: Sequence[str]) -> None:

@@ -1,9 +1,9 @@
-"""Scoring pairs with a model as it stands, and the evaluation metrics made of the scores."""
+"""Scores pairs with a model without training it, and computes the metrics of an evaluation from the scores."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +20,10 @@ from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.models.transformer import Params
 from jax_simpo.objectives.simpo import Objective
 from jax_simpo.ops.responses import ResponseLogps
+from jax_simpo.run.metrics import check_split_names, evaluation_figures
 from jax_simpo.sharding import local_rows, put_rows
 
-# Pairs planned together. Nothing depends on it but the fill: scoring has no optimizer step to respect.
+# Pairs whose rows are packed together. Only the fill depends on it: scoring has no optimizer step to respect.
 PAIRS_PER_PLAN = 512
 
 ScoreFunction = Callable[[Params, Any], ResponseLogps]
@@ -47,6 +48,10 @@ class PairScores:
         """Mean log-prob of the rejected response."""
         return self.rejected_sum / self.rejected_length
 
+    def of_pairs(self, indices: Int[np.ndarray, " Q"]) -> PairScores:
+        """The scores of some of the pairs."""
+        return PairScores(*(column[indices] for column in vars(self).values()))
+
 
 def score_pairs(score: ScoreFunction, params: Params, plan: StepPlan, source: PairSource, mesh: Mesh) -> PairScores:
     """Computes the log-probs of every pair of a split.
@@ -54,9 +59,9 @@ def score_pairs(score: ScoreFunction, params: Params, plan: StepPlan, source: Pa
     Args:
         score: from `jax_simpo.train.step.make_score_function`.
         params: the model's parameters on the mesh.
-        plan: a plan of the split in file order (`seed=None`).
-        source: its pairs.
-        mesh: as of `jax.set_mesh`.
+        plan: the step plan of the split, in file order (`seed=None`).
+        source: the pairs of the split.
+        mesh: the mesh of the parameters, set by `jax.set_mesh`.
     """
     sums = np.zeros((2, len(plan.lengths)), np.float32)
     lengths = np.zeros((2, len(plan.lengths)), np.int64)
@@ -69,7 +74,7 @@ def score_pairs(score: ScoreFunction, params: Params, plan: StepPlan, source: Pa
 def _scored_slots(
     score: ScoreFunction, params: Params, plan: StepPlan, source: PairSource, mesh: Mesh
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Per micro-batch: pair, rank, sum and length of every response slot that holds one."""
+    """Yields per micro-batch the pair, rank, sum and length of every response slot that is filled."""
     size = plan.rows_per_micro_batch
     own = local_rows(mesh, size).tolist()
     with closing(step_batches(plan, source, range(plan.steps_per_epoch), rows=own)) as steps:
@@ -77,12 +82,12 @@ def _scored_slots(
             scored = [score(params, put_rows(rows.arrays(), mesh, size)) for rows in step.micro_batches]
             for slots, logps in zip(step.slots, scored, strict=True):
                 logp_sum, length = jax.device_get((logps.sum, logps.length))
-                held = slots.pair >= 0
-                yield step.pairs[slots.pair[held]], slots.rank[held], logp_sum[held], length[held]
+                filled = slots.pair >= 0
+                yield step.pairs[slots.pair[filled]], slots.rank[filled], logp_sum[filled], length[filled]
 
 
 def pair_records(scores: PairScores, objective: Objective) -> Iterator[dict[str, Any]]:
-    """One object per pair, in file order, with the keys that `score` writes."""
+    """Yields one object per pair, in file order, with the keys that `score` writes."""
     losses = np.asarray(objective.losses(jnp.asarray(scores.chosen_logps), jnp.asarray(scores.rejected_logps)))
     chosen, rejected = scores.chosen_logps, scores.rejected_logps
     for i in range(len(losses)):
@@ -101,7 +106,7 @@ def pair_records(scores: PairScores, objective: Objective) -> Iterator[dict[str,
 
 
 def evaluation_metrics(scores: PairScores, objective: Objective) -> dict[str, float]:
-    """Means over all pairs, under the names of the training metrics."""
+    """Computes means over all pairs, under the names of the training metrics."""
     chosen, rejected = scores.chosen_logps.astype(np.float64), scores.rejected_logps.astype(np.float64)
     losses = np.asarray(objective.losses(jnp.asarray(scores.chosen_logps), jnp.asarray(scores.rejected_logps)))
     metrics = {
@@ -119,9 +124,41 @@ def evaluation_metrics(scores: PairScores, objective: Objective) -> dict[str, fl
     return {name: float(value) for name, value in metrics.items()}
 
 
+def split_metrics(
+    scores: PairScores, objective: Objective, splits: Mapping[str, Int[np.ndarray, " _"]]
+) -> dict[str, float]:
+    """Computes the metrics over all pairs (`eval_loss`, ...) and, of several splits, of each (`eval_SPLIT_loss`, ...).
+
+    Args:
+        scores: the scores of the pairs of all splits.
+        objective: the objective whose loss and rewards are reported.
+        splits: the indices of each split's pairs (`PairDataset.splits`).
+
+    Raises:
+        ConfigError: a split's name would give two metrics the same key.
+    """
+    by_split = {
+        split: {**evaluation_metrics(scores.of_pairs(indices), objective), "pairs": len(indices)}
+        for split, indices in splits.items()
+    }
+    overall = {**evaluation_metrics(scores, objective), "pairs": len(scores.chosen_sum)}
+    return evaluation_figures(overall, by_split)
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluates one split whenever asked."""
+    """Evaluates the pairs of the evaluation splits during a run.
+
+    Attributes:
+        score: from `jax_simpo.train.step.make_score_function`.
+        plan: the step plan of the pairs, in file order.
+        source: the pairs of all evaluation splits.
+        objective: the objective whose loss and rewards are reported.
+        mesh: the mesh of the parameters.
+
+    Raises:
+        ConfigError: a split's name would give two metrics the same key.
+    """
 
     score: ScoreFunction
     plan: StepPlan
@@ -129,9 +166,12 @@ class Evaluation:
     objective: Objective
     mesh: Mesh
 
+    def __post_init__(self) -> None:
+        check_split_names(list(self.source.splits), self.objective.metrics)
+
     def run(self, params: Params) -> dict[str, float]:
-        """The split's metrics, each with the prefix `eval_`."""
+        """Computes the metrics, with the keys of an evaluation record, and `eval_runtime` in seconds."""
         started = time.perf_counter()
-        metrics = evaluation_metrics(score_pairs(self.score, params, self.plan, self.source, self.mesh), self.objective)
-        metrics |= {"pairs": len(self.plan.lengths), "runtime": time.perf_counter() - started}
-        return {f"eval_{name}": value for name, value in metrics.items()}
+        scores = score_pairs(self.score, params, self.plan, self.source, self.mesh)
+        metrics = split_metrics(scores, self.objective, self.source.splits)
+        return {**metrics, "eval_runtime": time.perf_counter() - started}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -20,8 +19,9 @@ from jax_simpo.data.packing import StepPlan
 from jax_simpo.errors import TrainingError
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
+from jax_simpo.run.cadence import is_due
 from jax_simpo.run.checkpoint import Checkpoints
-from jax_simpo.run.metrics import MetricsLog, read_metrics
+from jax_simpo.run.metrics import MetricsLog, check_finite, evaluation_line, read_metrics
 from jax_simpo.sharding import local_rows
 from jax_simpo.train.evaluate import Evaluation
 from jax_simpo.train.progress import TrainingProgress
@@ -31,18 +31,18 @@ from jax_simpo.train.step import TrainFunctions, run_step
 
 @dataclass
 class TrainingLoop:
-    """The steps of a run, and what they need at hand.
+    """Runs the optimizer steps of a run, and logs, evaluates and saves between them.
 
     Attributes:
-        setup: the config's things.
-        plan: which pairs a step consumes.
+        setup: the objects built from the config.
+        plan: the step plan of the training pairs.
         pairs: the training pairs.
         functions: the compiled functions.
-        schedule: the learning rate of a step.
-        evaluation: the evaluation pairs, if there is to be evaluation.
-        checkpoints: where steps are saved.
-        identity: what the run is, saved with every step.
-        total_steps: of the whole run.
+        schedule: gives the learning rate of a step.
+        evaluation: evaluates the evaluation pairs; None where the run has none.
+        checkpoints: the checkpoints of the output directory.
+        identity: the run's identity, saved with every step.
+        total_steps: optimizer steps of the whole run.
         output: the output directory.
         console: where progress and notes go.
         on_record: is given every record on the first process; True stops the run once its state is saved. None where
@@ -92,11 +92,11 @@ class TrainingLoop:
         return params, done
 
     def _after(self, batch: StepBatch, params: Params, state: Any, metrics: Mapping[str, Any]) -> None:
-        """Logs, evaluates and saves what is due. Where none is, the device is not waited for."""
+        """Logs, evaluates and saves where it is due. Otherwise it does not wait for the device."""
         done = batch.step + 1
         log = done % self.setup.config.logging_steps == 0 or done == self.total_steps
-        evaluate, save = self._is_due("eval", done), self._is_due("save", done)
-        # Of several processes one may be told to end (JAX listens to SIGTERM then): all stop after the same step.
+        evaluate, save = self.evaluation is not None and self._is_due("eval", done), self._is_due("save", done)
+        # Of several processes one may get SIGTERM, to which JAX listens: all processes stop after the same step.
         stop = reached_preemption_sync_point(done) and done < self.total_steps
         save |= stop
         if not (log or evaluate or save):
@@ -116,26 +116,23 @@ class TrainingLoop:
                 "again to go on from there"
             )
 
-    def _is_due(self, what: str, done: int) -> bool:
-        """Whether to evaluate ("eval") or save after this step; both happen after the last one unless switched off."""
-        strategy = getattr(self.setup.config, f"{what}_strategy")
-        if (what == "eval" and self.evaluation is None) or (what == "save" and strategy == "no"):
-            return False
-        if done == self.total_steps:
-            return True
-        if strategy == "epoch":
-            return done % self.plan.steps_per_epoch == 0
-        return strategy == "steps" and done % getattr(self.setup.config, f"{what}_steps") == 0
+    def _is_due(self, action: Literal["eval", "save"], done: int) -> bool:
+        return is_due(
+            self.setup.config,
+            action,
+            done,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.plan.steps_per_epoch,
+        )
 
     def _finite(self, done: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """The step's metrics on the host. Waits for the device to have finished it."""
+        """Waits for the device to finish the step, and returns its metrics on the host.
+
+        Raises:
+            TrainingError: the loss or the gradient norm is not finite.
+        """
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            raise TrainingError(
-                f"step {done}: the loss is {values['loss']}, the gradient norm {values['grad_norm']}. The newest "
-                f"checkpoint is of step {max(self.checkpoints.steps(), default=0)}. Lower `learning_rate`, raise "
-                "`warmup_ratio`, or try `dtype: float32`"
-            )
+        check_finite(done, values["loss"], values["grad_norm"], self.checkpoints.steps)
         return values
 
     def _write(self, batch: StepBatch, values: Mapping[str, float]) -> None:
@@ -157,7 +154,7 @@ class TrainingLoop:
         self._progress.show(batch.step + 1, record)
 
     def _record(self, record: dict[str, Any]) -> None:
-        """Logs a record and shows it to the callbacks. What the first process answers counts for all."""
+        """Logs a record and gives it to the callback, whose answer on the first process counts for all."""
         self._log.write(record)
         if self.on_record is not None:
             asked = self.on_record(record) if distributed.is_first() else False
@@ -167,15 +164,12 @@ class TrainingLoop:
         assert self.evaluation is not None
         metrics = self.evaluation.run(params)
         self._record({"eval_step": step, "eval_epoch": epoch, **metrics})
-        self.console.print(
-            f"evaluation at step {step}: loss {metrics['eval_loss']:.4f}, accuracy "
-            f"{metrics['eval_rewards/accuracies']:.3f}, margin {metrics['eval_rewards/margins']:.3f}"
-        )
+        self.console.print(evaluation_line(step, metrics, list(self.evaluation.source.splits)))
 
 
 @dataclass
 class _Counted:
-    """What was trained on, the seconds it took without evaluating and saving, and of those the wait for rows."""
+    """Counts of training: pairs, tokens, seconds without evaluating and saving, and the seconds waited for rows."""
 
     pairs: int = 0
     tokens: int = 0
@@ -184,7 +178,7 @@ class _Counted:
 
 
 def _counted_before(output: Path, plan: StepPlan, first_step: int) -> _Counted:
-    """What the steps before `first_step` consumed. Their seconds are those of the last of them that was logged."""
+    """Counts the pairs and tokens of the steps before `first_step`; their seconds are read from the last record."""
     tokens = plan.lengths.row_tokens(plan.prefix_sharing)
     steps = [plan.pairs(step) for step in range(first_step)]
     logged = [record for record in read_metrics(output) if "step" in record]
@@ -207,15 +201,15 @@ class _Clock:
         self.total.tokens += tokens
 
     def rates(self) -> _Counted:
-        """What was counted since this was last asked."""
-        now = time.perf_counter()
-        self.total.seconds += now - self._since
-        since = _Counted(*(getattr(self.total, name) - last for name, last in vars(self._last).items()))
-        self._since, self._last = now, _Counted(**vars(self.total))
-        return since
+        """Returns the counts since the last call."""
+        time_of_call = time.perf_counter()
+        self.total.seconds += time_of_call - self._since
+        difference = _Counted(*(getattr(self.total, name) - last for name, last in vars(self._last).items()))
+        self._since, self._last = time_of_call, _Counted(**vars(self.total))
+        return difference
 
     def waiting(self, batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
-        """The batches, with the time counted that each had to be waited for."""
+        """Yields the batches, and counts the time that the loop waits for each."""
         while True:
             started = time.perf_counter()
             batch = next(batches, None)

@@ -26,7 +26,7 @@ from jax_simpo.models.lora import Lora
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model, Params
 from jax_simpo.objectives.simpo import Objective
-from jax_simpo.ops.attention import resolve_implementation
+from jax_simpo.ops.attention import resolve_backend
 from jax_simpo.processes import distributed
 from jax_simpo.run.checkpoint import Checkpoints, abstract_state
 from jax_simpo.run.files import CHECKPOINTS
@@ -140,7 +140,7 @@ class Setup:
     def attention_choice(self) -> tuple[str, str]:
         """The attention implementation, and the reason for the choice."""
         model = self.model.config
-        return resolve_implementation(
+        return resolve_backend(
             self.config.attention,
             self.mesh.devices.flat[0],
             dtype=self.model.dtype,
@@ -263,8 +263,7 @@ class Setup:
                 f"`dataset_splits` {config.dataset_splits} names no split to evaluate: those have no `train` in their "
                 "name. Add one, or set `do_eval: false`"
             )
-        uncut = dict.fromkeys(config.dataset_mixer, 1.0)
-        raw = sources.load_train(uncut, config.eval_splits, dataset_configs=config.dataset_configs)
+        raw = sources.load_eval(config.dataset_mixer, config.eval_splits, dataset_configs=config.dataset_configs)
         return self.tokenize(raw)
 
     def split_pairs(self, split: str) -> PairDataset:

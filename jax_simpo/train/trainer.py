@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,14 @@ from rich.console import Console
 
 from jax_simpo import hf
 from jax_simpo.config import TrainConfig
-from jax_simpo.data.packing import StepPlan, measure
+from jax_simpo.data.packing import measure
 from jax_simpo.data.sources import RawSplit
 from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.models.generate import generate
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
 from jax_simpo.run import files, model_card, report
+from jax_simpo.run.cadence import count_steps
 from jax_simpo.run.checkpoint import Checkpoints, abstract_state, starting_point
 from jax_simpo.run.facts import note_export, write_facts
 from jax_simpo.run.manifest import claim, write_file
@@ -95,7 +95,7 @@ def train(
     print_notes(console, notes_on(training))
     first_step, saved = starting_point(config, output)
     plan = setup.step_plan(training, batch=setup.global_batch_size(saved.get("global_batch_size")), seed=config.seed)
-    total_steps = count_steps(config, plan)
+    total_steps = count_steps(config, plan.steps_per_epoch)
     identity = run_identity(config, plan.global_batch_size, training)
     advice = "Start all processes with the same config and options, on the same files"
     distributed.check_same("the run", {**identity, "step to begin at": first_step, "rows": str(plan.shape)}, advice)
@@ -166,13 +166,6 @@ def train(
         report.print_summary(console, output)
     distributed.barrier("report")
     return TrainRun(output, output / files.MODEL, output / files.REPORT, done, done < total_steps)
-
-
-def count_steps(config: TrainConfig, plan: StepPlan) -> int:
-    """Optimizer steps of the whole run."""
-    if config.max_steps > 0:
-        return config.max_steps
-    return math.ceil(config.num_train_epochs * plan.steps_per_epoch)
 
 
 def _check_weights(setup: Setup, *, resumes: bool) -> None:
