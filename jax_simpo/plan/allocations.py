@@ -1,4 +1,4 @@
-"""How much memory a compiled program is given on a device."""
+"""Measures how much device memory a compiled program is given."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 def compile_and_measure(lowered: Any, platform: str) -> tuple[Any, int]:
     """Compiles a lowered program; returns it with its bytes of device memory.
 
-    These are its arguments, results and temporaries and the program itself; what is both argument and result once.
+    The bytes are those of arguments, results, temporaries and the program itself. A donated argument, which is also a
+    result, counts once.
 
-    A TPU's `memory_analysis` cannot be used for it: its `temp_size_in_bytes` adds up arrays that lie in the same place
-    at different times, and its `peak_memory_in_bytes` does not count the gaps between arrays. For Llama-3 8B on 256 v5e
-    chips they say 11.0 and 5.1 GiB where the program is given 7.0. What it is given stands in the report that the
-    compiler dumps.
+    On TPUs `memory_analysis` gives other figures: its `temp_size_in_bytes` adds up arrays that occupy the same memory
+    at different times, and its `peak_memory_in_bytes` leaves out the gaps between arrays. So the bytes are read from
+    the report that the compiler dumps. (Llama-3 8B on 256 v5e chips: 11.0, 5.1 and, in the report, 7.0 GiB.)
     """
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if platform == "tpu" else {}
@@ -31,8 +31,12 @@ def compile_and_measure(lowered: Any, platform: str) -> tuple[Any, int]:
 
 
 def device_bytes(report: str) -> int:
-    """The device's part of XLA's memory usage report; other colors are other memories (vector, scalar, host)."""
-    found = re.search(r"\(color=0\)\s+Total bytes: (\d+)", report)
-    if found is None:
+    """Reads the bytes of device memory from XLA's memory usage report. Other colors are other memories.
+
+    Raises:
+        ValueError: the text is no such report.
+    """
+    match = re.search(r"\(color=0\)\s+Total bytes: (\d+)", report)
+    if match is None:
         raise ValueError(f"not a memory usage report: {report[:200]}")
-    return int(found[1])
+    return int(match[1])

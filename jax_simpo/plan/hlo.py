@@ -1,9 +1,9 @@
-"""Reads the collectives of a compiled program, those inside loop bodies included, and how often each one runs.
+"""Reads the collectives of a compiled program and how often each one runs, loop bodies included.
 
-XLA writes the same collective in many ways: as one instruction, as a pair of start and done, wrapped into an
-asynchronous call, inside a fusion; on TPUs a reduce-scatter as a fusion of an all-reduce and a slice, and one that runs
-beside other work three times over, in the fusions where it starts, goes on and ends. CPU and GPU programs say how often
-a loop runs; TPU programs do not, there it is worked out from the loop's counter.
+XLA writes the same collective in many forms: as one instruction, as a pair of start and done, wrapped in an
+asynchronous call, or inside a fusion. On TPUs a reduce-scatter is a fusion of an all-reduce and a slice, and a
+collective that runs beside other work is written three times: in the fusions where it starts, continues and ends. CPU
+and GPU programs state the trip count of a loop; for TPU programs it is worked out from the loop's counter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FUSED_SCATTER = re.compile(r"%?all-reduce-scatter")  # the name of the computat
 _ARRAY = re.compile(r"\b(pred|token|bf16|[suf]\d+\w*|c\d+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|true_computation|false_computation)=%?([\w.-]+)")
 _CALLED_GROUP = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
-_PASSES_ON = ("copy", "bitcast", "convert", "copy-start", "copy-done", "reshape")
+_PASS_THROUGH = ("copy", "bitcast", "convert", "copy-start", "copy-done", "reshape")
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Collective:
 
     Attributes:
         kind: one of `KINDS`.
-        shapes: of the arrays that it makes.
-        bytes: of the whole arrays that it is about: what an all-gather ends with, what a reduce-scatter starts with,
-            what goes into the others. (The "size" of nccl-tests; of n devices, each sends (n - 1) / n of it, and twice
-            that for an all-reduce.)
-        times: how often a run of the program executes it.
-        op_name: where in the source program it comes from.
+        shapes: the shapes of its output arrays.
+        bytes: the bytes of the complete arrays: the output of an all-gather, the input of a reduce-scatter and of the
+            others. (This is the "size" of nccl-tests. Each of n devices sends (n - 1) / n of it, and twice that for an
+            all-reduce.)
+        times: how often one run of the program executes it.
+        op_name: the operation of the source program that it comes from.
     """
 
     kind: str
@@ -48,18 +48,18 @@ class Collective:
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """All collectives of a compiled module's text.
+    """Returns all collectives in the text of a compiled module.
 
     Raises:
-        ValueError: one is in a loop of which it cannot be said how often it runs.
+        ValueError: a collective is in a loop whose trip count is unknown.
     """
     return list(_Module(hlo).collectives())
 
 
 def loop_states(hlo: str) -> list[tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]]:
-    """Of each loop outside of other loops: how often it runs (0: unknown), and the arrays it carries and reads.
+    """Returns the trip count (0: unknown) and the arrays of each loop that is not inside another loop.
 
-    Arrays are given as dtype and shape.
+    The arrays are those that the loop carries or reads, each as dtype and shape.
     """
     module = _Module(hlo)
     whiles = [instruction for instruction in module.bodies[module.entry].values() if instruction.opcode == "while"]
@@ -68,17 +68,19 @@ def loop_states(hlo: str) -> list[tuple[int, tuple[tuple[str, tuple[int, ...]], 
 
 @dataclass(frozen=True)
 class _Instruction:
+    """One line of a computation; `text` holds the operands as they are written."""
+
     name: str
     type: str
     opcode: str
     operands: tuple[str, ...]
-    text: str  # the operands as they are written
+    text: str
     attributes: str
     root: bool
 
 
 class _Module:
-    """A module's computations by name, each with its instructions by name."""
+    """A parsed module: its computations by name, each a dict of its instructions by name."""
 
     def __init__(self, hlo: str) -> None:
         self.bodies: dict[str, dict[str, _Instruction]] = {}
@@ -92,9 +94,11 @@ class _Module:
                 body[instruction.name] = instruction
 
     def collectives(self) -> Iterator[Collective]:
+        """Yields the collectives of the program, in the order of its text."""
         yield from self._walk(self.entry, 1)
 
     def _walk(self, name: str, times: int) -> Iterator[Collective]:
+        """Yields the collectives of a computation that runs `times` times."""
         body = self.bodies[name]
         for instruction in body.values():
             opcode, attributes = instruction.opcode, instruction.attributes
@@ -103,10 +107,10 @@ class _Module:
             elif opcode == "while":
                 yield from self._walk_loop(name, instruction, times)
             elif opcode == "fusion" and _FUSED_SCATTER.match(called := _CALLED.findall(attributes)[0]):
-                whole = sum(_bytes(body[operand].type) for operand in instruction.operands)
-                inner = (i for i in self.bodies[called].values() if i.opcode == "all-reduce")
+                size = sum(_bytes(body[operand].type) for operand in instruction.operands)
+                reductions = (i for i in self.bodies[called].values() if i.opcode == "all-reduce")
                 yield Collective(
-                    "reduce-scatter", _shapes(instruction.type), whole, times, _op_name(next(inner, instruction))
+                    "reduce-scatter", _shapes(instruction.type), size, times, _op_name(next(reductions, instruction))
                 )
             elif opcode == "fusion" and self._continues(_CALLED.findall(attributes)[0]):
                 continue
@@ -115,21 +119,20 @@ class _Module:
                     yield from self._walk(computation, times)
 
     def _continues(self, name: str) -> bool:
-        """Whether a TPU's fusion goes on with, or ends, a collective that an earlier fusion has started."""
-        done = any('"AsyncCollectiveDone"' in i.attributes for i in self.bodies[name].values())
-        return done or name.startswith("async_collective_fusion")
+        """Returns True if a TPU's fusion continues or ends a collective that an earlier fusion has started."""
+        ends = any('"AsyncCollectiveDone"' in i.attributes for i in self.bodies[name].values())
+        return ends or name.startswith("async_collective_fusion")
 
     def _walk_loop(self, name: str, loop: _Instruction, times: int) -> Iterator[Collective]:
         count = self.trip_count(name, loop)
-        inside = self._walk(_attribute(loop, "body"), times * (count or 1))
-        for collective in inside:
-            # A loop whose count depends on data (attention over live blocks) may not hold a collective at all.
+        for collective in self._walk(_attribute(loop, "body"), times * (count or 1)):
+            # Loops whose count depends on data (attention over live blocks) are allowed, but without collectives.
             if count is None:
                 raise ValueError(f"{collective.kind} in a loop of unknown length: {loop.name} ({_op_name(loop)})")
             yield collective
 
     def _called(self, instruction: _Instruction) -> Iterator[str]:
-        """Computations that an instruction runs. What a reduction or a sort calls for each element is none of them."""
+        """Yields the computations that an instruction runs, except a reduction's or sort's function of elements."""
         if instruction.opcode in ("call", "call-start", "async-start"):
             yield from re.findall(r"to_apply=%?([\w.-]+)", instruction.attributes)
         names = _CALLED.findall(instruction.attributes)
@@ -140,17 +143,20 @@ class _Module:
     def _collective(
         self, body: dict[str, _Instruction], instruction: _Instruction, kind: str, times: int
     ) -> Collective:
-        made = _made(instruction)
-        given = sum(_bytes(body[operand].type) for operand in instruction.operands if operand in body)
-        size = max(given, sum(_size(*array) for array in made))
-        return Collective(kind, tuple(shape for _, shape in made), size, times, _op_name(instruction))
+        outputs = _output_arrays(instruction)
+        input_bytes = sum(_bytes(body[operand].type) for operand in instruction.operands if operand in body)
+        size = max(input_bytes, sum(array_bytes(*array) for array in outputs))
+        return Collective(kind, tuple(shape for _, shape in outputs), size, times, _op_name(instruction))
 
     # --- how often a loop runs
 
     def trip_count(self, name: str, loop: _Instruction) -> int | None:
-        """As XLA says, or from the constants that the loop's counter starts from, is raised by and compared with."""
-        if known := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes):
-            return int(known[1])
+        """Returns the trip count that XLA states, or works it out; None if it depends on data.
+
+        A loop that counts up has three constants: the start of its counter, the step and the bound.
+        """
+        if stated := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes):
+            return int(stated[1])
         condition, body = self.bodies[_attribute(loop, "condition")], self.bodies[_attribute(loop, "body")]
         test = _root(condition)
         if test.opcode != "compare" or "direction=LT" not in test.attributes:
@@ -158,43 +164,45 @@ class _Module:
         counter, bound = (_source(condition, operand) for operand in test.operands)
         if counter.opcode != "get-tuple-element":
             return None
-        at = _index(counter)
-        start = self._initial(name, loop, at)
+        counter_index = _index(counter)
+        start = self._initial(name, loop, counter_index)
         end = _constant(bound)
         if end is None and bound.opcode == "get-tuple-element":
-            end = self._initial(name, loop, _index(bound))  # carried along, and not changed on the way
-        step = self._raised(body, at)
+            end = self._initial(name, loop, _index(bound))  # the loop carries it unchanged
+        step = self._increment(body, counter_index)
         if start is None or end is None or not step:
             return None
         return max(0, -(-(end - start) // step))
 
-    def _initial(self, name: str, loop: _Instruction, at: int) -> int | None:
+    def _initial(self, name: str, loop: _Instruction, index: int) -> int | None:
+        """Returns the constant that an element of a loop's state starts from; None if it is not constant."""
         body = self.bodies[name]
         state = _source(body, loop.operands[0])
-        return _constant(_source(body, state.operands[at])) if state.opcode == "tuple" else None
+        return _constant(_source(body, state.operands[index])) if state.opcode == "tuple" else None
 
-    def _raised(self, body: dict[str, _Instruction], at: int) -> int | None:
-        """By how much an element of a loop's state is raised each time."""
+    def _increment(self, body: dict[str, _Instruction], index: int) -> int | None:
+        """Returns the constant that each pass adds to an element of a loop's state; None if there is no such one."""
         root = _root(body)
         if root.opcode != "tuple":
             return None
-        new = _source(body, root.operands[at])
-        if new.opcode == "fusion":
-            inner = self.bodies[_CALLED.findall(new.attributes)[0]]
-            given = {f"parameter({i})": body[operand] for i, operand in enumerate(new.operands)}
-            new = _root(inner)
-            sources = [_source(inner, operand) for operand in new.operands]
-            sources = [given.get(f"parameter({s.text})", s) if s.opcode == "parameter" else s for s in sources]
+        update = _source(body, root.operands[index])
+        if update.opcode == "fusion":
+            fused = self.bodies[_CALLED.findall(update.attributes)[0]]
+            arguments = {f"parameter({i})": body[operand] for i, operand in enumerate(update.operands)}
+            update = _root(fused)
+            sources = [_source(fused, operand) for operand in update.operands]
+            sources = [arguments.get(f"parameter({s.text})", s) if s.opcode == "parameter" else s for s in sources]
         else:
-            sources = [_source(body, operand) for operand in new.operands]
-        if new.opcode != "add":
+            sources = [_source(body, operand) for operand in update.operands]
+        if update.opcode != "add":
             return None
-        same = [s for s in sources if s.opcode == "get-tuple-element" and _index(s) == at]
+        elements = [s for s in sources if s.opcode == "get-tuple-element" and _index(s) == index]
         steps = [step for s in sources if (step := _constant(s)) is not None]
-        return steps[0] if len(same) == len(steps) == 1 else None
+        return steps[0] if len(elements) == len(steps) == 1 else None
 
 
 def _parse(line: str) -> _Instruction | None:
+    """Reads one line of a module; returns None if it holds no instruction."""
     match = re.match(r"\s+(ROOT )?%?([\w.-]+) = ", line)
     if match is None:
         return None
@@ -211,19 +219,19 @@ def _parse(line: str) -> _Instruction | None:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the bracket is closed that is opened there."""
+    """Returns the index of the bracket that closes the one at `opening`."""
     depth = 0
     for bracket in re.compile(r"[()]").finditer(text, opening):
         depth += 1 if bracket[0] == "(" else -1
         if not depth:
             return bracket.start()
-    raise ValueError(f"brackets that are not closed: {text[:200]}")
+    raise ValueError(f"a bracket is not closed: {text[:200]}")
 
 
 def _source(body: dict[str, _Instruction], name: str) -> _Instruction:
-    """The instruction that a value comes from, through those that only pass it on."""
+    """Returns the instruction that makes a value, skipping those that only copy, convert or reshape it."""
     instruction = body[name]
-    while instruction.opcode in _PASSES_ON:
+    while instruction.opcode in _PASS_THROUGH:
         instruction = body[instruction.operands[0]]
     return instruction
 
@@ -233,14 +241,14 @@ def _root(body: dict[str, _Instruction]) -> _Instruction:
 
 
 def _constant(instruction: _Instruction) -> int | None:
-    whole = instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.text)
-    return int(instruction.text) if whole else None
+    is_integer = instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.text)
+    return int(instruction.text) if is_integer else None
 
 
 def _attribute(instruction: _Instruction, name: str) -> str:
-    found = re.search(rf"\b{name}=%?([\w.-]+)", instruction.attributes)
-    assert found is not None, f"{instruction.name} has no {name}"
-    return found[1]
+    match = re.search(rf"\b{name}=%?([\w.-]+)", instruction.attributes)
+    assert match is not None, f"{instruction.name} has no {name}"
+    return match[1]
 
 
 def _index(instruction: _Instruction) -> int:
@@ -248,18 +256,19 @@ def _index(instruction: _Instruction) -> int:
 
 
 def _op_name(instruction: _Instruction) -> str:
-    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
-    return found[1] if found else ""
+    match = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return match[1] if match else ""
 
 
-def _made(instruction: _Instruction) -> list[tuple[str, tuple[int, ...]]]:
-    """The arrays that a collective makes. Where it is only started, most kinds' types list first what it is given."""
+def _output_arrays(instruction: _Instruction) -> list[tuple[str, tuple[int, ...]]]:
+    """Returns the output arrays of a collective. The type of most kinds' `-start` lists the inputs before them."""
     arrays, count = _arrays(instruction.type), len(instruction.operands)
     started = instruction.opcode.endswith("-start") and len(arrays) >= 2 * count
     return arrays[count : 2 * count] if started else arrays
 
 
 def _arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Returns dtype and shape of each array of a type, tuples flattened."""
     return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(type_)]
 
 
@@ -268,15 +277,11 @@ def _shapes(type_: str) -> tuple[tuple[int, ...], ...]:
 
 
 def _bytes(type_: str) -> int:
-    return sum(_size(*array) for array in _arrays(type_))
-
-
-def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    return array_bytes(dtype, shape)
+    return sum(array_bytes(*array) for array in _arrays(type_))
 
 
 def array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of an array of XLA's dtype of that name (`bf16`, `s32`, `pred`)."""
+    """Returns the bytes of an array; `dtype` is XLA's name of its type (`bf16`, `s32`, `pred`)."""
     bits = re.search(r"\d+", dtype)
     width = {"pred": 8, "token": 0}.get(dtype, int(bits[0]) if bits else 0)
     return -(-math.prod(shape) * width // 8)

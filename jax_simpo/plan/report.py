@@ -1,4 +1,4 @@
-"""What a plan has found: as JSON, as tables, and as advice where the step does not fit."""
+"""Holds a hardware plan, and shows it as JSON, as tables, and as advice if the step does not fit."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device when most are taken.
+    """Bytes on each device at the peak of a step.
 
     Attributes:
         parameters: float32 master weights.
         optimizer: AdamW's moments.
         rows: the arrays of a micro-batch.
-        gradients: the step's sum so far.
-        activations: what the layers' forward pass keeps for their backward pass.
+        gradients: the step's sum of gradients.
+        activations: values that the layers' forward pass keeps for the backward pass.
         working: everything else: gathered parameters, the micro-batch's own gradient, logits, workspace, the program.
     """
 
@@ -37,26 +37,27 @@ class Memory:
 
     @property
     def arguments(self) -> int:
-        """What a step is given: parameters, optimizer state, rows."""
+        """Bytes that a step starts with: parameters, optimizer state, rows."""
         return self.parameters + self.optimizer + self.rows
 
     @property
     def temporaries(self) -> int:
-        """What lives during a step only."""
+        """Bytes that exist only during a step."""
         return self.gradients + self.activations + self.working
 
     @property
     def total(self) -> int:
+        """All bytes."""
         return self.arguments + self.temporaries
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind in one step, as each device takes part in them.
+    """The collectives of one kind that each device takes part in during one step.
 
     Attributes:
-        count: how often one is run.
-        bytes: of the whole arrays that they are about, see `jax_simpo.plan.hlo.Collective`.
+        count: how many collectives run.
+        bytes: bytes of their complete arrays, see `jax_simpo.plan.hlo.Collective`.
     """
 
     count: int
@@ -64,28 +65,29 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a config's step takes on a topology.
+class HardwarePlan:
+    """The memory, collectives and operations of a config's step on a topology.
 
     Attributes:
-        topology: as it was asked for.
-        devices: of the topology.
-        device_kind: as jax names it.
-        mesh: devices of each axis.
-        attention: the implementation that the config resolves to there.
-        row: its length, targets and responses.
+        topology: the topology's name, such as `v5p:2x2x4`.
+        devices: number of devices of the topology.
+        device_kind: the devices' name in jax.
+        mesh: number of devices along each axis.
+        attention: the implementation that the config resolves to on these devices.
+        row: length, targets and responses of a row.
         rows_per_device: rows of a micro-batch on each device, as configured.
         micro_batches_per_step: mean over the first epoch's steps.
-        pairs_per_step: mean over the data.
+        pairs_per_step: pairs of a step.
         longest_pair: tokens of the longest pair, rounded up to a row length.
         settings: the config's settings that memory depends on.
         capacity: bytes of memory a program may use on each device.
-        memory: bytes used.
+        memory: bytes used on each device.
         flops_per_step: useful floating-point operations, over all devices.
-        collectives: by kind; empty where the compiler gave no program, because it would not fit.
-        tokens_per_step: input tokens of a step's pairs, with nothing shared and with their prefixes shared.
-        largest_rows_per_device: the largest micro-batch found to fit; 0 if none does, None if it was not looked for.
-        most_rows_per_device: with this many the whole step is one micro-batch.
+        collectives: collectives of a step by kind; empty if the compiler refused the program because of its size.
+        tokens_per_step: input tokens of a step's pairs, `separate` and with `shared` prefixes.
+        largest_rows_per_device: rows of the largest micro-batch that fits; 0 if none fits, None without search.
+        most_rows_per_device: the rows with which the whole step is one micro-batch.
+        notes: sentences for the user.
     """
 
     topology: str
@@ -110,11 +112,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the step as configured fits each device."""
+        """True if the step as configured fits each device."""
         return self.memory.total <= self.capacity
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain values; `from_json` reads it back."""
+        """Returns all values in a form that JSON can hold; `from_json` reads it back."""
         memory = self.memory
         return {
             **asdict(self),
@@ -129,15 +131,15 @@ class Plan:
         }
 
     @staticmethod
-    def from_json(values: dict[str, Any]) -> Plan:
-        """A plan from what `to_json` made of it."""
-        own = {name: value for name, value in values.items() if name in Plan.__dataclass_fields__}
-        own["memory"] = Memory(**own["memory"])
-        own["collectives"] = {kind: Traffic(**traffic) for kind, traffic in own["collectives"].items()}
-        return Plan(**own)
+    def from_json(values: dict[str, Any]) -> HardwarePlan:
+        """Makes a hardware plan from the result of `to_json`."""
+        fields = {name: value for name, value in values.items() if name in HardwarePlan.__dataclass_fields__}
+        fields["memory"] = Memory(**fields["memory"])
+        fields["collectives"] = {kind: Traffic(**traffic) for kind, traffic in fields["collectives"].items()}
+        return HardwarePlan(**fields)
 
     def advice(self) -> list[str]:
-        """Which settings to change, the most effective first; nothing where the step fits."""
+        """Returns the settings to change, the most effective first; an empty list if the step fits."""
         return [] if self.fits else list(self._advice())
 
     def _advice(self) -> Iterator[str]:
@@ -180,12 +182,12 @@ class Plan:
 
 
 def gib(size: float) -> str:
-    """Bytes as a person reads them."""
+    """Formats bytes as GiB, or as MiB if they are few."""
     return f"{size / _GIB:.2f} GiB" if size >= _GIB / 100 else f"{size / (1 << 20):.2f} MiB"
 
 
-def show(plan: Plan, console: Console) -> None:
-    """Prints a plan."""
+def show(plan: HardwarePlan, console: Console) -> None:
+    """Prints a hardware plan as tables, with advice if the step does not fit."""
     shape = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     title = f"{plan.topology}: {plan.devices} x {plan.device_kind}, {shape}"
     console.print(Rule(Text(title, style="bold"), align="left", style="dim"))
@@ -199,12 +201,13 @@ def show(plan: Plan, console: Console) -> None:
     if plan.fits:
         console.print(Text(verdict, style="bold green"))
         return
-    console.print(Text(f"does not fit: {gib(plan.memory.total)} needed, {gib(plan.capacity)} there", style="bold red"))
+    verdict = f"does not fit: {gib(plan.memory.total)} needed, {gib(plan.capacity)} available"
+    console.print(Text(verdict, style="bold red"))
     for advice in plan.advice():
         console.print(Text(f"  - {advice}"))
 
 
-def _show_memory(plan: Plan, console: Console) -> None:
+def _show_memory(plan: HardwarePlan, console: Console) -> None:
     memory = plan.memory
     table = _table("memory of a device", "", "share")
     parts = {
@@ -219,11 +222,11 @@ def _show_memory(plan: Plan, console: Console) -> None:
         table.add_row(name, gib(size), f"{size / plan.capacity:.1%}")
     table.add_section()
     table.add_row("total", gib(memory.total), f"{memory.total / plan.capacity:.1%}", style="bold")
-    table.add_row("there is", gib(plan.capacity), "")
+    table.add_row("available", gib(plan.capacity), "")
     console.print(table)
 
 
-def _show_step(plan: Plan, console: Console) -> None:
+def _show_step(plan: HardwarePlan, console: Console) -> None:
     tokens = plan.tokens_per_step
     saved = 1 - tokens["shared"] / tokens["separate"]
     off = "" if plan.settings["prefix_sharing"] else " (`prefix_sharing` is off in this config)"
@@ -245,17 +248,17 @@ def _show_step(plan: Plan, console: Console) -> None:
     console.print(grid)
 
 
-def _largest(plan: Plan) -> str:
-    found = plan.largest_rows_per_device
-    if found is None:
+def _largest(plan: HardwarePlan) -> str:
+    rows = plan.largest_rows_per_device
+    if rows is None:
         return "not looked for (--no-search)"
-    if found == 0:
+    if rows == 0:
         return "none fits"
-    whole = ": the whole step in one micro-batch" if found >= plan.most_rows_per_device else ""
-    return f"{found} row(s) of {plan.row['length']} tokens a device (`rows_per_device: {found}`){whole}"
+    suffix = ": the whole step in one micro-batch" if rows >= plan.most_rows_per_device else ""
+    return f"{rows} row(s) of {plan.row['length']} tokens a device (`rows_per_device: {rows}`){suffix}"
 
 
-def _show_collectives(plan: Plan, console: Console) -> None:
+def _show_collectives(plan: HardwarePlan, console: Console) -> None:
     table = _table("collectives of a step", "count", "bytes")
     for kind, traffic in sorted(plan.collectives.items(), key=lambda item: -item[1].bytes):
         table.add_row(kind, f"{traffic.count:,}", gib(traffic.bytes))

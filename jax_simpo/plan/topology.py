@@ -1,6 +1,7 @@
-"""The hardware that a plan can be made for: what its chips are called, how many there are, how much memory they have.
+"""Describes the hardware that a hardware plan can be made for: names, numbers and memory of its chips.
 
-Imports no jax: the name of a topology is checked, and its compiler looked for, before anything is loaded.
+This module imports jax only in `Topology.devices`, so that the name of a topology and its compiler are checked before
+jax is loaded.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ class Tpu:
     """A TPU chip.
 
     Attributes:
-        axes: of its torus.
-        memory: bytes of high-bandwidth memory that a program may use: a device's less what the compiler reserves, as
+        axes: number of axes of its torus.
+        memory: bytes of high-bandwidth memory that a program may use on a device: all but the compiler's reserve, as
             libtpu 0.0.42 states it when a program does not fit.
-        devices: of each chip, as jax counts them.
-        options: of the compiler's topology.
+        devices: devices of each chip, as jax counts them.
+        options: options of the compiler's topology.
     """
 
     axes: int
@@ -41,17 +42,17 @@ class Tpu:
 
 @dataclass(frozen=True)
 class Gpu:
-    """An NVIDIA GPU, by what CUDA says of it (figures as in XLA's own target descriptions, openxla/xla gpu specs).
+    """An NVIDIA GPU, as CUDA reports it. The figures are those of XLA's target descriptions (openxla/xla, gpu specs).
 
     Attributes:
-        name: as CUDA has it.
+        name: name in CUDA.
         capability: CUDA compute capability.
-        memory: bytes that CUDA reports.
+        memory: bytes of memory.
         cores: streaming multiprocessors.
-        lanes: float32 units of each.
-        shared_memory: bytes a multiprocessor has.
-        bandwidth: of the memory, bytes a second.
-        cache: bytes of the second level.
+        lanes: float32 units of each multiprocessor.
+        shared_memory: bytes of shared memory of each multiprocessor.
+        bandwidth: bytes a second of the memory.
+        cache: bytes of the second-level cache.
         clock: GHz.
     """
 
@@ -68,7 +69,7 @@ class Gpu:
 
 # https://docs.cloud.google.com/tpu/docs/v5e and its neighbours give 32, 16, 95, 32 and 192 GB.
 TPUS = {
-    # Two cores as one device, as jax runs v4.
+    # jax runs the two cores of a v4 chip as one device ("megacore").
     "v4": Tpu(3, int(30.75 * _GIB), options={"chip_config_name": "megacore"}),
     "v5e": Tpu(2, int(15.75 * _GIB)),
     "v5p": Tpu(3, int(95.74 * _GIB)),
@@ -84,7 +85,7 @@ GPUS = {
     "h200": Gpu("NVIDIA H200 141GB HBM3e", (9, 0), 151397597184, *_H100, 4800000000000, 52428800, 1.98),
     "b200": Gpu("NVIDIA B200", (10, 0), 191514411008, 148, 128, 233472, 7672320000000, 132644864, 1.965),
 }
-# What CUDA's contexts and libraries and NCCL's buffers take of a GPU, in round figures; XLA cannot have it.
+# CUDA's contexts and libraries and NCCL's buffers take about so much of a GPU; XLA cannot use it.
 _GPU_RESERVED = 2 * _GIB
 
 KNOWN = (
@@ -95,11 +96,11 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Topology:
-    """So many chips of a kind.
+    """A number of chips of one kind.
 
     Attributes:
         chip: a key of `TPUS` or `GPUS`, or cpu.
-        shape: of a TPU's torus; hosts and GPUs a host; the number of CPU devices.
+        shape: the shape of a TPU's torus; hosts and GPUs a host, or only the latter; the number of CPU devices.
     """
 
     chip: str
@@ -110,7 +111,7 @@ class Topology:
         """Reads `v5p:2x2x4`, `h100:8`, `h100:2x8`, `cpu:8`.
 
         Raises:
-            PlanError: there is no such hardware.
+            PlanError: the text names no known hardware.
         """
         match = re.fullmatch(r"([a-z0-9-]+):([1-9]\d*(?:x[1-9]\d*)*)", text.strip().lower())
         chip = match[1] if match else text.partition(":")[0].lower()
@@ -129,17 +130,17 @@ class Topology:
 
     @property
     def count(self) -> int:
-        """Devices, as jax counts them."""
+        """The number of devices, as jax counts them."""
         return math.prod(self.shape) * (TPUS[self.chip].devices if self.chip in TPUS else 1)
 
     @property
     def platform(self) -> Literal["tpu", "cuda", "cpu"]:
-        """As jax names it."""
+        """The platform's name in jax."""
         return "tpu" if self.chip in TPUS else "cuda" if self.chip in GPUS else "cpu"
 
     @property
     def memory(self) -> int:
-        """Bytes of memory that a program may use on each device."""
+        """The bytes of memory that a program may use on each device."""
         if self.chip in TPUS:
             return TPUS[self.chip].memory
         if self.chip in GPUS:
@@ -147,10 +148,10 @@ class Topology:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.count
 
     def check_installed(self) -> None:
-        """Makes sure that the compiler for these chips is there.
+        """Checks that the compiler for these chips is installed.
 
         Raises:
-            PlanError: it is not, and how to get it.
+            PlanError: it is not; the message says how to install it.
         """
         packages = {"tpu": ("libtpu", "tokamax"), "cuda": ("jax_cuda12_plugin", "absl"), "cpu": ()}[self.platform]
         missing = [package for package in packages if find_spec(package) is None]
@@ -158,7 +159,7 @@ class Topology:
             return
         advice = f"pip install 'jax-simpo[{'tpu' if self.platform == 'tpu' else 'gpu'}]'"
         if missing == ["libtpu"]:
-            # Found when jax starts, it looks for a TPU every time: an everyday environment is better off without.
+            # Wherever libtpu is installed, jax looks for a TPU at every start, which an everyday environment can avoid.
             advice += "; or, for plans alone, pip install --no-deps --target DIR libtpu, and PYTHONPATH=DIR before plan"
         raise PlanError(
             f"--topology {self}: the compiler for it is not installed here ({', '.join(missing)} missing). The "
@@ -166,21 +167,21 @@ class Topology:
         )
 
     def environment(self) -> dict[str, str]:
-        """Environment variables of the process that compiles: it uses no accelerator, also where there is one."""
+        """Returns the environment variables of the process that compiles. It never uses an accelerator."""
         common = {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(self.count if self.platform == "cpu" else 1),
-            "JAX_ENABLE_COMPILATION_CACHE": "0",  # what comes from there cannot be asked for its memory
+            "JAX_ENABLE_COMPILATION_CACHE": "0",  # a cached program does not report its memory
         }
         if self.platform == "tpu":
-            # Without these libtpu asks Google's metadata server what machine this is.
+            # Without the first of these, libtpu asks Google's metadata server about this machine.
             quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
-            # No TPU is opened here, so several plans may be made at once.
+            # No TPU is opened here, so several processes may load libtpu at once.
             return common | quiet | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         return common
 
     def devices(self) -> list[jax.Device]:
-        """The devices to compile for. They compute nothing. To be called in a process of `environment` only.
+        """Returns the devices to compile for; they cannot compute. Call it only in a process with `environment`.
 
         Raises:
             PlanError: the compiler knows no such chips, or not in this number.
@@ -192,29 +193,28 @@ class Topology:
             return jax.devices()
         try:
             if self.platform == "tpu":
-                found = topologies.get_topology_desc(platform="tpu", topology_name=str(self), **TPUS[self.chip].options)
+                chips = topologies.get_topology_desc(platform="tpu", topology_name=str(self), **TPUS[self.chip].options)
             else:
-                hosts, each = (1, *self.shape)[-2:]
-                found = topologies.get_topology_desc(
+                hosts, gpus_per_host = (1, *self.shape)[-2:]
+                chips = topologies.get_topology_desc(
                     platform="cuda",
                     topology_name=self.chip,
-                    topology=f"1x{hosts}x{each}",
+                    topology=f"1x{hosts}x{gpus_per_host}",
                     target_config=_target_config(GPUS[self.chip]),
                 )
-        except Exception as error:  # jax has no one type for a platform that is not there
+        except Exception as error:  # jax raises several types for a platform that is missing
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise PlanError(f"--topology {self}: the compiler does not know it ({reason}); known: {KNOWN}") from error
-        return list(found.devices)
+        return list(chips.devices)
 
 
 def _target_config(gpu: Gpu) -> str:
-    """What XLA asks of a GPU that is not there: a `GpuTargetConfigProto` as text.
+    """Returns the description that XLA needs of a GPU that is not here: a `GpuTargetConfigProto` as text.
 
-    The limits that all of these GPUs have in common are those of the CUDA programming guide's table of compute
-    capabilities.
+    The limits that all of these GPUs share are from the table of compute capabilities in the CUDA programming guide.
     """
     major, minor = gpu.capability
-    # Instructions of this capability alone (Hopper's and Blackwell's tensor cores), which our kernels use.
+    # The kernels use instructions that exist on one capability only (the tensor cores of Hopper and Blackwell).
     features = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
     return f"""
 gpu_device_info {{

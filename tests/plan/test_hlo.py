@@ -1,4 +1,4 @@
-"""The reader of compiled programs, on the forms that each platform's compiler writes collectives in."""
+"""Tests the reader of compiled programs on the forms in which each platform's compiler writes collectives."""
 
 from __future__ import annotations
 
@@ -125,20 +125,21 @@ backend_config={"known_trip_count":{"n":"5"}}
 """
 
 
-def found(hlo: str) -> list[tuple[str, int, int]]:
+def summaries(hlo: str) -> list[tuple[str, int, int]]:
+    """Returns kind, bytes and count of each collective."""
     return [(c.kind, c.bytes, c.times) for c in collectives(hlo)]
 
 
 def test_a_tpu_loop_runs_as_often_as_its_counter_says_and_a_fused_collective_counts_once() -> None:
-    assert found(TPU_LOOP) == [
+    assert summaries(TPU_LOOP) == [
         ("collective-permute", 2 * 256 * 1024, 4),  # from 0 to 8 in steps of 2
-        ("all-gather", 2 * 64 * 64, 1),  # start, go on and end are one
-        ("reduce-scatter", 4 * 64 * 128, 1),  # the whole of what is reduced
+        ("all-gather", 2 * 64 * 64, 1),  # start, continuation and end are one collective
+        ("reduce-scatter", 4 * 64 * 128, 1),  # the complete array that is reduced
     ]
 
 
 def test_started_and_wrapped_collectives_count_once_and_by_their_whole_arrays() -> None:
-    assert found(OTHERS) == [
+    assert summaries(OTHERS) == [
         ("all-reduce", 2 * 4 * 8 * 32, 1),
         ("all-gather", 4 * 64 * 32, 5),
         ("all-to-all", 4 * 64 * 32, 5),

@@ -1,4 +1,4 @@
-"""`jax-simpo plan`: what it says of a step, held to what can be counted without a compiler."""
+"""Tests `jax-simpo plan`: compares its figures with those that can be counted without a compiler."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from jax_simpo.errors import MeshError, PlanError
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.config import ModelConfig
 from jax_simpo.models.transformer import Model
-from jax_simpo.ops.attention import prepare_mask
-from jax_simpo.plan import make_plan, program, topology
+from jax_simpo.ops.attention import prepare_causal_mask
+from jax_simpo.plan import make_hardware_plan, program, topology
 from jax_simpo.plan.flops import Work, useful_flops, work_of
-from jax_simpo.plan.report import Memory, Plan, Traffic, show
+from jax_simpo.plan.report import HardwarePlan, Memory, Traffic, show
 from jax_simpo.plan.topology import GPUS, TPUS, Topology
 from jax_simpo.train.setup import Setup
 from tests.train.support import tiny_model
@@ -74,7 +74,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def planned(config: Path) -> dict[str, Any]:
-    """What `plan --json` prints for eight CPU devices."""
+    """Returns the output of `plan --json` for eight CPU devices."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as status:
         printed: list[str] = []
         patch.setattr("builtins.print", lambda text: printed.append(text))
@@ -94,7 +94,7 @@ def test_the_json_has_what_it_promises(planned: dict[str, Any]) -> None:
     assert set(planned["bytes_per_device"]) == {"arguments", "temporaries", "total", "capacity"}
     assert set(planned["tokens_per_step"]) == {"separate", "shared"}
     assert all(set(traffic) == {"count", "bytes"} for traffic in planned["collectives"].values())
-    assert planned["micro_batches_per_step"] > 1  # so that every kind of program of a step is in it
+    assert planned["micro_batches_per_step"] > 1  # so that a step has every kind of program
 
 
 def test_arguments_are_the_parameters_and_moments_of_a_device_and_its_rows(
@@ -107,7 +107,7 @@ def test_arguments_are_the_parameters_and_moments_of_a_device_and_its_rows(
     sizes = planned["bytes_per_device"]
     assert sizes["arguments"] == expected
     assert sizes["total"] == sizes["arguments"] + sizes["temporaries"] < sizes["capacity"]
-    # Gradients, and what four layers keep of a row with `remat: full`.
+    # Gradients, and the values that four layers keep of a row with `remat: full`.
     memory = planned["memory"]
     assert memory["gradients"] == 4 * setup.model.parameter_count // 8
     assert memory["activations"] == 4 * 4 * row["length"] * 64
@@ -144,7 +144,7 @@ def test_the_largest_micro_batch_is_the_whole_step_where_all_fits(planned: dict[
 
 
 def test_a_plan_is_read_back_and_shown(planned: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    plan = Plan.from_json(planned)
+    plan = HardwarePlan.from_json(planned)
     assert json.loads(json.dumps(plan.to_json())) == planned
     show(plan, Console(width=200))
     printed = capsys.readouterr().out
@@ -153,14 +153,14 @@ def test_a_plan_is_read_back_and_shown(planned: dict[str, Any], capsys: pytest.C
 
 
 def test_useful_flops_are_what_xla_counts_where_no_loop_hides_them() -> None:
-    """One layer, dense attention, nothing recomputed: XLA then sees every product, and whole rows have no padding."""
+    """With one layer, dense attention and no recomputation XLA counts every product, and full rows have no padding."""
     changes = {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
     small = tiny_model(**changes)
     model = Model(small.config, "float32", "none")
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(128), tokens.shape)
-        mask = prepare_mask(jnp.full(tokens.shape, 128), positions, implementation="dense")
+        mask = prepare_causal_mask(positions, backend="dense")
         hidden = model.hidden_states(params, tokens, positions, mask)
         return jnp.sum(hidden**2)
 
@@ -208,31 +208,31 @@ def test_a_compiler_that_is_missing_is_told_with_how_to_get_it(
 ) -> None:
     monkeypatch.setattr(topology, "find_spec", lambda wanted: None if wanted == package else object())
     with pytest.raises(PlanError, match=rf"{package} missing.*pip install"):
-        make_plan(config, [], Topology.parse(name))
+        make_hardware_plan(config, [], Topology.parse(name))
 
 
 def test_a_mesh_that_does_not_divide_is_told(config: Path) -> None:
     with pytest.raises(MeshError, match="fsdp=3"):
-        make_plan(config, ["--mesh.fsdp=3"], Topology.parse("cpu:8"))
+        make_hardware_plan(config, ["--mesh.fsdp=3"], Topology.parse("cpu:8"))
 
 
 @pytest.mark.parametrize("search", [False, True])
 def test_a_compiler_that_breaks_off_is_told_and_what_was_found_before_is_kept(
     search: bool, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = plan_of(memory_of(8), notes=["the compiler broke off"], largest_rows_per_device=None)
-    (tmp_path / "found.json").write_text(json.dumps(found.to_json()))
+    saved_plan = plan_of(memory_of(8), notes=["the compiler broke off"], largest_rows_per_device=None)
+    (tmp_path / "plan.json").write_text(json.dumps(saved_plan.to_json()))
     python = tmp_path / "python"
     task = "import json, pathlib, sys; task = json.loads(sys.argv[1])"
-    copies = f"pathlib.Path(task['result']).write_text(pathlib.Path('{tmp_path}/found.json').read_text())"
+    copies = f"pathlib.Path(task['result']).write_text(pathlib.Path('{tmp_path}/plan.json').read_text())"
     python.write_text(f'#!/bin/sh\n{sys.executable} -c "{task}; {copies if search else ""}" "$3"\nkill -9 $$\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     if search:
-        assert make_plan(config, [], Topology.parse("cpu:8")) == found
+        assert make_hardware_plan(config, [], Topology.parse("cpu:8")) == saved_plan
     else:
         with pytest.raises(PlanError, match=r"broke off, status -9 .*memory may be too small"):
-            make_plan(config, [], Topology.parse("cpu:8"))
+            make_hardware_plan(config, [], Topology.parse("cpu:8"))
 
 
 # --- does it fit, and what to do
@@ -242,7 +242,7 @@ def memory_of(gib: float) -> Memory:
     return Memory(1 << 30, 2 << 30, 0, 1 << 30, 0, int((gib - 4) * (1 << 30)))
 
 
-def plan_of(memory: Memory, **changes: Any) -> Plan:
+def plan_of(memory: Memory, **changes: Any) -> HardwarePlan:
     values: dict[str, Any] = {
         "topology": "v5e:4x4",
         "devices": 16,
@@ -263,7 +263,7 @@ def plan_of(memory: Memory, **changes: Any) -> Plan:
         "largest_rows_per_device": 2,
         "most_rows_per_device": 8,
     }
-    return Plan(**{**values, **changes})
+    return HardwarePlan(**{**values, **changes})
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def plan_of(memory: Memory, **changes: Any) -> Plan:
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_told_with_the_settings_to_change(
-    plan: Plan, told: list[str], not_told: list[str]
+    plan: HardwarePlan, told: list[str], not_told: list[str]
 ) -> None:
     advice = "\n".join(plan.advice())
     assert plan.fits == (not told)
@@ -300,10 +300,10 @@ def test_the_largest_micro_batch_is_one_that_was_compiled_and_the_next_does_not_
         tried.append(rows)
         return int(1000 * (first + each * rows))
 
-    found = program._largest(total, start, 64, 16000)
+    largest = program._largest(total, start, 64, 16000)
     fitting = [n for n in range(1, 65) if first + each * n <= 16]
-    assert found == max(fitting, default=0)
-    assert len(tried) <= 1 + program._COMPILATIONS and (found in tried or found == 0)
+    assert largest == max(fitting, default=0)
+    assert len(tried) <= 1 + program._COMPILATIONS and (largest in tried or largest == 0)
 
 
 # --- hardware that is not here
@@ -345,7 +345,7 @@ def test_a_mesh_may_split_the_axes_of_a_tpus_torus() -> None:
 @needs_libtpu
 @pytest.mark.parametrize(("name", "chips"), [("v5p:2x2x4", 16), ("v5e:16x16", 256)])
 def test_llama_3_8b_takes_of_tpus_what_the_design_says(name: str, chips: int) -> None:
-    plan = make_plan(CONFIGS / "llama-3-8b.yaml", [], Topology.parse(name), search=False)
+    plan = make_hardware_plan(CONFIGS / "llama-3-8b.yaml", [], Topology.parse(name), search=False)
     model = Model(read_model_config(yaml.safe_load((CONFIGS / "llama-3-8b.yaml").read_text())["model_config"]))
     assert plan.attention == "splash" and plan.devices == chips and plan.fits
     # Memory: state split over all chips, one activation a layer; the head whole, with its gradient and its reduction.
@@ -373,7 +373,7 @@ def test_llama_3_8b_takes_of_tpus_what_the_design_says(name: str, chips: int) ->
     reason="jax[cuda12] is not installed: nothing here compiles for a GPU (see CONTRIBUTING.md)",
 )
 def test_llama_3_8b_takes_of_eight_h100_what_the_design_says() -> None:
-    plan = make_plan(CONFIGS / "llama-3-8b.yaml", [], Topology.parse("h100:8"), search=False)
+    plan = make_hardware_plan(CONFIGS / "llama-3-8b.yaml", [], Topology.parse("h100:8"), search=False)
     assert plan.attention == "pallas" and plan.devices == 8
     head = 128256 * 4096
     layers = 8030261248 - 2 * head
