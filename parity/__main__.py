@@ -1,6 +1,6 @@
 """Shows, number by number, that JAX and PyTorch compute the same: `python -m parity [CONFIG]`.
 
-`python -m parity curves` trains a small model on both sides and draws their curves on one another.
+`python -m parity curves` trains a small model on both sides and draws their curves in one picture.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def make_job(options: argparse.Namespace) -> Job:
-    """What the options ask for."""
+    """Makes the job that the options ask for.
+
+    Raises:
+        UserError: `--report-only` finds no earlier comparison, or the config cannot be compared.
+    """
     dtypes = DTYPES[:1] if options.quick else DTYPES
     work = options.output.resolve()
     variants = () if options.inject else tuple(VARIANTS)

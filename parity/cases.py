@@ -1,6 +1,6 @@
-"""The matrix: which models, layouts, dtypes and backends are run and compared.
+"""The matrix of the comparison: models, layouts, dtypes and backends.
 
-A further model family is one entry in `FAMILIES`; a further mesh one in `MESHES`.
+To add a model family, add an entry to `FAMILIES`; to add a mesh, add one to `MESHES`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.pairs import PairLengths
 from jax_simpo.data.rows import RowShape
 
-# Tiny random models: name -> what of a Hugging Face config differs from `SIZES`.
+# Tiny random models: name -> the keys of a Hugging Face config that differ from `SIZES`.
 FAMILIES: dict[str, dict[str, Any]] = {
-    # Heads of 64: the GPU kernels take no smaller ones.
+    # Heads of 64, because the GPU kernels take no smaller ones.
     "llama": {"num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False},
     "llama3": {
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
-        # Small enough for each of the three bands to hold some of the wavelengths, within the length of a row.
+        # So small that each of the three bands holds some of the wavelengths within the length of a row.
         "rope_parameters": {
             "rope_type": "llama3",
             "rope_theta": 10000.0,
@@ -58,7 +58,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 512,
     "initializer_range": 0.1,
 }
-# Adapters on a frozen model: name -> the family whose start model is the base, and what of its config is different.
+# Adapters on a frozen model: name -> the family whose start model is the base, and the keys that its config adds.
 ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3 + LoRA": ("llama3", {"use_peft": True, "lora_r": 4, "lora_alpha": 6}),
     "mistral + LoRA": ("mistral", {"use_peft": True, "lora_r": 8, "lora_alpha": 8}),
@@ -72,12 +72,13 @@ ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3 + LoRA": ("qwen3", {"use_peft": True, "lora_r": 2, "lora_alpha": 4}),
 }
-USER_FAMILY = "checkpoint"  # what the model of a user's own config is called in reports
+USER_FAMILY = "checkpoint"  # the name of a user's own model in reports
 
 LAYOUTS = {"separate": (False, False), "shared": (True, False), "shared + packed": (True, True)}  # sharing, packing
 DTYPES = ("float32", "bfloat16")
 MESHES = {"jax, 1 device": (1, 1), "jax, fsdp=8": (8, 1), "jax, fsdp=4 x tensor=2": (4, 2)}  # fsdp, tensor
-# On a machine with GPUs also these, of the tiny models (a user's own run on GPUs throughout). -> `torch_attention`
+# Backends that the tiny models are also run on where there are GPUs (a user's own model runs on GPUs throughout).
+# Name -> `torch_attention`.
 JAX_GPU = "jax, 1 GPU"
 TORCH_GPU = {"torch, GPU, FlexAttention": "flex", "torch, GPU, flash attention 2": "flash_attention_2"}
 GPU_BACKENDS = (JAX_GPU, *TORCH_GPU)
@@ -85,12 +86,12 @@ TORCH, ZERO3 = "torch, 1 process", "torch, ZeRO-3 on 2 ranks"
 REFERENCE = TORCH
 ROW_MULTIPLE = 128
 
-# Llama runs in the full matrix; what the others do otherwise does not depend on mesh and dtype.
+# Llama runs in the full matrix. Where the other families differ from it does not depend on mesh and dtype.
 FULL_FAMILIES = ("llama", "llama3")
 PART_LAYOUTS, PART_DTYPES = ("separate", "shared + packed"), ("float32",)
 PART_BACKENDS = (TORCH, "jax, fsdp=4 x tensor=2")
 
-# Everything is partitioned, however small, and nothing is kept for later.
+# Partitions every parameter, however small, and keeps no gathered one for later.
 DEEPSPEED = {
     "zero_optimization": {
         "stage": 3,
@@ -101,11 +102,11 @@ DEEPSPEED = {
     }
 }
 
-# How far a curve in bfloat16 is from its float32 is a single draw: rounding errors of early steps are carried along. So
-# there the pairs are also taken in other orders, by the layout that everyone uses.
+# The distance of one bfloat16 curve from its float32 curve is a single draw, because later steps carry the rounding
+# errors of early ones along. So bfloat16 also runs with the pairs in other orders, in the default layout.
 ORDERS, ORDERS_LAYOUT = 8, "shared + packed"
 
-# Where the wrong variants are tried: on one model, but for those that only another can show.
+# The cell that the wrong variants are tried in, and other families for the variants that this one cannot show.
 VARIANTS_FAMILY, VARIANTS_LAYOUT, VARIANTS_BACKEND = "llama3", "shared + packed", "jax, 1 device"
 FAMILY_OF_VARIANT = {"Gemma norm without the one": "gemma2", "sliding window dropped": "mistral"}
 
@@ -122,7 +123,7 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """Where its results lie, below the folder of all results."""
+        """The folder of the cell's results, relative to the folder of all results."""
         return "/".join(str(part).replace(" ", "").replace(",", "-") for part in asdict(self).values())
 
     @property
@@ -131,12 +132,12 @@ class Cell:
         return f"{self.family}, {self.layout}, {self.dtype}{order}: {self.backend}"
 
     def on(self, backend: str) -> Cell:
-        """The same run by another backend."""
+        """Returns the same run on another backend."""
         return replace(self, backend=backend)
 
     @property
     def exists(self) -> bool:
-        """Whether it is part of the matrix. Flash attention knows no masks of rows, and computes in 16 bits."""
+        """True if the cell is part of the matrix. Flash attention takes no masks of rows and computes in 16 bits."""
         if self.family in ADAPTED or (self.family in FAMILIES and self.family not in FULL_FAMILIES):
             part = self.layout in PART_LAYOUTS and self.dtype in PART_DTYPES and self.backend in PART_BACKENDS
             return part and not self.order
@@ -147,7 +148,7 @@ class Cell:
 
     @property
     def overrides(self) -> list[str]:
-        """What makes the family's config that of this run."""
+        """The command-line options that turn the family's config into that of this run."""
         sharing, packing = LAYOUTS[self.layout]
         keys = {"prefix_sharing": sharing, "packing": packing, "dtype": self.dtype}
         if self.order:
@@ -159,20 +160,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """What the processes of a run are told.
+    """The task of a comparison, as its processes read it from a file.
 
     Attributes:
-        work: the folder everything lies in.
+        work: the folder of everything that the comparison reads and writes.
         configs: family -> its config file.
-        new_models: family -> the Hugging Face config of the random model it starts from; absent for a user's own.
-        cells: what is run.
-        variants: names of wrong variants to try.
-        pairs: how many of the data's pairs are used.
+        new_models: family -> the Hugging Face config of its random start model; absent for a user's own model.
+        cells: the runs to make.
+        variants: names of the wrong variants to try.
+        pairs: number of the data's pairs to use.
         batch: pairs per optimizer step.
-        rows: rows of a micro-batch, over all devices: a multiple of the devices of every backend.
+        rows: rows of a micro-batch over all devices, a multiple of the devices of every backend.
         steps: optimizer steps.
-        inject: a wrong variant in every cell of JAX, to see the check fail.
-        adapters: family -> the folder of the adapter that it starts from and trains, if it trains one.
+        inject: a wrong variant to put into every cell of JAX, to see the check fail.
+        adapters: family -> the folder of the adapter to start from, for families that train one.
     """
 
     work: str
@@ -202,46 +203,46 @@ class Job:
     @staticmethod
     def load(file: str | Path) -> Job:
         values = json.loads(Path(file).read_text(encoding="utf-8"))
-        # A report moves with its folder.
+        # The folder may have been moved since.
         return Job(**values | {"work": str(Path(file).parent), "cells": [Cell(**c) for c in values["cells"]]})
 
     def config(self, cell: Cell) -> TrainConfig:
-        """The config of a run, as a user would write it."""
+        """Loads the config of a run, as a user would write it."""
         return load_config(self.configs[cell.family], cell.overrides, torch=True)
 
-    def found(self, cell: Cell) -> Path:
-        """The folder of a cell's results."""
-        return Path(self.work) / "found" / cell.folder
+    def results_folder(self, cell: Cell) -> Path:
+        """Returns the folder of a cell's results."""
+        return Path(self.work) / "results" / cell.folder
 
-    def variant(self, name: str) -> Path:
-        """The folder of a wrong variant's results."""
+    def variant_folder(self, name: str) -> Path:
+        """Returns the folder of a wrong variant's results."""
         return Path(self.work) / "variants" / name.replace(" ", "-")
 
     def layouts(self, family: str) -> list[str]:
-        """The layouts that a family is run in."""
+        """Lists the layouts that a family is run in."""
         return [layout for layout in LAYOUTS if any((c.family, c.layout) == (family, layout) for c in self.cells)]
 
     def variant_cell(self, name: str) -> Cell:
-        """The cell that a wrong variant is a variant of."""
+        """Returns the cell that a wrong variant is a variant of."""
         wanted = FAMILY_OF_VARIANT.get(name, VARIANTS_FAMILY)
         family = wanted if wanted in self.configs else next(iter(self.configs))
         return Cell(family, VARIANTS_LAYOUT, "float32", VARIANTS_BACKEND)
 
 
 def matrix(families: Iterable[str], dtypes: Iterable[str], backends: Iterable[str]) -> list[Cell]:
-    """All combinations with all layouts, as far as there are such; with other orders of the pairs for bfloat16."""
+    """Lists the existing cells of all combinations with all layouts; bfloat16 also in other orders of the pairs."""
     dtypes, backends = list(dtypes), list(backends)
     orders = range(ORDERS if "bfloat16" in dtypes else 1)
-    each = product(families, dtypes, backends, orders, LAYOUTS)
-    cells = [Cell(family, layout, dtype, backend, order) for family, dtype, backend, order, layout in each]
+    combinations = product(families, dtypes, backends, orders, LAYOUTS)
+    cells = [Cell(family, layout, dtype, backend, order) for family, dtype, backend, order, layout in combinations]
     return [cell for cell in cells if cell.exists]
 
 
 def make_plan(job: Job, config: TrainConfig, lengths: PairLengths) -> StepPlan:
-    """The step plan of a cell.
+    """Makes the step plan of a cell.
 
-    The shape of rows and micro-batches is the same for all layouts and backends, so that a model is compiled once for
-    each mesh, whatever the layout.
+    Rows and micro-batches have the same shape in all layouts and on all backends, so that a model is compiled once for
+    each mesh.
     """
     lengths = first_pairs(lengths, job.pairs)
     longest, most_targets = int(lengths.row_tokens(False).max()), int(lengths.targets().max())
@@ -250,7 +251,7 @@ def make_plan(job: Job, config: TrainConfig, lengths: PairLengths) -> StepPlan:
 
 
 def first_pairs(lengths: PairLengths, count: int) -> PairLengths:
-    """The lengths of the first pairs of a split."""
+    """Returns the lengths of the first pairs of a split."""
     return PairLengths(*(column[:count] for column in vars(lengths).values()))
 
 

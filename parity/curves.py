@@ -1,4 +1,4 @@
-"""Fifty steps of the same run by both commands, and the picture of their curves: `python -m parity curves`."""
+"""Runs fifty steps of the same config with both commands and draws their curves: `python -m parity curves`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from parity.processes import SETTINGS, run_process
 
 STEPS, PAIRS, BATCH = 50, 400, 16
 PICTURE, FIGURES = "parity-curves.png", "parity-curves.json"
-# A small Llama 3 as the cells have it, wider and deeper.
+# The small Llama 3 of the cells, wider and deeper.
 MODEL: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -31,30 +31,30 @@ KEYS = ("loss", "rewards/margins", "grad_norm", "rewards/accuracies")
 
 
 def draw(output: Path) -> int:
-    """Trains on both sides with the commands a user would type, and draws their curves. Returns the exit status."""
+    """Trains on both sides with the commands that a user types, and draws their curves. Returns the exit status."""
     work = output.resolve()
     work.mkdir(parents=True, exist_ok=True)
     job = _job(work)
     job.save()
     config = next(iter(job.configs.values()))
     run_process(job, "torch-start", [sys.executable, "-m", "parity.torch_side", "start", str(job.file)], print)
-    same = [str(config), "--overwrite_output_dir=true"]
-    torch = [sys.executable, "-m", "torch_ref", "train", *same, f"--output_dir={work}/torch"]
-    jax = [sys.executable, "-m", "jax_simpo.cli", "train", *same, f"--output_dir={work}/jax"]
+    options = [str(config), "--overwrite_output_dir=true"]
+    torch = [sys.executable, "-m", "torch_ref", "train", *options, f"--output_dir={work}/torch"]
+    jax = [sys.executable, "-m", "jax_simpo.cli", "train", *options, f"--output_dir={work}/jax"]
     run_process(job, "torch", torch, print)
     run_process(job, "jax", jax, print)
     runs = {"PyTorch": _records(work / "torch"), "JAX": _records(work / "jax")}
     theirs, ours = runs.values()
-    apart = {key: float(np.abs([a[key] - b[key] for a, b in zip(theirs, ours, strict=True)]).max()) for key in KEYS}
+    distances = {key: float(np.abs([a[key] - b[key] for a, b in zip(theirs, ours, strict=True)]).max()) for key in KEYS}
     source = "HH-RLHF harmless" if os.environ.get("SIMPO_SHARED") else "built-in"
     caption = (
         f"{STEPS} steps on {PAIRS} {source} pairs, {BATCH} a step, shared + packed, float32: the losses are at most "
-        f"{apart['loss']:.1e} apart"
+        f"{distances['loss']:.1e} apart"
     )
     (work / PICTURE).write_bytes(draw_curves(runs, caption))
-    figures = {"largest distance": apart, "last": {name: records[-1] for name, records in runs.items()}}
+    figures = {"largest distance": distances, "last": {name: records[-1] for name, records in runs.items()}}
     (work / FIGURES).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    print("largest distances: " + ", ".join(f"{key} {value:.1e}" for key, value in apart.items()))
+    print("largest distances: " + ", ".join(f"{key} {value:.1e}" for key, value in distances.items()))
     print(work / PICTURE)
     return 0
 

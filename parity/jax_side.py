@@ -39,7 +39,7 @@ from jax_simpo.train.step import (
     run_step,
 )
 from parity.cases import JAX_GPU, MESHES, REFERENCE, Cell, Job, make_plan
-from parity.results import EXPORT, GRADIENTS, PYTORCH_IN_JAX, TokenTable, save_found
+from parity.results import EXPORT, GRADIENTS, PYTORCH_IN_JAX, TokenTable, save_results
 from parity.variants import RIGHT, VARIANTS, Variant, VariantPairs
 
 
@@ -141,7 +141,7 @@ class Runner:
                 final = self.table(params, first, lengths)
                 self.save(params, folder / EXPORT)
         facts = {"attention": self.forward.attention, "jax": metadata.version("jax")}
-        save_found(folder, table=table, losses=losses, steps=records, final=final, facts=facts)
+        save_results(folder, table=table, losses=losses, steps=records, final=final, facts=facts)
 
 
 def make_runner(job: Job, cell: Cell, variant: Variant = RIGHT) -> Runner:
@@ -169,13 +169,13 @@ def run_cell(job: Job, runner: Runner, cell: Cell, folder: Path, steps: int, var
 
 def score_export(runner: Runner, job: Job, cell: Cell) -> None:
     """Loads the reference's export and writes its log-probs of the first step's pairs."""
-    export = job.found(cell.on(REFERENCE)) / EXPORT
+    export = job.results_folder(cell.on(REFERENCE)) / EXPORT
     pairs = runner.setup.train_pairs()
     plan = make_plan(job, job.config(cell), pairs.lengths)
     with jax.set_mesh(runner.mesh):
         micro_batches = RIGHT.micro_batches(build_step(plan, pairs, 0))
         table = runner.table(runner.load(export), micro_batches, plan.lengths.of_pairs(plan.pairs(0)))
-    np.save(job.found(cell) / PYTORCH_IN_JAX, table.logps)
+    np.save(job.results_folder(cell) / PYTORCH_IN_JAX, table.logps)
 
 
 def try_variants(job: Job) -> None:
@@ -190,7 +190,7 @@ def try_variants(job: Job) -> None:
             continue
         print(f"wrong variant: {name}", flush=True)
         runner = make_runner(job, cell, variant) if variant.changes_program else plain
-        run_cell(job, runner, cell, job.variant(name), 0, variant)
+        run_cell(job, runner, cell, job.variant_folder(name), 0, variant)
 
 
 def main() -> None:
@@ -205,8 +205,8 @@ def main() -> None:
             runners.clear()  # one at a time in memory
             runners[key] = make_runner(job, cell, injected)
         print(cell.name, flush=True)
-        run_cell(job, runners[key], cell, job.found(cell), job.steps, injected)
-        if not cell.order and (job.found(cell.on(REFERENCE)) / EXPORT).exists():
+        run_cell(job, runners[key], cell, job.results_folder(cell), job.steps, injected)
+        if not cell.order and (job.results_folder(cell.on(REFERENCE)) / EXPORT).exists():
             score_export(runners[key], job, cell)
     if job.variants and task == "run":
         try_variants(job)

@@ -1,4 +1,4 @@
-"""The pictures of a report."""
+"""Draws the pictures of a report, as PNG."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from parity.cases import GPU_BACKENDS, MESHES, REFERENCE, TORCH, ZERO3
 from parity.compare import Comparison
-from parity.results import Found
+from parity.results import CellResults
 
 PYTORCH_COLOR, JAX_COLOR = "#d9480f", "#2f6fde"
 TEXT, FAINT = "#1f2430", "#c9cdd6"
@@ -26,13 +26,13 @@ COLORS = {
     **dict(zip(MESHES, (JAX_COLOR, "#12b886", "#7048e8"), strict=True)),
     **dict(zip(GPU_BACKENDS, ("#1098ad", "#c2255c", "#868e96"), strict=True)),
 }
-# From far below the bound to beyond it.
+# Shares of the bound at which the color changes, and the colors from far below the bound to beyond it.
 _STEPS = (0.01, 0.03, 0.1, 0.3, 1.0)
 _SHADES = ListedColormap(["#e7f5ec", "#c8ead3", "#a0d9b4", "#f3e3a2", "#f4c27a", "#e8590c"])
 
 
 def draw_matrix(comparisons: Sequence[Comparison]) -> bytes:
-    """Every figure of every cell as a share of its bound."""
+    """Draws every figure of every cell as a share of its bound."""
     names = list(dict.fromkeys(figure.name for c in comparisons for figure in c.figures))
     shares = np.full((len(comparisons), len(names)), np.nan)
     for row, comparison in enumerate(comparisons):
@@ -55,14 +55,14 @@ def draw_matrix(comparisons: Sequence[Comparison]) -> bytes:
     return _png(picture)
 
 
-def draw_steps(runs: Mapping[str, Mapping[str, Found]]) -> bytes:
-    """Per title, the losses of all backends over the steps, and their distances from the reference's."""
+def draw_steps(runs: Mapping[str, Mapping[str, CellResults]]) -> bytes:
+    """Draws, per title, the losses of all backends over the steps and their distances from the reference's losses."""
     picture = _picture(6.2 * len(runs), 6.4)
     columns = picture.subplots(2, len(runs), squeeze=False, sharex="col")
-    for (title, found), (above, below) in zip(runs.items(), columns.T, strict=True):
-        reference = found[REFERENCE].curve("loss")
+    for (title, by_backend), (above, below) in zip(runs.items(), columns.T, strict=True):
+        reference = by_backend[REFERENCE].curve("loss")
         steps = np.arange(1, len(reference) + 1)
-        for number, (backend, run) in enumerate(found.items()):
+        for number, (backend, run) in enumerate(by_backend.items()):
             dashes = (0, (2, 1 + number)) if number else "solid"
             above.plot(steps, run.curve("loss"), color=COLORS[backend], linestyle=dashes, label=backend)
             if backend != REFERENCE:
@@ -74,14 +74,14 @@ def draw_steps(runs: Mapping[str, Mapping[str, Found]]) -> bytes:
     return _png(picture)
 
 
-def draw_tokens(runs: Mapping[str, Mapping[str, Found]]) -> bytes:
-    """How far the log-probs of single tokens are apart."""
+def draw_tokens(runs: Mapping[str, Mapping[str, CellResults]]) -> bytes:
+    """Draws how far the log-probs of single tokens are from those of the reference."""
     picture = _picture(6.2 * len(runs), 3.4)
-    for axes, (title, found) in zip(picture.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
+    for axes, (title, by_backend) in zip(picture.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
         bins = np.logspace(-8, -4, 41)
-        for backend, run in found.items():
+        for backend, run in by_backend.items():
             if backend != REFERENCE:
-                distance = np.clip(np.abs(run.logps - found[REFERENCE].logps), bins[0], bins[-1])
+                distance = np.clip(np.abs(run.logps - by_backend[REFERENCE].logps), bins[0], bins[-1])
                 axes.hist(distance, bins, histtype="step", color=COLORS[backend], label=backend, linewidth=1.4)
         axes.set_xscale("log")
         _style(axes, f"Tokens by distance of their log-probs: {title}", "nats")
@@ -90,11 +90,11 @@ def draw_tokens(runs: Mapping[str, Mapping[str, Found]]) -> bytes:
 
 
 def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], caption: str) -> bytes:
-    """The training curves of two runs on one another, and below how far they are apart.
+    """Draws the training curves of two runs in one picture, and their distances below.
 
     Args:
         runs: name -> the records of `metrics.jsonl`; first PyTorch's, then JAX's.
-        caption: what was run.
+        caption: the caption of the picture.
     """
     panels = {
         "loss": "Loss",

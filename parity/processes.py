@@ -37,10 +37,10 @@ from parity.cases import (
 
 ROOT = Path(__file__).parents[1]
 ROW_TOKENS = 256  # the longest row of the tiny models
-CPU_DEVICES = 8  # that JAX splits a CPU into
-# 13 pairs a step: rows that hold several can not all hold the same number, and the last step of an epoch has but 4.
+CPU_DEVICES = 8  # JAX splits the CPU into as many devices
+# With 13 pairs a step, packed rows cannot all hold the same number of pairs, and the last step of an epoch has only 4.
 PAIRS, BATCH, STEPS = 30, 13, 20
-# Everything that a side could divide or scale wrongly is switched on.
+# These settings switch on everything that a side could divide or scale wrongly.
 SETTINGS: dict[str, Any] = {
     "max_length": ROW_TOKENS,
     "beta": 2.5,
@@ -61,7 +61,7 @@ class SideFailed(UserError):
 
 
 def built_in_job(work: Path, dtypes: Sequence[str], variants: Sequence[str], inject: str | None = None) -> Job:
-    """The matrix of tiny random models on real pairs, where `SIMPO_SHARED` says they are, or else on built-in ones."""
+    """Makes the job of the tiny random models, on the real pairs of the folder `SIMPO_SHARED` or on built-in ones."""
     shared = os.environ.get("SIMPO_SHARED")
     tokenizer = f"{shared}/tokenizers/bpe4k" if shared else "builtin:cafe"
     data = work / "pairs.jsonl"
@@ -70,7 +70,7 @@ def built_in_job(work: Path, dtypes: Sequence[str], variants: Sequence[str], inj
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     configs = {}
     plain: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in FAMILIES}
-    for family, (model, more) in {**plain, **ADAPTED}.items():
+    for family, (model, extra_keys) in {**plain, **ADAPTED}.items():
         file = work / family / "config.yaml"
         values = {
             "model_name_or_path": str(work / model / "start"),
@@ -78,7 +78,7 @@ def built_in_job(work: Path, dtypes: Sequence[str], variants: Sequence[str], inj
             "dataset_mixer": {str(data): 1.0},
             "data_cache_dir": str(work / "cache"),
             **SETTINGS,
-            **more,
+            **extra_keys,
         }
         write_config(file, values)
         configs[family] = str(file)
@@ -100,7 +100,11 @@ def built_in_job(work: Path, dtypes: Sequence[str], variants: Sequence[str], inj
 def users_job(
     work: Path, config: Path, dtypes: Sequence[str], pairs: int, variants: Sequence[str], inject: str | None = None
 ) -> Job:
-    """The matrix of a user's own checkpoint and the first pairs of their data."""
+    """Makes the job of a user's own checkpoint and the first pairs of their data.
+
+    Raises:
+        UserError: the config starts from no checkpoint, or does not train all of its weights.
+    """
     settings = load_config(config, torch=True)
     if settings.model_name_or_path is None or settings.use_peft or settings.load_in_4bit or settings.load_in_8bit:
         raise UserError(
@@ -123,32 +127,32 @@ def users_job(
 
 
 def backends(gpus: int = 0) -> list[str]:
-    """All that can run here, on GPUs or on a CPU that stands for eight devices; DeepSpeed may not be installed."""
+    """Lists the backends that can run on this machine: on its GPUs, or on a CPU that stands for eight devices."""
     zero3 = find_spec("deepspeed") is not None and gpus != 1
     meshes = [name for name, (fsdp, tensor) in MESHES.items() if fsdp * tensor <= (gpus or CPU_DEVICES)]
     return [TORCH, *([ZERO3] if zero3 else []), *meshes]
 
 
 def gpu_backends() -> list[str]:
-    """What of `GPU_BACKENDS` can run here."""
+    """Lists those of `GPU_BACKENDS` that can run on this machine."""
     if not count_gpus():
         return []
-    jax_runs = any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-    needs = {JAX_GPU: jax_runs, "flash_attention_2": find_spec("flash_attn") is not None}
-    return [name for name in GPU_BACKENDS if needs.get(TORCH_GPU.get(name, name), True)]
+    has_jax = any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    installed = {JAX_GPU: has_jax, "flash_attention_2": find_spec("flash_attn") is not None}
+    return [name for name in GPU_BACKENDS if installed.get(TORCH_GPU.get(name, name), True)]
 
 
 def count_gpus() -> int:
-    """NVIDIA GPUs of this machine, unless `JAX_PLATFORMS` says that they are not used."""
+    """Counts this machine's NVIDIA GPUs; 0 if `JAX_PLATFORMS` is `cpu`."""
     program = shutil.which("nvidia-smi")
     if program is None or os.environ.get("JAX_PLATFORMS") == "cpu":
         return 0
-    listed = subprocess.run([program, "-L"], capture_output=True, text=True, check=False)
-    return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    listing = subprocess.run([program, "-L"], capture_output=True, text=True, check=False)
+    return len(listing.stdout.splitlines()) if listing.returncode == 0 else 0
 
 
 def _short_pairs(shared: str | None, tokenizer_name: str) -> list[dict[str, Any]]:
-    """The first pairs that fit a row even when nothing is shared."""
+    """Returns the first pairs that fit a row even when nothing is shared."""
     tokenizer = chat.load_tokenizer(tokenizer_name)
     if shared:
         with open(f"{shared}/data/hh_harmless.train.jsonl", encoding="utf-8") as file:
@@ -165,7 +169,7 @@ def _row_tokens(row: dict[str, Any], tokenizer: Any) -> int:
         pair = tokenize_pair(text, tokenizer, max_length=2048, max_prompt_length=1800, truncation_mode="keep_end")
     except BadRow:
         return ROW_TOKENS + 1
-    # Two more: the wrong variant with two BOS has to fit too.
+    # Two tokens more, because the wrong variant with two BOS has to fit too.
     return int(PairLengths.of([pair]).row_tokens(False)[0]) + 2
 
 
@@ -173,9 +177,9 @@ def run_sides(job: Job, say: Callable[[str], None] = print) -> None:
     """Runs all cells of a job.
 
     Raises:
-        SideFailed: a process ended with an error; its output is in the job's folder.
+        SideFailed: a process ended with an error. Its output is in the job's folder.
     """
-    for folder in ("found", "variants"):
+    for folder in ("results", "variants"):
         shutil.rmtree(Path(job.work) / folder, ignore_errors=True)
     job.save()
     file, torch_side = str(job.file), [sys.executable, "-m", "parity.torch_side"]
@@ -187,25 +191,25 @@ def run_sides(job: Job, say: Callable[[str], None] = print) -> None:
         run_process(job, "zero3", [*launcher, "-m", "parity.torch_side", "run", file], say)
     jax_side = [sys.executable, "-m", "parity.jax_side"]
     run_process(job, "jax", [*jax_side, "run", file], say)
-    there = {cell.backend for cell in job.cells}
-    if there & set(TORCH_GPU):
+    backends_used = {cell.backend for cell in job.cells}
+    if backends_used & set(TORCH_GPU):
         run_process(job, "torch-gpu", [*torch_side, "run-gpu", file], say, on_gpu=True)
-    if JAX_GPU in there:
+    if JAX_GPU in backends_used:
         run_process(job, "jax-gpu", [*jax_side, "run-gpu", file], say, on_gpu=True)
     run_process(job, "torch-crosswise", [*torch_side, "crosswise", file], say)
 
 
 def run_process(job: Job, name: str, command: list[str], say: Callable[[str], None], *, on_gpu: bool = False) -> None:
-    """Runs a command with its output in a file of the job's folder.
+    """Runs a command and writes its output to the file `NAME.log` of the job's folder.
 
     Raises:
-        SideFailed: it ended with an error.
+        SideFailed: the command ended with an error.
     """
     say(f"running {name}")
     log = Path(job.work) / f"{name}.log"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    # Tiny models: on the CPU whatever there is, and one thread each, for they gain nothing from more.
+    # Tiny models always run on the CPU, with one thread per process: they gain nothing from more.
     if job.new_models and not on_gpu:
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(CPU_DEVICES), "CUDA_VISIBLE_DEVICES": ""}
         environment |= {"OMP_NUM_THREADS": "1"}
@@ -219,7 +223,7 @@ def run_process(job: Job, name: str, command: list[str], say: Callable[[str], No
     ):
         try:
             status = process.wait()
-        except BaseException:  # interrupted: a launcher's children go with it
+        except BaseException:  # when interrupted, end the launcher's children too
             os.killpg(process.pid, signal.SIGKILL)
             raise
     if status:

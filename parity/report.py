@@ -1,4 +1,4 @@
-"""The report of a comparison: `report.json` for programs, `report.md` and `report.html` for people."""
+"""Writes the report of a comparison: `report.json` for programs, `report.md` and `report.html` for people."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from parity import plots
 from parity.cases import LAYOUTS, Cell, Job
 from parity.compare import BFLOAT16_RATIO, Comparison, Figure, Outcome
-from parity.results import Found, read_found
+from parity.results import CellResults, read_results
 from parity.variants import VARIANTS
 
 PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "deepspeed", "safetensors", "numpy")
@@ -44,18 +44,18 @@ def write_report(job: Job, outcome: Outcome) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
+    """Returns the versions of Python and of the packages that the numbers depend on, as far as they are installed."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def verdict(outcome: Outcome) -> str:
-    """What came of it, in a sentence."""
+    """States the outcome in a sentence."""
     broken = [c for c in outcome.cells if not c.holds]
     caught = len(outcome.variants) - len(outcome.passed_variants)
     cells = f"all {len(outcome.cells)} cells are within their bounds"
@@ -69,30 +69,30 @@ def verdict(outcome: Outcome) -> str:
 
 
 def worst_table(comparisons: Sequence[Comparison]) -> Table:
-    """Of every figure the largest value over some comparisons."""
+    """Makes a table with the largest value of every figure over some comparisons."""
     rows: list[Sequence[str]] = []
     for name in dict.fromkeys(figure.name for c in comparisons for figure in c.figures):
-        every = [(c, figure) for c in comparisons for figure in c.figures if figure.name == name]
-        comparison, figure = max(every, key=lambda x: math.inf if math.isnan(x[1].share) else x[1].share)
-        where = comparison.cell.name + (f" ({figure.detail})" if figure.detail else "")
-        rows.append((name, _value(figure.value), _value(figure.bound), _held(figure), where))
+        candidates = [(c, figure) for c in comparisons for figure in c.figures if figure.name == name]
+        comparison, figure = max(candidates, key=lambda x: math.inf if math.isnan(x[1].share) else x[1].share)
+        cell = comparison.cell.name + (f" ({figure.detail})" if figure.detail else "")
+        rows.append((name, _value(figure.value), _value(figure.bound), _state(figure), cell))
     return ("figure", "largest", "bound", "", "where"), rows
 
 
 def variant_table(outcome: Outcome) -> Table:
-    """What caught each wrong variant."""
+    """Makes a table of the wrong variants and the figures that caught them."""
     rows: list[Sequence[str]] = []
     for name, comparison in outcome.variants.items():
-        by = ", ".join(f"{figure.name} {_value(figure.value)}" for figure in comparison.broken[:4])
-        rows.append((name, VARIANTS[name].mistake, by or "NOT CAUGHT"))
+        caught_by = ", ".join(f"{figure.name} {_value(figure.value)}" for figure in comparison.broken[:4])
+        rows.append((name, VARIANTS[name].mistake, caught_by or "NOT CAUGHT"))
     rows += [(name, VARIANTS[name].mistake, "not tried: makes no difference here") for name in outcome.not_tried]
     return ("wrong variant", "mistake", "caught by"), rows
 
 
 def cell_table(comparisons: Iterable[Comparison]) -> Table:
-    """Every figure of every cell."""
+    """Makes a table of every figure of every cell."""
     rows = [
-        (c.cell.name, f.name, _value(f.value), _value(f.bound), _held(f), f.detail)
+        (c.cell.name, f.name, _value(f.value), _value(f.bound), _state(f), f.detail)
         for c in comparisons
         for f in c.figures
     ]
@@ -102,22 +102,24 @@ def cell_table(comparisons: Iterable[Comparison]) -> Table:
 def _sections(outcome: Outcome) -> list[tuple[str, str, Table]]:
     exact = [c for c in outcome.cells if c.cell.dtype == "float32"]
     rounded = [c for c in outcome.cells if c.cell.dtype != "float32"]
-    sections = [("float32", "Distance from PyTorch in a single process; the largest of all cells.", worst_table(exact))]
+    text = "The distance from PyTorch in a single process, the largest over all cells."
+    sections = [("float32", text, worst_table(exact))]
     if rounded:
         text = (
-            "How far a run in bfloat16 is from its own side's float32, over how far PyTorch in a single process is: "
-            f"at most {BFLOAT16_RATIO:g}. Over the steps: of all layouts and orders of the pairs together."
+            "The distance of a run in bfloat16 from its own side's float32, divided by that of PyTorch in a single "
+            f"process; the bound is {BFLOAT16_RATIO:g}. Figures over the steps take all layouts and orders of the "
+            "pairs together."
         )
         sections.append(("bfloat16", text, worst_table(rounded)))
-    text = "PyTorch in a single process against itself, in another layout: what rounding alone amounts to."
+    text = "PyTorch in a single process against itself in another layout, which shows the effect of rounding alone."
     sections.append(("Noise of the reference", text, worst_table(outcome.noise)))
     if outcome.variants:
-        text = "Mistakes injected on the JAX side. Each has to break a bound."
+        text = "Mistakes that were put into the JAX side. Each has to break a bound."
         sections.append(("The check, checked", text, variant_table(outcome)))
     return sections
 
 
-def _held(figure: Figure) -> str:
+def _state(figure: Figure) -> str:
     return "holds" if figure.holds else "BROKEN"
 
 
@@ -181,13 +183,13 @@ def _about(job: Job) -> str:
     )
 
 
-def _runs(job: Job) -> dict[str, dict[str, Found]]:
-    """Per family, the backends' runs in the layout that everyone uses."""
+def _runs(job: Job) -> dict[str, dict[str, CellResults]]:
+    """Reads, per family, the results of all backends in the default layout."""
     layout = list(LAYOUTS)[-1]
     backends: dict[str, Any] = dict.fromkeys(cell.backend for cell in job.cells)
     return {
         f"{family}, {layout}": {
-            b: read_found(job.found(cell))
+            b: read_results(job.results_folder(cell))
             for b in backends
             if (cell := Cell(family, layout, "float32", b)) in job.cells
         }

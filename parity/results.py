@@ -1,4 +1,4 @@
-"""What a run of one cell found, in files that either side writes and the comparison reads."""
+"""The results of one cell, in files that each side writes and the comparison reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from jax_simpo.data.pairs import PairLengths
 
 GRADIENTS, EXPORT = "gradients", "model"  # folders of safetensors files
-# Log-probs of an export under the other side, in the order of `Found.final_logps`.
+# Log-probs of an export loaded by the other side, in the order of `CellResults.final_logps`.
 PYTORCH_IN_JAX, JAX_IN_TRANSFORMERS = "PyTorch_export_in_JAX.npy", "JAX_export_in_transformers.npy"
 
 
@@ -31,22 +31,22 @@ class TokenTable:
 
     def put(self, pair: int, rank: int, logps: Float[np.ndarray, " T"]) -> None:
         """Sets the log-probs of a response's tokens."""
-        at = self._start[2 * pair + rank]
-        self.logps[at : at + len(logps)] = logps
+        start = self._start[2 * pair + rank]
+        self.logps[start : start + len(logps)] = logps
 
 
 @dataclass(frozen=True)
-class Found:
+class CellResults:
     """The results of one cell.
 
     Attributes:
-        folder: where they lie.
+        folder: the folder of the results.
         logps: log-prob of every target of the first step's pairs, before the first update.
-        lengths: targets of each response.
+        lengths: number of targets of each response.
         losses: the loss of each of these pairs.
-        final_logps: as `logps`, after the last step; None where there were no steps.
+        final_logps: as `logps`, after the last step; None where no step was made.
         steps: the metrics of each step.
-        facts: what computed it.
+        facts: the attention implementation and the versions that computed them.
     """
 
     folder: Path
@@ -65,7 +65,7 @@ class Found:
         return sums.reshape(self.lengths.shape) / self.lengths
 
     def curve(self, key: str) -> Float[np.ndarray, " S"]:
-        """A metric over the steps."""
+        """Returns a metric over the steps."""
         return np.array([record[key] for record in self.steps], np.float64)
 
     @cached_property
@@ -79,7 +79,7 @@ class Found:
         return read_tensors(self.folder / EXPORT)
 
 
-def save_found(
+def save_results(
     folder: Path,
     *,
     table: TokenTable,
@@ -88,29 +88,29 @@ def save_found(
     final: TokenTable | None = None,
     facts: Mapping[str, Any],
 ) -> None:
-    """Writes what a cell found, next to the gradients and the export it wrote itself."""
+    """Writes a cell's results next to its gradients and its export, which the side writes itself."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {"logps": table.logps, "lengths": table.lengths, "losses": np.asarray(losses, np.float64)}
     if final is not None:
         arrays["final_logps"] = final.logps
-    np.savez(folder / "found.npz", **arrays)  # type: ignore[arg-type]
+    np.savez(folder / "results.npz", **arrays)  # type: ignore[arg-type]
     text = json.dumps({"steps": list(steps), "facts": dict(facts)}, indent=1)
-    (folder / "found.json").write_text(text, encoding="utf-8")
+    (folder / "results.json").write_text(text, encoding="utf-8")
 
 
-def read_found(folder: Path) -> Found:
-    """Reads what a cell found."""
-    with np.load(folder / "found.npz") as arrays:
+def read_results(folder: Path) -> CellResults:
+    """Reads a cell's results."""
+    with np.load(folder / "results.npz") as arrays:
         values = dict(arrays)
-    text = json.loads((folder / "found.json").read_text(encoding="utf-8"))
-    return Found(folder, values["logps"], values["lengths"], values["losses"], values.get("final_logps"), **text)
+    text = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return CellResults(folder, values["logps"], values["lengths"], values["losses"], values.get("final_logps"), **text)
 
 
 def was_run(folder: Path) -> bool:
-    """Whether there are results."""
-    return (folder / "found.npz").exists()
+    """Returns True if the folder has results."""
+    return (folder / "results.npz").exists()
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of the safetensors files of a folder, by name."""
+    """Reads all tensors of a folder's safetensors files, by name."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}

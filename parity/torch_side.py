@@ -1,7 +1,7 @@
-"""The PyTorch side of the matrix, in processes of its own: `python -m parity.torch_side WHAT JOB.json`.
+"""Runs the PyTorch side of the matrix, in processes of its own: `python -m parity.torch_side TASK JOB.json`.
 
-`start` makes the random start models, `run` runs the cells (those of ZeRO-3 when torchrun started the processes),
-`run-gpu` those for a GPU, and `crosswise` loads what JAX exported, with transformers alone.
+`start` makes the random start models. `run` runs the cells: those of ZeRO-3 if torchrun started the processes, else
+those of a single process. `run-gpu` runs the cells for a GPU. `crosswise` loads JAX's exports with transformers alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from jax_simpo.config import load_config
 from jax_simpo.data.chat import load_tokenizer
 from parity.cases import MESHES, SIZES, TORCH, TORCH_GPU, ZERO3, Cell, Job, make_plan
-from parity.results import EXPORT, GRADIENTS, JAX_IN_TRANSFORMERS, TokenTable, save_found
+from parity.results import EXPORT, GRADIENTS, JAX_IN_TRANSFORMERS, TokenTable, save_results
 from torch_ref.adapters import add_adapter, load_adapter
 from torch_ref.batches import Batch, RankStep, build_rank_step
 from torch_ref.distributed import Ranks, open_ranks
@@ -32,20 +32,29 @@ from torch_ref.setup import Setup
 from torch_ref.trainer import batch_part, make_engine
 
 
-class Listening:
-    """An engine whose log-probs are kept, for the functions of the trainer to be run as they are."""
+class RecordingEngine:
+    """An engine that keeps the log-probs of its last batch, so that the trainer's own functions can run on it.
+
+    Attributes:
+        last_logps: the log-probs, float64.
+    """
+
+    last_logps: Tensor
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def logps(self, batch: Batch) -> Tensor:
-        found = self._engine.logps(batch)
-        self.heard = found.detach().double().cpu()
-        return found
+        logps = self._engine.logps(batch)
+        self.last_logps = logps.detach().double().cpu()
+        return logps
 
 
 def make_start(job: Job) -> None:
-    """Writes the random start models. Norms are not one, and biases not zero, so that leaving them out shows."""
+    """Writes the random start models and adapters.
+
+    Norms are not one and biases not zero, so that an implementation that leaves them out is found.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     for family, values in job.new_models.items():
@@ -54,9 +63,9 @@ def make_start(job: Job) -> None:
         tokenizer = load_tokenizer(config.tokenizer_name_or_path)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         vocabulary = -(-len(tokenizer) // 8) * 8
-        rest = {**SIZES, **ids, "vocab_size": vocabulary, **values}
+        mapping = {**SIZES, **ids, "vocab_size": vocabulary, **values}
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(rest.pop("model_type"), **rest))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(mapping.pop("model_type"), **mapping))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
@@ -66,13 +75,13 @@ def make_start(job: Job) -> None:
         adapted = add_adapter(load_config(job.configs[family], torch=True), _base_model(job, family))
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
-                if "lora_B" in name:  # zero at first, so that the other matrix had no gradient
+                if "lora_B" in name:  # peft starts it at zero, which leaves the other matrix without a gradient
                     parameter.copy_(0.1 * torch.randn(parameter.shape))
         adapted.save_pretrained(folder)
 
 
 def _base_model(job: Job, family: str) -> Any:
-    """The frozen model of a family with an adapter."""
+    """Loads the frozen model of a family with an adapter."""
     from transformers import AutoModelForCausalLM
 
     name = load_config(job.configs[family], torch=True).model_name_or_path
@@ -80,12 +89,12 @@ def _base_model(job: Job, family: str) -> Any:
 
 
 def _peft_name(name: str) -> str:
-    """A parameter's name as peft writes it, which leaves out what the adapter is called."""
+    """Returns a parameter's name as peft writes it, without the name of the adapter."""
     return name.replace(".default.", ".")
 
 
 def start_from_adapter(engine: Engine, folder: Path) -> None:
-    """Puts an adapter's weights in the place of those that were drawn. Of a single process, in float32."""
+    """Replaces the engine's random adapter by saved weights. Works in a single process, in float32."""
     start = load_file(folder / "adapter_model.safetensors")
     trained = {_peft_name(n): p for n, p in hugging_face_names(engine.policy).items() if p.requires_grad}
     assert start.keys() == trained.keys()
@@ -95,10 +104,10 @@ def start_from_adapter(engine: Engine, folder: Path) -> None:
 
 
 class Run:
-    """One cell on these ranks."""
+    """Runs one cell on these ranks."""
 
     def __init__(self, job: Job, cell: Cell, ranks: Ranks) -> None:
-        self.job, self.ranks, self.folder = job, ranks, job.found(cell)
+        self.job, self.ranks, self.folder = job, ranks, job.results_folder(cell)
         config = job.config(cell)
         self.setup = Setup(config, Console(quiet=True), ranks)
         self.pairs = self.setup.train_pairs()
@@ -109,24 +118,24 @@ class Run:
         self.schedule = learning_rate_schedule(config, job.steps)
 
     def step(self, number: int) -> RankStep:
-        """This rank's share of a step."""
+        """Builds this rank's share of a step."""
         return build_rank_step(self.plan, self.pairs, number, self.ranks.rank, self.ranks.world)
 
     def accumulate(self, step: RankStep) -> tuple[TokenTable, dict[str, float]]:
-        """Adds up the gradients of a step. Returns its log-probs and metrics, of all ranks."""
-        objective, listening = self.setup.objective, Listening(self.engine)
+        """Adds up the gradients of a step. Returns its log-probs and metrics over all ranks."""
+        objective, engine = self.setup.objective, RecordingEngine(self.engine)
         table = TokenTable(self.plan.lengths.of_pairs(step.pairs))
         sums = np.zeros(len(objective.metrics))
         for number, batch in enumerate(step.micro_batches, start=1):
-            part = batch_part(listening, objective, batch.to(self.ranks.device), step)  # type: ignore[arg-type]
-            self._put(table, batch, listening.heard)
+            part = batch_part(engine, objective, batch.to(self.ranks.device), step)  # type: ignore[arg-type]
+            self._put(table, batch, engine.last_logps)
             self.engine.backward(part.loss, last=number == len(step.micro_batches))
             sums += part.metrics.double().cpu().numpy()
         table.logps = self.ranks.sum(table.logps)
         return table, dict(zip(objective.metrics, self.ranks.sum(sums).tolist(), strict=True))
 
     def logps(self, step: RankStep) -> TokenTable:
-        """The log-probs of a step's pairs with the weights as they are."""
+        """Computes the log-probs of a step's pairs with the current weights."""
         table = TokenTable(self.plan.lengths.of_pairs(step.pairs))
         with torch.no_grad():
             for batch in step.micro_batches:
@@ -141,12 +150,12 @@ class Run:
                 table.put(pair, rank, logps[batch.target_response == response].numpy())
 
     def run(self) -> None:
-        """Runs the steps and writes what was found."""
+        """Runs the steps and writes the results."""
         records, first, table = [], self.step(0), None
         for k in range(self.job.steps):
-            found, metrics = self.accumulate(first if k == 0 else self.step(k))
+            step_table, metrics = self.accumulate(first if k == 0 else self.step(k))
             if k == 0:
-                table = found
+                table = step_table
                 self._save_gradients()
             norm = self.engine.update(self.schedule(k))
             records.append({**metrics, "grad_norm": norm})
@@ -159,7 +168,7 @@ class Run:
             chosen, rejected = torch.from_numpy((means / table.lengths).astype(np.float32)).T
             losses = self.setup.objective.losses(chosen, rejected).numpy()
             facts = {"attention": self.setup.attention.name, "engine": self.engine.name, "torch": torch.__version__}
-            save_found(self.folder, table=table, losses=losses, steps=records, final=final, facts=facts)
+            save_results(self.folder, table=table, losses=losses, steps=records, final=final, facts=facts)
 
     def _save_gradients(self) -> None:
         gradients = self.engine.gradients()
@@ -171,14 +180,14 @@ class Run:
 
 
 def crosswise(job: Job) -> None:
-    """Loads what JAX exported with transformers alone, and computes its log-probs one plain sequence at a time."""
+    """Loads JAX's exports with transformers alone and computes their log-probs, one plain sequence at a time."""
     from transformers import AutoModelForCausalLM
 
     for cell in (c for c in job.cells if c.backend in MESHES and c.dtype == "float32"):
         setup = Setup(job.config(cell), Console(quiet=True), Ranks(0, 1, torch.device("cpu"), launched=False))
         pairs = setup.train_pairs()
         plan = make_plan(job, job.config(cell), pairs.lengths)
-        export = job.found(cell) / EXPORT
+        export = job.results_folder(cell) / EXPORT
         if cell.family in job.adapters:
             model = load_adapter(_base_model(job, cell.family), str(export))
         else:
@@ -188,34 +197,34 @@ def crosswise(job: Job) -> None:
         for number, pair in enumerate(pairs.pairs(step)):
             for rank, response in enumerate(pair.responses):
                 table.put(number, rank, sequence_logps(model, response.ids, response.prompt_length))
-        np.save(job.found(cell) / JAX_IN_TRANSFORMERS, table.logps)
+        np.save(job.results_folder(cell) / JAX_IN_TRANSFORMERS, table.logps)
 
 
 @torch.no_grad()
 def sequence_logps(model: Any, ids: np.ndarray, prompt_length: int) -> np.ndarray:
-    """Log-prob of each response token, from the full logits of that sequence alone."""
+    """Returns the log-prob of each response token, from the full logits of that sequence alone."""
     tokens = torch.from_numpy(ids.astype(np.int64))
     logits = model(input_ids=tokens[None, :-1], use_cache=False).logits[0, prompt_length - 1 :].float()
     return logits.log_softmax(-1).gather(-1, tokens[prompt_length:, None])[:, 0].double().numpy()
 
 
 def main() -> None:
-    what, job = sys.argv[1], Job.load(sys.argv[2])
-    if what == "start":
+    task, job = sys.argv[1], Job.load(sys.argv[2])
+    if task == "start":
         make_start(job)
-    elif what == "crosswise":
+    elif task == "crosswise":
         crosswise(job)
     else:
         with open_ranks() as ranks:
-            own = tuple(TORCH_GPU) if what == "run-gpu" else (ZERO3 if ranks.launched else TORCH,)
-            for cell in (c for c in job.cells if c.backend in own):
+            backends = tuple(TORCH_GPU) if task == "run-gpu" else (ZERO3 if ranks.launched else TORCH,)
+            for cell in (c for c in job.cells if c.backend in backends):
                 if ranks.is_first:
                     print(cell.name, flush=True)
                 Run(job, cell, ranks).run()
                 gc.collect()
         if ranks.launched:
             sys.stdout.flush()
-            os._exit(0)  # what DeepSpeed leaves behind may abort while Python is taken down; torch_ref does the same
+            os._exit(0)  # DeepSpeed's remains may abort Python's normal shutdown; torch_ref does the same
 
 
 if __name__ == "__main__":

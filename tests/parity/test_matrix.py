@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from parity.__main__ import main
 from parity.cases import ADAPTED, FAMILIES, FULL_FAMILIES, LAYOUTS, MESHES, REFERENCE, ZERO3, Cell, Job, make_plan
 from parity.compare import ALL_RUNS, Outcome, compare
-from parity.results import Found, read_found, read_tensors
+from parity.results import CellResults, read_results, read_tensors
 from parity.variants import VARIANTS
 from torch_ref.distributed import Ranks
 from torch_ref.setup import Setup
@@ -34,7 +34,7 @@ CELL = Cell("llama3", "shared + packed", "float32", "jax, fsdp=8")
 
 @dataclass(frozen=True)
 class Matrix:
-    """What `python -m parity --quick` left behind."""
+    """The outcome of `python -m parity --quick` and its folder."""
 
     status: int
     folder: Path
@@ -75,7 +75,7 @@ def test_every_bound_holds(matrix: Matrix) -> None:
 
 
 def test_no_gradient_needs_more_than_its_own_bound(matrix: Matrix) -> None:
-    """The allowance for transformers' own noise is not used by these models."""
+    """These models do not use the allowance for transformers' own noise."""
     figures = [figure for c in matrix.outcome.cells for figure in c.figures if figure.name == "gradients"]
     assert len(figures) == len(matrix.outcome.cells)
     assert {figure.bound for figure in figures} == {1e-5}
@@ -89,21 +89,23 @@ def test_exports_are_read_by_the_other_side(matrix: Matrix) -> None:
 
 
 def test_training_moves_the_loss_and_the_tokens(matrix: Matrix) -> None:
-    """Twenty steps that changed nothing would agree, too."""
-    found = read_found(matrix.job.found(CELL))
-    loss = found.curve("loss")
+    """Guards against twenty steps that change nothing, which would agree too."""
+    results = read_results(matrix.job.results_folder(CELL))
+    loss = results.curve("loss")
     assert len(loss) == 20 and loss[-1] < 0.5 * loss[0]
-    assert found.final_logps is not None and np.abs(found.final_logps - found.logps).max() > 1.0
+    assert results.final_logps is not None and np.abs(results.final_logps - results.logps).max() > 1.0
 
 
 @pytest.mark.parametrize("family", ADAPTED)
 def test_an_adapter_trains_alone_and_both_its_matrices_have_gradients(family: str, matrix: Matrix) -> None:
-    found = read_found(matrix.job.found(Cell(family, "shared + packed", "float32", "jax, fsdp=4 x tensor=2")))
+    results = read_results(
+        matrix.job.results_folder(Cell(family, "shared + packed", "float32", "jax, fsdp=4 x tensor=2"))
+    )
     start = read_tensors(Path(matrix.job.adapters[family]))
-    assert found.gradients.keys() == found.weights.keys() == start.keys()
-    assert all("lora_" in name and np.abs(gradient).max() > 1e-5 for name, gradient in found.gradients.items())
-    assert all(np.abs(found.weights[name] - start[name]).max() > 1e-4 for name in start)
-    loss = found.curve("loss")
+    assert results.gradients.keys() == results.weights.keys() == start.keys()
+    assert all("lora_" in name and np.abs(gradient).max() > 1e-5 for name, gradient in results.gradients.items())
+    assert all(np.abs(results.weights[name] - start[name]).max() > 1e-4 for name in start)
+    loss = results.curve("loss")
     assert len(loss) == 20 and loss[-1] < loss[0] - 0.05
 
 
@@ -118,7 +120,7 @@ def test_a_wrong_variant_is_caught(name: str, matrix: Matrix) -> None:
 
 
 def test_a_log_prob_of_the_wrong_sort_is_not_the_only_thing_caught(matrix: Matrix) -> None:
-    """Some mistakes leave every log-prob as it is: they show in the loss and the gradients alone."""
+    """Some mistakes change no log-prob and show only in the loss and the gradients."""
     figures = {f.name: f for f in matrix.outcome.variants["gamma times beta twice"].figures}
     assert figures["token log-prob"].holds and not figures["gradients"].holds and not figures["loss of a pair"].holds
 
@@ -140,18 +142,18 @@ def _missing_gradient(folder: Path) -> None:
 
 
 def _token(folder: Path) -> None:
-    with np.load(folder / "found.npz") as file:
+    with np.load(folder / "results.npz") as file:
         arrays = dict(file)
     arrays["logps"][7] = np.nan
-    (folder / "found.npz").unlink()
-    np.savez(folder / "found.npz", **arrays)
+    (folder / "results.npz").unlink()
+    np.savez(folder / "results.npz", **arrays)
 
 
 def _loss(folder: Path) -> None:
-    values = json.loads((folder / "found.json").read_text())
+    values = json.loads((folder / "results.json").read_text())
     values["steps"][-1]["loss"] += 2e-4
-    (folder / "found.json").unlink()
-    (folder / "found.json").write_text(json.dumps(values))
+    (folder / "results.json").unlink()
+    (folder / "results.json").write_text(json.dumps(values))
 
 
 @pytest.mark.parametrize(
@@ -173,12 +175,12 @@ def test_a_broken_bound_gives_exit_status_1(
     folder = tmp_path / "copy"
     shutil.copytree(matrix.folder, folder, copy_function=os.link)
     for report in folder.glob("report.*"):
-        report.unlink()  # a link: writing it would write the other one
-    (folder / "job.json").unlink()  # as the reports
+        report.unlink()  # a hard link: writing to it would change the other folder's report
+    (folder / "job.json").unlink()  # for the same reason
     family = {CELL.family: matrix.job.configs[CELL.family]}
-    one = {"configs": family, "adapters": {}, "cells": [CELL.on(REFERENCE), CELL], "variants": []}
-    replace(matrix.job, work=str(folder), **one).save()
-    change(folder / matrix.job.found(CELL).relative_to(matrix.folder))
+    one_cell = {"configs": family, "adapters": {}, "cells": [CELL.on(REFERENCE), CELL], "variants": []}
+    replace(matrix.job, work=str(folder), **one_cell).save()
+    change(folder / matrix.job.results_folder(CELL).relative_to(matrix.folder))
     assert main(["--report-only", "--output", str(folder)]) == 1
     shown = capsys.readouterr().out
     assert f"BROKEN  {CELL.name}: {figure}" in shown and "NO PARITY" in shown
@@ -195,7 +197,7 @@ def test_the_report_tells_figures_bounds_and_what_was_caught(matrix: Matrix) -> 
     assert "PARITY: all" in text and "| gradients |" in text and REFERENCE in text
     page = (matrix.folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
-    assert "http" not in page  # nothing is fetched
+    assert "http" not in page  # the page fetches nothing
 
 
 def test_nothing_to_report_is_an_error_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,11 +207,11 @@ def test_nothing_to_report_is_an_error_of_its_own(tmp_path: Path, capsys: pytest
 
 @pytest.mark.slow
 def test_bfloat16_rounds_no_worse_in_jax_than_in_pytorch(tmp_path: Path) -> None:
-    found = run(tmp_path / "full")
-    rounded = [c for c in found.outcome.cells if c.cell.dtype == "bfloat16" and c.cell.backend in MESHES]
+    full = run(tmp_path / "full")
+    rounded = [c for c in full.outcome.cells if c.cell.dtype == "bfloat16" and c.cell.backend in MESHES]
     assert {c.cell.layout for c in rounded} == {*LAYOUTS, ALL_RUNS}
     assert not [(c.cell.name, figure) for c in rounded for figure in c.broken]
-    assert found.status == 0
+    assert full.status == 0
 
 
 # --- both sides against a third: TRL's functions
@@ -220,14 +222,14 @@ BACKENDS = ["jax, 1 device", "jax, fsdp=4 x tensor=2", "torch, 1 process"]
 
 def trl() -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TRL's own, about its future
+        warnings.simplefilter("ignore")  # TRL warns about its own future
         from trl.experimental.cpo import CPOTrainer
     return CPOTrainer
 
 
 @pytest.fixture(scope="module", params=["llama", "llama3"])
 def trl_means(request: pytest.FixtureRequest, matrix: Matrix) -> tuple[str, np.ndarray]:
-    """Mean log-probs of the first step's pairs by TRL's function, from transformers' logits, one response at a time."""
+    """Computes mean log-probs of the first step's pairs with TRL's function, from transformers' logits, one by one."""
     from transformers import AutoModelForCausalLM
 
     job, cell = matrix.job, Cell(request.param, "separate", "float32", "torch, 1 process")
@@ -246,8 +248,8 @@ def trl_means(request: pytest.FixtureRequest, matrix: Matrix) -> tuple[str, np.n
     return request.param, np.array(means).reshape(-1, 2)
 
 
-def found_in(matrix: Matrix, family: str, layout: str, backend: str) -> Found:
-    return read_found(matrix.job.found(Cell(family, layout, "float32", backend)))
+def results_of(matrix: Matrix, family: str, layout: str, backend: str) -> CellResults:
+    return read_results(matrix.job.results_folder(Cell(family, layout, "float32", backend)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -256,8 +258,8 @@ def test_mean_log_probs_and_losses_are_trls(
     layout: str, backend: str, trl_means: tuple[str, np.ndarray], matrix: Matrix
 ) -> None:
     family, means = trl_means
-    found = found_in(matrix, family, layout, backend)
-    np.testing.assert_allclose(found.means, means, atol=2e-5)
+    results = results_of(matrix, family, layout, backend)
+    np.testing.assert_allclose(results.means, means, atol=2e-5)
     settings = SimpleNamespace(
         beta=BETA,
         simpo_gamma=BETA * RATIO,
@@ -267,7 +269,7 @@ def test_mean_log_probs_and_losses_are_trls(
         accelerator=SimpleNamespace(device="cpu"),
     )
     losses, chosen, rejected = trl().cpo_loss(settings, *torch.from_numpy(means).T)
-    np.testing.assert_allclose(found.losses, losses.numpy(), atol=2e-5)
-    first = found.steps[0]
+    np.testing.assert_allclose(results.losses, losses.numpy(), atol=2e-5)
+    first = results.steps[0]
     np.testing.assert_allclose(first["rewards/chosen"], chosen.mean().item(), atol=2e-5)
     np.testing.assert_allclose(first["rewards/rejected"], rejected.mean().item(), atol=2e-5)
