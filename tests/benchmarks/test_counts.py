@@ -1,4 +1,4 @@
-"""What benchmarks count and draw: lengths, floating-point operations, ideals."""
+"""Checks the numbers that benchmarks count and draw: lengths, floating-point operations, ideals."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def test_a_profile_has_the_stated_medians_and_cuts(profile: Profile) -> None:
 
 
 def test_the_same_seed_draws_the_same_pairs() -> None:
-    one, two = (profile_pairs(PROFILES["hh-rlhf"], 20, 100) for _ in range(2))
-    for a, b in zip(one.all, two.all, strict=True):
+    first, second = (profile_pairs(PROFILES["hh-rlhf"], 20, 100) for _ in range(2))
+    for a, b in zip(first.all, second.all, strict=True):
         assert all((x.ids == y.ids).all() for x, y in zip(a.responses, b.responses, strict=True))
 
 
@@ -38,7 +38,7 @@ def test_pairs_of_a_profile_share_exactly_their_prompt() -> None:
     profile = PROFILES["tldr"]
     lengths = profile_pairs(profile, 200, vocabulary=7).lengths
     prompt, chosen, rejected = draw_lengths(profile, 200).T
-    # A response of one token is no input: then the shorter sequence ends with the prompt.
+    # The only token of a one-token response is no input, so the shorter sequence ends with the prompt.
     np.testing.assert_array_equal(lengths.shared_inputs, prompt)
     np.testing.assert_array_equal(lengths.chosen_targets, chosen)
     np.testing.assert_array_equal(lengths.rejected_targets, rejected)
@@ -104,7 +104,9 @@ def test_states_that_predict_for_both_answers_are_counted_as_the_rows_have_them(
         [([1, 2, 3, 4, 5], 3), ([1, 2, 3, 4], 2)],  # cut at different places; one answer begins the other
         [([1, 2, 3], 2), ([4, 5, 6], 2)],  # nothing
     ]
-    pairs = [TokenizedPair(tuple(Response(np.array(ids), prompt) for ids, prompt in both)) for both in answers]
+    pairs = [
+        TokenizedPair(tuple(Response(np.array(ids), prompt) for ids, prompt in responses)) for responses in answers
+    ]
     for sharing in (True, False):
         rows = build_rows([list(enumerate(pairs))], RowShape(64, 64, 8), prefix_sharing=sharing)
         real = rows.target_response[0] < 8

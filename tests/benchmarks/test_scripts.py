@@ -1,4 +1,4 @@
-"""Every script runs on its tiny preset and writes well-formed results. No speed is checked here."""
+"""Every script runs on its tiny preset and writes well-formed results. These tests check no speed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Script -> what must be measured in its JSON.
+# Script -> a key of the measurements in its JSON.
 SCRIPTS = {
     "throughput": "measured",
     "layers": "cells",
@@ -38,8 +38,8 @@ def results(script: str, folder: Path, *options: str) -> dict[str, Any]:
         text=True,
     )
     assert ran.returncode == 0, ran.stderr
-    found: dict[str, Any] = json.loads((folder / f"{script}.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads((folder / f"{script}.json").read_text())
+    return content
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -51,13 +51,13 @@ def test_a_script_says_what_it_asks_expects_and_takes(script: str) -> None:
 
 @pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.slow) if s in SLOW else s for s in SCRIPTS])
 def test_a_script_writes_well_formed_results(script: str, tmp_path: Path) -> None:
-    found = results(script, tmp_path, "--quick")
-    assert found["data"][SCRIPTS[script]]
-    assert not found["data"].get("failed")
-    assert {"device", "machine", "versions", "date", "commit"} <= found["facts"].keys()
-    assert f"benchmarks.{script}" in found["command"]
+    content = results(script, tmp_path, "--quick")
+    assert content["data"][SCRIPTS[script]]
+    assert not content["data"].get("failed")
+    assert {"device", "machine", "versions", "date", "commit"} <= content["facts"].keys()
+    assert f"benchmarks.{script}" in content["command"]
     page = (tmp_path / f"{script}.md").read_text()
-    for table in found["tables"]:
+    for table in content["tables"]:
         assert table["rows"] and all(len(row) == len(table["columns"]) for row in table["rows"])
         assert f"## {table['title']}" in page
     for picture in tmp_path.glob("*.png"):
@@ -69,7 +69,7 @@ def test_a_script_writes_well_formed_results(script: str, tmp_path: Path) -> Non
 def test_a_billion_parameters_stream_in_less_memory_than_a_third_more_than_the_largest_file(
     tensor: str, tmp_path: Path
 ) -> None:
-    found = results("streaming", tmp_path, "--tensor", tensor)["data"]
-    assert found["equal"] and found["parameters"] > 10**9 and found["files"] > 1
+    measured = results("streaming", tmp_path, "--tensor", tensor)["data"]
+    assert measured["equal"] and measured["parameters"] > 10**9 and measured["files"] > 1
     for direction in ("load", "export"):
-        assert found[direction]["times_largest_file"] < 1.3, found
+        assert measured[direction]["times_largest_file"] < 1.3, measured

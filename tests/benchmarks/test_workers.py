@@ -1,4 +1,4 @@
-"""Contenders in processes of their own."""
+"""Contenders run in processes of their own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_worker_that_ends_says_what_it_printed_last(tmp_path: Path) -> None:
 
 
 def test_peak_memory_sees_what_was_given_back() -> None:
-    forget_peak()  # other tests of this process may have held more
+    forget_peak()  # an earlier test may have raised the peak of this process
     before = peak_resident_bytes()
     block = bytearray(b"x" * (64 << 20))
     del block

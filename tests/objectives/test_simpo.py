@@ -55,20 +55,20 @@ def test_an_unknown_loss_type_is_refused() -> None:
 
 def test_targets_are_added_up_by_response_and_padding_is_thrown_away() -> None:
     logps = jnp.array([[-1.0, -2.0, -4.0, -8.0, -16.0]])
-    found = sum_responses(logps, jnp.array([[1, 0, 1, 3, 3]]), slots=3)
-    np.testing.assert_array_equal(found.sum, [[-2.0, -5.0, 0.0]])
-    np.testing.assert_array_equal(found.length, [[1, 2, 0]])
-    np.testing.assert_array_equal(found.mean, [[-2.0, -2.5, 0.0]])
+    responses = sum_responses(logps, jnp.array([[1, 0, 1, 3, 3]]), slots=3)
+    np.testing.assert_array_equal(responses.sum, [[-2.0, -5.0, 0.0]])
+    np.testing.assert_array_equal(responses.length, [[1, 2, 0]])
+    np.testing.assert_array_equal(responses.mean, [[-2.0, -2.5, 0.0]])
 
 
 def test_chosen_finds_its_rejected_in_whatever_slot_it_sits() -> None:
     logps = jnp.array([[1.0, 2.0, 3.0, 4.0, 5.0], [6.0, 7.0, 0.0, 0.0, 0.0]])
     pair = jnp.array([[7, 4, 7, 4, -1], [0, 0, -1, -1, -1]])
     rank = jnp.array([[0, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
-    found = match_pairs(logps, pair, rank)
-    np.testing.assert_array_equal(found.valid, [[1, 0, 0, 1, 0], [0, 1, 0, 0, 0]])
-    np.testing.assert_array_equal(found.chosen, [[1, 0, 0, 4, 0], [0, 7, 0, 0, 0]])
-    np.testing.assert_array_equal(found.rejected, [[3, 0, 0, 2, 0], [0, 6, 0, 0, 0]])
+    matched = match_pairs(logps, pair, rank)
+    np.testing.assert_array_equal(matched.valid, [[1, 0, 0, 1, 0], [0, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(matched.chosen, [[1, 0, 0, 4, 0], [0, 7, 0, 0, 0]])
+    np.testing.assert_array_equal(matched.rejected, [[3, 0, 0, 2, 0], [0, 6, 0, 0, 0]])
 
 
 def test_empty_slots_give_zeros_in_values_and_gradients() -> None:

@@ -78,9 +78,9 @@ def test_the_adapters_learn_and_the_base_does_not_move_by_a_bit(reference: Histo
 def test_the_steps_give_the_same_losses_on_a_mesh(pairs: Pairs, reference: History) -> None:
     model = with_adapters(tiny_model())
     mesh = mesh_of(MESHES["fsdp=4 x tensor=2"])
-    found = run_steps(pairs, steps=STEPS, batch=BATCH, mesh=mesh, model=model, params=start_of(model))
-    np.testing.assert_allclose(found.values("loss"), reference.values("loss"), atol=1e-5)
-    np.testing.assert_allclose(found.values("grad_norm"), reference.values("grad_norm"), rtol=1e-4)
+    history = run_steps(pairs, steps=STEPS, batch=BATCH, mesh=mesh, model=model, params=start_of(model))
+    np.testing.assert_allclose(history.values("loss"), reference.values("loss"), atol=1e-5)
+    np.testing.assert_allclose(history.values("grad_norm"), reference.values("grad_norm"), rtol=1e-4)
 
 
 def gradients_of(model: Model, params: Any, pairs: Pairs) -> Any:
@@ -107,17 +107,17 @@ def test_the_gradients_are_those_of_the_merged_kernels_by_the_chain_rule(pairs: 
         a, b = (adapters["layers"][part][name][lora.KEY][key] for key in "ab")
         kernel = merged["layers"][part][name]["kernel"]
         merged["layers"][part][name] = {"kernel": kernel + np.float32(1.5) * np.einsum("lir,lro->lio", a, b)}
-    found, oracle = gradients_of(model, start, pairs), gradients_of(plain, merged, pairs)
+    gradients, oracle = gradients_of(model, start, pairs), gradients_of(plain, merged, pairs)
     for path in model.lora.targets:  # type: ignore[union-attr]
         part, name = path.split("/")
         a, b = (adapters["layers"][part][name][lora.KEY][key] for key in "ab")
-        ours, dw = found["layers"][part][name][lora.KEY], oracle["layers"][part][name]["kernel"]
+        ours, dw = gradients["layers"][part][name][lora.KEY], oracle["layers"][part][name]["kernel"]
         assert np.abs(dw).max() > 1e-3
         np.testing.assert_allclose(ours["a"], 1.5 * np.einsum("lio,lro->lir", dw, b), atol=5e-6)
         np.testing.assert_allclose(ours["b"], 1.5 * np.einsum("lir,lio->lro", a, dw), atol=5e-6)
 
 
-# --- what the step compiles to
+# --- the compiled step
 
 # No activation has the shape of a parameter.
 CHANGES = {"vocab_size": 8192, "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 20}
@@ -143,9 +143,9 @@ def compiled(sizes: tuple[int, int, int], model: Model, chunk: int) -> Any:
             model.abstract,
             model.shardings(mesh),
         )
-        one = jnp.ones(())
-        so_far = Accumulated(model.split(params)[0], dict.fromkeys(OBJECTIVE.metrics, one))
-        return functions.accumulate.lower(params, so_far, rows, Denominators(one, one)).compile()
+        scalar = jnp.ones(())
+        so_far = Accumulated(model.split(params)[0], dict.fromkeys(OBJECTIVE.metrics, scalar))
+        return functions.accumulate.lower(params, so_far, rows, Denominators(scalar, scalar)).compile()
 
 
 # Sorted shapes of a gradient on a device of four times two: q and o, k and v, the feed-forward part's, the head.
@@ -153,33 +153,34 @@ KERNELS, HEAD = {(40, 96), (20, 96), (96, 192)}, (96, 4096)
 
 
 def of_the_base(shapes: list[tuple[int, ...]]) -> set[tuple[int, ...]]:
-    """Those that are the shape of a kernel, or of the head or a large block of it."""
-    found = {tuple(sorted(shape)) for shape in shapes}
-    return {shape for shape in found if shape in KERNELS or (96 in shape and 1024 <= max(shape) <= HEAD[1])}
+    """Returns the shapes of a kernel, and of the head or a large block of it."""
+    sorted_shapes = {tuple(sorted(shape)) for shape in shapes}
+    return {shape for shape in sorted_shapes if shape in KERNELS or (96 in shape and 1024 <= max(shape) <= HEAD[1])}
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_no_gradient_of_the_base_is_computed_reduced_or_held(dtype: str) -> None:
-    found = {}
+    measured = {}
     for name, settings in {"frozen": SETTINGS, "trained": None}.items():
         program = compiled_step((1, 4, 2), dtype, settings)
         text = program.as_text()
         products = re.findall(r"= \w+\[([\d,]+)\]\S* (?:dot|custom-call)\(", text)
         sums = [c for c in collectives(text) if c.kind in ("all-reduce", "reduce-scatter")]
-        found[name] = (
+        measured[name] = (
             of_the_base([tuple(map(int, shape.split(","))) for shape in products]),
             of_the_base([shape for c in sums for shape in c.shapes]),
             sum(c.times for c in collectives(text) if c.kind == "all-to-all"),  # of the embedding
             program.memory_analysis().output_size_in_bytes,
         )
     model = Model(tiny_model(**CHANGES).config, dtype, lora=SETTINGS)
-    products_of_base, sums_of_base, lookups, held = found["frozen"]
+    products_of_base, sums_of_base, lookups, output_bytes = measured["frozen"]
     assert products_of_base == sums_of_base == set()
-    assert lookups == 1 and held < 4 * model.trained_count / 2  # at least one axis of the mesh splits each matrix
-    # The check sees what it looks for where there is something to see.
-    products_of_base, sums_of_base, lookups, held = found["trained"]
+    # At least one axis of the mesh splits each matrix.
+    assert lookups == 1 and output_bytes < 4 * model.trained_count / 2
+    # The same check finds all of these where the base is trained.
+    products_of_base, sums_of_base, lookups, output_bytes = measured["trained"]
     assert products_of_base >= KERNELS and HEAD[0] in {n for shape in products_of_base - KERNELS for n in shape}
-    assert sums_of_base >= KERNELS and lookups == 2 and held > 0.9 * 4 * model.parameter_count / 8
+    assert sums_of_base >= KERNELS and lookups == 2 and output_bytes > 0.9 * 4 * model.parameter_count / 8
 
 
 # --- the frozen weights of a CPU's step are held once, in 16 bits
@@ -193,26 +194,28 @@ def lora_in_bfloat16(windows: tuple[int | None, ...], remat: Any, **changes: Any
 
 
 def slice_as_floats(patch: pytest.MonkeyPatch) -> None:
-    """As if XLA could slice 16-bit floats."""
+    """Patches the model as if XLA could slice 16-bit floats."""
     for module in (bits, transformer):
         patch.setattr(module, "sliced_as_bits", lambda x: False)
 
 
 def held_again(model: Model) -> set[tuple[int, ...]]:
-    """Shapes of frozen matrices of which the compiled step makes an array of the whole, or of several layers."""
+    """Returns shapes of frozen matrices that the compiled step copies, whole or for several layers at once."""
     frozen = [leaf.shape for leaf in jax.tree.leaves(model.split(model.abstract)[1]) if leaf.size > 4096]
     text = compiled((1, 1, 1), model, 1024).as_text()  # in such chunks the head has four blocks
-    fused = set(re.findall(r"calls=(%[\w.-]+)", text))  # what is computed within a fusion is not held
-    found = set()
+    fused = set(re.findall(r"calls=(%[\w.-]+)", text))  # values inside a fusion are not stored
+    copied = set()
     for computation in re.split(r"\n(?=%|ENTRY)", text):
         if computation.split(" ", 1)[0] in fused:
             continue
         for sizes, op in re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", computation):
-            made = tuple(map(int, sizes.split(",")))
+            result = tuple(map(int, sizes.split(",")))
             if op not in ("parameter", "get-tuple-element"):
-                many = math.prod(made[:-2]) > 1
-                found |= {s for s in frozen if s == made or (many and len(s) == 3 and s[1:] == made[-2:])}
-    return found
+                several_layers = math.prod(result[:-2]) > 1
+                copied |= {
+                    s for s in frozen if s == result or (several_layers and len(s) == 3 and s[1:] == result[-2:])
+                }
+    return copied
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_updates_are_those_of_float64_from_the_first_step_on(b2: float) -> None:
         m, v = 0.9 * m + 0.1 * gradient, b2 * v + (1 - b2) * gradient.astype(np.float64) ** 2
         updates, state = ours.update({"kernel": jnp.asarray(gradient)}, state, params)
         exact = -(m / (1 - 0.9**t)) / (np.sqrt(v / (1 - b2**t)) + 1e-8)
-        # Against the largest, for a mean near zero loses digits of its own. optax's own AdamW is off by 1e-5.
+        # Relative to the largest, because a mean near zero loses digits. optax's own AdamW is off by 1e-5.
         np.testing.assert_allclose(updates["kernel"], exact, rtol=1e-6, atol=1e-6 * np.abs(exact).max())
 
 

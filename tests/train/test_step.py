@@ -46,16 +46,16 @@ def reference(pairs: Pairs) -> History:
     return run_steps(pairs, steps=STEPS, batch=BATCH, mesh=mesh_of((1, 1, 1)))
 
 
-# What parity compares with PyTorch over as many steps, in CI too, is slow here.
+# Meshes and layouts that the parity check runs as many steps on, in CI too, are marked as slow.
 
 
 @pytest.mark.parametrize(
     "mesh", [pytest.param("fsdp=8", marks=pytest.mark.slow), "fsdp=4 x tensor=2", "data=2 x fsdp=4"]
 )
 def test_twenty_steps_give_the_same_losses_on_every_mesh(mesh: str, pairs: Pairs, reference: History) -> None:
-    found = run_steps(pairs, steps=STEPS, batch=BATCH, mesh=mesh_of(MESHES[mesh]))
-    np.testing.assert_allclose(found.values("loss"), reference.values("loss"), atol=1e-5)
-    np.testing.assert_allclose(found.values("grad_norm"), reference.values("grad_norm"), rtol=1e-4)
+    history = run_steps(pairs, steps=STEPS, batch=BATCH, mesh=mesh_of(MESHES[mesh]))
+    np.testing.assert_allclose(history.values("loss"), reference.values("loss"), atol=1e-5)
+    np.testing.assert_allclose(history.values("grad_norm"), reference.values("grad_norm"), rtol=1e-4)
     assert reference.values("loss")[-1] < 0.7 * reference.values("loss")[0]
 
 
@@ -66,8 +66,8 @@ def test_twenty_steps_give_the_same_losses_on_every_mesh(mesh: str, pairs: Pairs
 def test_twenty_steps_give_the_same_losses_in_every_layout(
     sharing: bool, packing: bool, pairs: Pairs, reference: History
 ) -> None:
-    found = run_steps(pairs, steps=STEPS, batch=BATCH, mesh=mesh_of((1, 1, 1)), sharing=sharing, packing=packing)
-    np.testing.assert_allclose(found.values("loss"), reference.values("loss"), atol=2e-5)
+    history = run_steps(pairs, steps=STEPS, batch=BATCH, mesh=mesh_of((1, 1, 1)), sharing=sharing, packing=packing)
+    np.testing.assert_allclose(history.values("loss"), reference.values("loss"), atol=2e-5)
 
 
 @pytest.mark.parametrize(("sharing", "packing"), LAYOUTS)
@@ -117,25 +117,25 @@ def test_a_run_of_varying_packs_compiles_three_programs(pairs: Pairs) -> None:
     plan = plan_of(pairs, mesh_of((1, 1, 1)), batch=7)
     steps = [build_step(plan, pairs, k) for k in range(plan.steps_per_epoch)]
     assert len({len(step.micro_batches) for step in steps}) > 1 and len({len(step.pairs) for step in steps}) > 1
-    found = run_steps(pairs, steps=len(steps), batch=7, mesh=mesh_of((1, 1, 1)))
-    assert found.programs == 3  # a step's first micro-batch, the later ones, the update
+    history = run_steps(pairs, steps=len(steps), batch=7, mesh=mesh_of((1, 1, 1)))
+    assert history.programs == 3  # a step's first micro-batch, the later ones, the update
 
 
 def test_keeping_the_logits_changes_no_number(pairs: Pairs, reference: History) -> None:
-    found = run_steps(pairs, steps=3, batch=BATCH, mesh=mesh_of((1, 1, 1)), logits_bytes=1 << 30)
-    np.testing.assert_allclose(found.values("loss"), reference.values("loss")[:3], rtol=1e-6)
-    np.testing.assert_allclose(found.values("grad_norm"), reference.values("grad_norm")[:3], rtol=1e-5)
+    history = run_steps(pairs, steps=3, batch=BATCH, mesh=mesh_of((1, 1, 1)), logits_bytes=1 << 30)
+    np.testing.assert_allclose(history.values("loss"), reference.values("loss")[:3], rtol=1e-6)
+    np.testing.assert_allclose(history.values("grad_norm"), reference.values("grad_norm")[:3], rtol=1e-5)
 
 
 def test_all_gradients_are_those_of_the_dense_oracle_on_separate_unpacked_rows(pairs: Pairs) -> None:
     # One step of plain gradient descent: the change of the parameters is the gradient.
     settings = {"steps": 1, "batch": BATCH, "optimizer": optax.sgd(1.0), "mesh": mesh_of((1, 1, 1))}
     oracle = run_steps(pairs, **settings, sharing=False, packing=False, attention="dense")
-    found = run_steps(pairs, **settings)
-    chex.assert_trees_all_close(found.params, oracle.params, atol=2e-6)
+    history = run_steps(pairs, **settings)
+    chex.assert_trees_all_close(history.params, oracle.params, atol=2e-6)
 
 
-# --- what the step compiles to
+# --- the compiled step
 
 LAYERS, WIDTH, INNER, BIG_VOCABULARY, LENGTH, TARGETS = 4, 128, 384, 8192, 256, 1024
 
@@ -148,7 +148,7 @@ def compiled_step(  # type: ignore[no-untyped-def]
     vocabulary: int = BIG_VOCABULARY,
     chunk: int = 128,
 ):
-    """The gradient step of a small model with a large vocabulary, compiled for a mesh."""
+    """Compiles the gradient step of a small model with a large vocabulary for a mesh."""
     mesh = mesh_of(sizes)
     model = tiny_model(
         dtype,
@@ -171,9 +171,9 @@ def compiled_step(  # type: ignore[no-untyped-def]
             model.abstract,
             model.shardings(mesh),
         )
-        one = jnp.ones(())
-        metrics = dict.fromkeys(OBJECTIVE.metrics, one)
-        lowered = functions.accumulate.lower(params, Accumulated(params, metrics), rows, Denominators(one, one))  # type: ignore[attr-defined]
+        scalar = jnp.ones(())
+        metrics = dict.fromkeys(OBJECTIVE.metrics, scalar)
+        lowered = functions.accumulate.lower(params, Accumulated(params, metrics), rows, Denominators(scalar, scalar))  # type: ignore[attr-defined]
         return lowered.compile()
 
 
@@ -184,32 +184,34 @@ def compiled(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
     return program, collectives(program.as_text()), sizes
 
 
-def of_shape(found: list[Collective], kind: str, shape: tuple[int, ...]) -> list[Collective]:
-    return [c for c in found if c.kind == kind and shape in c.shapes]
+def of_shape(step_collectives: list[Collective], kind: str, shape: tuple[int, ...]) -> list[Collective]:
+    return [c for c in step_collectives if c.kind == kind and shape in c.shapes]
 
 
 def test_layer_parameters_are_gathered_once_per_pass_for_both_responses(compiled) -> None:  # type: ignore[no-untyped-def]
-    _, found, (_, _, tensor) = compiled
+    _, step_collectives, (_, _, tensor) = compiled
     for shape in [(WIDTH, INNER // tensor), (INNER // tensor, WIDTH)]:
-        gathers = of_shape(found, "all-gather", shape)
+        gathers = of_shape(step_collectives, "all-gather", shape)
         count = 2 if shape[0] == WIDTH else 1  # gate and up have one shape, down the other
         assert sum(c.times for c in gathers) == 2 * LAYERS * count  # one forward, one backward
 
 
 def test_the_loss_head_is_gathered_once_per_pass_and_its_gradient_scattered_once(compiled) -> None:  # type: ignore[no-untyped-def]
-    _, found, (_, fsdp, tensor) = compiled
-    gathers = of_shape(found, "all-gather", (BIG_VOCABULARY // tensor, WIDTH))
+    _, step_collectives, (_, fsdp, tensor) = compiled
+    gathers = of_shape(step_collectives, "all-gather", (BIG_VOCABULARY // tensor, WIDTH))
     assert 1 <= sum(c.times for c in gathers) <= 2
-    scatters = of_shape(found, "reduce-scatter", (BIG_VOCABULARY // tensor, WIDTH // fsdp))
+    scatters = of_shape(step_collectives, "reduce-scatter", (BIG_VOCABULARY // tensor, WIDTH // fsdp))
     assert sum(c.times for c in scatters) == 1
     # Nothing of the head's size, whole or in part, is reduced in a loop over chunks.
-    in_loops = [c for c in found if c.times > 1 and any(BIG_VOCABULARY // tensor in shape for shape in c.shapes)]
+    in_loops = [
+        c for c in step_collectives if c.times > 1 and any(BIG_VOCABULARY // tensor in shape for shape in c.shapes)
+    ]
     assert in_loops == []
 
 
 def test_no_activations_travel_over_fsdp_but_the_embeddings_own(compiled) -> None:  # type: ignore[no-untyped-def]
-    _, found, (_, _, tensor) = compiled
-    hidden = [c for c in found if any(len(s) == 3 and s[1] == LENGTH for s in c.shapes)]
+    _, step_collectives, (_, _, tensor) = compiled
+    hidden = [c for c in step_collectives if any(len(s) == 3 and s[1] == LENGTH for s in c.shapes)]
     if tensor == 1:
         assert {c.kind for c in hidden} == {"all-to-all"} and sum(c.times for c in hidden) == 2
     else:  # tensor parallelism sums each block's output; nothing is gathered
@@ -217,9 +219,11 @@ def test_no_activations_travel_over_fsdp_but_the_embeddings_own(compiled) -> Non
 
 
 def test_the_log_sum_exp_is_reduced_once_per_pass_and_only_over_several_devices(compiled) -> None:  # type: ignore[no-untyped-def]
-    _, found, (_, _, tensor) = compiled
+    _, step_collectives, (_, _, tensor) = compiled
     # Maxima and sums of all states, and the logits of their targets in a device's row.
-    sums = [c for c in found if c.kind == "all-reduce" and any(s in ((TARGETS,), (1, TARGETS)) for s in c.shapes)]
+    sums = [
+        c for c in step_collectives if c.kind == "all-reduce" and any(s in ((TARGETS,), (1, TARGETS)) for s in c.shapes)
+    ]
     assert {c.times for c in sums} <= {1}
     assert sum(len(c.shapes) for c in sums) == (3 if tensor > 1 else 0)
 
@@ -230,7 +234,7 @@ def test_no_array_of_targets_by_vocabulary_is_alive(compiled) -> None:  # type: 
 
 
 def test_no_copy_of_the_layers_or_second_float32_copy_of_the_head_is_alive_in_bfloat16() -> None:
-    """By how the temporaries of a step grow with the layers and the vocabulary; the float32 masters are arguments."""
+    """Measures how the temporaries of a step grow with the layers and the vocabulary; float32 masters are arguments."""
 
     def temporaries(**changes: int) -> int:
         program = compiled_step((1, 1, 1), False, "bfloat16", chunk=16, **changes)  # type: ignore[arg-type]

@@ -46,9 +46,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trl_history(start: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What TRL logs for each step."""
+    """The records that TRL logs for each step."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TRL's and the Trainer's own, about their future
+        warnings.simplefilter("ignore")  # TRL and the Trainer warn about their own future
         from datasets import Dataset
         from transformers import AutoModelForCausalLM
         from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -114,8 +114,8 @@ def test_ten_steps_follow_trls_losses_and_gradient_norms(
     ours = read_metrics(tmp_path / "run")
     assert len(ours) == len(trl_history) == STEPS
     for name, bound in (("loss", {"atol": 1e-3}), ("grad_norm", {"rtol": 0.01}), ("rewards/margins", {"atol": 1e-3})):
-        found, oracle = (np.array([record[name] for record in records], float) for records in (ours, trl_history))
-        distance = np.abs(found - oracle)
+        values, oracle = (np.array([record[name] for record in records], float) for records in (ours, trl_history))
+        distance = np.abs(values - oracle)
         print(f"{name}: largest distance {distance.max():.1e}, relative {(distance / np.abs(oracle)).max():.1e}")
-        np.testing.assert_allclose(found, oracle, **bound)
+        np.testing.assert_allclose(values, oracle, **bound)
     assert ours[-1]["loss"] < ours[0]["loss"]
