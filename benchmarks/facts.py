@@ -1,4 +1,4 @@
-"""Where and with what a benchmark ran, and how much memory a process took. Imports neither jax nor torch."""
+"""Describes the machine and the versions of a benchmark, and measures a process's memory. Imports no jax, no torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "trl", "
 
 
 def machine_facts(device: str) -> dict[str, str]:
-    """Machine, versions, date and commit, as every result states them.
+    """Returns machine, versions, date and commit, as every result states them.
 
     Args:
-        device: what computed, as the framework names it.
+        device: the computing device, as its framework names it.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
@@ -32,12 +32,12 @@ def machine_facts(device: str) -> dict[str, str]:
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Returns the number of cores this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def commit() -> str:
-    """The checkout's commit, marked where files differ from it."""
+    """Returns the checkout's commit, with a mark if files differ from it."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty= with changes", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -47,41 +47,41 @@ def commit() -> str:
 
 def _processor() -> str:
     try:
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1] if found else platform.machine()
+        model = None
+    return model[1] if model else platform.machine()
 
 
 def _versions() -> list[str]:
-    found = []
+    installed = []
     for name in _PACKAGES:
         try:
-            found.append(f"{name} {metadata.version(name)}")
+            installed.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def peak_resident_bytes() -> int:
-    """Most memory this process has held at once since it began, or since `forget_peak`; Linux only.
+    """Returns the most memory this process has held at once since it began, or since `forget_peak`; Linux only.
 
-    Not `ru_maxrss`: that is handed down by whoever started the process.
+    `ru_maxrss` would not do, because a process inherits it from its parent.
     """
     return _status_bytes("VmHWM")
 
 
 def resident_bytes() -> int:
-    """Memory this process holds now, mapped pages of files included; Linux only."""
+    """Returns the memory this process holds, mapped pages of files included; Linux only."""
     return _status_bytes("VmRSS")
 
 
 def _status_bytes(name: str) -> int:
-    found = re.search(rf"^{name}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+    kib = re.search(rf"^{name}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert kib is not None
+    return int(kib[1]) * 1024
 
 
 def forget_peak() -> None:
-    """Lets `peak_resident_bytes` count from now on."""
+    """Resets the peak, so that `peak_resident_bytes` counts from this call on."""
     Path("/proc/self/clear_refs").write_text("5")

@@ -1,7 +1,7 @@
 """Does the host keep up? How fast are steps planned and built, and how long does the device wait for them?
 
-Plans every step of an epoch of 60,000 pairs, and builds its rows, on one core without any device. Then trains a small
-model for some steps as a run does, rows built ahead by a thread, and counts the time the loop waits for the next ones.
+Plans every step of an epoch of 60,000 pairs and builds its rows on one core, without any device. Then trains a small
+model for some steps as a run does, while a thread builds rows ahead, and measures how long the loop waits for rows.
 
 Expected: thousands of pairs a second, beyond what a host's accelerators consume (about 100 pairs/s for 8B on 8 H100);
 the loop waits less than 1 % of the time.
@@ -46,20 +46,20 @@ def main(
     if quick:
         pairs, model, steps, batch, profiles = 500, "tiny", 3, 16, ["hh-rlhf"]
     policy = Model(read_model_config(model_mapping(model)), "float32", "none")
-    found = {profile: _host(policy, profile, pairs, batch) for profile in profiles}
+    host = {profile: _host(policy, profile, pairs, batch) for profile in profiles}
     waiting = _idle(policy, profiles[0], batch, steps)
     rows = [
         (
             profile,
-            f["shape_seconds"],
-            pairs / f["plan_seconds"],
-            pairs / f["build_seconds"],
-            f["tokens"] / f["build_seconds"],
+            measured["shape_seconds"],
+            pairs / measured["plan_seconds"],
+            pairs / measured["build_seconds"],
+            measured["tokens"] / measured["build_seconds"],
         )
-        for profile, f in found.items()
+        for profile, measured in host.items()
     ]
     columns = ("pairs", "row shape chosen, s", "planned, pairs/s", "built, pairs/s", "built, tokens/s")
-    note = "Built: planned, read from memory and laid out in rows. One core, shared and packed."
+    note = "Built: planned, read from memory and laid out in rows, on one core, shared and packed."
     idle = (
         f"{steps} steps of {batch} {profiles[0]} pairs with {model}: {waiting['seconds']:.3g} s, of which the loop "
         f"waited {waiting['waited']:.3g} s for rows: {percent(waiting['waited'] / waiting['seconds'])}. Building them "
@@ -67,7 +67,7 @@ def main(
     )
     tables = [Table(f"The host's work for {pairs:,} pairs, {batch} a step", columns, rows, note)]
     tables.append(Table("A short run", ("seconds", "waited for rows", "idle share"), [_row(waiting)], idle))
-    data: dict[str, Any] = {"pairs": pairs, "batch": batch, "host": found, "run": waiting}
+    data: dict[str, Any] = {"pairs": pairs, "batch": batch, "host": host, "run": waiting}
     about = "Planning, packing and building rows without a device, and how long a device waits for them."
     Result(name, "The host", about, machine_facts(device_name()), tables, data).write(output)
 
@@ -93,7 +93,7 @@ def _host(model: Model, profile: str, count: int, batch: int) -> dict[str, float
 
 
 def _idle(model: Model, profile: str, batch: int, steps: int) -> dict[str, float]:
-    """A run of steps after one that compiles, rows built ahead as in a real run."""
+    """Runs steps after one that compiles, with rows built ahead as in a training run, and measures the waiting."""
     pool = profile_pairs(PROFILES[profile], batch * (steps + 1), model.config.vocab_size)
     mesh = one_device()
     plan = make_plan(model, pool, "shared+packed", batch=batch)
@@ -106,10 +106,10 @@ def _idle(model: Model, profile: str, batch: int, steps: int) -> dict[str, float
         started = time.perf_counter()
         with closing(step_batches(plan, pool, range(1, steps + 1))) as batches:
             for _ in range(steps):
-                asked = time.perf_counter()
-                batch_rows = next(batches)
-                waited += time.perf_counter() - asked
-                trainee.compute(weights, batch_rows)
+                wait_started = time.perf_counter()
+                step_batch = next(batches)
+                waited += time.perf_counter() - wait_started
+                trainee.compute(weights, step_batch)
         seconds = time.perf_counter() - started
     building = seconds_of(lambda: [trainee.build(k + 1) for k in range(steps)])
     return {"seconds": seconds, "waited": waited, "building": building}

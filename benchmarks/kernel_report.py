@@ -1,8 +1,8 @@
-"""Do our attention kernels compile for an H100, and what do they take of it?
+"""Do our attention kernels compile for an H100, and how much of its registers and shared memory do they need?
 
-Compiles the forward and backward kernels of `attention: pallas` for an H100 that need not be there, and reports of each
-kernel the registers, what the assembler had to spill, the shared memory, and its tensor core instructions. Nothing is
-run: this shows that the kernels fit the hardware, not how fast they are.
+Compiles the forward and backward kernels of `attention: pallas` for an H100, which the machine need not have, and
+reports for each kernel the registers, the spilled bytes, the shared memory and the tensor core instructions. Nothing is
+run: the report shows that the kernels fit the hardware, not how fast they are.
 
 Expected: every combination compiles without complaint; no kernel asks for more than the 227 KiB of shared memory a
 Hopper block may have; heads of up to 128 in bfloat16 spill less than 100 bytes a lane, no kernel more than 500.
@@ -27,7 +27,7 @@ from benchmarks.facts import machine_facts
 from benchmarks.results import Result, Table
 
 ROWS, LENGTH, HEADS, KV_HEADS = 2, 1024, 8, 2
-# Masks and caps as models have them: none (Llama), a window (Mistral), window and cap (Gemma 2).
+# Windows and caps of published models: none (Llama), a window (Mistral), window and cap (Gemma 2).
 VARIANTS: dict[str, tuple[int | None, float | None]] = {
     "plain": (None, None),
     "window": (512, None),
@@ -42,14 +42,14 @@ COMPLAINTS = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the assembler and the compiler say about one kernel.
+    """The report of the assembler and the compiler about one kernel.
 
     Attributes:
-        registers: a lane, at launch; warpgroups then trade theirs (240 for one that computes, 24 for the one that
-            fetches), and it is by those numbers that the assembler allots and spills.
-        shared_bytes: of a block of threads.
-        wgmma: tensor core instructions in the program text.
-        complaints: of the assembler, that it left the trade of registers out or lets products wait for each other.
+        registers: registers of a lane at launch. Warpgroups then trade registers (240 for one that computes, 24 for
+            the one that fetches), and the assembler allots and spills by those numbers.
+        shared_bytes: shared memory of a block of threads.
+        wgmma: number of tensor core instructions in the program text.
+        complaints: warnings of the assembler that it ignored the trade of registers or serialised products.
     """
 
     dtype: str
@@ -70,13 +70,13 @@ def main(
 ) -> None:
     """Compiles the kernels and writes the report."""
     with tempfile.TemporaryDirectory() as folder:
-        # Read by Mosaic GPU when it compiles; must be set before jax is imported.
+        # Mosaic GPU reads these when it compiles. They must be set before jax is imported.
         os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"}
         device = _device()
-        from jax_simpo.ops.attention.choice import PALLAS_HEADS
+        from jax_simpo.ops.attention.pallas.backend import HEAD_SIZES
 
         kernels = []
-        for dtype, sizes in [("bfloat16", (128,))] if quick else PALLAS_HEADS.items():
+        for dtype, sizes in [("bfloat16", (128,))] if quick else HEAD_SIZES.items():
             for size in sizes:
                 for variant in VARIANTS:
                     _compile(device, dtype, size, variant)
@@ -95,14 +95,14 @@ def main(
     ]
     rows = [[*_row(kernel), "; ".join(kernel.complaints) or "none"] for kernel in kernels]
     note = (
-        "Registers are those a lane has at launch, three warpgroups sharing 64k a block; those that compute then take "
-        "240, the one that fetches keeps 24. Spilled bytes are a lane's, written once where they stand in the program. "
-        "A block may have 227 KiB of shared memory."
+        "Registers: of a lane at launch, when three warpgroups share the 64k of a block; the warpgroups that compute "
+        "then take 240, the one that fetches keeps 24. Spilled bytes: of a lane, counted once per store in the program "
+        "text. A block may have 227 KiB of shared memory."
     )
     Result(
         name="kernel_report",
-        title="What the attention kernels take of an H100",
-        about="Compiled for an H100 without one; nothing was run. " + _about(),
+        title="Registers and shared memory of the attention kernels on an H100",
+        about="Compiled for an H100, not run. " + _about(),
         facts=machine_facts(f"none; compiled for {device.device_kind}") | {"cuda": _versions()},
         tables=[Table("Kernels", columns, rows, note)],
         data=[asdict(kernel) for kernel in kernels],
@@ -125,7 +125,7 @@ def _versions() -> str:
 
 
 def _device() -> Any:
-    """An H100 to compile for."""
+    """Returns an H100 to compile for, which the machine need not have."""
     from jax_simpo.errors import PlanError
     from jax_simpo.plan.topology import Topology
 
@@ -141,41 +141,40 @@ def _compile(device: Any, dtype: str, size: int, variant: str) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jax_simpo.ops.attention.pallas import kernel
+    from jax_simpo.ops.attention import attention, prepare_mask
 
     window, softcap = VARIANTS[variant]
 
     def attend_and_back(q: Any, k: Any, v: Any, key_end: Any, positions: Any, dout: Any) -> Any:
-        bounds = kernel.prepare(key_end, positions, window)
+        mask = prepare_mask(key_end, positions, (window,), "pallas")
 
         def attend(q: Any, k: Any, v: Any) -> Any:
-            options = {"scale": size**-0.5, "window": window, "softcap": softcap}
-            return kernel.attention(q, k, v, key_end, positions, bounds, **options)
+            return attention(q, k, v, mask, scale=size**-0.5, window=window, softcap=softcap)
 
         out, pull = jax.vjp(attend, q, k, v)
         return out, pull(dout)
 
-    there = jax.sharding.SingleDeviceSharding(device)
+    sharding = jax.sharding.SingleDeviceSharding(device)
 
     def array(heads: int | None) -> jax.ShapeDtypeStruct:
         if heads is None:
-            return jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=there)
-        return jax.ShapeDtypeStruct((ROWS, LENGTH, heads, size), dtype, sharding=there)
+            return jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=sharding)
+        return jax.ShapeDtypeStruct((ROWS, LENGTH, heads, size), dtype, sharding=sharding)
 
     shapes = [array(heads) for heads in (HEADS, KV_HEADS, KV_HEADS, None, None, HEADS)]
     jax.jit(attend_and_back).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
 
 
 def _kernels(folder: Path, dtype: str, size: int, variant: str) -> Iterator[Kernel]:
-    """Reads, and removes, what Mosaic GPU dumped of each kernel: the assembler's report, its input, the compiler's."""
+    """Reads and removes the files that Mosaic GPU dumped for each kernel, such as the assembler's report."""
     for report in sorted(folder.glob("*.ptxas")):
         assembled = report.read_text()
         ptx, passes = report.with_suffix(".ptx"), report.with_suffix(".mlir-passes.log")
 
         def number(pattern: str, text: str = assembled) -> int:
-            found = re.search(pattern, text)
-            assert found is not None, f"{pattern} not in the assembler's report: {text}"
-            return int(found[1])
+            match = re.search(pattern, text)
+            assert match is not None, f"{pattern} not in the assembler's report: {text}"
+            return int(match[1])
 
         with passes.open(errors="replace") as lines:  # tens of MB
             launch = next(line for line in lines if re.search(r"dynamic_shared_memory_size %c\d+_i32", line))

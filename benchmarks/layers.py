@@ -1,13 +1,13 @@
-"""Where in a layer does prefix sharing pay, and which attention kernel is fastest under the mask it needs?
+"""In which parts of a layer does prefix sharing pay, and which attention kernel is fastest under its mask?
 
-The paper's Figures 3 to 5: forward and backward of the MLP, of attention alone and of a layer's whole attention part,
-for one pair as two sequences and with its prefix computed once; prefixes of 128 to 16k tokens, several response
-lengths, Mistral-7B's shapes. Speed-ups stand beside the ideals 2(p+c)/(p+2c) (linear parts) and
-2(p+c)²/(p²+4pc+2c²) (attention). Each of our implementations is timed, and on PyTorch's side FlexAttention, SDPA and
+Repeats Figures 3 to 5 of the prefix-sharing paper: forward and backward of the MLP, of attention alone and of a layer's
+whole attention part, for one pair as two sequences and with its prefix computed once; prefixes of 128 to 16k tokens,
+several response lengths, Mistral-7B's shapes. Speed-ups stand beside the ideals 2(p+c)/(p+2c) (linear parts) and
+2(p+c)²/(p²+4pc+2c²) (attention). The script times all our implementations, and PyTorch's FlexAttention, SDPA and
 flash-attn where they run. JAX and PyTorch run in processes of their own, a cell at a time in turns.
 
-Expected: near the ideal from a prefix of some 1000 tokens on; at short ones the blocks of 128 that are mixed cost what
-whole ones do.
+Expected: near the ideal from a prefix of some 1000 tokens on. With shorter prefixes the blocks of 128 that are partly
+masked cost as much as whole ones.
 
 Takes about 21 minutes on two CPU cores with `--model small --dtype float32 --response 128 --response 512 --rounds 3` (5
 with prefixes up to 2048; `--quick`: one minute). On a GPU it has not run yet.
@@ -33,9 +33,9 @@ from benchmarks.workers import Worker, WorkerFailed
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.config import ModelConfig
 
-Ideal = Callable[[str, int, int], float]  # of a part, at a prefix and a response length
+Ideal = Callable[[str, int, int], float]  # part, prefix length, response length -> ideal speed-up
 PARTS = ("mlp", "attention", "attention layer")
-_QUIETLY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 def main(
@@ -59,7 +59,7 @@ def main(
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as logs:
         sides = {
-            side: Worker(["benchmarks.layers_sides", side, model, dtype], Path(logs) / f"{side}.log", _QUIETLY)
+            side: Worker(["benchmarks.layers_sides", side, model, dtype], Path(logs) / f"{side}.log", _ENVIRONMENT)
             for side in ("jax", "torch")
         }
         try:
@@ -67,16 +67,16 @@ def main(
             ask = {"do": "time", "implementations": implementation or facts["implementations"], "rounds": rounds}
             for p in prefixes:
                 for c in responses:
-                    found: dict[str, Any] = {}
+                    times: dict[str, Any] = {}
                     for side, worker in sides.items():
                         if side in failed:
                             continue
                         try:
-                            found |= worker.ask(prefix=p, response=c, **ask)
+                            times |= worker.ask(prefix=p, response=c, **ask)
                         except WorkerFailed as error:
                             failed[side] = str(error)
                             print(f"{side}: {error}", flush=True)
-                    cells.append({"prefix": p, "response": c, "times": found})
+                    cells.append({"prefix": p, "response": c, "times": times})
                     print(f"prefix {p}, response {c}: done", flush=True)
         finally:
             for worker in sides.values():
@@ -98,14 +98,14 @@ def main(
 
 
 def _pairs_of(cell: Mapping[str, Any]) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
-    """(part, implementation) -> seconds separate and shared, of those that ran both."""
-    times = {tuple(label.split("/")): found.get("seconds") for label, found in cell["times"].items()}
-    found = {}
+    """Returns (part, implementation) -> seconds separate and shared, for those that ran both."""
+    times = {tuple(label.split("/")): timing.get("seconds") for label, timing in cell["times"].items()}
+    pairs = {}
     for part, implementation, layout in times:
         separate, shared = (times.get((part, implementation, which)) for which in ("separate", "shared"))
         if layout == "shared" and separate and shared:
-            found[part, implementation] = separate, shared
-    return found
+            pairs[part, implementation] = separate, shared
+    return pairs
 
 
 def _ideal(config: ModelConfig, part: str, prefix: int, response: int) -> float:
@@ -120,8 +120,8 @@ def _speed_ups(cells: list[dict[str, Any]], ideal_of: Ideal) -> Table:
         p, c = cell["prefix"], cell["response"]
         for (part, implementation), (separate, shared) in sorted(_pairs_of(cell).items()):
             ideal = ideal_of(part, p, c)
-            found = speed_up(separate, shared)
-            rows.append((p, c, part, implementation, ideal, found, f"{100 * found / ideal:.0f} %"))
+            measured = speed_up(separate, shared)
+            rows.append((p, c, part, implementation, ideal, measured, f"{100 * measured / ideal:.0f} %"))
     columns = ("prefix", "response", "part", "implementation", "ideal", "measured", "of ideal")
     note = (
         "The ideal of the attention layer (attention with its projections) is that of its floating-point operations. "
@@ -131,7 +131,7 @@ def _speed_ups(cells: list[dict[str, Any]], ideal_of: Ideal) -> Table:
 
 
 def _times(cells: list[dict[str, Any]]) -> Table:
-    """Milliseconds of attention alone."""
+    """Makes a table of the milliseconds of attention alone."""
     names = sorted({tuple(label.split("/")[1:]) for cell in cells for label in cell["times"] if "attention/" in label})
     rows = []
     for cell in cells:
@@ -152,9 +152,9 @@ def _draw(output: Path, name: str, cells: list[dict[str, Any]], ideal_of: Ideal)
                 ax.plot([x["prefix"] for x in column], [ideal_of(part, x["prefix"], c) for x in column], f"C{number}:")
                 best = {}
                 for cell in column:
-                    found = [(sum(s[1]), speed_up(*s)) for (what, _), s in _pairs_of(cell).items() if what == part]
-                    if found:
-                        best[cell["prefix"]] = min(found)[1]  # of the implementation that is fastest when shared
+                    speed_ups = [(sum(s[1]), speed_up(*s)) for (p, _), s in _pairs_of(cell).items() if p == part]
+                    if speed_ups:
+                        best[cell["prefix"]] = min(speed_ups)[1]  # of the implementation that is fastest when shared
                 ax.plot(list(best), list(best.values()), f"C{number}o-", label=f"responses of {c}")
             ax.set_title(part)
             ax.set_xscale("log", base=2)

@@ -1,7 +1,7 @@
-"""The two sides of `benchmarks.layers`, each in a process of its own: `python -m benchmarks.layers_sides jax|torch`.
+"""Runs the sides of `benchmarks.layers`, each in a process of its own: `python -m benchmarks.layers_sides jax|torch`.
 
-A request names a cell (prefix and response lengths), the answer has seconds of forward plus backward of every part and
-implementation that runs there, separate and shared, in turns.
+A request names a cell (prefix and response lengths). The answer has the seconds of forward plus backward of every part
+and implementation that runs on the device, separate and shared, in turns.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ import numpy as np
 from benchmarks.timing import in_turns, seconds_of
 from benchmarks.workers import Requests
 
-# Elsewhere an implementation is missing, or interpreted and no measure of anything.
+# Implementations by platform. On other platforms they are missing, or interpreted and too slow to measure.
 RUNS_ON = {
     "cpu": ("dense", "blockwise"),
     "gpu": ("dense", "blockwise", "pallas", "cudnn"),
     "tpu": ("dense", "blockwise", "splash"),
 }
-# Scores of all heads: more would fill a device, whose memory holds some eight copies of them on the way back.
+# The most scores of all heads. A device holds some eight copies of them in the backward pass.
 DENSE_LIMIT = {"cpu": 2**28, "gpu": 2**30, "tpu": 2**28}
 
 
 def layouts(prefix: int, response: int) -> dict[str, list[np.ndarray]]:
-    """`key_end` and positions [1, L] of one pair as two sequences in a row, and with its prefix shared."""
-    whole = prefix + response
-    separate = np.repeat([whole, 2 * whole], whole), np.tile(np.arange(whole), 2)
-    ends = np.repeat([whole + response, whole, whole + response], [prefix, response, response])
-    shared = ends, np.concatenate([np.arange(whole), np.arange(prefix, whole)])
+    """Returns `key_end` and positions [1, L] of one pair as two sequences in a row, and with its prefix shared."""
+    length = prefix + response
+    separate = np.repeat([length, 2 * length], length), np.tile(np.arange(length), 2)
+    ends = np.repeat([length + response, length, length + response], [prefix, response, response])
+    shared = ends, np.concatenate([np.arange(length), np.arange(prefix, length)])
     rows = {"separate": separate, "shared": shared}
     return {name: [array.astype(np.int32)[None] for array in row] for name, row in rows.items()}
 
 
 def time_all(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Any]:
-    """Seconds of each run, after one that compiles; what fails is named with the reason."""
+    """Times each run after one that compiles. A run that fails gets the reason instead."""
     working: dict[str, Callable[[], object]] = {}
-    found: dict[str, Any] = {}
+    timings: dict[str, Any] = {}
     for name, run in runs.items():
         try:
             run()
             working[name] = run
-        except Exception as error:  # out of memory, or a kernel that this device has not: the others go on
-            found[name] = {"failed": f"{type(error).__name__}: {error}".partition("\n")[0][:200]}
+        except Exception as error:  # out of memory, or no kernel for this device: go on with the others
+            timings[name] = {"failed": f"{type(error).__name__}: {error}".partition("\n")[0][:200]}
     if working:
         seconds = in_turns({name: partial(_timed, run) for name, run in working.items()}, rounds)
-        found |= {name: {"seconds": taken} for name, taken in seconds.items()}
-    return found
+        timings |= {name: {"seconds": values} for name, values in seconds.items()}
+    return timings
 
 
 def _timed(run: Callable[[], object], _: int) -> float:
@@ -57,7 +57,7 @@ def _timed(run: Callable[[], object], _: int) -> float:
 
 
 def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Our MLP, our attention implementations, and a layer's attention with its projections around each."""
+    """Times our MLP, our attention implementations, and a layer's attention with its projections around each."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -66,12 +66,12 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
     from jax_simpo.hf.config import read_model_config
     from jax_simpo.models.rope import rope_tables
     from jax_simpo.models.transformer import MLP, Attention
-    from jax_simpo.ops.attention import IMPLEMENTATIONS, attention, prepare_mask
+    from jax_simpo.ops.attention import BACKENDS, attention, prepare_mask
 
     config = read_model_config(mapping)
     mlp, mlp_params = nnx.split(MLP(config, nnx.Rngs(0)))
     layer, layer_params = nnx.split(Attention(config, nnx.Rngs(0)))
-    here = [name for name in IMPLEMENTATIONS if name in RUNS_ON[jax.default_backend()]]
+    implementations = [name for name in BACKENDS if name in RUNS_ON[jax.default_backend()]]
 
     def random(*shape: int) -> Any:
         return jax.random.normal(jax.random.key(len(shape)), shape, jnp.dtype(dtype))
@@ -80,18 +80,18 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
         run = jax.jit(jax.grad(lambda *a: forward(*a).astype(jnp.float32).sum(), tuple(range(len(arguments)))))
         return lambda: jax.block_until_ready(run(*arguments))
 
-    def alone(key_end: Any, positions: Any, which: str, q: Any, k: Any, v: Any) -> Any:
+    def attend(key_end: Any, positions: Any, which: str, q: Any, k: Any, v: Any) -> Any:
         mask = prepare_mask(key_end, positions, (None,), which, sequences=2)
         return attention(q, k, v, mask, scale=config.head_dim**-0.5)
 
-    def whole(key_end: Any, positions: Any, which: str, x: Any, params: Any) -> Any:
+    def attention_layer(key_end: Any, positions: Any, which: str, x: Any, params: Any) -> Any:
         mask = prepare_mask(key_end, positions, (None,), which, sequences=2)
         rope = rope_tables(config.rope, config.head_dim, positions, x.dtype)
         return nnx.merge(layer, params)(x, rope, mask, None)
 
     def handle(request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "facts":
-            return {"device": device_name(), "implementations": here}
+            return {"device": device_name(), "implementations": implementations}
         runs: dict[str, Callable[[], object]] = {}
         for name, row in layouts(request["prefix"], request["response"]).items():
             key_end, positions = (jnp.asarray(array) for array in row)
@@ -103,16 +103,16 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
             for which in request["implementations"]:
                 if which == "dense" and config.num_heads * length**2 > DENSE_LIMIT[jax.default_backend()]:
                     continue
-                at = key_end, positions, which
-                runs[f"attention/{which}/{name}"] = gradient(partial(alone, *at), q, k, v)
-                runs[f"attention layer/{which}/{name}"] = gradient(partial(whole, *at), x, layer_params)
+                masked = key_end, positions, which
+                runs[f"attention/{which}/{name}"] = gradient(partial(attend, *masked), q, k, v)
+                runs[f"attention layer/{which}/{name}"] = gradient(partial(attention_layer, *masked), x, layer_params)
         return time_all(runs, request["rounds"])
 
     return handle
 
 
 def torch_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """FlexAttention under the same masks, PyTorch's SDPA (its flash kernel on a GPU), and flash-attn if installed."""
+    """Times FlexAttention under the same masks, PyTorch's SDPA (flash kernel on a GPU), and flash-attn if installed."""
     from importlib.util import find_spec
 
     import torch
@@ -157,23 +157,23 @@ def torch_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]]
 
                 runs[f"attention/flex/{name}"] = gradient(flexed, q, k, v)
             elif heads * length**2 <= DENSE_LIMIT["cpu"]:
-                seen = mask.sdpa_mask(None)
+                visible = mask.sdpa_mask(None)
 
-                def masked(q: Any, k: Any, v: Any, seen: Any = seen) -> Any:
+                def masked(q: Any, k: Any, v: Any, visible: Any = visible) -> Any:
                     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-                    return sdpa_attention(q, k, v, seen, scale)
+                    return sdpa_attention(q, k, v, visible, scale)
 
                 runs[f"attention/torch sdpa, mask/{name}"] = gradient(masked, q, k, v)
-        whole = prefix + response
-        q, k, v = random(2, heads, whole, width), *(random(2, heads // groups, whole, width) for _ in range(2))
+        length = prefix + response
+        q, k, v = random(2, heads, length, width), *(random(2, heads // groups, length, width) for _ in range(2))
         causal = lambda q, k, v: sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True)  # noqa: E731
         runs["attention/torch sdpa, causal/separate"] = gradient(causal, q, k, v)
         if flash:
             from flash_attn import flash_attn_func  # type: ignore[import-not-found]
 
-            lying = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
+            transposed = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
             call = lambda q, k, v: flash_attn_func(q, k, v, causal=True, softmax_scale=scale)  # noqa: E731
-            runs["attention/flash-attn/separate"] = gradient(call, *lying)
+            runs["attention/flash-attn/separate"] = gradient(call, *transposed)
         return time_all(runs, request["rounds"])
 
     return handle

@@ -1,7 +1,7 @@
-"""The pairs that benchmarks run on: six length profiles of the prefix-sharing paper, or a file of real pairs.
+"""Makes the pairs that benchmarks run on: from six length profiles of the prefix-sharing paper, or a file of pairs.
 
-A profile is known by two medians of its dataset: `length` of prompt plus response, and `ratio` of prompt to response
-(Wang and Hegde, "Accelerating Direct Preference Optimization with Prefix Sharing", arXiv 2410.20305).
+A profile has two medians of its dataset: `length` of prompt plus response, and `ratio` of prompt to response (Wang and
+Hegde, "Accelerating Direct Preference Optimization with Prefix Sharing", arXiv 2410.20305).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from jaxtyping import Int
 
 from jax_simpo.data.pairs import PairLengths, Response, TokenizedPair
 
-SIGMA = 0.5  # of the logarithm of a length
-CUT = 4  # no prompt and no response is longer than this many medians
+SIGMA = 0.5  # standard deviation of the logarithm of a length
+CUT = 4  # the longest prompts and responses, in medians
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Median lengths of a dataset's pairs, and the paper's speed-up of sharing there.
+    """Median lengths of a dataset's pairs, and the speed-up of sharing that the paper reports for it.
 
     `paper` is samples/s of FlexAttention with sharing over FlashAttention 3, both packed, on 8 H100; `paper_unpacked`
-    the same without packing.
+    is the same without packing.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Profile:
 
     @property
     def prompt(self) -> float:
-        """Median prompt, in tokens."""
+        """Median length of a prompt, in tokens."""
         return self.length * self.ratio / (1 + self.ratio)
 
     @property
     def response(self) -> float:
-        """Median response, in tokens."""
+        """Median length of a response, in tokens."""
         return self.length / (1 + self.ratio)
 
 
@@ -78,33 +78,36 @@ class Pairs:
 
 
 def draw_lengths(profile: Profile, count: int, seed: int = 0) -> Int[np.ndarray, "P 3"]:
-    """Lengths of the prompt, chosen and rejected of `count` pairs: log-normal with these medians, cut at four times."""
+    """Draws lengths of prompts, chosen and rejected responses: log-normal with these medians, cut at four times."""
     medians = np.array([profile.prompt, profile.response, profile.response])
     draws = np.random.default_rng(seed).lognormal(np.log(medians), SIGMA, (count, 3))
     return np.maximum(1, np.minimum(draws, CUT * medians).round()).astype(np.int64)
 
 
 def profile_pairs(profile: Profile, count: int, vocabulary: int, seed: int = 0) -> Pairs:
-    """Random tokens in a profile's lengths. Responses differ from the first token on: exactly the prompt is shared."""
+    """Makes pairs of random tokens in a profile's lengths.
+
+    The first tokens of a pair's responses differ, so the pair shares exactly its prompt.
+    """
     rng = np.random.default_rng((seed, 1))
     pairs = []
     for lengths in draw_lengths(profile, count, seed):
         prompt, chosen, rejected = (rng.integers(1, vocabulary, n, np.int32) for n in lengths)
         rejected[0] = chosen[0] % (vocabulary - 1) + 1
-        both = (Response(np.concatenate([prompt, answer]), len(prompt)) for answer in (chosen, rejected))
-        pairs.append(TokenizedPair(tuple(both)))
+        responses = (Response(np.concatenate([prompt, answer]), len(prompt)) for answer in (chosen, rejected))
+        pairs.append(TokenizedPair(tuple(responses)))
     return Pairs(pairs)
 
 
 def read_pairs(file: Path, tokenizer: str, count: int, vocabulary: int | None = None) -> Pairs:
-    """The first pairs of a JSONL file, tokenised as for training.
+    """Reads the first pairs of a JSONL file and tokenises them as for training.
 
     Args:
-        file: one pair with `chosen` and `rejected` conversations a line.
+        file: a file with one pair a line, `chosen` and `rejected` conversations.
         tokenizer: a folder or hub id.
-        count: how many at most.
-        vocabulary: of the model. A smaller one than the tokenizer's gets token ids folded into it: what a step costs
-            depends on lengths alone.
+        count: the most pairs to read.
+        vocabulary: size of the model's vocabulary. If it is smaller than the tokenizer's, token ids are folded into
+            it: the cost of a step depends on lengths alone.
     """
     from jax_simpo.data import chat
     from jax_simpo.data.tokenize import tokenize_pair
@@ -116,5 +119,5 @@ def read_pairs(file: Path, tokenizer: str, count: int, vocabulary: int | None = 
     pairs = [tokenize_pair(text, loaded, **limits) for text in texts]  # type: ignore[arg-type]
     if vocabulary is None or vocabulary >= len(loaded):
         return Pairs(pairs)
-    fold = [tuple(Response(r.ids % vocabulary, r.prompt_length) for r in pair.responses) for pair in pairs]
-    return Pairs([TokenizedPair(responses) for responses in fold])
+    folded = [tuple(Response(r.ids % vocabulary, r.prompt_length) for r in pair.responses) for pair in pairs]
+    return Pairs([TokenizedPair(responses) for responses in folded])

@@ -1,11 +1,11 @@
-"""What does the loss head save that never holds the logits of all targets in full?
+"""Does a loss head that never holds the logits of all targets save time and memory?
 
-Forward and backward of the loss head alone, over vocabularies of 32k to 256k: `target_logps`, which makes logits in
-tiles, twice or (`keep_bytes`) once, against the full logits in float32 under autodiff, as most trainers have it. Each
-way and vocabulary runs in a process of its own; the ways of a vocabulary take turns.
+Times forward and backward of the loss head alone, over vocabularies of 32k to 256k: `target_logps`, which computes the
+logits in tiles, twice or (`keep_bytes`) once, against full float32 logits under autodiff, as in most trainers. Each way
+and vocabulary runs in a process of its own; the ways of a vocabulary take turns.
 
-Expected: the tiled head's temporaries do not grow with targets x vocabulary, full logits' do, several times over; it is
-no slower, though it makes the logits twice.
+Expected: the temporaries of the tiled head do not grow with targets x vocabulary, while those of full logits do,
+several times over. The tiled head is no slower, though it computes the logits twice.
 
 Takes about 8 minutes on two CPU cores (`--quick`: half a minute), 2 minutes on a GPU.
 """
@@ -45,40 +45,40 @@ def main(
     vocabularies = [1000, 2000] if quick else list(VOCABULARIES)
     if quick:
         width, targets, rounds = 64, 256, 2
-    found: dict[int, Any] = {}
+    measured: dict[int, Any] = {}
     for vocabulary in vocabularies:
         with tempfile.TemporaryDirectory() as work, ExitStack() as workers:
             arguments = [str(n) for n in (vocabulary, width, targets)]
-            found[vocabulary] = _measure(arguments, dtype, rounds, Path(work), workers)
-            print(f"{vocabulary}: {found[vocabulary]}", flush=True)
-    device = next(a["device"] for ways in found.values() for a in ways.values() if "device" in a)
+            measured[vocabulary] = _measure(arguments, dtype, rounds, Path(work), workers)
+            print(f"{vocabulary}: {measured[vocabulary]}", flush=True)
+    device = next(a["device"] for ways in measured.values() for a in ways.values() if "device" in a)
     about = f"{targets} targets of width {width}, {dtype}; medians of {rounds} rounds in turns."
     with picture(output, f"{name}.png", columns=2) as (left, right):
         for way in WAYS:
-            ran = [v for v in found if "seconds" in found[v][way]]
-            left.plot(ran, [statistics.median(found[v][way]["seconds"]) for v in ran], "o-", label=way)
-            right.plot(ran, [found[v][way]["extra_bytes"] / 2**30 for v in ran], "o-", label=way)
+            ran = [v for v in measured if "seconds" in measured[v][way]]
+            left.plot(ran, [statistics.median(measured[v][way]["seconds"]) for v in ran], "o-", label=way)
+            right.plot(ran, [measured[v][way]["extra_bytes"] / 2**30 for v in ran], "o-", label=way)
         left.set_ylabel("seconds, forward and backward")
         right.set_ylabel("memory beyond inputs, GiB")
         for axes in (left, right):
             axes.set_xlabel("vocabulary")
             axes.set_ylim(bottom=0)
             axes.legend()
-    tables = [_table(found)]
+    tables = [_table(measured)]
     Result(
         name,
         "The loss head",
         about,
         machine_facts(device),
         tables,
-        {str(v): f for v, f in found.items()},
+        {str(vocabulary): ways for vocabulary, ways in measured.items()},
         [f"{name}.png"],
     ).write(output)
 
 
 def _measure(arguments: list[str], dtype: str, rounds: int, work: Path, workers: ExitStack) -> dict[str, Any]:
-    """Seconds and memory of each way at one vocabulary, or why it could not run."""
-    found: dict[str, Any] = {}
+    """Measures seconds and memory of each way at one vocabulary; a way that fails gets the reason instead."""
+    measured: dict[str, Any] = {}
     running = {}
     for way in WAYS:
         worker = Worker(
@@ -88,22 +88,22 @@ def _measure(arguments: list[str], dtype: str, rounds: int, work: Path, workers:
         )
         workers.callback(worker.close)
         try:
-            found[way] = worker.ask(do="warm")
+            measured[way] = worker.ask(do="warm")
             running[way] = worker
         except WorkerFailed as error:
-            found[way] = {"failed": str(error)}
+            measured[way] = {"failed": str(error)}
     for way, seconds in in_turns({way: partial(_seconds, worker) for way, worker in running.items()}, rounds).items():
-        found[way]["seconds"] = seconds
-    return found
+        measured[way]["seconds"] = seconds
+    return measured
 
 
 def _seconds(worker: Worker, _: int) -> float:
     return float(worker.ask()["seconds"])
 
 
-def _table(found: Mapping[int, Any]) -> Table:
+def _table(by_vocabulary: Mapping[int, Any]) -> Table:
     rows: list[tuple[Any, ...]] = []
-    for vocabulary, ways in found.items():
+    for vocabulary, ways in by_vocabulary.items():
         full = ways[WAYS[0]].get("seconds")
         for way, measured in ways.items():
             seconds = measured.get("seconds")
@@ -112,13 +112,13 @@ def _table(found: Mapping[int, Any]) -> Table:
                     *(vocabulary, way),
                     "out of memory" if seconds is None else 1e3 * statistics.median(seconds),
                     speed_up(full, seconds) if full and seconds else "",
-                    *(gib(measured.get(what)) for what in ("extra_bytes", "temporary_bytes")),
+                    *(gib(measured.get(key)) for key in ("extra_bytes", "temporary_bytes")),
                 )
             )
     columns = ("vocabulary", "way", "ms", "speed-up over full", "memory", "temporaries")
     note = (
-        "Memory: what the process held at most beyond its inputs (on a GPU, what was allocated). Temporaries: what the "
-        "compiled program says it needs apart from inputs and results."
+        "Memory: the most that the process held beyond its inputs (on a GPU, the most that was allocated). "
+        "Temporaries: the memory that the compiled program states beside inputs and results."
     )
     return Table("Forward and backward", columns, rows, note)
 
@@ -156,7 +156,7 @@ def _worker(way: str, vocabulary: int, width: int, targets: int, dtype: str) -> 
     def run() -> None:
         jax.block_until_ready(compiled(hidden, head))
 
-    def held() -> int:
+    def peak_bytes() -> int:
         stats = jax.devices()[0].memory_stats()
         return stats["peak_bytes_in_use"] if stats else peak_resident_bytes()
 
@@ -170,7 +170,11 @@ def _worker(way: str, vocabulary: int, width: int, targets: int, dtype: str) -> 
         before = stats["bytes_in_use"] if stats else peak_resident_bytes()
         run()
         memory: Any = compiled.memory_analysis()
-        return {"extra_bytes": held() - before, "temporary_bytes": memory.temp_size_in_bytes, "device": device_name()}
+        return {
+            "extra_bytes": peak_bytes() - before,
+            "temporary_bytes": memory.temp_size_in_bytes,
+            "device": device_name(),
+        }
 
     requests.serve(handle)
 

@@ -1,12 +1,12 @@
-"""The models that benchmarks run: shapes of published ones, and small ones in their proportions."""
+"""The models that benchmarks run: shapes of published models, and small models in the same proportions."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Hugging Face configurations. `small` has an 8B model's proportions of parameters: head to layers (7 %), feed-forward
-# to the rest of a layer; attention scores weigh more in it, as in any narrow model. `hh-155m` has a whole Llama-3
-# vocabulary, as a small model that is really trained has.
+# Hugging Face configurations. `small` has the proportions of an 8B model in its parameters: head to layers (7 %), and
+# feed-forward to the rest of a layer. Attention scores weigh more in it, as in any narrow model. `hh-155m` has the full
+# vocabulary of Llama 3, as a small model for real use would have.
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {
         "vocab_size": 512,
@@ -63,17 +63,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-_REST = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072}
+_COMMON = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072}
 
 
 def model_mapping(name: str, layers: int | None = None) -> dict[str, Any]:
-    """A model's Hugging Face configuration.
+    """Returns a model's Hugging Face configuration.
 
     Args:
         name: one of `MODELS`.
-        layers: fewer or more of them than the model has, where all do not fit. A step's cost per layer stays the same.
+        layers: number of layers, if it should differ from the model's. A step's cost per layer stays the same.
     """
-    mapping = {**_REST, **MODELS[name]}
+    mapping = {**_COMMON, **MODELS[name]}
     mapping["head_dim"] = mapping["hidden_size"] // mapping["num_attention_heads"]
     if layers is not None:
         mapping["num_hidden_layers"] = layers

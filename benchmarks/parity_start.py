@@ -1,7 +1,7 @@
-"""Writes a small start model, pairs and a config for `python -m parity CONFIG.yaml`: `... parity_start FOLDER`.
+"""Writes a start model, pairs and a config for `python -m parity`: `python -m benchmarks.parity_start FOLDER`.
 
-Parity's own tiny models always run on a CPU; a user's checkpoint runs on the device there is. This one has heads of 64,
-which FlexAttention and our GPU kernel take.
+The parity check runs its own tiny models on a CPU, but a user's checkpoint on the machine's GPUs. This model has heads
+of 64, which FlexAttention and our GPU kernel take.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PAIRS = 30
 def main(folder: Path) -> None:
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    # Parity's own models draw with 0.1 at a width of 64: at four times that width, half of it gives as large sums.
+    # Parity's own models draw weights with 0.1 at a width of 64. At four times the width, half of it gives equal sums.
     narrow = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 4, "initializer_range": 0.05}
     mapping = {**model_mapping("small"), **narrow}
     job = Job(str(folder), mapping, "builtin:cafe", PAIRS, "cpu")

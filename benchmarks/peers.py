@@ -1,9 +1,9 @@
-"""How fast is a SimPO step beside TRL's and beside the PyTorch reference, and in how much memory?
+"""Is a SimPO step faster than TRL's and than the PyTorch reference's, and in less memory?
 
-The same start model, the same pairs in the same step for all: TRL's `CPOTrainer` (SimPO loss; float32 and bfloat16),
-`torch_ref` as the original's concatenated forward and with prefix sharing and packing (FlexAttention on a GPU, SDPA on
-a CPU), and jax-simpo. Each runs in a process of its own; rounds go in turns. Their first losses are compared, so that
-the same work is seen to be done.
+All contenders make the same step, on the same pairs from the same start model: TRL's `CPOTrainer` (SimPO loss; float32
+and bfloat16), `torch_ref` with the concatenated forward of the original and with prefix sharing and packing
+(FlexAttention on a GPU, SDPA on a CPU), and jax-simpo. Each runs in a process of its own; rounds go in turns. Equal
+first losses show that all do the same work.
 
 Expected on a CPU, HH-RLHF, 155 M parameters with Llama-3's vocabulary: 8 times TRL in float32 and 4.5 times TRL in
 bfloat16, in less than half of TRL's memory. Measured on two cores of an EPYC: 9.0 times in float32 (9.5 and 8.5 in the
@@ -84,18 +84,18 @@ def main(
         job.rows.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
         start = [sys.executable, "-m", "benchmarks.contenders.start", str(job.file)]
         subprocess.run(start, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        found, failed = _compare(job, chosen, rounds, device == "gpu" if resident is None else resident)
+        measured, failed = _compare(job, chosen, rounds, device == "gpu" if resident is None else resident)
     recompute = "none (jax-simpo: dots)" if remat == "none" else remat
     about = (
         f"{model}{'' if layers is None else f', {layers} layers'}, {batch} pairs of {profile or file.name} a step, "
         f"micro-batches of {stacked_batch} where not packed, remat {recompute}; {rounds} rounds in turns, each "
         "contender in its own process. Medians."
     )
-    tables = [_table(found, batch), _ratios(found), *_failures(failed)]
-    _draw(output, name, found, batch)
+    tables = [_table(measured, batch), _ratios(measured), *_failures(failed)]
+    _draw(output, name, measured, batch)
     Result(
         *(name, "Beside TRL and PyTorch", about, machine_facts(device), tables),
-        {"batch": batch, "measured": found, "failed": failed},
+        {"batch": batch, "measured": measured, "failed": failed},
         [f"{name}.png"],
     ).write(output)
 
@@ -103,7 +103,7 @@ def main(
 def _compare(
     job: Job, chosen: Mapping[str, tuple[str, ...]], rounds: int, resident: bool
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Answers of every contender's rounds; and why those that could not run could not."""
+    """Returns the answers of every contender's rounds, and the reasons of those that could not run."""
     environment = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if job.device == "cpu" else {}
     environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -140,38 +140,39 @@ def _compare(
             return float(answer["seconds"])
 
         in_turns({contender: partial(run, contender) for contender in chosen}, rounds)
-    return {contender: found for contender, found in answers.items() if contender not in failed}, failed
+    return {contender: rounds_of for contender, rounds_of in answers.items() if contender not in failed}, failed
 
 
 def _seconds(answers: list[dict[str, Any]]) -> list[float]:
     return [answer["seconds"] for answer in answers]
 
 
-def _table(found: Mapping[str, Any], batch: int) -> Table:
+def _table(measured: Mapping[str, Any], batch: int) -> Table:
     rows = []
-    for contender, answers in found.items():
+    for contender, answers in measured.items():
         rate = batch / statistics.median(_seconds(answers))
         peak = max(answer["peak_bytes"] for answer in answers)
         rows.append((contender, rate, gib(peak), f"{answers[0]['loss']:.5f}"))
     note = (
         "Peak memory: on a CPU the process's largest resident size from its start to the end of the step, compilation "
-        "included; on a GPU what its framework allocated. Loss: of the first step; all start from the same weights."
+        "included; on a GPU the memory its framework allocated. Loss: that of the first step; all start from the same "
+        "weights."
     )
     return Table("A step of each", ("contender", "pairs/s", "peak memory", "first loss"), rows, note)
 
 
-def _ratios(found: Mapping[str, Any]) -> Table:
-    ours = [contender for contender in OURS if contender in found]
+def _ratios(measured: Mapping[str, Any]) -> Table:
+    ours = [contender for contender in OURS if contender in measured]
     rows = []
-    for other, answers in found.items():
+    for other, answers in measured.items():
         if other in ours:
             continue
         row: list[Any] = [other]
         for own in ours:
-            row.append(speed_up(_seconds(answers), _seconds(found[own])))
-            row.append(_peak(found[own]) / _peak(answers))
+            row.append(speed_up(_seconds(answers), _seconds(measured[own])))
+            row.append(_peak(measured[own]) / _peak(answers))
         rows.append(row)
-    columns = [f"{what} of {own}" for own in ours for what in ("speed-up", "memory")]
+    columns = [f"{quantity} of {own}" for own in ours for quantity in ("speed-up", "memory")]
     return Table("jax-simpo beside the others", ("beside", *columns), rows, "Speed-ups: medians of the rounds' ratios.")
 
 
@@ -184,12 +185,12 @@ def _failures(failed: Mapping[str, str]) -> list[Table]:
     return [Table("Could not run", ("contender", "why"), rows)] if rows else []
 
 
-def _draw(output: Path, name: str, found: Mapping[str, Any], batch: int) -> None:
+def _draw(output: Path, name: str, measured: Mapping[str, Any], batch: int) -> None:
     with picture(output, f"{name}.png", columns=2) as (left, right):
-        names = list(found)
-        left.barh(names, [batch / statistics.median(_seconds(found[n])) for n in names], color="tab:blue")
+        names = list(measured)
+        left.barh(names, [batch / statistics.median(_seconds(measured[n])) for n in names], color="tab:blue")
         left.set_xlabel("pairs/s")
-        right.barh(names, [_peak(found[n]) / 2**30 for n in names], color="tab:orange")
+        right.barh(names, [_peak(measured[n]) / 2**30 for n in names], color="tab:orange")
         right.set_yticks([])
         right.set_xlabel("peak memory, GiB")
         for axes in (left, right):

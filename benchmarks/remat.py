@@ -1,8 +1,8 @@
-"""What does each rematerialisation policy cost in time, and save in memory?
+"""Which time does each rematerialisation policy cost, and which memory does it save?
 
-The trainer's step under `remat: none`, `dots` and `full`: memory of the compiled program of a micro-batch and seconds
-of whole optimizer steps, in turns, on the same pairs from the same weights. Beside it, compiled only and not run, the
-memory of a 1B model's micro-batch.
+Runs the trainer's step under `remat: none`, `dots` and `full` and measures the memory of the compiled program of a
+micro-batch and the seconds of whole optimizer steps, in turns, on the same pairs and weights. A 1B model is compiled
+and not run, to see the memory of its micro-batch.
 
 Expected: `full` computes the layers' forward twice (at most 4/3 of the time of `none`) and keeps one hidden state a
 layer; `dots` lies between.
@@ -57,11 +57,11 @@ def main(
         pairs = profile_pairs(PROFILES[profile], 8 * batch, config.vocab_size)
         models = [Model(config, compute, policy) for policy in POLICIES]  # type: ignore[arg-type]
         plan = make_plan(models[0], pairs, "shared+packed", batch=batch, row_length=length)
-        return {one.remat: Trainee(one, plan, pairs, mesh) for one in models}
+        return {model.remat: Trainee(model, plan, pairs, mesh) for model in models}
 
     with jax.set_mesh(mesh):
         run = trainees(model, layers, dtype, row_length)
-        held = {policy: trainee.compiled_bytes() for policy, trainee in run.items()}
+        step_bytes = {policy: trainee.compiled_bytes() for policy, trainee in run.items()}
         weights = run["none"].fresh_weights()
         for trainee in run.values():
             trainee.warm(weights)
@@ -75,7 +75,7 @@ def main(
     rows: list[tuple[Any, ...]] = [
         (
             *(policy, statistics.median(seconds[policy]), speed_up(seconds[policy], seconds["none"])),
-            *(gib(held[policy]), gib(held[policy] - 8 * parameters)),
+            *(gib(step_bytes[policy]), gib(step_bytes[policy] - 8 * parameters)),
         )
         for policy in POLICIES
     ]
@@ -90,8 +90,8 @@ def main(
         f"{model}, {parameters / 1e6:.0f} M parameters, {dtype}, {batch} pairs of {profile} a step in rows of "
         f"{row_length}; medians of {rounds} rounds in turns."
     )
-    _draw(output, name, seconds, {policy: held[policy] - 8 * parameters for policy in POLICIES})
-    data = {"seconds": seconds, "bytes": held, "parameters": parameters, "compiled_only_bytes": compiled}
+    _draw(output, name, seconds, {policy: step_bytes[policy] - 8 * parameters for policy in POLICIES})
+    data = {"seconds": seconds, "bytes": step_bytes, "parameters": parameters, "compiled_only_bytes": compiled}
     Result(name, "Rematerialisation", about, machine_facts(device_name()), tables, data, [f"{name}.png"]).write(output)
 
 
@@ -108,8 +108,8 @@ def _draw(output: Path, name: str, seconds: Mapping[str, list[float]], activatio
 
 
 _NOTE = (
-    "Memory: of the compiled program of a micro-batch, the optimizer's state apart. Activations: what is left when "
-    "parameters and the gradients' sum, float32 both, are taken off; a micro-batch's own gradients are among it."
+    "Memory: that of the compiled program of a micro-batch, without the optimizer's state. Activations: the same "
+    "without the parameters and the sum of the gradients, both float32; a micro-batch's own gradients are included."
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes what a benchmark found as JSON, Markdown and pictures, all beginning with the script's name."""
+"""Writes a benchmark's results as JSON, Markdown and pictures, whose file names begin with the script's name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Table:
-    """Rows for a reader. Numbers are written with three digits; what has more to say goes into the JSON."""
+    """A table for a reader. It shows numbers with three digits; the JSON has them in full."""
 
     title: str
     columns: Sequence[str]
@@ -28,16 +28,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Result:
-    """What a script found.
+    """The results of a script.
 
     Attributes:
-        name: the files' stem.
-        title: of the page.
-        about: what was measured and how, for the page.
-        facts: from `machine_facts`.
-        tables: for the page.
-        data: everything measured, for the JSON.
-        pictures: file names, as `picture` wrote them.
+        name: the stem of the files.
+        title: the title of the page.
+        about: a description of the measurement, for the page.
+        facts: the facts of `machine_facts`.
+        tables: the tables of the page.
+        data: all measurements, for the JSON.
+        pictures: names of files that `picture` wrote.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Result:
 
 @contextmanager
 def picture(folder: Path, name: str, columns: int = 1) -> Iterator[Any]:
-    """Gives the axes (an array of them when there are several columns) of a picture that is saved at the end."""
+    """Yields the axes of a picture (an array of axes if there are several columns) and saves it at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -83,14 +83,14 @@ def picture(folder: Path, name: str, columns: int = 1) -> Iterator[Any]:
 
 
 def gib(count: float | None) -> str:
-    """Bytes for a reader."""
+    """Formats a number of bytes for a reader."""
     if count is None:
         return "not known"
     return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
 
 
 def percent(share: float) -> str:
-    """A share for a reader."""
+    """Formats a share for a reader."""
     return f"{100 * share:.1f} %"
 
 

@@ -1,4 +1,4 @@
-"""Optimizer steps as the training loop makes them, from the trainer's own parts: what is timed is what users run."""
+"""Makes optimizer steps with the trainer's own functions, so that what a benchmark times is what users run."""
 
 from __future__ import annotations
 
@@ -10,21 +10,35 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from benchmarks.contenders.job import BETA, GAMMA_BETA_RATIO, LEARNING_RATE
 from benchmarks.lengths import Pairs
 from benchmarks.timing import seconds_of
+from jax_simpo.config import TrainConfig
 from jax_simpo.data.loader import StepBatch, build_step
 from jax_simpo.data.packing import StepPlan, make_step_plan
 from jax_simpo.data.rows import RowBatch
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
 from jax_simpo.objectives.simpo import Objective
-from jax_simpo.ops.attention import resolve_implementation
+from jax_simpo.ops.attention import resolve_backend
 from jax_simpo.sharding import make_mesh, put_rows
 from jax_simpo.train import capacity
-from jax_simpo.train.optim import make_optimizer
-from jax_simpo.train.step import Denominators, TrainFunctions, make_train_functions
+from jax_simpo.train.optim import run_optimizer
+from jax_simpo.train.step import Denominators, TrainFunctions, make_train_functions, run_step
 
-OBJECTIVE = Objective(beta=2.5, gamma_beta_ratio=0.55)
+# The settings of the objective and the optimizer. The model and the pairs are those of a `Trainee`.
+CONFIG = TrainConfig(
+    model_name_or_path="unused",
+    dataset_mixer={"unused": 1.0},
+    beta=BETA,
+    gamma_beta_ratio=GAMMA_BETA_RATIO,
+    learning_rate=LEARNING_RATE,
+    lr_scheduler_type="constant",
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+)
+OBJECTIVE = Objective(CONFIG.beta, CONFIG.gamma_beta_ratio)
+_MANY_STEPS = 1_000_000  # the learning rate is constant, so the number does not matter
 _MATMUL = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # width of the square matrices of the peak
 # Variant -> prefix sharing, packing.
 VARIANTS = {
@@ -36,14 +50,14 @@ VARIANTS = {
 
 
 def one_device() -> Mesh:
-    """The mesh of all measurements."""
+    """Returns the mesh of all measurements."""
     return make_mesh(devices=jax.devices()[:1])
 
 
 def make_plan(
     model: Model, pairs: Pairs, variant: str, *, batch: int, rows: int = 1, row_length: int | None = None
 ) -> StepPlan:
-    """The plan of a variant, its row shape chosen as the trainer does; `row_length` counts when packing only."""
+    """Makes the step plan of a variant as the trainer does. `row_length` counts only for variants that pack."""
     sharing, packing = VARIANTS[variant]
     mesh = one_device()
     plan = make_step_plan(
@@ -62,7 +76,7 @@ def make_plan(
 
 @dataclass
 class Weights:
-    """Parameters and optimizer state. A step takes their memory and puts the new ones in their place."""
+    """Parameters and optimizer state. A step reuses their memory and puts the new ones in their place."""
 
     params: Any
     state: Any
@@ -73,12 +87,12 @@ class Trainee:
     """A model and its settings, ready to make optimizer steps on a plan's pairs. Used under `jax.set_mesh(mesh)`.
 
     Attributes:
-        model: with its compute dtype and remat policy.
-        plan: which pairs a step takes, in which rows.
+        model: the model, with its compute dtype and remat policy.
+        plan: the step plan.
         pairs: the pairs.
-        mesh: of one device.
-        attention: as the config key; `auto` is what a run would take.
-        chunk: `logprob_chunk`, as the config key.
+        mesh: a mesh of one device.
+        attention: the config key `attention`; `auto` takes the implementation that a run would take.
+        chunk: the config key `logprob_chunk`.
     """
 
     model: Model
@@ -90,55 +104,50 @@ class Trainee:
 
     @cached_property
     def attention_name(self) -> str:
-        """The implementation that `attention` stands for here."""
+        """The implementation that `attention` stands for on this machine."""
         config = self.model.config
         settings = {"dtype": self.model.dtype, "head_dim": config.head_dim, "softcap": config.attention_softcap}
-        return resolve_implementation(self.attention, self.mesh.devices.flat[0], **settings)[0]
+        return resolve_backend(self.attention, self.mesh.devices.flat[0], **settings)[0]
 
     @property
     def forward(self) -> Forward:
-        """As a run has it: with memory to spare, a micro-batch's logits are kept for the backward pass."""
-        memory = capacity.device_memory(self.mesh)
-        keep = capacity.logits_bytes(self.model, self.mesh, memory) if self.chunk == "auto" else 0
-        return Forward(self.model, self.attention_name, self.chunk, keep)
+        """The forward pass of training."""
+        forward = Forward(self.model, self.attention_name, self.chunk)
+        return capacity.training_forward(forward, self.mesh, capacity.device_memory(self.mesh))
 
     @cached_property
     def functions(self) -> TrainFunctions:
-        optimizer = make_optimizer(lambda _: 1e-6, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0)
+        """The compiled functions of training."""
+        _, optimizer = run_optimizer(CONFIG, _MANY_STEPS)
         return make_train_functions(self.forward, OBJECTIVE, optimizer, self.mesh)
 
     def fresh_weights(self, params: Any = None) -> Weights:
-        """Weights to start from: these parameters, or random ones."""
+        """Returns weights to start from: these parameters, or random ones."""
         params = self.model.init(0, self.mesh) if params is None else params
         return Weights(params, self.functions.init_optimizer(params))
 
     def build(self, step: int) -> StepBatch:
-        """The rows of a step; steps go round the pairs as often as needed."""
+        """Builds the rows of a step; steps go round the pairs as often as needed."""
         return build_step(self.plan, self.pairs, step)
 
     def compute(self, weights: Weights, batch: StepBatch) -> dict[str, float]:
-        """An optimizer step, as `TrainingLoop` makes it. Waits for it and returns its metrics."""
-        denominators = Denominators(jnp.float32(len(batch.pairs)), jnp.float32(batch.chosen_tokens))
-        so_far = None
-        for rows in batch.micro_batches:
-            so_far = self.functions.accumulate(weights.params, so_far, put_rows(rows.arrays(), self.mesh), denominators)
-        assert so_far is not None
-        weights.params, weights.state, norm = self.functions.update(weights.params, weights.state, so_far.gradients)
-        metrics = jax.device_get({**so_far.metrics, "grad_norm": norm})
+        """Makes an optimizer step, waits for it and returns its metrics."""
+        weights.params, weights.state, metrics = run_step(self.functions, weights.params, weights.state, batch)
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         jax.block_until_ready(weights.params)
-        return {name: float(value) for name, value in metrics.items()}
+        return values
 
     def warm(self, weights: Weights) -> None:
-        """Compiles everything a step runs, on its first micro-batches."""
+        """Compiles every program of a step by running its first two micro-batches."""
         batch = self.build(0)
-        self.compute(weights, replace(batch, micro_batches=batch.micro_batches[:2]))
+        self.compute(weights, replace(batch, micro_batches=batch.micro_batches[:2], slots=batch.slots[:2]))
 
     def seconds(self, weights: Weights, step: int) -> float:
-        """Seconds of a step with the host's work: planning, building and sending its rows."""
+        """Returns the seconds of a step with the host's work: planning, building and sending its rows."""
         return seconds_of(lambda: self.compute(weights, self.build(step)))
 
     def compiled_bytes(self) -> int:
-        """Memory the program of a step's later micro-batches takes: parameters, gradients and everything in between."""
+        """Returns the bytes that the program of a step's later micro-batches takes, with parameters and gradients."""
         params = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             self.model.abstract,
@@ -146,20 +155,19 @@ class Trainee:
         )
         rows = put_rows(RowBatch.empty(self.plan.rows_per_micro_batch, self.plan.shape).arrays(), self.mesh)
         ones = Denominators(jnp.float32(1), jnp.float32(1))
-        accumulate: Any = self.functions.accumulate
-        so_far = jax.eval_shape(accumulate, params, None, rows, ones)
-        return memory_of(accumulate.lower(params, so_far, rows, ones).compile())
+        so_far = jax.eval_shape(self.functions.accumulate, params, None, rows, ones)
+        return memory_of(self.functions.accumulate.lower(params, so_far, rows, ones).compile())  # type: ignore[attr-defined]
 
 
 def memory_of(compiled: Any) -> int:
-    """Bytes a compiled program holds at once: arguments, results and temporaries; donated arguments count once."""
-    found = compiled.memory_analysis()
-    held = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    return int(held - found.alias_size_in_bytes)
+    """Returns the bytes a compiled program holds at once: arguments (donated ones once), results and temporaries."""
+    sizes = compiled.memory_analysis()
+    total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+    return int(total - sizes.alias_size_in_bytes)
 
 
 def matmul_peak(dtype: str, repeats: int = 10) -> float:
-    """Floating-point operations a second of a large matrix product here and now: the best of a few."""
+    """Returns the floating-point operations a second of a large matrix product on this machine: the best of a few."""
     width = _MATMUL[jax.default_backend()]
     a = jax.random.normal(jax.random.key(0), (width, width), jnp.dtype(dtype))
     product = jax.jit(lambda a, b: a @ b)
@@ -169,6 +177,6 @@ def matmul_peak(dtype: str, repeats: int = 10) -> float:
 
 
 def device_name() -> str:
-    """The first device, as jax names its kind."""
+    """Returns the kind of the first device, as jax names it."""
     device = jax.devices()[0]
     return f"{device.platform} ({device.device_kind})"

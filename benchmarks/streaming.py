@@ -1,8 +1,8 @@
-"""How much host memory do loading and exporting a checkpoint take beside the parameters themselves?
+"""Does loading or exporting a checkpoint need much host memory beside the parameters themselves?
 
-A checkpoint of a 1B model is written locally, in bfloat16 shards as Hugging Face has them, and read onto eight CPU
-devices (`fsdp=8`), where it is float32; then it is exported again in shards of the same size. Peak memory is the
-process's own (mapped pages of files included), less what it held before; of loading, less the parameters too.
+Writes a checkpoint of a 1B model in bfloat16 shards, the format of Hugging Face, loads it in float32 onto eight CPU
+devices (`fsdp=8`), and exports it again in shards of the same size. Peak memory is that of the process (mapped pages of
+files included), minus its memory before; for loading, the parameters are subtracted too.
 
 Expected: both peaks are less than 1.3 times the largest file, and do not grow with the model.
 
@@ -53,28 +53,28 @@ def main(
     jax.config.update("jax_num_cpu_devices", DEVICES)
     mesh = make_mesh(fsdp=-1, tensor=tensor)
     policy = Model(read_model_config(model_mapping(model)), "bfloat16", "full")
-    most = hf.shard_bytes(max_shard_size)
+    max_bytes = hf.shard_bytes(max_shard_size)
     with TemporaryDirectory() as folder, jax.set_mesh(mesh):
         start, exported = Path(folder, "start"), Path(folder, "exported")
-        largest = _write_checkpoint(policy, start, most)
+        largest = _write_checkpoint(policy, start, max_bytes)
         measured: dict[str, Any] = {"parameters": policy.parameter_count, "largest_file": largest}
-        # Small allocations, threads and compiled programs of the first use are not what is asked for.
+        # Allocations, threads and compiled programs of jax's first use do not belong to the measurement.
         jax.block_until_ready(jax.jit(lambda x: x + 1)(np.zeros(8)))
-        params, measured["load"] = _watched(lambda: jax.block_until_ready(hf.load_params(start, policy, mesh)))
+        params, measured["load"] = _measure(lambda: jax.block_until_ready(hf.load_params(start, policy, mesh)))
         resident = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         measured["resident"] = resident
         measured["load"]["beyond"] = measured["load"]["peak"] - resident
-        _, measured["export"] = _watched(
-            lambda: hf.save_model(params, policy, exported, "bfloat16", max_shard_bytes=most)
+        _, measured["export"] = _measure(
+            lambda: hf.save_model(params, policy, exported, "bfloat16", max_shard_bytes=max_bytes)
         )
         measured["export"]["beyond"] = measured["export"]["peak"]
         measured["files"] = len(list(exported.glob("*.safetensors")))
         measured["equal"] = _same_files(start, exported)
     rows = []
-    for what in ("load", "export"):
-        found = measured[what]
-        found["times_largest_file"] = found["beyond"] / largest
-        rows.append((what, gib(found["beyond"]), f"{found['times_largest_file']:.2f}", found["seconds"]))
+    for direction in ("load", "export"):
+        usage = measured[direction]
+        usage["times_largest_file"] = usage["beyond"] / largest
+        rows.append((direction, gib(usage["beyond"]), f"{usage['times_largest_file']:.2f}", usage["seconds"]))
     note = (
         f"{policy.parameter_count:,} parameters, {gib(resident)} in float32 over {DEVICES} devices "
         f"(fsdp={DEVICES // tensor}, tensor={tensor}); {measured['files']} files, the largest of {gib(largest)}. "
@@ -86,11 +86,11 @@ def main(
     Result(name, "Streaming weights", about, machine_facts(device_name()), tables, measured).write(output)
 
 
-def _write_checkpoint(model: Model, folder: Path, most: int) -> int:
-    """Random weights in bfloat16 shards; returns the bytes of the largest file."""
+def _write_checkpoint(model: Model, folder: Path, max_bytes: int) -> int:
+    """Writes random weights in bfloat16 shards; returns the bytes of the largest file."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(write_model_config(model.config, "bfloat16")))
-    files = split_into_files(hf.tensor_shapes(model), "bfloat16", most)
+    files = split_into_files(hf.tensor_shapes(model), "bfloat16", max_bytes)
     rng = np.random.default_rng(0)
     for file, shapes in files.items():
         with TensorWriter(folder / file, shapes, "bfloat16") as writer:
@@ -100,8 +100,8 @@ def _write_checkpoint(model: Model, folder: Path, most: int) -> int:
     return max((folder / file).stat().st_size for file in files)
 
 
-def _watched(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """What work returns, and its seconds and peak memory beyond what was held before."""
+def _measure(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """Runs a function; returns its result, its seconds and its peak memory minus the memory before."""
     gc.collect()
     forget_peak()
     before = resident_bytes()
@@ -110,14 +110,15 @@ def _watched(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     return result, {"seconds": time.perf_counter() - started, "peak": peak_resident_bytes() - before}
 
 
-def _same_files(one: Path, other: Path) -> bool:
-    names = sorted(path.name for path in one.glob("*.safetensors"))
-    if names != sorted(path.name for path in other.glob("*.safetensors")):
+def _same_files(first: Path, second: Path) -> bool:
+    names = sorted(path.name for path in first.glob("*.safetensors"))
+    if names != sorted(path.name for path in second.glob("*.safetensors")):
         return False
-    return all(_payload(one / name) == _payload(other / name) for name in names)
+    return all(_payload(first / name) == _payload(second / name) for name in names)
 
 
 def _payload(path: Path) -> bytes:
+    """Reads the tensors of a safetensors file, without its header."""
     data = path.read_bytes()
     return data[8 + int.from_bytes(data[:8], "little") :]
 

@@ -1,8 +1,8 @@
-"""How much faster do prefix sharing and packing make training, on which lengths of pairs?
+"""By which factor do prefix sharing and packing speed up training, on which lengths of pairs?
 
-The paper's Tables 1 and 2: six length profiles, and real HH-RLHF pairs where there are some, times separate, shared,
-separate+packed and shared+packed. Every variant makes whole optimizer steps on the same pairs in turns: planning,
-building and sending rows included.
+Repeats Tables 1 and 2 of the prefix-sharing paper: six length profiles, and real HH-RLHF pairs if there are any, each
+in the layouts separate, shared, separate+packed and shared+packed. All layouts make optimizer steps on the same pairs
+in turns; the times include planning, building and sending rows.
 
 Expected: sharing speeds packed steps up by the ratio of tokens computed, within 5 %; packed rows of eight medians are
 filled to 95 % at 128 pairs a step and to 97 % at 512.
@@ -37,7 +37,7 @@ from jax_simpo.plan.flops import useful_flops, work_of
 MEDIANS_A_ROW = 8
 POOL = 1024  # pairs drawn of each profile
 FILL_BATCHES = (128, 512)
-FILL_POOLS = 4  # as many pairs more for the fill, which is planned and not computed
+FILL_POOLS = 4  # the fill is planned and not computed, so it takes as many times the pairs
 PACKED = ("separate+packed", "shared+packed")
 HH = "hh (real)"
 
@@ -68,13 +68,17 @@ def main(
     with jax.set_mesh(mesh):
         peak = matmul_peak(dtype)
         measured = {}
-        for label, (these, row_length) in data.items():
-            print(f"{label}: {len(these)} pairs", flush=True)
+        for label, (own_pairs, row_length) in data.items():
+            print(f"{label}: {len(own_pairs)} pairs", flush=True)
             batches = dict.fromkeys(VARIANTS, unpacked_batch) if unpacked_batch else {}
             batches |= dict.fromkeys(PACKED, batch)
             trainees = {
                 variant: Trainee(
-                    policy, make_plan(policy, these, variant, batch=size, row_length=row_length), these, mesh, attention
+                    policy,
+                    make_plan(policy, own_pairs, variant, batch=size, row_length=row_length),
+                    own_pairs,
+                    mesh,
+                    attention,
                 )
                 for variant, size in batches.items()
             }
@@ -98,23 +102,23 @@ def main(
 def _data(
     profiles: list[str], pool: int, vocabulary: int, file: Path | None, tokenizer: str | None
 ) -> dict[str, tuple[Pairs, int]]:
-    """Pairs by name, each with the length of packed rows."""
-    found = {}
+    """Makes or reads the pairs by name, each with the length of packed rows."""
+    data = {}
     for label in profiles:
         profile = PROFILES[label]
-        found[label] = profile_pairs(profile, pool, vocabulary), _row_length(profile.length)
+        data[label] = profile_pairs(profile, pool, vocabulary), _row_length(profile.length)
     shared = os.environ.get("SIMPO_SHARED")
     if file is None and shared:
         file = Path(shared) / "data" / "hh_harmless.train.jsonl"
     if file is not None:
         real = read_pairs(file, tokenizer or f"{shared}/tokenizers/llama3", pool, vocabulary)
         longest = _round_up(int(real.lengths.row_tokens(False).max()))  # real lengths are not cut at four medians
-        found[HH] = real, max(longest, _row_length(float(np.median(real.lengths.chosen_inputs + 1))))
-    return found
+        data[HH] = real, max(longest, _row_length(float(np.median(real.lengths.chosen_inputs + 1))))
+    return data
 
 
 def _row_length(median: float) -> int:
-    """Eight medians: a profile's longest pair, nothing shared, is just so long."""
+    """Returns eight medians, the length of a profile's longest pair with nothing shared."""
     return _round_up(int(MEDIANS_A_ROW * median))
 
 
@@ -123,21 +127,21 @@ def _round_up(tokens: int) -> int:
 
 
 def measure_steps(trainees: Mapping[str, Trainee], rounds: int) -> dict[str, Any]:
-    """Times steps of all variants in turns, from the same weights on, after a step that compiles."""
+    """Times steps of all variants in turns, on the same weights, after a step that compiles."""
     weights = next(iter(trainees.values())).fresh_weights()
-    bytes_held = {}
+    compiled_bytes = {}
     for variant, trainee in trainees.items():
-        bytes_held[variant] = trainee.compiled_bytes()
+        compiled_bytes[variant] = trainee.compiled_bytes()
         trainee.warm(weights)
     seconds = in_turns({variant: partial(trainee.seconds, weights) for variant, trainee in trainees.items()}, rounds)
     return {
-        variant: {**_counts(trainee, rounds), "seconds": seconds[variant], "bytes": bytes_held[variant]}
+        variant: {**_counts(trainee, rounds), "seconds": seconds[variant], "bytes": compiled_bytes[variant]}
         for variant, trainee in trainees.items()
     }
 
 
 def _counts(trainee: Trainee, rounds: int) -> dict[str, Any]:
-    """What the timed steps have computed."""
+    """Counts the pairs, tokens and useful operations of the timed steps."""
     steps = [trainee.build(k) for k in range(rounds)]
     plan, config = trainee.plan, trainee.model.config
     work = [work_of(plan.lengths.of_pairs(step.pairs), plan.prefix_sharing) for step in steps]
@@ -151,7 +155,7 @@ def _counts(trainee: Trainee, rounds: int) -> dict[str, Any]:
 
 
 def packing_fill(model: Model, profile: str, count: int) -> dict[str, float]:
-    """Share of computed tokens that are not padding, by pairs a step, over steps of an epoch."""
+    """Returns the share of computed tokens that are not padding, by variant and pairs a step, over an epoch."""
     pool = profile_pairs(PROFILES[profile], count, model.config.vocab_size)
     row_length = _row_length(PROFILES[profile].length)
     plans = {
@@ -165,22 +169,22 @@ def packing_fill(model: Model, profile: str, count: int) -> dict[str, float]:
 def _table(measured: Mapping[str, Any], peak: float) -> Table:
     rows = []
     for label, variants in measured.items():
-        for variant, found in variants.items():
-            time = sum(found["seconds"])
+        for variant, counts in variants.items():
+            time = sum(counts["seconds"])
             rows.append(
                 (
                     *(label, variant),
-                    *(found["pairs"] / time, found["input_tokens"] / time),
-                    percent(found["useful_flops"] / time / peak),
-                    percent(found["input_tokens"] / found["computed_tokens"]),
-                    gib(found["bytes"]),
+                    *(counts["pairs"] / time, counts["input_tokens"] / time),
+                    percent(counts["useful_flops"] / time / peak),
+                    percent(counts["input_tokens"] / counts["computed_tokens"]),
+                    gib(counts["bytes"]),
                 )
             )
     note = (
-        "Tokens are those computed, padding apart. Useful FLOPs are those of each layout's own tokens, without padding "
-        "and recomputation, against the matrix products of this run. Memory is that of the compiled program of a "
-        "micro-batch: parameters, gradients, temporaries; the optimizer's state comes on top. Without packing a row is "
-        "as long as the longest pair of all, as the trainer has it."
+        "Tokens are the computed ones without padding. Useful FLOPs are those of each layout's own tokens, without "
+        "padding and recomputation, against the matrix products of this run. Memory is that of the compiled program of "
+        "a micro-batch: parameters, gradients, temporaries; the optimizer's state comes on top. Without packing a row "
+        "is as long as the longest pair of all, as in the trainer."
     )
     columns = ("pairs", "layout", "pairs/s", "tokens/s", "useful FLOPs", "filled", "memory")
     return Table("Optimizer steps", columns, rows, note)
@@ -188,13 +192,13 @@ def _table(measured: Mapping[str, Any], peak: float) -> Table:
 
 def _speed_ups(measured: Mapping[str, Any]) -> Table:
     rows = []
-    for label, found in measured.items():
+    for label, variants in measured.items():
         profile = PROFILES.get(label)
         for slow, fast in (PACKED, ("separate", "shared")):
-            if slow not in found:
+            if slow not in variants:
                 continue
-            times = found[slow]["seconds"], found[fast]["seconds"]
-            tokens = found[slow]["computed_tokens"] / found[fast]["computed_tokens"]
+            times = variants[slow]["seconds"], variants[fast]["seconds"]
+            tokens = variants[slow]["computed_tokens"] / variants[fast]["computed_tokens"]
             total = total_speed_up(*times)
             paper = "" if profile is None else profile.paper if slow == PACKED[0] else profile.paper_unpacked
             ideal = "" if profile is None else linear_ideal(profile.prompt, profile.response)
@@ -202,9 +206,9 @@ def _speed_ups(measured: Mapping[str, Any]) -> Table:
                 (label, f"{fast} over {slow}", ideal, tokens, total, speed_up(*times), percent(total / tokens), paper)
             )
     note = (
-        "Ideal: 2(p+c)/(p+2c) at the medians. Tokens: computed by one over computed by the other, padding included. "
-        "Total: all time over all time; median: of the ratios within a round. Share: total over tokens. Paper: 8 H100, "
-        "FlexAttention with sharing over FlashAttention 3."
+        "Ideal: 2(p+c)/(p+2c) at the medians. Tokens: the ratio of the computed tokens, padding included. Total: the "
+        "ratio of the times over all rounds; median: the median of the ratios within a round. Share: total over "
+        "tokens. Paper: 8 H100, FlexAttention with sharing over FlashAttention 3."
     )
     return Table(
         "What sharing gains", ("pairs", "", "ideal", "tokens", "total", "median", "share", "paper"), rows, note
@@ -221,14 +225,14 @@ def _fills(fills: Mapping[str, Mapping[str, float]]) -> Table:
 
 def _draw(output: Path, name: str, measured: Mapping[str, Any]) -> None:
     with picture(output, f"{name}.png") as axes:
-        for at, (label, found) in enumerate(measured.items()):
-            times = [found[variant]["seconds"] for variant in PACKED]
-            tokens = found[PACKED[0]]["computed_tokens"] / found[PACKED[1]]["computed_tokens"]
-            axes.bar(at, total_speed_up(*times), color="tab:blue", width=0.6, label="measured" if not at else None)
-            axes.plot([at - 0.3, at + 0.3], [tokens] * 2, "k-", label="tokens computed" if not at else None)
+        for x, (label, variants) in enumerate(measured.items()):
+            times = [variants[variant]["seconds"] for variant in PACKED]
+            tokens = variants[PACKED[0]]["computed_tokens"] / variants[PACKED[1]]["computed_tokens"]
+            axes.bar(x, total_speed_up(*times), color="tab:blue", width=0.6, label="measured" if not x else None)
+            axes.plot([x - 0.3, x + 0.3], [tokens] * 2, "k-", label="tokens computed" if not x else None)
             if label in PROFILES:
                 paper = PROFILES[label].paper
-                axes.plot([at - 0.3, at + 0.3], [paper] * 2, "r:", label="paper, 8 H100" if not at else None)
+                axes.plot([x - 0.3, x + 0.3], [paper] * 2, "r:", label="paper, 8 H100" if not x else None)
         axes.set_xticks(range(len(measured)), list(measured), rotation=30, ha="right")
         axes.set_ylabel("speed-up of sharing, packed")
         axes.axhline(1.0, color="grey", linewidth=0.5)

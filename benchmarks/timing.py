@@ -1,4 +1,4 @@
-"""Timing in turns. The machine drifts, neighbours come and go: only what is timed in turns can be compared."""
+"""Times contenders in turns. A machine's speed drifts, so only measurements made in turns can be compared."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """Seconds of a call, which must wait for its device."""
+    """Returns the seconds of a call. The call must wait for its device."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
 
 
 def in_turns(contenders: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
-    """Runs every contender once a round and collects what it returns, its seconds.
+    """Runs every contender once a round and collects the seconds that it returns.
 
-    A contender is given the number of the round. Each round begins with another one, so that none always follows the
-    same neighbour.
+    A contender is called with the number of the round. Each round starts with another contender, so that the order
+    favours none.
     """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -30,10 +30,10 @@ def in_turns(contenders: Mapping[str, Callable[[int], float]], rounds: int) -> d
 
 
 def speed_up(slow: Sequence[float], fast: Sequence[float]) -> float:
-    """How many times faster: the median over the rounds of the ratio within a round."""
+    """Returns the speed-up as the median over the rounds of the ratio within a round."""
     return statistics.median(s / f for s, f in zip(slow, fast, strict=True))
 
 
 def total_speed_up(slow: Sequence[float], fast: Sequence[float]) -> float:
-    """How many times faster over all rounds together: total time over total time."""
+    """Returns the speed-up over all rounds together: total time over total time."""
     return sum(slow) / sum(fast)

@@ -1,7 +1,7 @@
-"""Contenders in processes of their own, so that each one's memory is its own, told when to work through a pipe.
+"""Runs contenders in processes of their own, so that memory can be measured, and sends them requests through a pipe.
 
-A worker is started as `python -m MODULE ARGUMENTS`. It answers requests, one JSON object a line each way; whatever else
-it prints goes to its log.
+A worker is started as `python -m MODULE ARGUMENTS`. It answers requests, one JSON object a line each way. Everything
+else that it prints goes to its log.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _LAST_LINES = 15
 
 
 class WorkerFailed(RuntimeError):
-    """A worker's process ended before it answered; the message has the end of its log."""
+    """A worker's process ended before it answered. The message has the end of the worker's log."""
 
 
 class Worker:
-    """A contender's process, seen from the script that compares."""
+    """A contender's process, for the script that compares contenders."""
 
     def __init__(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
-        """Starts it.
+        """Starts the process.
 
         Args:
-            arguments: what follows `python -m`.
-            log: where its prints and errors go.
-            environment: variables to set for it.
+            arguments: the arguments after `python -m`.
+            log: the file for the process's prints and errors.
+            environment: variables to set for the process.
         """
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ class Worker:
         """Sends a request and waits for the answer.
 
         Raises:
-            WorkerFailed: the process has ended.
+            WorkerFailed: the process ended before it answered.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
@@ -65,11 +65,11 @@ class Worker:
             status = self._process.wait()
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
             raise WorkerFailed(f"ended with status {status}; its output is in {self._log}:\n{tail}")
-        found: dict[str, Any] = json.loads(answer)
-        return found
+        values: dict[str, Any] = json.loads(answer)
+        return values
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends the process."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.kill()
         self._process.wait()
@@ -84,19 +84,20 @@ class Worker:
 
 
 class Requests:
-    """The same pipe, seen from the worker: made before anything else is imported that might print."""
+    """The worker's end of the pipe. Create it before you import anything that might print."""
 
     def __init__(self) -> None:
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
     def next(self) -> dict[str, Any] | None:
-        """The next request; None when there are no more."""
+        """Waits for the next request; returns None when there are no more."""
         line = sys.stdin.readline()
         return json.loads(line) if line else None
 
-    def answer(self, found: Mapping[str, Any]) -> None:
-        self._answers.write(json.dumps(found) + "\n")
+    def answer(self, values: Mapping[str, Any]) -> None:
+        """Answers a request."""
+        self._answers.write(json.dumps(values) + "\n")
         self._answers.flush()
 
     def serve(self, handle: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:

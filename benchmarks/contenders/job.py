@@ -1,4 +1,4 @@
-"""What all contenders are given alike: a start model, pairs, a batch. Imports neither jax nor torch."""
+"""The job that all contenders run: a start model, pairs, a batch. Imports neither jax nor torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax_simpo.data import chat, synthetic
 
 BETA, GAMMA_BETA_RATIO = 2.5, 0.55
 LEARNING_RATE = 1e-6
-MAX_LENGTH = 8192  # cuts nothing
+MAX_LENGTH = 8192  # so long that no pair is cut
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Job:
     """A comparison, as its workers read it.
 
     Attributes:
-        work: folder for everything written.
+        work: the folder for all files.
         model: the start model's Hugging Face configuration.
-        tokenizer: folder, hub id or `builtin:NAME`.
-        pairs: pairs a step; a step takes all there are.
+        tokenizer: a folder, hub id or `builtin:NAME`.
+        pairs: number of pairs; every step takes all of them.
         device: `cpu` or `gpu`.
         stacked_batch: pairs a micro-batch of the contenders that stack chosen and rejected along the batch.
-        remat: `none` or `full`; where the others recompute nothing, jax-simpo takes `dots`, its fastest there.
+        remat: `none` or `full`. With `none` jax-simpo takes `dots`, its fastest setting.
     """
 
     work: str
@@ -41,12 +41,12 @@ class Job:
 
     @property
     def start(self) -> Path:
-        """The start model's folder."""
+        """The folder of the start model."""
         return Path(self.work) / "start"
 
     @property
     def rows(self) -> Path:
-        """The pairs' file."""
+        """The file of the pairs."""
         return Path(self.work) / "pairs.jsonl"
 
     @property
@@ -61,25 +61,25 @@ class Job:
         return Job(**json.loads(Path(file).read_text(encoding="utf-8")))
 
     def texts(self) -> list[chat.PairText]:
-        """The pairs after the chat template."""
+        """Returns the pairs after the chat template."""
         tokenizer = chat.load_tokenizer(self.tokenizer)
         lines = self.rows.read_text(encoding="utf-8").splitlines()
         return [chat.render_pair(json.loads(line), tokenizer, False) for line in lines]
 
 
 def first_pairs(file: Path, count: int) -> list[dict[str, Any]]:
-    """The first pairs of a JSONL file."""
+    """Reads the first pairs of a JSONL file."""
     with file.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in islice(lines, count)]
 
 
 def spoken_pairs(profile: Profile, count: int) -> list[dict[str, Any]]:
-    """Pairs of words that `builtin:cafe` knows, in a profile's lengths: text, for contenders that tokenise it."""
+    """Makes pairs of text in a profile's lengths, of words that `builtin:cafe` has as single tokens."""
     chance = random.Random(0)
     words = [*synthetic.SIZES, *synthetic.DRINKS, *synthetic.EXTRAS]
 
     def say(tokens: int) -> str:
-        # The template adds two tokens and more; every word is one.
+        # Every word is one token, and the template adds at least two.
         return " ".join(chance.choice(words) for _ in range(max(1, tokens - 2)))
 
     pairs = []

@@ -1,4 +1,4 @@
-"""jax-simpo's step, prefix shared and packed: `python -m benchmarks.contenders.ours JOB.json DTYPE`."""
+"""Runs jax-simpo's step, prefix shared and packed: `python -m benchmarks.contenders.ours JOB.json DTYPE`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main(file: str, dtype: str) -> None:
         ]
     )
     config, _ = hf.load_model_config(job.start)
-    # Without gradient checkpointing TRL and torch_ref keep everything; `dots` makes cheap things again and is faster.
+    # Without checkpointing TRL and torch_ref keep all activations; `dots` recomputes the cheap ones and is faster.
     model = Model(config, dtype, "dots" if job.remat == "none" else job.remat)  # type: ignore[arg-type]
     mesh = one_device()
     plan = make_plan(model, pairs, "shared+packed", batch=job.pairs)
@@ -48,15 +48,15 @@ def main(file: str, dtype: str) -> None:
         weights = trainee.fresh_weights(hf.load_params(job.start, model, mesh))
 
         def handle(request: dict[str, Any]) -> dict[str, Any]:
-            if request["do"] == "warm":  # compiles; then from the start again, so that the first loss is the start's
+            if request["do"] == "warm":  # compiles, then loads the start model again for the first timed loss
                 trainee.compute(weights, trainee.build(0))
                 weights.params = weights.state = None
                 fresh = trainee.fresh_weights(hf.load_params(job.start, model, mesh))
                 weights.params, weights.state = fresh.params, fresh.state
                 return {}
-            found: dict[str, float] = {}
-            seconds = seconds_of(lambda: found.update(trainee.compute(weights, trainee.build(request["step"]))))
-            return {"seconds": seconds, "loss": found["loss"], "peak_bytes": peak()}
+            metrics: dict[str, float] = {}
+            seconds = seconds_of(lambda: metrics.update(trainee.compute(weights, trainee.build(request["step"]))))
+            return {"seconds": seconds, "loss": metrics["loss"], "peak_bytes": peak()}
 
         requests.serve(handle)
 

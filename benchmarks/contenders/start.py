@@ -1,4 +1,4 @@
-"""Writes the model every contender starts from: random weights as transformers draws them, float32."""
+"""Writes the model that every contender starts from, with random float32 weights as transformers draws them."""
 
 from __future__ import annotations
 

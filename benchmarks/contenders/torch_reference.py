@@ -1,7 +1,7 @@
-"""torch_ref's step: `python -m benchmarks.contenders.torch_reference JOB.json DTYPE LAYOUT`.
+"""Runs torch_ref's step: `python -m benchmarks.contenders.torch_reference JOB.json DTYPE LAYOUT`.
 
-LAYOUT `separate` stacks chosen and rejected along the batch, as the original SimPO code does; `shared+packed` lays them
-out in rows, under FlexAttention on a GPU and SDPA with the mask written out on a CPU.
+LAYOUT `separate` stacks chosen and rejected along the batch, as the original SimPO code does. `shared+packed` lays them
+out in rows, with FlexAttention on a GPU and SDPA with a dense mask on a CPU.
 """
 
 from __future__ import annotations
@@ -64,27 +64,27 @@ def main(file: str, dtype: str, layout: str) -> None:
             loss += float(part.loss)
         return loss
 
-    def whole_step(number: int) -> float:
+    def torch_step(number: int) -> float:
         step = build_rank_step(plan, pairs, number, 0, 1)
         loss = accumulate(step, len(step.micro_batches))
         engine.update(LEARNING_RATE)
         return loss
 
     def handle(request: dict[str, Any]) -> dict[str, Any]:
-        if request["do"] == "warm":  # one micro-batch, and an update that moves nothing
+        if request["do"] == "warm":  # one micro-batch, and an update with a learning rate of 0
             accumulate(build_rank_step(plan, pairs, 0, 0, 1), 1)
             engine.update(0.0)
             return {}
-        found: list[float] = []
+        losses: list[float] = []
 
         def run() -> None:
-            found.append(whole_step(request["step"]))
+            losses.append(torch_step(request["step"]))
             if job.device == "gpu":
                 torch.cuda.synchronize()
 
         seconds = seconds_of(run)
         peak = torch.cuda.max_memory_allocated() if job.device == "gpu" else peak_resident_bytes()
-        return {"seconds": seconds, "loss": found[0], "peak_bytes": peak}
+        return {"seconds": seconds, "loss": losses[0], "peak_bytes": peak}
 
     requests.serve(handle)
 

@@ -1,8 +1,8 @@
-"""TRL's `CPOTrainer` with the SimPO loss: `python -m benchmarks.contenders.trl_cpo JOB.json DTYPE`.
+"""Runs TRL's `CPOTrainer` with the SimPO loss: `python -m benchmarks.contenders.trl_cpo JOB.json DTYPE`.
 
-It is given every advantage its options offer for this batch: no evaluation, no checkpoints, no reports, no gradient
-checkpointing unless all have it, the fused optimizer, all cores, and no loss on chosen tokens to compute (cpo_alpha 0).
-bfloat16 is the Trainer's `bf16`, autocast over float32 weights. A step takes all pairs, `stacked_batch` at a time.
+The settings are TRL's fastest for this batch: no evaluation, no checkpoints, no reports, no gradient checkpointing
+unless all contenders have it, the fused optimizer, all cores, and no loss on chosen tokens (cpo_alpha 0). bfloat16 is
+the Trainer's `bf16`, autocast over float32 weights. A step takes all pairs, `stacked_batch` at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MANY_STEPS = 10**6
 
 def main(file: str, dtype: str) -> None:
     requests = Requests()
-    warnings.simplefilter("ignore")  # TRL's and the Trainer's own, about their future
+    warnings.simplefilter("ignore")  # TRL and the Trainer warn about their own future
 
     import torch
     from datasets import Dataset
@@ -35,7 +35,7 @@ def main(file: str, dtype: str) -> None:
     data = Dataset.from_list([vars(text) for text in job.texts()])
     model = AutoModelForCausalLM.from_pretrained(job.start, dtype=torch.float32)
 
-    def trainer(accumulation: int, steps: int, learning_rate: float, **more: Any) -> Any:
+    def trainer(accumulation: int, steps: int, learning_rate: float, **arguments: Any) -> Any:
         settings = CPOConfig(
             output_dir=f"{job.work}/trl",
             loss_type="simpo",
@@ -61,10 +61,10 @@ def main(file: str, dtype: str) -> None:
             args=settings,
             train_dataset=data,
             processing_class=chat.load_tokenizer(job.tokenizer),
-            **more,
+            **arguments,
         )
 
-    class Obeys(TrainerCallback):
+    class StepsOnRequest(TrainerCallback):
         """Waits for a request before each step and answers after it."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -83,15 +83,19 @@ def main(file: str, dtype: str) -> None:
                 requests.answer({"seconds": self.seconds, "loss": float(logs["loss"]), "peak_bytes": peak})
 
     assert (requests.next() or {}).get("do") == "warm"
-    warmer = trainer(1, 1, 0.0)  # one micro-batch, and an update that moves nothing
-    warmer.train()
+    warm_up = trainer(1, 1, 0.0)  # one micro-batch, and an update with a learning rate of 0
+    warm_up.train()
     requests.answer({})
-    # The optimizer's state is taken over, so that the timed step need not make it.
-    optimizer = getattr(warmer.optimizer, "optimizer", warmer.optimizer)
+    # The timed steps use the same optimizer, so that they do not have to allocate its state.
+    optimizer = getattr(warm_up.optimizer, "optimizer", warm_up.optimizer)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = LEARNING_RATE
     timed = trainer(
-        job.pairs // job.stacked_batch, MANY_STEPS, LEARNING_RATE, optimizers=(optimizer, None), callbacks=[Obeys()]
+        job.pairs // job.stacked_batch,
+        MANY_STEPS,
+        LEARNING_RATE,
+        optimizers=(optimizer, None),
+        callbacks=[StepsOnRequest()],
     )
     timed.train()
 
