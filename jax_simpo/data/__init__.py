@@ -1,1 +1,1 @@
-"""From preference pairs on disk to static-shape row batches. Neither jax nor torch is imported here."""
+"""Turns preference pairs on disk into row batches of static shape. Nothing here imports jax or torch."""

@@ -18,7 +18,7 @@ from jax_simpo.hf import write
 from jax_simpo.hf.lora_targets import linear_layers
 from jax_simpo.hf.safetensors_files import TensorWriter, WeightFiles
 from jax_simpo.models.config import ModelConfig
-from jax_simpo.models.lora import KEY, Lora
+from jax_simpo.models.lora import ADAPTER_KEY, Lora
 from jax_simpo.models.transformer import Model, Params
 
 CONFIG = "adapter_config.json"
@@ -228,7 +228,7 @@ def _adapter_of(adapters: Params, path: str) -> dict[str, jax.Array]:
     subtree: Any = adapters["layers"]
     for key in path.split("/"):
         subtree = subtree[key]
-    return subtree[KEY]
+    return subtree[ADAPTER_KEY]
 
 
 def _fetch(leaf: jax.Array) -> np.ndarray:

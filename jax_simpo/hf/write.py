@@ -122,7 +122,7 @@ class _Adapter(NamedTuple):
 
 def _adapter(leaves: Mapping[str, jax.Array], tensor: CheckpointTensor, model: Model) -> _Adapter | None:
     """Returns the adapter of a linear layer's kernel; None if the kernel has none."""
-    path = f"{tensor.path.removesuffix('/kernel')}/{lora.KEY}"
+    path = f"{tensor.path.removesuffix('/kernel')}/{lora.ADAPTER_KEY}"
     if f"{path}/a" not in leaves:
         return None
     assert model.lora is not None

@@ -18,7 +18,7 @@ from jax_simpo.ops.linear import linear, product
 from jax_simpo.ops.numerics import matmul_precision
 from jax_simpo.sharding import gather_parameter
 
-KEY = "adapter"  # names an adapter's parameters in the dict of their linear layer
+ADAPTER_KEY = "adapter"  # names an adapter's parameters in the dict of their linear layer
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def split(params: Any) -> tuple[Any, Any]:
     adapters: dict[str, Any] = {}
     base: dict[str, Any] = {}
     for key, value in params.items():
-        if key == KEY:
+        if key == ADAPTER_KEY:
             adapters[key] = value
         elif isinstance(value, dict):
             inner_adapters, inner_base = split(value)

@@ -104,14 +104,14 @@ def test_the_gradients_are_those_of_the_merged_kernels_by_the_chain_rule(pairs: 
     adapters, merged = model.split(start)
     for path in model.lora.targets:  # type: ignore[union-attr]
         part, name = path.split("/")
-        a, b = (adapters["layers"][part][name][lora.KEY][key] for key in "ab")
+        a, b = (adapters["layers"][part][name][lora.ADAPTER_KEY][key] for key in "ab")
         kernel = merged["layers"][part][name]["kernel"]
         merged["layers"][part][name] = {"kernel": kernel + np.float32(1.5) * np.einsum("lir,lro->lio", a, b)}
     gradients, oracle = gradients_of(model, start, pairs), gradients_of(plain, merged, pairs)
     for path in model.lora.targets:  # type: ignore[union-attr]
         part, name = path.split("/")
-        a, b = (adapters["layers"][part][name][lora.KEY][key] for key in "ab")
-        ours, dw = gradients["layers"][part][name][lora.KEY], oracle["layers"][part][name]["kernel"]
+        a, b = (adapters["layers"][part][name][lora.ADAPTER_KEY][key] for key in "ab")
+        ours, dw = gradients["layers"][part][name][lora.ADAPTER_KEY], oracle["layers"][part][name]["kernel"]
         assert np.abs(dw).max() > 1e-3
         np.testing.assert_allclose(ours["a"], 1.5 * np.einsum("lio,lro->lir", dw, b), atol=5e-6)
         np.testing.assert_allclose(ours["b"], 1.5 * np.einsum("lir,lio->lro", a, dw), atol=5e-6)
