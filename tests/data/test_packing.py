@@ -25,7 +25,7 @@ from jax_simpo.errors import DataError
 
 
 def log_normal_lengths(count: int, prompt: float, response: float, seed: int = 0) -> PairLengths:
-    """Pairs with log-normal lengths around the given medians, cut at four times the median."""
+    """Draws log-normal lengths around the given medians, cut at four times the median."""
     rng = np.random.default_rng(seed)
 
     def draw(median: float) -> np.ndarray:
