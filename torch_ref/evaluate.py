@@ -1,9 +1,9 @@
-"""Scores pairs with a model as it stands, and makes evaluation metrics of the scores."""
+"""Scores pairs with a model without training it, and computes the metrics of an evaluation from the scores."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch import Tensor
 from jax_simpo.data.loader import PairSource
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.tokenize import PairDataset
+from jax_simpo.run.metrics import check_split_names, evaluation_figures
 from torch_ref.batches import Batch, rank_steps
 from torch_ref.distributed import Ranks
 from torch_ref.losses import Objective, response_sums
 
-PAIRS_PER_PLAN = 512  # planned together; nothing depends on it but how well rows are filled
+PAIRS_PER_PLAN = 512  # pairs whose rows are packed together; only the fill depends on it
 
-Forward = Callable[[Batch], Tensor]  # the log-probability of every target of a batch
+Forward = Callable[[Batch], Tensor]  # gives the log-probability of every target of a batch
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class PairScores:
         """Mean log-prob of the rejected responses, float32."""
         return (self.rejected_sum / self.rejected_length).astype(np.float32)
 
+    def of_pairs(self, indices: Int[np.ndarray, " Q"]) -> PairScores:
+        """The scores of some of the pairs."""
+        return PairScores(*(column[indices] for column in vars(self).values()))
+
     def losses(self, objective: Objective) -> Float[np.ndarray, " P"]:
         """The preference loss of each pair, float32."""
         chosen, rejected = (torch.from_numpy(x) for x in (self.chosen_logps, self.rejected_logps))
@@ -55,9 +60,9 @@ def score_pairs(forward: Forward, plan: StepPlan, source: PairSource, ranks: Ran
 
     Args:
         forward: `Policy.forward`, or an engine's `logps`.
-        plan: a plan of the split in file order (`seed=None`).
-        source: its pairs.
-        ranks: who computes.
+        plan: the step plan of the split, in file order (`seed=None`).
+        source: the pairs of the split.
+        ranks: the ranks of the run.
     """
     sums = np.zeros((2, len(plan.lengths)))
     for step in rank_steps(plan, source, range(plan.steps_per_epoch), ranks.rank, ranks.world):
@@ -72,7 +77,7 @@ def score_pairs(forward: Forward, plan: StepPlan, source: PairSource, ranks: Ran
 
 
 def pair_records(scores: PairScores, objective: Objective) -> Iterator[dict[str, Any]]:
-    """One object per pair, in file order, with the keys that `score` writes."""
+    """Yields one object per pair, in file order, with the keys that `score` writes."""
     losses, beta = scores.losses(objective), objective.beta
     for i, (chosen, rejected) in enumerate(zip(scores.chosen_logps, scores.rejected_logps, strict=True)):
         yield {
@@ -90,7 +95,7 @@ def pair_records(scores: PairScores, objective: Objective) -> Iterator[dict[str,
 
 
 def evaluation_metrics(scores: PairScores, objective: Objective) -> dict[str, float]:
-    """Means over all pairs, under the names of the training metrics."""
+    """Computes means over all pairs, under the names of the training metrics."""
     chosen, rejected = scores.chosen_logps.astype(np.float64), scores.rejected_logps.astype(np.float64)
     metrics = {
         "loss": scores.losses(objective).mean(dtype=np.float64),
@@ -107,18 +112,49 @@ def evaluation_metrics(scores: PairScores, objective: Objective) -> dict[str, fl
     return {name: float(value) for name, value in metrics.items()}
 
 
+def split_metrics(
+    scores: PairScores, objective: Objective, splits: Mapping[str, Int[np.ndarray, " _"]]
+) -> dict[str, float]:
+    """Computes the metrics over all pairs (`eval_loss`, ...) and, of several splits, of each (`eval_SPLIT_loss`, ...).
+
+    Args:
+        scores: the scores of the pairs of all splits.
+        objective: the objective whose loss and rewards are reported.
+        splits: the indices of each split's pairs (`PairDataset.splits`).
+    """
+    by_split = {
+        split: {**evaluation_metrics(scores.of_pairs(indices), objective), "pairs": len(indices)}
+        for split, indices in splits.items()
+    }
+    overall = {**evaluation_metrics(scores, objective), "pairs": len(scores.chosen_sum)}
+    return evaluation_figures(overall, by_split)
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluates one split whenever asked."""
+    """Evaluates the pairs of the evaluation splits during a run.
+
+    Attributes:
+        plan: the step plan of the pairs, in file order.
+        source: the pairs of all evaluation splits.
+        objective: the objective whose loss and rewards are reported.
+        ranks: the ranks of the run.
+
+    Raises:
+        ConfigError: a split's name would give two metrics the same key.
+    """
 
     plan: StepPlan
     source: PairDataset
     objective: Objective
     ranks: Ranks
 
+    def __post_init__(self) -> None:
+        check_split_names(list(self.source.splits), self.objective.metrics)
+
     def run(self, forward: Forward) -> dict[str, float]:
-        """The split's metrics, each with the prefix `eval_`."""
+        """Computes the metrics, with the keys of an evaluation record, and `eval_runtime` in seconds."""
         started = time.perf_counter()
-        metrics = evaluation_metrics(score_pairs(forward, self.plan, self.source, self.ranks), self.objective)
-        metrics |= {"pairs": len(self.plan.lengths), "runtime": time.perf_counter() - started}
-        return {f"eval_{name}": value for name, value in metrics.items()}
+        scores = score_pairs(forward, self.plan, self.source, self.ranks)
+        metrics = split_metrics(scores, self.objective, self.source.splits)
+        return {**metrics, "eval_runtime": time.perf_counter() - started}

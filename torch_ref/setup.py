@@ -119,6 +119,21 @@ class Setup:
         raw = sources.load_train(config.dataset_mixer, config.train_splits, dataset_configs=config.dataset_configs)
         return self._tokenize(raw)
 
+    def eval_pairs(self) -> PairDataset:
+        """The pairs of all evaluation splits, uncut.
+
+        Raises:
+            ConfigError: `dataset_splits` names no split to evaluate.
+        """
+        config = self.config
+        if not config.eval_splits:
+            raise ConfigError(
+                f"`dataset_splits` {config.dataset_splits} names no split to evaluate: those have no `train` in their "
+                "name. Add one, or set `do_eval: false`"
+            )
+        raw = sources.load_eval(config.dataset_mixer, config.eval_splits, dataset_configs=config.dataset_configs)
+        return self._tokenize(raw)
+
     def split_pairs(self, split: str) -> PairDataset:
         """The pairs of a whole split, in file order."""
         raw = sources.load_split(self.config.dataset_mixer, split, dataset_configs=self.config.dataset_configs)

@@ -1,13 +1,12 @@
-"""The training loop. It reads as the run goes: check, build, resume or start, step, log, evaluate, save, export."""
+"""Trains: checks, builds, resumes or starts, runs the steps, logs, evaluates, saves and exports, in this order."""
 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,37 +15,46 @@ from rich.console import Console
 from jax_simpo.config import TrainConfig
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.tokenize import PairDataset
-from jax_simpo.errors import CheckpointError, ConfigError, DataError, TrainingError
+from jax_simpo.errors import ConfigError
+from jax_simpo.run import files
+from jax_simpo.run.cadence import count_steps, is_due
+from jax_simpo.run.facts import note_export
+from jax_simpo.run.manifest import claim, write_file
+from jax_simpo.run.metrics import MetricsLog, check_finite, evaluation_line, read_metrics
+from jax_simpo.run.output import check_output, prepare_output
+from jax_simpo.run.resume import check_not_finished, check_same_run, choose_step, run_identity
 from torch_ref.batches import Batch, RankStep, rank_steps
-from torch_ref.checkpoint import CHECKPOINTS, Checkpoints, check_same_run, identity, resume_step
+from torch_ref.checkpoint import Checkpoints
+from torch_ref.clock import Clock
 from torch_ref.distributed import Ranks
 from torch_ref.engine import Engine, PlainEngine
 from torch_ref.evaluate import PAIRS_PER_PLAN, Evaluation, Forward
 from torch_ref.export import export_model
 from torch_ref.losses import Objective, StepPart, response_sums, step_part
-from torch_ref.metrics import METRICS_FILE, Clock, open_metrics
 from torch_ref.model import DTYPES
 from torch_ref.optim import Schedule, learning_rate_schedule
 from torch_ref.setup import Setup
 from torch_ref.start_weights import StartWeights
 from torch_ref.zero3 import Zero3Engine, Zero3Model, deepspeed_settings, partitioned_forward
 
-MODEL = "model"
-# What a run of either side writes, and all that `overwrite_output_dir` removes.
-RUN_FILES = (
-    *("config.yaml", METRICS_FILE, CHECKPOINTS, MODEL),
-    *("samples.jsonl", "run.json", "README.md", "report.html", "curves.png"),
-)
-
 
 def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: Path | None = None) -> dict[str, Any]:
-    """Trains as the config says and returns the last record of `metrics.jsonl`; every rank calls it.
+    """Trains as the config says, exports the model, and returns the last record of `metrics.jsonl`.
+
+    Every rank calls it. A former run is removed (`overwrite_output_dir`) only once the new run's model is loaded.
+
+    Args:
+        config: the settings of the run.
+        console: where notes go.
+        ranks: the ranks of the run.
+        deepspeed_file: a DeepSpeed JSON file; None takes the one of jax-simpo.
 
     Raises:
-        UserError: whatever the user can mend; before anything is trained where it can be known by then.
+        UserError: a mistake that the user can mend; raised before training wherever it can be known by then.
     """
     _check(config)
-    output = ranks.first(lambda: prepare_output(config))
+    output = Path(config.output_dir)
+    ranks.first(lambda: check_output(config, output, writes=files.OF_TORCH_REF))
     setup = Setup(config, console, ranks)
     console.print(f"torch_ref: {ranks.world} rank{'s' if ranks.world > 1 else ''} on {ranks.device.type}")
     if not _fits(config, ranks):
@@ -54,47 +62,47 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
     if config.remat == "dots":
         console.print("note: `remat: dots` is taken as `full`: layers are recomputed whole", style="yellow")
     checkpoints = Checkpoints(output, ranks, keep=config.save_total_limit)
-    # One rank looks, so that all see the same, whatever their file system shows them.
-    resume = ranks.first(lambda: resume_step(config, checkpoints))
+    # One rank reads the folder, so that all ranks resume at the same step, whatever their file system shows them.
+    resume = ranks.first(
+        lambda: choose_step(
+            config.resume_from_checkpoint, [] if config.overwrite_output_dir else checkpoints.steps(), output
+        )
+    )
     saved = ranks.first(lambda: checkpoints.run(resume)) if resume else {}
     batch = setup.global_batch_size(saved.get("global_batch_size"))
     pairs = setup.train_pairs()
     plan = setup.plan("training", pairs, batch=batch, seed=config.seed)
-    total_steps = (
-        config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * plan.steps_per_epoch)
-    )
-    this_run = identity(config, batch, plan.lengths)
+    total_steps = count_steps(config, plan.steps_per_epoch)
+    identity = ranks.first(lambda: run_identity(config, batch, pairs))
     if resume:
-        check_same_run(saved, this_run, output)
-        if resume >= total_steps:
-            raise CheckpointError(
-                f"{output} holds this run, finished at step {resume}: nothing is left to train. Give another "
-                "`output_dir`, or set `overwrite_output_dir: true` to train it again"
-            )
+        check_same_run(saved, identity, output)
+        ranks.first(lambda: check_not_finished(output, resume, total_steps))
     evaluation = _evaluation(setup) if config.do_eval else None
     engine = make_engine(setup, deepspeed_file, resumes=bool(resume))
     console.print(f"engine: {engine.name}")
+    ranks.first(lambda: prepare_output(config, output))
     if resume:
         checkpoints.load(resume, engine)
         console.print(f"resuming at step {resume} of {total_steps}")
     else:
         console.print(f"training {setup.parameter_count:,} parameters for {total_steps} steps")
-    if ranks.is_first:
-        (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    ranks.first(lambda: write_file(output, files.CONFIG, config.to_yaml()))
     schedule = learning_rate_schedule(config, total_steps)
-    run = Run(config, setup, plan, pairs, engine, schedule, evaluation, checkpoints, this_run, total_steps, output)
-    record = run.steps(resume)
-    export_model(engine, output / MODEL, config.export_dtype or config.dtype, setup.tokenizer, ranks)
-    console.print(f"trained: {output / MODEL}")
-    return record
+    run = Run(config, setup, plan, pairs, engine, schedule, evaluation, checkpoints, identity, total_steps, output)
+    run.steps(resume)
+    ranks.first(lambda: claim(output, files.MODEL))
+    export_model(engine, output / files.MODEL, config.export_dtype or config.dtype, setup.tokenizer, ranks)
+    ranks.first(lambda: note_export(output, total_steps))
+    console.print(f"trained: {output / files.MODEL}")
+    return ranks.first(lambda: read_metrics(output)[-1])
 
 
 def make_engine(setup: Setup, deepspeed_file: Path | None = None, *, resumes: bool = False) -> Engine:
-    """The engine for the ranks there are, its model loaded: DeepSpeed where a launcher started the process."""
+    """Makes the engine with its model loaded: DeepSpeed if a launcher started this process, PyTorch alone otherwise."""
     if not setup.ranks.launched:
         policy = setup.load_policy(torch.float32, trained=True)
         return PlainEngine(policy, setup.config)
-    _ = setup.attention, setup.parameter_count  # looked at before models are made partitioned
+    _ = setup.attention, setup.parameter_count  # computed before models are made partitioned
     partition = Zero3Model(deepspeed_settings(setup.config, deepspeed_file))
     engine = Zero3Engine(setup.load_policy(trained=True), setup.config, setup.ranks, partition)
     config = setup.config
@@ -105,7 +113,7 @@ def make_engine(setup: Setup, deepspeed_file: Path | None = None, *, resumes: bo
 
 
 def make_forward(setup: Setup, deepspeed_file: Path | None = None) -> Forward:
-    """What scores batches with the model as it stands, partitioned where there are several ranks."""
+    """Makes the function that scores batches without training; its model is partitioned if there are several ranks."""
     if setup.ranks.world == 1:
         return setup.load_policy(trained=False)
     _ = setup.attention, setup.parameter_count
@@ -114,7 +122,7 @@ def make_forward(setup: Setup, deepspeed_file: Path | None = None) -> Forward:
 
 
 def _fits(config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether the mesh of the other side says the same as the ranks there are."""
+    """Returns True if the config's mesh describes this number of ranks."""
     sizes = config.mesh.model_dump().values()
     return config.mesh.tensor == 1 and (-1 in sizes or math.prod(sizes) == ranks.world)
 
@@ -126,48 +134,14 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError("`use_peft` adds to a model that exists; give `model_name_or_path`, not `model_config`")
 
 
-def prepare_output(config: TrainConfig) -> Path:
-    """Makes the output directory, or makes sure that it may be continued.
-
-    Raises:
-        CheckpointError: it cannot be written to, or holds a run that `overwrite_output_dir` does not give away.
-    """
-    output = Path(config.output_dir)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f"`output_dir` {output} cannot be written to: {error.strerror}. Give a folder that can"
-        ) from error
-    if config.overwrite_output_dir:
-        for name in RUN_FILES:
-            path = output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif (output / MODEL).exists() and not any((output / CHECKPOINTS).glob("*")):
-        raise CheckpointError(
-            f"{output} holds a finished run without checkpoints, which would be lost. Give another `output_dir`, or "
-            "set `overwrite_output_dir: true` to train it again"
-        )
-    return output
-
-
 def _evaluation(setup: Setup) -> Evaluation:
-    splits = setup.config.eval_splits
-    if not splits:
-        raise DataError(
-            f"`do_eval` is true, but `dataset_splits` {setup.config.dataset_splits} names no split to evaluate. Add "
-            "one, or set `do_eval: false`"
-        )
-    pairs = setup.split_pairs(splits[0])
-    plan = setup.plan(splits[0], pairs, batch=PAIRS_PER_PLAN, seed=None)
+    pairs = setup.eval_pairs()
+    plan = setup.plan(pairs.name, pairs, batch=PAIRS_PER_PLAN, seed=None)
     return Evaluation(plan, pairs, setup.objective, setup.ranks)
 
 
 def batch_part(engine: Engine, objective: Objective, batch: Batch, step: RankStep) -> StepPart:
-    """What a micro-batch contributes to its step's loss and metrics: one forward for chosen and rejected together."""
+    """Computes a micro-batch's share of its step's loss and metrics, with one forward pass for both responses."""
     logps = engine.logps(batch)
     sums = response_sums(logps, batch.target_response, len(batch.response_length))
     return step_part(
@@ -183,7 +157,21 @@ def batch_part(engine: Engine, objective: Objective, batch: Batch, step: RankSte
 
 @dataclass
 class Run:
-    """The loop and what it needs at hand."""
+    """Runs the optimizer steps of a run, and logs, evaluates and saves between them.
+
+    Attributes:
+        config: the settings of the run.
+        setup: the objects built from the config.
+        plan: the step plan of the training pairs.
+        pairs: the training pairs.
+        engine: the model with its optimizer.
+        schedule: gives the learning rate of a step.
+        evaluation: evaluates the evaluation pairs; None where the run has none.
+        checkpoints: the checkpoints of the output directory.
+        identity: the run's identity, saved with every step.
+        total_steps: optimizer steps of the whole run.
+        output: the output directory.
+    """
 
     config: TrainConfig
     setup: Setup
@@ -197,12 +185,15 @@ class Run:
     total_steps: int
     output: Path
 
-    def steps(self, first_step: int) -> dict[str, Any]:
-        """Runs the steps that are left and returns the last record."""
+    def steps(self, first_step: int) -> None:
+        """Runs the steps that are left.
+
+        Raises:
+            TrainingError: the loss or the gradient is no longer finite.
+        """
         ranks = self.setup.ranks
-        self.record: dict[str, Any] = {}
         self.clock = Clock()
-        with open_metrics(self.output if ranks.is_first else None, first_step=first_step) as self.log:
+        with MetricsLog(self.output, first_step=first_step, write=ranks.is_first) as self.log:
             if self.evaluation is not None and not first_step:
                 with self.clock.paused():
                     self._evaluate(0, 0.0)
@@ -211,16 +202,15 @@ class Run:
                 self._write(step, self._step(step))
                 done = step.step + 1
                 with self.clock.paused():
-                    if self._is_due("eval", done):
+                    if self.evaluation is not None and self._is_due("eval", done):
                         self._evaluate(done, step.epoch)
                     if self._is_due("save", done):
                         self.checkpoints.save(done, self.engine, self.identity)
-        return self.record
 
     def _step(self, step: RankStep) -> dict[str, float]:
-        """One optimizer step. Returns its metrics over all ranks."""
+        """Runs one optimizer step and returns its metrics over all ranks."""
         ranks, objective = self.setup.ranks, self.setup.objective
-        # What dropout an adapter has depends on the step and nothing before it, so that a resumed run has the same.
+        # The dropout of an adapter depends on the step alone, so that a resumed run has the same.
         torch.manual_seed(hash((self.config.seed, step.step, ranks.rank)) % 2**63)
         sums = np.zeros(len(objective.metrics))
         for number, batch in enumerate(step.micro_batches, start=1):
@@ -235,17 +225,12 @@ class Run:
 
     def _write(self, step: RankStep, metrics: dict[str, Any]) -> None:
         done = step.step + 1
-        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-            raise TrainingError(
-                f"step {done}: the loss is {metrics['loss']}, the gradient norm {metrics['grad_norm']}. The newest "
-                f"checkpoint is of step {max(self.checkpoints.steps(), default=0)}. Lower `learning_rate`, raise "
-                "`warmup_ratio`, or try `dtype: float32`"
-            )
+        check_finite(done, metrics["loss"], metrics["grad_norm"], self.checkpoints.steps)
         self.clock.add(metrics["tokens"], len(step.pairs))
         if done % self.config.logging_steps and done != self.total_steps:
             return
         tokens, fill = metrics.pop("tokens"), metrics.pop("packing_fill")
-        self.record = {
+        record = {
             "step": done,
             **metrics,
             "learning_rate": self.schedule(step.step),
@@ -256,10 +241,10 @@ class Run:
             "packing_fill": fill,
         }
         self.clock.restart()
-        self.log.write(self.record)
+        self.log.write(record)
         self.setup.console.print(
             f"step {done}/{self.total_steps}  loss {metrics['loss']:.4f}  accuracy {metrics['rewards/accuracies']:.2f} "
-            f"{self.record['pairs_per_second']:.1f} pairs/s"
+            f"{record['pairs_per_second']:.1f} pairs/s"
         )
 
     def _evaluate(self, step: int, epoch: float) -> None:
@@ -269,18 +254,9 @@ class Run:
         metrics = self.evaluation.run(self.engine.logps)
         policy.train()
         self.log.write({"eval_step": step, "eval_epoch": epoch, **metrics})
-        self.setup.console.print(
-            f"evaluation at step {step}: loss {metrics['eval_loss']:.4f}, accuracy "
-            f"{metrics['eval_rewards/accuracies']:.3f}, margin {metrics['eval_rewards/margins']:.3f}"
-        )
+        self.setup.console.print(evaluation_line(step, metrics, list(self.evaluation.source.splits)))
 
-    def _is_due(self, what: str, done: int) -> bool:
-        """Whether to evaluate ("eval") or save after this step; both happen after the last one unless switched off."""
-        strategy = getattr(self.config, f"{what}_strategy")
-        if (what == "eval" and self.evaluation is None) or (what == "save" and strategy == "no"):
-            return False
-        if done == self.total_steps:
-            return True
-        if strategy == "epoch":
-            return done % self.plan.steps_per_epoch == 0
-        return strategy == "steps" and done % getattr(self.config, f"{what}_steps") == 0
+    def _is_due(self, action: Literal["eval", "save"], done: int) -> bool:
+        return is_due(
+            self.config, action, done, total_steps=self.total_steps, steps_per_epoch=self.plan.steps_per_epoch
+        )

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from jax_simpo.errors import CheckpointError, ConfigError, ModelError, UserError
+from jax_simpo.run.metrics import read_metrics
 from tests.torch_ref.start import config_file, make_start
 from torch_ref.__main__ import app
 from torch_ref.attention_choice import choose_attention
 from torch_ref.distributed import Ranks
-from torch_ref.metrics import read_metrics
 
 STEPS = 5
 

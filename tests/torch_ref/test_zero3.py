@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from jax_simpo.run.metrics import read_metrics
 from tests.torch_ref.start import config_file, make_start
 from torch_ref.__main__ import app
-from torch_ref.metrics import read_metrics
 
 pytest.importorskip("deepspeed")
 ROOT = Path(__file__).parents[2]
