@@ -1,4 +1,4 @@
-"""What `inspect` draws is what stands in the row."""
+"""Tests that `inspect` draws the contents of the rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jax_simpo.data.pairs import TokenizedPair
 from jax_simpo.data.rows import RowBatch, RowShape, build_rows
 from jax_simpo.data.synthetic import make_tokenizer
 from jax_simpo.inspection import Segment, find_segments, mask_cells
-from jax_simpo.ops.attention import visible
+from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.train.setup import Setup
 from tests.pairs import make_pair, pairs
 
@@ -72,9 +72,8 @@ def test_responses_that_differ_in_their_last_token_only_end_in_one_place() -> No
 @given(st.lists(pairs(), min_size=1, max_size=4), st.booleans())
 def test_a_mask_that_is_small_enough_is_drawn_exactly(held: list[TokenizedPair], prefix_sharing: bool) -> None:
     row = lay_out(held, prefix_sharing)
-    np.testing.assert_array_equal(
-        mask_cells(row.key_end[0], 128), visible(jnp.array(row.key_end), jnp.array(row.positions))[0]
-    )
+    mask = prepare_mask(jnp.array(row.key_end), jnp.array(row.positions), backend="dense")
+    np.testing.assert_array_equal(mask_cells(row.key_end[0], 128), mask.visible()[0])
 
 
 def test_a_long_mask_is_drawn_in_so_many_cells() -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int
 
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Params
-from jax_simpo.ops.attention import prepare_mask
+from jax_simpo.ops.attention import prepare_causal_mask
 from jax_simpo.ops.numerics import matmul_precision
 from jax_simpo.sharding import constrain, gather_parameter, named
 
@@ -84,8 +84,7 @@ def _jit_decode(forward: Forward, mesh: Mesh, max_new_tokens: int) -> Decode:
         # one mask: one document per row, as long as the buffer.
         model = forward.model
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        key_end = jnp.full_like(tokens, tokens.shape[1])
-        mask = prepare_mask(key_end, positions, forward.model.config.windows, forward.attention, sequences=1)
+        mask = prepare_causal_mask(positions, model.config.windows, forward.attention)
         hidden = model.hidden_states(params, tokens, positions, mask)
         last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
         head = gather_parameter(model.head(params), last.dtype, "vocab", "embed")

@@ -31,8 +31,8 @@ from jax_simpo.models.lora import Adapter, Lora, join, split
 from jax_simpo.models.rope import rope_tables, rotate
 from jax_simpo.ops.attention import Mask, attention
 from jax_simpo.ops.bits import slice_in_loop, sliced_as_bits, without_gradient
-from jax_simpo.ops.linear import PRODUCT, linear
-from jax_simpo.ops.numerics import SAVED
+from jax_simpo.ops.linear import linear
+from jax_simpo.ops.numerics import SAVED_ATTENTION, SAVED_PRODUCT
 from jax_simpo.sharding import RULES, constrain, gather_parameter, named
 
 Params = dict[str, Any]  # nested, leaves are arrays
@@ -290,13 +290,13 @@ def _depends_on_activations(primitive: Any, *inputs: Any, **_: Any) -> bool:
 _SLICING_PRIMITIVES = ("slice", "squeeze", "optimization_barrier", "bitcast_convert_type", "dynamic_slice")
 
 
-_keep_attention = jax.checkpoint_policies.save_only_these_names(SAVED)
+_keep_attention = jax.checkpoint_policies.save_only_these_names(SAVED_ATTENTION)
 _keep_either = jax.checkpoint_policies.save_from_both_policies
 
 # Policies for what a layer keeps for its backward pass. Everything else is computed again.
 _REMAT = {
     "none": _keep_either(_depends_on_activations, _keep_attention),
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, SAVED),
+    "dots": jax.checkpoint_policies.save_only_these_names(SAVED_PRODUCT, SAVED_ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -9,14 +9,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jax_simpo.ops.numerics import matmul_precision
-
-PRODUCT = "product"  # name by which a rematerialisation policy keeps a product
+from jax_simpo.ops.numerics import SAVED_PRODUCT, matmul_precision
 
 
 def linear(x: Float[Array, "B L In"], w: Float[Array, "In Out"]) -> Float[Array, "B L Out"]:
     """`x @ w` in their common dtype: sums in float32, rounded once. Rematerialisation may keep it."""
-    return checkpoint_name(product(x, w), PRODUCT)
+    return checkpoint_name(product(x, w), SAVED_PRODUCT)
 
 
 @jax.custom_vjp

@@ -1,4 +1,4 @@
-"""Adapters compute what peft's do, whoever wrote them, apart from the base or merged; what does not fit is named."""
+"""Adapters of ours and of peft compute the same, beside the base or merged; adapters that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jax_simpo.hf.lora_targets import choose_targets
 from jax_simpo.models import lora
 from jax_simpo.models.lora import Lora
 from jax_simpo.models.transformer import Model
-from jax_simpo.ops.attention import prepare_mask
+from jax_simpo.ops.attention import prepare_causal_mask
 from jax_simpo.ops.logprobs import target_logps
 from jax_simpo.sharding import make_mesh
 
@@ -38,7 +38,7 @@ TARGETS = {"llama3.1": None, "qwen2": ["q_proj", "v_proj", "self_attn.o_proj"], 
 
 
 def torch_logps(model: Any) -> np.ndarray:
-    """Log-prob of each next token."""
+    """Computes the log-prob of each next token."""
     tokens = torch.from_numpy(TOKENS)
     with torch.no_grad():
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits.float()
@@ -49,7 +49,7 @@ def jax_logps(model: Model, params: Any, mesh: Any) -> np.ndarray:
     @jax.jit
     def logps(params: Any, tokens: Any) -> Any:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        mask = prepare_mask(jnp.full_like(tokens, tokens.shape[1]), positions, model.config.windows)
+        mask = prepare_causal_mask(positions, model.config.windows)
         hidden = model.hidden_states(params, tokens, positions, mask)
         index = positions[:, :-1]
         return target_logps(hidden, model.head(params), index, tokens[:, 1:], softcap=model.config.logit_softcap)
@@ -60,7 +60,7 @@ def jax_logps(model: Model, params: Any, mesh: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sides:
-    """A base model and an adapter that peft made for it, and both in JAX."""
+    """A base model with an adapter that peft made, and the same model in JAX."""
 
     base: Path
     peft: Path
@@ -90,10 +90,10 @@ def sides(
                 parameter.copy_(0.1 * torch.randn_like(parameter))
     adapted.save_pretrained(folder / "peft")
 
-    found = adapters.find(folder / "peft")
-    assert found is not None and found.base == str(folder / "base")
+    adapter = adapters.find(folder / "peft")
+    assert adapter is not None and adapter.base == str(folder / "base")
     config, _ = hf.load_model_config(folder / "base")
-    model, mesh = Model(config, "float32", lora=found.lora(config)), make_mesh(fsdp=4, tensor=2)
+    model, mesh = Model(config, "float32", lora=adapter.lora(config)), make_mesh(fsdp=4, tensor=2)
     params = model.join(adapters.load(folder / "peft", model, mesh), hf.load_params(folder / "base", model, mesh))
     return Sides(folder / "base", folder / "peft", torch_logps(adapted.eval()), plain, model, params, mesh)
 
@@ -162,17 +162,17 @@ def test_fresh_adapters_are_drawn_as_peft_draws_them_and_leave_the_base_as_it_is
 
 def test_fresh_adapters_are_the_same_on_every_mesh() -> None:
     model = model_of()
-    one = model.init_trained(0, make_mesh(devices=jax.devices()[:1]))
-    chex.assert_trees_all_equal(one, jax.device_get(model.init_trained(0, make_mesh(fsdp=4, tensor=2))))
+    on_one_device = model.init_trained(0, make_mesh(devices=jax.devices()[:1]))
+    chex.assert_trees_all_equal(on_one_device, jax.device_get(model.init_trained(0, make_mesh(fsdp=4, tensor=2))))
 
 
 def test_the_base_is_held_in_the_compute_dtype_and_adapters_in_float32(tmp_path: Path) -> None:
     mesh, model = make_mesh(devices=jax.devices()[:1]), model_of("bfloat16")
     plain = replace(model, lora=None)
-    (adapted, fresh), whole = model.split(model.init(0, mesh)), plain.init(0, mesh)
-    hf.save_model(whole, plain, tmp_path / "base", "float32")
+    (adapted, fresh), unadapted = model.split(model.init(0, mesh)), plain.init(0, mesh)
+    hf.save_model(unadapted, plain, tmp_path / "base", "float32")
     loaded = hf.load_params(tmp_path / "base", model, mesh)
-    chex.assert_trees_all_equal(fresh, loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), whole))
+    chex.assert_trees_all_equal(fresh, loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), unadapted))
 
     def dtypes(params: Any) -> set[str]:
         return {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
@@ -181,7 +181,7 @@ def test_the_base_is_held_in_the_compute_dtype_and_adapters_in_float32(tmp_path:
     assert dtypes(adapted) == dtypes(hf.load_params(tmp_path / "base", plain, mesh)) == {"float32"}
 
 
-def test_what_is_split_is_joined_again() -> None:
+def test_join_undoes_split() -> None:
     model = model_of(targets=("attention/q",))
     trained, frozen = model.split(model.abstract)
     assert trained == {"layers": {"attention": {"q": {"adapter": trained["layers"]["attention"]["q"]["adapter"]}}}}
@@ -202,7 +202,7 @@ def test_targets_are_named_as_in_peft() -> None:
 
 
 @pytest.mark.parametrize("name", ["qproj", "proj", "lm_head", "embed_tokens", "layers.0.self_attn.q_proj", ""])
-def test_a_target_that_is_no_linear_layer_is_told_with_those_there_are(name: str) -> None:
+def test_a_target_that_is_no_linear_layer_is_an_error_that_lists_the_linear_layers(name: str) -> None:
     with pytest.raises(ConfigError, match=r"lora_target_modules.*no linear layer of a llama model.*q_proj, k_proj, v_"):
         choose_targets(["q_proj", name], "llama")
 
@@ -212,7 +212,7 @@ def test_a_target_that_is_no_linear_layer_is_told_with_those_there_are(name: str
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, Model]:
-    """The folder of an adapter of ours."""
+    """Saves a fresh adapter. Returns its folder and its model."""
     mesh, model = make_mesh(devices=jax.devices()[:1]), model_of(targets=("attention/q", "mlp/up"))
     adapters.save(model.init_trained(0, mesh), model, tmp_path / "adapter", base="a/base")
     return tmp_path / "adapter", model
@@ -242,7 +242,7 @@ def test_an_adapter_of_another_kind_is_refused(fields: dict[str, Any], message: 
         adapters.find(saved[0])
 
 
-def test_a_rank_that_is_not_that_of_the_tensors_is_told(saved: tuple[Path, Model]) -> None:
+def test_a_rank_that_is_not_that_of_the_tensors_is_refused(saved: tuple[Path, Model]) -> None:
     folder, model = saved
     edit(folder, r=8)
     other = replace(model, lora=replace(model.lora, rank=8))
@@ -261,25 +261,26 @@ def test_a_rank_that_is_not_that_of_the_tensors_is_told(saved: tuple[Path, Model
         ),
     ],
 )
-def test_an_adapter_of_another_base_is_told(changes: dict[str, Any], message: str, saved: tuple[Path, Model]) -> None:
-
+def test_an_adapter_of_another_base_is_refused(
+    changes: dict[str, Any], message: str, saved: tuple[Path, Model]
+) -> None:
     folder, _ = saved
-    config, found = read_model_config({**CONFIG, **changes}), adapters.find(folder)
-    assert found is not None
+    config, adapter = read_model_config({**CONFIG, **changes}), adapters.find(folder)
+    assert adapter is not None
     with pytest.raises(ModelError, match=message):
-        adapters.load(folder, Model(config, lora=found.lora(config)), make_mesh(devices=jax.devices()[:1]))
+        adapters.load(folder, Model(config, lora=adapter.lora(config)), make_mesh(devices=jax.devices()[:1]))
 
 
-def test_a_tensor_that_is_no_adapters_and_a_folder_without_tensors_are_told(saved: tuple[Path, Model]) -> None:
+def test_a_tensor_of_no_adapter_and_a_folder_without_tensors_are_refused(saved: tuple[Path, Model]) -> None:
     folder, model = saved
-    found, file = adapters.find(folder), folder / "adapter_model.safetensors"
-    assert found is not None and found.lora(model.config) == model.lora
+    adapter, file = adapters.find(folder), folder / "adapter_model.safetensors"
+    assert adapter is not None and adapter.lora(model.config) == model.lora
     save_file({**load_file(file), "base_model.model.lm_head.lora_A.weight": torch.zeros(4, 32)}, file)
     with pytest.raises(ModelError, match=r"`base_model.model.lm_head.lora_A.weight` has no place"):
-        found.lora(model.config)
+        adapter.lora(model.config)
     file.unlink()
     with pytest.raises(ModelError, match=r"has adapter_config.json but no adapter_model.safetensors"):
-        found.lora(model.config)
+        adapter.lora(model.config)
 
 
 def test_a_folder_that_is_no_adapter_is_none_and_an_adapter_is_no_model(saved: tuple[Path, Model]) -> None:
@@ -290,9 +291,9 @@ def test_a_folder_that_is_no_adapter_is_none_and_an_adapter_is_no_model(saved: t
 
 def test_merging_is_done_in_float32() -> None:
     kernel, a, b = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(64, 48), (64, 4), (4, 48)]))
-    found = lora.merged(kernel.astype(jnp.bfloat16), a, b, 1.5)
+    merged = lora.merged(kernel.astype(jnp.bfloat16), a, b, 1.5)
     exact = np.asarray(kernel.astype(jnp.bfloat16), np.float64) + 1.5 * np.asarray(a, np.float64) @ np.asarray(
         b, np.float64
     )
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, exact, atol=1e-5)
+    assert merged.dtype == jnp.float32
+    np.testing.assert_allclose(merged, exact, atol=1e-5)

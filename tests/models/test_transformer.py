@@ -24,7 +24,7 @@ from jax_simpo.errors import MeshError
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.rope import rope_frequencies
 from jax_simpo.models.transformer import Linear, Model, RMSNorm
-from jax_simpo.ops.attention import prepare_mask
+from jax_simpo.ops.attention import prepare_causal_mask, prepare_mask
 from jax_simpo.sharding import make_mesh
 
 FAMILIES = ("llama2", "llama3_tied", "llama3.1", "linear_rope", "biases", "wide_heads")
@@ -52,7 +52,7 @@ SMALL = Model(
 
 
 def random_tokens(vocabulary: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, and positions that start anywhere in the first nine thousand."""
+    """Draws tokens, and positions that start anywhere in the first nine thousand."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocabulary, (ROWS, LENGTH), dtype=np.int32)
     return tokens, (np.arange(LENGTH) + rng.integers(0, 9000, (ROWS, 1))).astype(np.int32)
@@ -61,7 +61,7 @@ def random_tokens(vocabulary: int, seed: int = 0) -> tuple[np.ndarray, np.ndarra
 def causal_hidden_states(model: Model, params: Any, tokens: Any, positions: Any, mesh: Mesh | None) -> jax.Array:
     @jax.jit
     def run(params: Any, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        mask = prepare_mask(jnp.full(tokens.shape, tokens.shape[1], jnp.int32), positions, implementation="dense")
+        mask = prepare_causal_mask(positions, backend="dense")
         return model.hidden_states(params, tokens, positions, mask)
 
     with jax.set_mesh(mesh) if mesh else nullcontext():
@@ -154,7 +154,7 @@ def value_and_gradients(mesh: str, remat: Any = "full") -> Any:
     weights = np.random.default_rng(1).normal(size=(ROWS, LENGTH, 64)).astype(np.float32) / ROWS / LENGTH
 
     def loss(params: Any, tokens: jax.Array, positions: jax.Array, weights: jax.Array) -> jax.Array:
-        mask = prepare_mask(jnp.full(tokens.shape, LENGTH, jnp.int32), positions, implementation="dense")
+        mask = prepare_causal_mask(positions, backend="dense")
         return jnp.sum(model.hidden_states(params, tokens, positions, mask) * weights)
 
     params = jax.device_put(fresh_params("one device"), model.shardings(MESHES[mesh]()))
@@ -165,9 +165,13 @@ def value_and_gradients(mesh: str, remat: Any = "full") -> Any:
 @pytest.mark.parametrize("mesh", ["fsdp=8", "data=2 fsdp=2 tensor=2"])
 def test_values_and_gradients_do_not_depend_on_the_mesh(mesh: str) -> None:
     value, gradients = value_and_gradients(mesh)
-    expected, alone = value_and_gradients("one device")
+    expected, expected_gradients = value_and_gradients("one device")
     np.testing.assert_allclose(value, expected, rtol=0, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max()), gradients, alone)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max()),
+        gradients,
+        expected_gradients,
+    )
 
 
 @pytest.mark.parametrize("remat", ["none", "dots"])
@@ -178,7 +182,7 @@ def test_rematerialisation_changes_no_gradient(remat: str) -> None:
 
 
 def test_gradients_of_norms_and_biases_are_summed_in_float32() -> None:
-    """In bfloat16 a sum of thousands of tokens would be as coarse as its last term: several per cent off."""
+    """A bfloat16 sum over thousands of tokens would be as coarse as its last term: several per cent off."""
     rng, tokens, width = np.random.default_rng(2), 4096, 64
     x, dy = (jnp.asarray(rng.normal(size=(1, tokens, width)) + 0.5, jnp.bfloat16) for _ in range(2))
     norm = RMSNorm(SMALL.config, width)
@@ -187,8 +191,8 @@ def test_gradients_of_norms_and_biases_are_summed_in_float32() -> None:
     normed = exact_x / np.sqrt((exact_x**2).mean(-1, keepdims=True) + SMALL.config.rms_norm_eps)
     for module, exact in ((norm, (exact_dy * normed).sum((0, 1))), (biased, exact_dy.sum((0, 1)))):
         gradients = jax.jit(nnx.grad(lambda m: jnp.sum((m(x) * dy).astype(jnp.float32))))(module)
-        found = np.asarray(gradients["scale" if module is norm else "bias"][...], np.float64)
-        assert np.linalg.norm(found - exact) < 2**-8 * np.linalg.norm(exact)
+        gradient = np.asarray(gradients["scale" if module is norm else "bias"][...], np.float64)
+        assert np.linalg.norm(gradient - exact) < 2**-8 * np.linalg.norm(exact)
 
 
 def test_the_model_works_without_a_mesh() -> None:
@@ -266,9 +270,9 @@ def test_attention_runs_again_in_the_backward_pass_only_under_full_rematerialisa
 
     program = jax.jit(jax.grad(loss)).lower(model.abstract, ints, ints, ints).compile().as_text()
     # Loops over key blocks: one in the forward, one in the backward pass, and one more where the forward runs again.
-    visits = len(set(re.findall(r"body=(%?[\w.-]+)", program)))
-    plain = len(set(re.findall(r"body=(%?[\w.-]+)", _without_remat(loss, model, ints))))
-    assert (visits > plain) == recomputed
+    loops = len(set(re.findall(r"body=(%?[\w.-]+)", program)))
+    loops_without_remat = len(set(re.findall(r"body=(%?[\w.-]+)", _without_remat(loss, model, ints))))
+    assert (loops > loops_without_remat) == recomputed
 
 
 def _without_remat(loss: Any, model: Model, ints: jax.ShapeDtypeStruct) -> str:

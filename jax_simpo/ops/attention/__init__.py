@@ -1,12 +1,23 @@
-"""Attention under a `key_end` mask, one switch over its implementations.
+"""Attention under the mask of packed rows with shared prompts.
 
-Which implementation a run takes is decided in `choice.py`.
+`prepare_mask` makes the mask once per batch and `attention` applies it in every layer (`dispatch.py`). The rule that
+says which keys a query sees is `mask.visible_at`. Each backend has a file of its own; `backends.py` lists them and says
+what a new one must bring, and `choice.py` decides which one a run takes.
 """
 
 from __future__ import annotations
 
-from jax_simpo.ops.attention.attend import attention
-from jax_simpo.ops.attention.choice import IMPLEMENTATIONS, resolve_implementation
-from jax_simpo.ops.attention.mask import Mask, prepare_mask, visible
+from jax_simpo.ops.attention.backends import BACKENDS
+from jax_simpo.ops.attention.choice import resolve_backend
+from jax_simpo.ops.attention.dispatch import attention, prepare_causal_mask, prepare_mask
+from jax_simpo.ops.attention.mask import Mask, visible_at
 
-__all__ = ["IMPLEMENTATIONS", "Mask", "attention", "prepare_mask", "resolve_implementation", "visible"]
+__all__ = [
+    "BACKENDS",
+    "Mask",
+    "attention",
+    "prepare_causal_mask",
+    "prepare_mask",
+    "resolve_backend",
+    "visible_at",
+]

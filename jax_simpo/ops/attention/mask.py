@@ -1,8 +1,9 @@
-"""The mask of a batch: the one rule that says which keys a query sees.
+"""The mask of a batch: the one rule that says which keys a query sees, and the value that takes it to the layers.
 
 Key `k` of a row is visible to query `q` iff `k <= q < key_end[k]`; a sliding window adds
-`positions[q] - positions[k] < window`. That one rule is causality, branch isolation (chosen from rejected), isolation
-of packed pairs and padding. A query that sees no key (padding) gets zeros, in values and gradients.
+`positions[q] - positions[k] < window`. This rule makes attention causal, hides the chosen response from the rejected
+one, keeps packed pairs apart, and hides padding, whose `key_end` is 0. A query that sees no key (padding) gets zeros,
+in values and gradients.
 """
 
 from __future__ import annotations
@@ -13,92 +14,86 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
-from jax_simpo.ops.attention import blockwise
-from jax_simpo.ops.attention.choice import IMPLEMENTATIONS
-from jax_simpo.sharding import RULES
+
+def visible_at(
+    query: Int[Array, "..."],
+    key: Int[Array, "..."],
+    key_end: Int[Array, "..."],
+    query_position: Int[Array, "..."] | None = None,
+    key_position: Int[Array, "..."] | None = None,
+    window: int | None = None,
+) -> Bool[Array, "..."]:
+    """Returns True where the query sees the key: the rule of this module. The arrays are broadcast together.
+
+    Args:
+        query: int32, index of the query in its row.
+        key: int32, index of the key in its row.
+        key_end: int32, end (exclusive) of the queries that see the key.
+        query_position: int32 RoPE position of the query; needed for a window only.
+        key_position: int32 RoPE position of the key; needed for a window only.
+        window: sliding window in positions, `None` for none.
+    """
+    visible = (key <= query) & (query < key_end)
+    if window is not None:
+        assert query_position is not None and key_position is not None, "a window is measured in positions"
+        visible &= query_position - key_position < window
+    return visible
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("key_end", "positions", "tables"),
-    meta_fields=("windows", "implementation", "interpret"),
+    meta_fields=("windows", "backend", "sequences", "interpret"),
 )
 @dataclass(frozen=True)
 class Mask:
-    """The mask of a batch in the form its implementation wants, made once per batch by `prepare_mask`.
+    """The mask of a batch in the form its backend reads, made once per batch by `prepare_mask`.
 
-    `tables` holds, for each of `windows`, what the implementation's module made of the mask: lists of live blocks, or
-    where the tokens of each response lie. Every array has the rows first, so that the mask shards with the batch.
+    Every array has the rows first, so that a mask is split over the mesh as the batch is.
+
+    Attributes:
+        key_end: int32, end (exclusive) of the queries that see each key; 0 for padding.
+        positions: int32 RoPE positions, counted in each response's own sequence.
+        tables: for each of `windows`, what the backend made of the mask, such as lists of live blocks.
+        windows: the distinct sliding windows of the model's layers; `None` is full attention.
+        backend: one of `backends.BACKENDS`.
+        sequences: most responses that a row may hold, `None` if unknown.
+        interpret: run kernels without their hardware, slowly, for tests.
     """
 
     key_end: Int[Array, "B L"]
     positions: Int[Array, "B L"]
     tables: tuple[Any, ...]
     windows: tuple[int | None, ...]
-    implementation: str
+    backend: str
+    sequences: int | None
     interpret: bool
 
+    @property
+    def real(self) -> Bool[Array, "B L"]:
+        """True for tokens, False for padding."""
+        return self.key_end > 0
 
-def prepare_mask(
-    key_end: Int[Array, "B L"],
-    positions: Int[Array, "B L"],
-    windows: tuple[int | None, ...] = (None,),
-    implementation: str = "blockwise",
-    *,
-    sequences: int | None = None,
-    interpret: bool = False,
-) -> Mask:
-    """Does, once per batch and outside the layer scan, all that attention needs to know of the mask.
+    def table(self, window: int | None) -> Any:
+        """Returns the backend's table for layers with this window.
 
-    Args:
-        key_end: int32, see the module docstring; padding is 0.
-        positions: int32 RoPE positions, each in its own response's sequence.
-        windows: the distinct sliding windows (in positions) of the model's layers; `None` is full attention.
-        implementation: one of `IMPLEMENTATIONS`.
-        sequences: at most so many responses in a row; `cudnn` needs it, the others do not look at it.
-        interpret: run `splash`, `pallas` and `cudnn` without their hardware, slowly, for tests.
-    """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "cudnn" and sequences is None:
-        raise ValueError("attention implementation 'cudnn' must be told `sequences`, how many responses a row may hold")
+        Raises:
+            ValueError: the mask was prepared for other windows.
+        """
+        if window not in self.windows:
+            raise ValueError(f"the mask was prepared for the windows {self.windows}, and {window} is not among them")
+        return self.tables[self.windows.index(window)]
 
-    def local(key_end: Array, positions: Array) -> tuple[Any, ...]:
-        if implementation == "dense":
-            return ()
-        if implementation == "cudnn":
-            from jax_simpo.ops.attention import cudnn
-
-            assert sequences is not None
-            return (cudnn.prepare(key_end, positions, sequences=sequences),) * len(windows)
-        if implementation == "blockwise":
-            prepare: Any = blockwise.find_live_blocks
-        elif implementation == "splash":
-            from jax_simpo.ops.attention import splash
-
-            prepare = splash.prepare
-        else:
-            from jax_simpo.ops.attention.pallas import kernel
-
-            prepare = kernel.prepare
-        return tuple(prepare(key_end, positions, window) for window in windows)
-
-    by_row = P(RULES["batch"])
-    if not jax.sharding.get_abstract_mesh().empty:
-        local = jax.shard_map(local, in_specs=(by_row, by_row), out_specs=by_row, check_vma=False)
-    return Mask(key_end, positions, local(key_end, positions), windows, implementation, interpret)
-
-
-def visible(
-    key_end: Int[Array, "B L"], positions: Int[Array, "B L"], window: int | None = None
-) -> Bool[Array, "B L L"]:
-    """The whole mask, `[row, query, key]`: the rule of the module docstring written out."""
-    index = jnp.arange(key_end.shape[-1])
-    query, key = index[:, None], index[None, :]
-    see = (key <= query) & (query < key_end[:, None, :])
-    if window is not None:
-        see &= positions[:, :, None] - positions[:, None, :] < window
-    return see
+    def visible(self, window: int | None = None) -> Bool[Array, "B L L"]:
+        """Writes the rule out for every query and key of a row, `[row, query, key]`: L x L booleans a row."""
+        index = jnp.arange(self.key_end.shape[-1])
+        return visible_at(
+            index[:, None],
+            index[None, :],
+            self.key_end[:, None, :],
+            self.positions[:, :, None],
+            self.positions[:, None, :],
+            window,
+        )

@@ -1,26 +1,27 @@
-"""Attention on TPU: tokamax's splash kernel with a mask of its own for every row.
+"""Attention on TPUs by tokamax's splash kernel, with a mask of its own for every row.
 
-The kernel wants a dense boolean mask per row and makes its tables of live blocks from it (`prepare`, once per batch);
-forward and backward then visit live blocks only and read the mask only in mixed ones. The tables hold the mask twice,
-as int8: 2 L^2 bytes a row and a window, 34 MB at 4,096 tokens and 537 MB at 16,384.
+The kernel takes a dense boolean mask per row and makes its tables of live blocks from it (`prepare`, once per batch);
+forward and backward pass then visit live blocks only, and read the mask only in those that are visible in part. The
+tables hold the mask twice, as int8: 2 L^2 bytes a row and a window, 34 MB at 4,096 tokens and 537 MB at 16,384.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
-from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
 
-from jax_simpo.ops.numerics import SAVED
+from jax_simpo.ops.attention.backends import Backend, Place, ScoreRule
+from jax_simpo.ops.attention.mask import Mask, visible_at
+from jax_simpo.ops.numerics import SAVED_ATTENTION
 
 _LANES = 128  # a block is a multiple of it
 _LARGEST_BLOCK = 512
-# With grouped queries the kernel adds dK and dV of one head to what it wrote for the last. With one block a row it
-# reads them back before they are written, and the gradients are wrong; four leave room for its prefetching too.
+# With grouped queries the kernel adds dK and dV of one head to those it wrote for the one before. With one block a row
+# it reads them back before they are written, and the gradients are wrong; four leave room for its prefetching too.
 _FEWEST_BLOCKS = 4
 
 
@@ -31,61 +32,44 @@ class Tables(NamedTuple):
     backward: Any
 
 
-def prepare(key_end: Int[Array, "B L"], positions: Int[Array, "B L"], window: int | None) -> Tables:
-    """The tables of every row.
+def prepare(mask: Mask, window: int | None) -> Tables:
+    """Makes the kernel's tables for every row; see `Backend.prepare`.
 
-    Padding sees itself here: a block of queries that sees nothing would never be visited, and its part of the result
-    would be whatever lay in memory. `attention` sets those queries to zero.
+    Here padding sees itself: the kernel would never visit a block of queries that sees nothing, and its part of the
+    result would be whatever lay in memory. `attend` sets those queries to zero.
     """
-    length = _padded(key_end.shape[1])
-    padding = ((0, 0), (0, length - key_end.shape[1]))
-    key_end, positions = jnp.pad(key_end, padding), jnp.pad(positions, padding)
+    splash = _kernels()
+    length = _padded(mask.key_end.shape[1])
+    padding = ((0, 0), (0, length - mask.key_end.shape[1]))
+    key_ends, positions = jnp.pad(mask.key_end, padding), jnp.pad(mask.positions, padding)
     index = jnp.arange(length)
     config = _config(length)
 
-    def one_row(row: tuple[Array, Array]) -> Tables:
-        end, at = row
-        end = jnp.maximum(end, index + 1)
-        see = (index[None, :] <= index[:, None]) & (index[:, None] < end[None, :])
-        if window is not None:
-            see &= at[:, None] - at[None, :] < window
-        kernel = splash.make_dynamic_splash_mha(see, config=config)
+    def one_row(row: tuple[Int[Array, " L"], Int[Array, " L"]]) -> Tables:
+        key_end, position = row
+        key_end = jnp.maximum(key_end, index + 1)
+        visible = visible_at(
+            index[:, None], index[None, :], key_end[None, :], position[:, None], position[None, :], window
+        )
+        kernel = splash.make_dynamic_splash_mha(visible, config=config)
         return Tables(kernel.fwd_mask_info, kernel.dkv_mask_info)
 
-    return jax.lax.map(one_row, (key_end, positions))
+    return jax.lax.map(one_row, (key_ends, positions))
 
 
-def attention(
+def attend(
     q: Float[Array, "B L H Dh"],
     k: Float[Array, "B L K Dh"],
     v: Float[Array, "B L K Dh"],
-    key_end: Int[Array, "B L"],
-    positions: Int[Array, "B L"],
-    tables: Tables,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    interpret: bool = False,
+    mask: Mask,
+    rule: ScoreRule,
 ) -> Float[Array, "B L H Dh"]:
-    """Grouped-query attention; the result has q's dtype.
-
-    Args:
-        q: queries; head `h` reads key/value head `h // (H / K)`.
-        k: keys.
-        v: values.
-        key_end: int32, the end (exclusive) of the queries that see each key; 0 marks padding.
-        positions: not used; `tables` hold the mask.
-        tables: of `prepare`.
-        scale: factor on the scores; the kernel has none, so the queries take it.
-        window: not used, as `positions`.
-        softcap: `softcap * tanh(score / softcap)` before the mask, `None` for none.
-        interpret: run the kernel without a TPU, for tests.
-    """
+    """Computes attention row by row; see `Backend.attend`. With `mask.interpret` it runs without a TPU, for tests."""
+    splash = _kernels()
     length = q.shape[1]
     padding = ((0, 0), (0, _padded(length) - length), (0, 0), (0, 0))
-    config = _config(_padded(length), softcap, interpret)
-    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    config = _config(_padded(length), rule.softcap, mask.interpret)
+    q = (q.astype(jnp.float32) * rule.scale).astype(q.dtype)  # the kernel has no factor on the scores
     q, k, v = (jnp.pad(x, padding).swapaxes(1, 2) for x in (q, k, v))
 
     def one_row(q: Array, k: Array, v: Array, tables: Tables) -> Array:
@@ -101,25 +85,48 @@ def attention(
         )
         return kernel(q, k, v)
 
-    out = jax.vmap(one_row)(q, k, v, tables).swapaxes(1, 2)[:, :length]
-    return jnp.where((key_end > 0)[:, :, None, None], out, jnp.zeros((), out.dtype))
+    out = jax.vmap(one_row)(q, k, v, mask.table(rule.window)).swapaxes(1, 2)[:, :length]
+    return jnp.where(mask.real[:, :, None, None], out, jnp.zeros((), out.dtype))
+
+
+def _kernels() -> Any:
+    """Imports tokamax's kernels; here, because the package is optional and `obstacle` answers without it."""
+    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel
+
+    return splash_attention_kernel
 
 
 def _padded(length: int) -> int:
     return max(length + -length % _LANES, _FEWEST_BLOCKS * _LANES)
 
 
-def _config(length: int, softcap: float | None = None, interpret: bool = False) -> splash.SplashConfig:
-    """Blocks as large as divide the row, up to 512: chosen, not measured, for want of a TPU."""
+def _config(length: int, softcap: float | None = None, interpret: bool = False) -> Any:
+    """Makes the kernel's config, with blocks as large as divide the row, up to 512: chosen without measuring."""
+    from jax.experimental.pallas import tpu
+
     sizes = range(_LANES, min(_LARGEST_BLOCK, length // _FEWEST_BLOCKS) + 1, _LANES)
     block = max(size for size in sizes if length % size == 0)
-    return splash.SplashConfig(
+    return _kernels().SplashConfig(
         block_q=block,
         block_kv=block,
         block_q_dkv=block,
         block_kv_dkv=block,
-        dq_reduction_steps=3,  # the one that goes with a mask made at run time
+        dq_reduction_steps=3,  # the kernel's setting for a mask made at run time
         attn_logits_soft_cap=softcap,
-        residual_checkpoint_name=SAVED,
-        interpret=pltpu.InterpretParams() if interpret else False,
+        residual_checkpoint_name=SAVED_ATTENTION,
+        interpret=tpu.InterpretParams() if interpret else False,
     )
+
+
+def obstacle(place: Place) -> str | None:
+    """Says why splash cannot run there; see `Backend.obstacle`."""
+    if place.platform != "tpu":
+        return f"needs a TPU, and this is a {place.kind}"
+    if place.dtype != "bfloat16":
+        return f"computes in bfloat16, and `dtype` is {place.dtype}"
+    if find_spec("tokamax") is None:
+        return "needs the package tokamax (`pip install 'jax-simpo[tpu]'`)"
+    return None
+
+
+BACKEND = Backend(prepare, attend, obstacle)

@@ -1,8 +1,7 @@
-"""Attention against separate sequences, the dense oracle against them, and every implementation against the oracle."""
+"""Compares `dense` with separate sequences computed by hand, and every other backend with `dense`."""
 
 from __future__ import annotations
 
-import dataclasses
 from importlib.util import find_spec
 
 import jax
@@ -13,32 +12,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_simpo.data.rows import RowBatch, RowShape, build_rows
-from jax_simpo.errors import ConfigError
-from jax_simpo.ops.attention import Mask, attention, prepare_mask, resolve_implementation
-from jax_simpo.ops.attention.choice import Place, choose
+from jax_simpo.ops.attention import Mask, attention, prepare_mask
+from jax_simpo.ops.attention.blockwise import BLOCK, find_live_blocks
 from jax_simpo.sharding import make_mesh
 from tests.pairs import random_pairs
 
-# test_splash.py and test_cudnn.py have what is particular to each; `pallas`, too slow without a GPU, has
-# test_pallas_gpu.py.
+# Claims about one backend alone are in its own file; `pallas`, too slow without a GPU, is in test_pallas_gpu.py only.
 ALL = ["dense", "blockwise", "cudnn", *(["splash"] if find_spec("tokamax") else [])]
 # The TPU interpreter did not finish on eight fake devices; test_splash.py compiles for a mesh of TPUs instead.
 ON_A_MESH = ["dense", "blockwise", "cudnn"]
 
 
 def layout(seed: int, rows: int, length: int, *, sharing: bool = True) -> RowBatch:
-    """Random rows: packed, padded, one of them empty."""
+    """Makes random rows: packed, padded, one of them empty."""
     rng = np.random.default_rng(seed)
     filled, number = [], 0
     for row in range(rows):
-        held, room = [], 0 if row == rows - 1 else length
+        pairs, room = [], 0 if row == rows - 1 else length
         while room > 0:
             (pair,) = random_pairs(rng, 1, 9, prompt=(1, length // 3), response=(1, length // 4))
             room -= sum(len(r.inputs) for r in pair.responses)
             if room > 0:
-                held.append((number, pair))
+                pairs.append((number, pair))
                 number += 1
-        filled.append(held)
+        filled.append(pairs)
     return build_rows(filled, RowShape(length, 2 * length, 4 * length), prefix_sharing=sharing)
 
 
@@ -48,24 +45,24 @@ def inputs(seed: int, rows: int, length: int, heads: int, kv_heads: int, width: 
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def make_mask(batch: RowBatch, windows: tuple[int | None, ...], implementation: str) -> Mask:
-    """The mask of a batch; kernels run without their hardware where it is missing."""
+def make_mask(batch: RowBatch, windows: tuple[int | None, ...], backend: str) -> Mask:
+    """Makes the mask of a batch. Kernels whose hardware is missing are interpreted."""
     sequences = (batch.key_end == np.arange(batch.key_end.shape[1]) + 1).sum(1).max()
     return prepare_mask(
         jnp.array(batch.key_end),
         jnp.array(batch.positions),
         windows,
-        implementation,
+        backend,
         sequences=max(1, int(sequences)),
         interpret=jax.default_backend() == "cpu",
     )
 
 
-def run(batch: RowBatch, q, k, v, dout, implementation: str, window=None, softcap=None):  # type: ignore[no-untyped-def]
-    """Output and the gradients of q, k and v."""
+def run(batch: RowBatch, q, k, v, dout, backend: str, window=None, softcap=None):  # type: ignore[no-untyped-def]
+    """Returns the output and the gradients of q, k and v."""
 
     def total(q, k, v):  # type: ignore[no-untyped-def]
-        mask = make_mask(batch, (window,), implementation)
+        mask = make_mask(batch, (window,), backend)
         out = attention(q, k, v, mask, scale=0.3, window=window, softcap=softcap)
         return (out * dout).astype(jnp.float32).sum(), out
 
@@ -112,79 +109,78 @@ def test_blockwise_values_and_gradients_are_those_of_dense(
     batch = layout(seed, 3, length, sharing=sharing)
     arrays = inputs(seed, 3, length, *heads, 16)
     oracle = run(batch, *arrays, "dense", window, softcap)
-    found = run(batch, *arrays, "blockwise", window, softcap)
-    for a, b in zip(oracle, found, strict=True):
+    for a, b in zip(oracle, run(batch, *arrays, "blockwise", window, softcap), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("implementation", ALL)
-def test_queries_that_see_nothing_give_zeros_in_values_and_gradients(implementation: str) -> None:
+@pytest.mark.parametrize("backend", ALL)
+def test_queries_that_see_nothing_give_zeros_in_values_and_gradients(backend: str) -> None:
     batch = layout(1, 2, 200)
     padding = batch.key_end == 0
     assert padding[0].any() and padding[1].all()
-    for array in run(batch, *inputs(1, 2, 200, 4, 2, 8), implementation):
+    for array in run(batch, *inputs(1, 2, 200, 4, 2, 8), backend):
         assert np.isfinite(array).all()
         assert not np.asarray(array)[padding].any()
 
 
-@pytest.mark.parametrize("implementation", ALL)
-def test_rejected_does_not_move_when_chosen_changes(implementation: str) -> None:
+@pytest.mark.parametrize("backend", ALL)
+def test_rejected_does_not_move_when_chosen_changes(backend: str) -> None:
     (pair,) = random_pairs(np.random.default_rng(2), 1, 9, prompt=(100, 100), response=(60, 60))
     batch = build_rows([[(0, pair)]], RowShape(384, 384, 2), prefix_sharing=True)
     ends = batch.key_end[0]
     chosen = (ends > 0) & (ends < ends.max())
     rejected = (ends == ends.max()) & (np.arange(384) > np.flatnonzero(chosen).max())
     q, k, v, dout = inputs(2, 1, 384, 4, 2, 16)
-    before = run(batch, q, k, v, dout, implementation)[0]
+    before = run(batch, q, k, v, dout, backend)[0]
     moved = [x.at[0, np.flatnonzero(chosen)].add(1.0) for x in (q, k, v)]
-    after = run(batch, *moved, dout, implementation)[0]
+    after = run(batch, *moved, dout, backend)[0]
     np.testing.assert_array_equal(before[0, rejected], after[0, rejected])
     assert abs(before[0, chosen] - after[0, chosen]).max() > 0.1
 
 
-@pytest.mark.parametrize("implementation", ON_A_MESH)
-def test_on_a_mesh_each_device_computes_its_own_rows_and_heads(implementation: str) -> None:
+@pytest.mark.parametrize("backend", ON_A_MESH)
+def test_on_a_mesh_each_device_computes_its_own_rows_and_heads(backend: str) -> None:
     batch, arrays = layout(3, 4, 160), inputs(3, 4, 160, 4, 2, 8)
-    alone = run(batch, *arrays, implementation)
+    alone = run(batch, *arrays, backend)
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
-        on_mesh = run(batch, *arrays, implementation)
+        on_mesh = run(batch, *arrays, backend)
     for a, b in zip(alone, on_mesh, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", ON_A_MESH)
-def test_one_mask_serves_layers_with_different_windows(implementation: str) -> None:
+@pytest.mark.parametrize("backend", ON_A_MESH)
+def test_one_mask_serves_layers_with_different_windows(backend: str) -> None:
     batch, (q, k, v, _) = layout(5, 4, 160), inputs(5, 4, 160, 4, 2, 8)
 
     @jax.jit
     def two_layers(q: jax.Array, k: jax.Array, v: jax.Array) -> list[jax.Array]:
-        mask = make_mask(batch, (None, 20), implementation)
+        mask = make_mask(batch, (None, 20), backend)
         return [attention(q, k, v, mask, scale=0.3, window=window) for window in (20, None)]
 
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
-        found = two_layers(q, k, v)
-    for window, out in zip((20, None), found, strict=True):
+        outs = two_layers(q, k, v)
+    for window, out in zip((20, None), outs, strict=True):
         np.testing.assert_allclose(out, run(batch, q, k, v, jnp.zeros_like(q), "dense", window)[0], atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", [name for name in ALL if name != "dense"])
-def test_bfloat16_is_as_close_to_float32_as_dense_bfloat16(implementation: str) -> None:
+@pytest.mark.parametrize("backend", [name for name in ALL if name != "dense"])
+def test_bfloat16_is_as_close_to_float32_as_dense_bfloat16(backend: str) -> None:
     batch = layout(4, 2, 256)
     exact = run(batch, *inputs(4, 2, 256, 4, 2, 32), "dense")
     arrays = [x.astype(jnp.bfloat16) for x in inputs(4, 2, 256, 4, 2, 32)]
-    for a, dense, found in zip(exact, run(batch, *arrays, "dense"), run(batch, *arrays, implementation), strict=True):
-        assert found.dtype == jnp.bfloat16
-        distance = [float(jnp.linalg.norm(a - x.astype(jnp.float32))) for x in (dense, found)]
+    for a, dense, ours in zip(exact, run(batch, *arrays, "dense"), run(batch, *arrays, backend), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        distance = [float(jnp.linalg.norm(a - x.astype(jnp.float32))) for x in (dense, ours)]
         assert distance[1] <= 1.5 * distance[0]
 
 
 def test_blockwise_memory_is_linear_in_the_row_length() -> None:
-    def temporaries(length: int, implementation: str) -> int:
+    def temporaries(length: int, backend: str) -> int:
         key_end = jnp.full((1, length), length, jnp.int32)
         positions = jnp.arange(length, dtype=jnp.int32)[None]
 
         def total(q, k, v):  # type: ignore[no-untyped-def]
-            mask = prepare_mask(key_end, positions, implementation=implementation)
+            mask = prepare_mask(key_end, positions, backend=backend)
             return attention(q, k, v, mask, scale=1.0).sum()
 
         shape = jax.ShapeDtypeStruct((1, length, 4, 32), jnp.float32)
@@ -195,9 +191,7 @@ def test_blockwise_memory_is_linear_in_the_row_length() -> None:
     assert temporaries(8192, "blockwise") < temporaries(8192, "dense") / 20
 
 
-def test_blocks_that_nobody_sees_are_not_on_the_list() -> None:
-    from jax_simpo.ops.attention.blockwise import BLOCK, find_live_blocks
-
+def test_hidden_blocks_are_not_on_the_list() -> None:
     # Two pairs of 256 tokens each, then 128 of padding: the second pair never visits the first one's blocks.
     key_end = jnp.repeat(jnp.array([256, 512, 0]), jnp.array([256, 256, 128]), total_repeat_length=640)[None]
     live = find_live_blocks(key_end, jnp.zeros_like(key_end), None)
@@ -205,84 +199,17 @@ def test_blocks_that_nobody_sees_are_not_on_the_list() -> None:
     for i in range(5 * blocks):
         visited = live.key_blocks[0, i, : live.counts[0, i]].tolist()
         first = {0: 0, 1: 0, 2: 2, 3: 2}.get(i // blocks)
-        # All before it in its pair are seen whole and come first; in the diagonal block the mask decides.
+        # The blocks before it in its pair are full and come first; the block on the diagonal needs the mask.
         assert visited == ([] if first is None else list(range(first * blocks, i + 1)))
         assert live.full[0, i] == max(0, len(visited) - 1)
 
 
-def test_blocks_said_to_be_seen_whole_are() -> None:
-    from jax_simpo.ops.attention import visible
-    from jax_simpo.ops.attention.blockwise import BLOCK, find_live_blocks
-
+def test_blocks_listed_as_full_are_visible_to_every_query() -> None:
     batch = layout(6, 2, 8 * BLOCK)
     key_end, positions = jnp.array(batch.key_end), jnp.array(batch.positions)
+    mask = prepare_mask(key_end, positions, (None, 100), "blockwise")
     for window in (None, 100):
-        live = find_live_blocks(key_end, positions, window)
-        whole = np.asarray(visible(key_end, positions, window)).reshape(2, 8, BLOCK, 8, BLOCK).all((2, 4))
+        live = mask.table(window)
+        full = np.asarray(mask.visible(window)).reshape(2, 8, BLOCK, 8, BLOCK).all((2, 4))
         for row, i in np.ndindex(2, 8):
-            seen = live.key_blocks[row, i, : live.full[row, i]].tolist()
-            assert all(whole[row, i, j] for j in seen)
-
-
-HERE = Place("cpu", (0, 0), "float32", 64, False)
-H100 = Place("gpu", (9, 0), "bfloat16", 128, False)
-A100 = Place("gpu", (8, 0), "bfloat16", 128, False)
-TPU = Place("tpu", (0, 0), "bfloat16", 128, False)
-
-
-@pytest.mark.parametrize(
-    ("place", "chosen", "why"),
-    [
-        (HERE, "blockwise", "auto on a CPU: fastest measured there"),
-        (H100, "pallas", "auto on a Hopper GPU"),
-        (dataclasses.replace(H100, head_dim=96), "blockwise", "pallas has kernels for heads of 64, 128, 256"),
-        (dataclasses.replace(H100, head_dim=256, dtype="float32"), "blockwise", "64, 128 in float32"),
-        (A100, "blockwise", "not measured yet"),
-        (dataclasses.replace(TPU, dtype="float32"), "blockwise", "splash computes in bfloat16, and `dtype` is float32"),
-    ],
-)
-def test_auto_takes_the_first_preference_that_can_run(place: Place, chosen: str, why: str) -> None:
-    name, said = choose("auto", place)
-    assert name == chosen
-    assert why in said
-
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_auto_on_a_tpu_is_splash_where_tokamax_is_installed(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax_simpo.ops.attention.choice.find_spec", lambda name: object() if installed else None)
-    name, why = choose("auto", TPU)
-    assert name == ("splash" if installed else "blockwise")
-    assert installed or "splash needs the package tokamax" in why
-
-
-@pytest.mark.parametrize(
-    ("name", "place", "message"),
-    [
-        (
-            "splash",
-            HERE,
-            "`attention: splash` needs a TPU, and this is a CPU; choose auto .*: dense, blockwise$",
-        ),
-        ("pallas", HERE, "`attention: pallas` needs a Hopper GPU"),
-        ("pallas", A100, "`attention: pallas` needs a Hopper GPU .* and this is a GPU; .*: dense, blockwise, cudnn$"),
-        ("cudnn", TPU, "`attention: cudnn` needs an NVIDIA GPU, and this is a TPU"),
-        ("cudnn", dataclasses.replace(H100, softcap=True), "`attention: cudnn` cannot cap attention scores"),
-    ],
-)
-def test_an_implementation_that_cannot_run_here_is_an_error_with_the_choices(
-    name: str, place: Place, message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        choose(name, place)
-
-
-def test_the_choice_knows_the_device_at_hand() -> None:
-    if jax.default_backend() == "cpu":
-        assert resolve_implementation("auto")[0] == "blockwise"
-        with pytest.raises(ConfigError, match="this is a CPU"):
-            resolve_implementation("pallas")
-
-
-def test_an_unknown_implementation_is_an_error() -> None:
-    with pytest.raises(ValueError, match="'flash' is not one of"):
-        prepare_mask(jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 8), jnp.int32), implementation="flash")
+            assert all(full[row, i, j] for j in live.key_blocks[row, i, : live.full[row, i]].tolist())

@@ -1,4 +1,4 @@
-"""cuDNN's attention on rows taken apart: the taking apart, and the numbers, with XLA in cuDNN's place on a CPU."""
+"""Tests how rows are taken apart for cuDNN, and the numbers, which XLA computes in cuDNN's place on a CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from jax_simpo.data.rows import RowShape, build_rows
 from jax_simpo.errors import ConfigError
-from jax_simpo.ops.attention import attention, cudnn, prepare_mask
+from jax_simpo.ops.attention import Mask, attention, cudnn, prepare_mask
+from jax_simpo.ops.attention.backends import ScoreRule
 from tests.ops.attention.test_attention import inputs, layout, make_mask, run
 from tests.pairs import make_pair
 
@@ -37,16 +38,18 @@ def test_values_and_gradients_are_those_of_dense(
 
 
 def test_every_response_becomes_one_sequence() -> None:
-    # Shared 1 2 3, then chosen 4 5, rejected 6; behind it a pair whose rejected is a part of its chosen. Last tokens of
-    # responses are no inputs.
+    # A shared prompt 1 2 3, then chosen 4 5, rejected 6; after them a pair whose rejected response is a part of its
+    # chosen one. The last token of a response is never an input.
     pairs = [make_pair([1, 2, 3], [4, 5, 9], [6, 9]), make_pair([7], [8, 1, 9], [8, 9])]
     batch = build_rows([list(enumerate(pairs))], RowShape(12, 12, 4), prefix_sharing=True)
-    found = cudnn.prepare(jnp.array(batch.key_end), jnp.array(batch.positions), sequences=4)
+    sequences = cudnn.take_apart(jnp.array(batch.key_end), jnp.array(batch.positions), sequences=4)
     tokens = [
-        batch.tokens[0, found.token[0, n, : found.length[0, n]]].tolist() for n in range(4) if found.length[0, n] > 0
+        batch.tokens[0, sequences.token[0, n, :length]].tolist()
+        for n, length in enumerate(sequences.length[0].tolist())
+        if length > 0
     ]
     assert tokens == [[1, 2, 3, 4, 5], [1, 2, 3, 6], [7, 8, 1]]
-    assert found.first[0, :9].tolist() == [0, 0, 0, 0, 0, 1, 2, 2, 2]
+    assert sequences.first[0, :9].tolist() == [0, 0, 0, 0, 0, 1, 2, 2, 2]
 
 
 @ON_CPU
@@ -57,14 +60,15 @@ def test_sizes_that_are_too_small_give_nan_not_wrong_numbers(sizes: dict[str, in
 
     @jax.jit
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        table = cudnn.prepare(key_end, positions, **sizes)
-        return cudnn.attention(q, k, v, key_end, positions, table, scale=0.3, window=None, softcap=None, interpret=True)
+        table = cudnn.take_apart(key_end, positions, **sizes)
+        mask = Mask(key_end, positions, (table,), (None,), "cudnn", None, interpret=True)
+        return cudnn.attend(q, k, v, mask, ScoreRule(0.3))
 
     out = attend(q, k, v)
-    whole = run(batch, q, k, v, jnp.zeros_like(q), "dense")[0]
+    oracle = run(batch, q, k, v, jnp.zeros_like(q), "dense")[0]
     lost = np.isnan(out).any((2, 3))
     assert lost.any()
-    np.testing.assert_allclose(out[~lost], whole[~lost], atol=2e-6)
+    np.testing.assert_allclose(out[~lost], oracle[~lost], atol=2e-6)
 
 
 def test_soft_caps_are_refused() -> None:
@@ -77,4 +81,4 @@ def test_soft_caps_are_refused() -> None:
 def test_the_number_of_sequences_must_be_told() -> None:
     ints = jnp.zeros((1, 8), jnp.int32)
     with pytest.raises(ValueError, match="must be told `sequences`"):
-        prepare_mask(ints, ints, implementation="cudnn")
+        prepare_mask(ints, ints, backend="cudnn")

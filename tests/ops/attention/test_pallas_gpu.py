@@ -1,6 +1,6 @@
-"""The `pallas` kernels, run step by step by Mosaic GPU's interpreter on the CPU, against the dense oracle.
+"""Compares the `pallas` kernels with `dense`; Mosaic GPU's interpreter runs them step by step on the CPU.
 
-The interpreter starts shared memory and results as NaN, so that what is read before it is written shows.
+The interpreter fills shared memory and results with NaN at the start, so that a value read before it is written shows.
 """
 
 import dataclasses
@@ -20,10 +20,11 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
 from jax_simpo.errors import ConfigError
 from jax_simpo.ops.attention import attention as any_attention
-from jax_simpo.ops.attention import prepare_mask, visible
-from jax_simpo.ops.attention.choice import PALLAS_HEADS
+from jax_simpo.ops.attention import prepare_mask
+from jax_simpo.ops.attention.backends import ScoreRule
 from jax_simpo.ops.attention.pallas import bounds, kernel, warpgroup
-from jax_simpo.ops.numerics import SAVED
+from jax_simpo.ops.attention.pallas.backend import HEAD_SIZES
+from jax_simpo.ops.numerics import SAVED_ATTENTION
 from jax_simpo.sharding import make_mesh
 
 # Three blocks, the last one padded inside: 44 is no multiple of 16.
@@ -33,7 +34,7 @@ SCALE = 0.3
 
 @pytest.fixture(autouse=True, scope="module")
 def _compile_once() -> Iterator[None]:
-    """jax 0.10's interpreter compiles a kernel anew for every warpgroup of every tile; later releases do it once."""
+    """Makes jax 0.10's interpreter compile a kernel once, as later releases do, not once a warpgroup and tile."""
     if not jax.__version__.startswith("0.10."):
         yield
         return
@@ -55,30 +56,29 @@ def _compile_once() -> Iterator[None]:
 
 @st.composite
 def layouts(draw: st.DrawFn, length: int = LENGTH) -> tuple[np.ndarray, np.ndarray]:
-    """`key_end` and positions of one row: prompts with one to three responses each, then padding; may be empty."""
+    """Draws `key_end` and positions of one row, maybe empty: prompts with one to three responses, then padding."""
     key_end, positions = np.zeros(length, np.int32), np.zeros(length, np.int32)
     start = 0
     while start < length and draw(st.booleans() if start else st.integers(0, 7).map(bool)):
         room = length - start
         shared = draw(st.integers(0, room))
         branches = draw(st.lists(st.integers(0, room), min_size=1, max_size=3))
-        at, ends = start + shared, []
+        end = start + shared
         for branch in branches:
-            branch = min(branch, length - at)
-            key_end[at : at + branch] = at + branch
-            positions[at : at + branch] = shared + np.arange(branch)
-            at += branch
-            ends.append(at)
-        key_end[start : start + shared] = at
+            branch = min(branch, length - end)
+            key_end[end : end + branch] = end + branch
+            positions[end : end + branch] = shared + np.arange(branch)
+            end += branch
+        key_end[start : start + shared] = end
         positions[start : start + shared] = np.arange(shared)
-        start = at
+        start = end
     return key_end, positions
 
 
 def arrays(  # type: ignore[no-untyped-def]
     seed: int, dtype=jnp.float32, rows: int = 1, heads: int = HEADS, kv_heads: int = KV_HEADS, width: int = WIDTH
 ):
-    """q, k, v and the gradient of the output."""
+    """Returns random q, k, v and gradient of the output."""
     random = np.random.default_rng(seed)
     shapes = [(rows, LENGTH, h, width) for h in (heads, kv_heads, kv_heads, heads)]
     return [jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes]
@@ -86,10 +86,14 @@ def arrays(  # type: ignore[no-untyped-def]
 
 @functools.partial(jax.jit, static_argnames=("window", "softcap"))
 def kernels(q, k, v, dout, key_end, positions, window=None, softcap=None):  # type: ignore[no-untyped-def]
-    """The output and the gradients of q, k and v by the kernels."""
-    bounds = kernel.prepare(key_end, positions, window, BLOCK)
-    options = {"scale": SCALE, "window": window, "softcap": softcap, "block": BLOCK, "interpret": True}
-    out, pull = jax.vjp(lambda q, k, v: kernel.attention(q, k, v, key_end, positions, bounds, **options), q, k, v)
+    """Returns the output and the gradients of q, k and v by the kernels."""
+    lists = bounds.find_block_bounds(key_end, positions, window, BLOCK)
+    rule = ScoreRule(SCALE, window, softcap)
+
+    def attend(q, k, v):  # type: ignore[no-untyped-def]
+        return kernel.attention(q, k, v, key_end, positions, lists, rule, block=BLOCK, interpret=True)
+
+    out, pull = jax.vjp(attend, q, k, v)
     return out, *pull(dout)
 
 
@@ -102,15 +106,15 @@ def oracle(q, k, v, dout, key_end, positions, window=None, softcap=None):  # typ
 
 
 def agree(q, k, v, dout, key_end, positions, window=None, softcap=None) -> None:  # type: ignore[no-untyped-def]
-    """float32 inputs are taken with 16 bits: 2**-16 of sums of a few dozen terms of size 1 to 3."""
-    found = kernels(q, k, v, dout, key_end, positions, window, softcap)
+    """The kernels use 16 bits of float32 inputs: errors are 2**-16 of sums of a few dozen terms of size 1 to 3."""
+    results = kernels(q, k, v, dout, key_end, positions, window, softcap)
     expected = oracle(q, k, v, dout, key_end, positions, window, softcap)
-    for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+    for name, a, b in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4, rtol=0, err_msg=name)
 
 
 def one_row(*lengths: int, length: int = LENGTH) -> tuple[jax.Array, jax.Array]:
-    """A row of a prompt and two responses of these lengths."""
+    """Returns a row of a prompt and two responses of these lengths, then padding."""
     prompt, chosen, rejected = lengths
     ends = np.repeat([sum(lengths), prompt + chosen, sum(lengths)], lengths)
     positions = np.concatenate([np.arange(prompt + chosen), prompt + np.arange(rejected)])
@@ -146,21 +150,21 @@ def test_values_and_gradients_equal_dense_on_many_layouts(layout, seed, window, 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(jax.__version__.startswith("0.10."), reason="jax 0.10 does not see a copy that nobody waited for")
+@pytest.mark.skipif(jax.__version__.startswith("0.10."), reason="jax 0.10 misses a copy that no thread waited for")
 def test_no_warpgroup_reads_what_a_copy_may_be_writing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the interpreter's own search for races between copies, warpgroups and barriers, which raises."""
+    """The interpreter searches for races between copies, warpgroups and barriers, and raises."""
     parameters = dataclasses.replace(warpgroup.interpreter(), detect_races=True)
     monkeypatch.setattr(warpgroup, "interpreter", lambda: parameters)
-    found = kernels.__wrapped__(*arrays(10), *one_row(17, 9, 14), window=20)
-    assert all(np.all(np.isfinite(x)) for x in found)
+    results = kernels.__wrapped__(*arrays(10), *one_row(17, 9, 14), window=20)
+    assert all(np.all(np.isfinite(x)) for x in results)
 
 
 def test_bfloat16_is_as_near_to_float32_as_dense_in_bfloat16() -> None:
     key_end, positions = one_row(17, 9, 14)
     inputs = arrays(3, jnp.bfloat16)
     exact = oracle(*(x.astype(jnp.float32) for x in inputs), key_end, positions)
-    found, dense = kernels(*inputs, key_end, positions), oracle(*inputs, key_end, positions)
-    for a, b, c in zip(exact, dense, found, strict=True):
+    ours, dense = kernels(*inputs, key_end, positions), oracle(*inputs, key_end, positions)
+    for a, b, c in zip(exact, dense, ours, strict=True):
         assert c.dtype == jnp.bfloat16
         distance = [float(jnp.linalg.norm(a - x.astype(jnp.float32))) for x in (b, c)]
         assert distance[1] <= 1.5 * distance[0]
@@ -173,31 +177,31 @@ def test_bfloat16_is_as_near_to_float32_as_dense_in_bfloat16() -> None:
 def test_heads_too_wide_for_both_gradients_at_once_are_as_near_to_float32_as_dense(
     dtype: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half a block a step, dK and dV by a kernel each, and no more stages than the hardware has room for."""
-    memory = kernel.SHARED_MEMORY * BLOCK // bounds.BLOCK  # all that lies in it is as long as a block
+    """Steps are half a block long, dK and dV get a kernel each, and there are as many stages as fit in the hardware."""
+    memory = kernel.SHARED_MEMORY * BLOCK // bounds.BLOCK  # everything in it is in proportion to the block
     monkeypatch.setattr(kernel, "SHARED_MEMORY", memory)
-    parts = kernel._parts(dtype)
-    plan = kernel._plan(width, parts, BLOCK, True)
-    assert [wanted for wanted, _ in plan.gradients] == [("dk",), ("dv",)]
-    assert plan.dq.stages == (1 if width * parts == 256 else 2)
+    parts = kernel._part_count(dtype)
+    tilings = kernel._tilings(width, parts, BLOCK, True)
+    assert [wanted for wanted, _ in tilings.gradients] == [("dk",), ("dv",)]
+    assert tilings.dq.stages == (1 if width * parts == 256 else 2)
 
     key_end, positions = one_row(17, 9, 14)
     inputs = [x * (WIDTH / width) ** 0.25 for x in arrays(11, width=width)]  # products as large as those of WIDTH
     inputs = [x.astype(dtype) for x in inputs]
     exact = oracle(*(x.astype(jnp.float32) for x in inputs), key_end, positions)
     rounded = oracle(*(x.astype(jnp.bfloat16) for x in inputs), key_end, positions)
-    found = kernels(*inputs, key_end, positions)
-    for name, a, b, c in zip(("out", "dq", "dk", "dv"), exact, rounded, found, strict=True):
+    results = kernels(*inputs, key_end, positions)
+    for name, a, b, c in zip(("out", "dq", "dk", "dv"), exact, rounded, results, strict=True):
         assert c.dtype == dtype
         dense, distance = (float(jnp.linalg.norm(a - x.astype(jnp.float32))) for x in (b, c))
-        # float32 is taken with 16 bits, 256 times finer than bfloat16; sums over a row cost some of that.
+        # The kernels use 16 bits of a float32, 256 times finer than bfloat16; sums over a row lose a part of that.
         assert distance <= (1.5 * dense if dtype == "bfloat16" else dense / 30), name
 
 
 def test_on_a_mesh_each_device_computes_its_own_rows_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against dense without a mesh; the kernels' own block is longer than a row."""
-    # The interpreter checks at the end of a kernel on each device that no barrier is left on any, and so it would find
-    # those of the devices that are still at work.
+    """Compares with dense without a mesh. The kernels' own block is longer than a row."""
+    # At the end of a kernel on one device the interpreter checks that no device has barriers left, although others may
+    # still be running. So the check waits for all four.
     check, all_have_ended = shared_memory.GPUSharedMemory.assert_no_barriers_allocated, threading.Barrier(4)
 
     def check_later(memory: shared_memory.GPUSharedMemory) -> None:
@@ -215,8 +219,8 @@ def test_on_a_mesh_each_device_computes_its_own_rows_and_heads(monkeypatch: pyte
         return out, *pull(dout)
 
     with jax.set_mesh(make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])):
-        found = run(*inputs, key_end, positions)
-    for name, a, b in zip(("out", "dq", "dk", "dv"), found, oracle(*inputs, key_end, positions), strict=True):
+        results = run(*inputs, key_end, positions)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), results, oracle(*inputs, key_end, positions), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4, rtol=0, err_msg=name)
 
 
@@ -229,8 +233,8 @@ def test_rejected_does_not_move_to_the_bit_when_chosen_changes() -> None:
         np.testing.assert_array_equal(a[:, 26:40], b[:, 26:40])
 
 
-def test_blocks_nobody_sees_are_not_loaded() -> None:
-    """A pair in the first block, padding in the second, a pair in the third; the second's keys and values are NaN."""
+def test_hidden_blocks_are_not_loaded() -> None:
+    """A pair fills the first block, padding the second, a pair the third; the second block is NaN throughout."""
     key_end = jnp.repeat(jnp.array([[BLOCK, 0, LENGTH]]), BLOCK, axis=1).astype(jnp.int32)[:, :LENGTH]
     positions = jnp.tile(jnp.arange(BLOCK), 3)[None].astype(jnp.int32)[:, :LENGTH]
     q, k, v, dout = arrays(6)
@@ -243,24 +247,25 @@ def test_blocks_nobody_sees_are_not_loaded() -> None:
 
 def test_queries_that_see_nothing_give_zeros() -> None:
     key_end, positions = one_row(9, 3, 6)
-    found = kernels(*arrays(7), key_end, positions)
-    for x in found:
+    results = kernels(*arrays(7), key_end, positions)
+    for x in results:
         assert np.all(np.isfinite(x))
         np.testing.assert_array_equal(x[:, 18:], 0.0)
 
 
-find = jax.jit(bounds.find, static_argnums=(2, 3))
+find_block_bounds = jax.jit(bounds.find_block_bounds, static_argnums=(2, 3))
 
 
 @settings(max_examples=30)
 @given(layout=layouts(length=64), window=st.sampled_from([None, 1, 7, 30]))
 def test_block_lists_are_exact(layout: tuple[np.ndarray, np.ndarray], window: int | None) -> None:
     key_end, positions = (jnp.asarray(x)[None] for x in layout)
-    bounds = find(key_end, positions, window, 16)
-    see = np.asarray(visible(key_end, positions, window))[0].reshape(4, 16, 4, 16).swapaxes(1, 2)
+    lists = find_block_bounds(key_end, positions, window, 16)
+    mask = prepare_mask(key_end, positions, (window,), "dense")
+    visible = np.asarray(mask.visible(window))[0].reshape(4, 16, 4, 16).swapaxes(1, 2)
     for side, blocks, counts in (
-        (see, bounds.key_blocks, bounds.key_counts),
-        (see.swapaxes(0, 1), bounds.query_blocks, bounds.query_counts),
+        (visible, lists.key_blocks, lists.key_counts),
+        (visible.swapaxes(0, 1), lists.query_blocks, lists.query_counts),
     ):
         for i in range(4):
             full, live = (int(x) for x in counts[0, i])
@@ -270,39 +275,39 @@ def test_block_lists_are_exact(layout: tuple[np.ndarray, np.ndarray], window: in
 
 
 def test_a_rematerialisation_policy_that_keeps_attention_does_not_run_the_forward_again() -> None:
-    """Traced only: jax cannot rematerialise what runs in the interpreter."""
+    """Only traces the program: jax cannot rematerialise interpreted kernels."""
     integers = jax.ShapeDtypeStruct((1, 256), jnp.int32)
     matrix = jax.ShapeDtypeStruct((1, 256, 1, 64), jnp.bfloat16)
 
     def forward_kernels(policy) -> int:  # type: ignore[no-untyped-def]
         def loss(q, k, v, key_end, positions):  # type: ignore[no-untyped-def]
-            bounds = kernel.prepare(key_end, positions, None)
-            options = {"scale": SCALE, "window": None, "softcap": None}
-            return kernel.attention(q, k, v, key_end, positions, bounds, **options).astype(jnp.float32).sum()
+            mask = prepare_mask(key_end, positions, backend="pallas")
+            return any_attention(q, k, v, mask, scale=SCALE).astype(jnp.float32).sum()
 
-        both = jax.value_and_grad(jax.checkpoint(loss, policy=policy), (0, 1, 2))
-        return str(jax.make_jaxpr(both)(matrix, matrix, matrix, integers, integers)).count("attention_forward")
+        loss_and_gradients = jax.value_and_grad(jax.checkpoint(loss, policy=policy), (0, 1, 2))
+        program = jax.make_jaxpr(loss_and_gradients)(matrix, matrix, matrix, integers, integers)
+        return str(program).count("attention_forward")
 
-    policies = jax.checkpoint_policies
-    assert 0 < forward_kernels(policies.save_only_these_names(SAVED)) < forward_kernels(policies.nothing_saveable)
+    keep_attention = jax.checkpoint_policies.save_only_these_names(SAVED_ATTENTION)
+    assert 0 < forward_kernels(keep_attention) < forward_kernels(jax.checkpoint_policies.nothing_saveable)
 
 
-@pytest.mark.parametrize(("dtype", "width"), [(d, w) for d, sizes in PALLAS_HEADS.items() for w in sizes])
-def test_the_plan_fits_the_shared_memory_of_hopper(dtype: str, width: int) -> None:
-    parts = kernel._parts(dtype)
-    plan = kernel._plan(width, parts, 128, False)
-    kernels = [(1, plan.forward), (2, plan.dq), *((1 + ("dk" in wanted), tiles) for wanted, tiles in plan.gradients)]
-    for held, tiles in kernels:
+@pytest.mark.parametrize(("dtype", "width"), [(d, w) for d, sizes in HEAD_SIZES.items() for w in sizes])
+def test_the_tiles_fit_the_shared_memory_of_hopper(dtype: str, width: int) -> None:
+    parts = kernel._part_count(dtype)
+    tilings = kernel._tilings(width, parts, 128, False)
+    kernels = [(1, tilings.forward), (2, tilings.dq)]
+    kernels += [(1 + ("dk" in wanted), tiles) for wanted, tiles in tilings.gradients]
+    for resident, tiles in kernels:
         assert tiles.stages >= 1
-        assert 2 * width * parts * (held * tiles.workers * tiles.rows + 2 * tiles.stages * tiles.step) <= 227 * 1024
+        assert 2 * width * parts * (resident * tiles.workers * tiles.rows + 2 * tiles.stages * tiles.step) <= 227 * 1024
 
 
 def test_what_the_kernels_cannot_do_is_an_error_with_the_way_out() -> None:
-    key_end, positions = one_row(17, 9, 14)
-    bounds = kernel.prepare(key_end, positions, None)
+    mask = prepare_mask(*one_row(17, 9, 14), backend="pallas")
     q, k, v, _ = arrays(9)
     with pytest.raises(ConfigError, match=r"float32 kernels for head sizes 64, 128, and this model's is 16; choose"):
-        kernel.attention(q, k, v, key_end, positions, bounds, scale=1.0, window=None, softcap=None)
+        any_attention(q, k, v, mask, scale=1.0)
     half = [x.astype(jnp.float16) for x in (q, k, v)]
     with pytest.raises(ConfigError, match="bfloat16 or float32, not float16"):
-        kernel.attention(*half, key_end, positions, bounds, scale=1.0, window=None, softcap=None)
+        any_attention(*half, mask, scale=1.0)

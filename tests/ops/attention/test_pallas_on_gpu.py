@@ -1,4 +1,4 @@
-"""The `pallas` kernels as the hardware runs them, at their own block size; skipped where there is no Hopper GPU."""
+"""Tests the `pallas` kernels on the hardware, at their own block size; skipped where there is no Hopper GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_simpo.ops.attention import attention, prepare_mask
-from jax_simpo.ops.attention.choice import PALLAS_HEADS
+from jax_simpo.ops.attention.pallas.backend import HEAD_SIZES
 
 DEVICE = jax.devices()[0]
 pytestmark = pytest.mark.skipif(
@@ -18,25 +18,25 @@ LENGTH, HEADS, KV_HEADS = 1000, 8, 2  # no multiple of a block
 
 
 def packed_rows() -> tuple[jax.Array, jax.Array]:
-    """Two rows: packed pairs with a shared prompt and padding behind them; and one pair that fills the row."""
+    """Returns two rows: packed pairs with shared prompts, then padding; and one pair that fills its row."""
     key_end, positions = np.zeros((2, LENGTH), np.int32), np.zeros((2, LENGTH), np.int32)
     for row, pairs in enumerate([[(130, 70, 90), (20, 200, 1), (5, 100, 256)], [(500, 250, 250)]]):
-        at = 0
+        start = 0
         for prompt, chosen, rejected in pairs:
-            ends = at + prompt + np.cumsum([chosen, rejected])
+            ends = start + prompt + np.cumsum([chosen, rejected])
             lengths = (prompt, chosen, rejected)
-            here = slice(at, at + sum(lengths))
-            key_end[row, here] = np.repeat([ends[1], ends[0], ends[1]], lengths)
-            positions[row, here] = np.concatenate(
+            tokens = slice(start, start + sum(lengths))
+            key_end[row, tokens] = np.repeat([ends[1], ends[0], ends[1]], lengths)
+            positions[row, tokens] = np.concatenate(
                 [np.arange(prompt), prompt + np.arange(chosen), prompt + np.arange(rejected)]
             )
-            at += sum(lengths)
+            start += sum(lengths)
     return jnp.asarray(key_end), jnp.asarray(positions)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize(("dtype", "width"), [(d, w) for d, widths in PALLAS_HEADS.items() for w in widths])
+@pytest.mark.parametrize(("dtype", "width"), [(d, w) for d, widths in HEAD_SIZES.items() for w in widths])
 def test_values_and_gradients_are_as_near_to_float32_as_those_of_dense(
     dtype: str, width: int, window: int | None, softcap: float | None
 ) -> None:
@@ -47,9 +47,9 @@ def test_values_and_gradients_are_as_near_to_float32_as_those_of_dense(
         for key, heads in zip(keys, (HEADS, KV_HEADS, KV_HEADS, HEADS), strict=True)
     )
 
-    def run(implementation: str, *arrays: jax.Array) -> list[np.ndarray]:
+    def run(backend: str, *arrays: jax.Array) -> list[np.ndarray]:
         *inputs, cotangent = arrays
-        mask = prepare_mask(key_end, positions, (window,), implementation)
+        mask = prepare_mask(key_end, positions, (window,), backend)
         attend = lambda q, k, v: attention(q, k, v, mask, scale=width**-0.5, window=window, softcap=softcap)  # noqa: E731
         out, pull = jax.vjp(jax.jit(attend), *inputs)
         return [np.asarray(a, np.float64) for a in (out, *pull(cotangent))]
@@ -60,5 +60,5 @@ def test_values_and_gradients_are_as_near_to_float32_as_those_of_dense(
         ("out", "dq", "dk", "dv"), run("pallas", q, k, v, dout), rounded, exact, strict=True
     ):
         distance, dense = (np.sqrt(np.mean((a - oracle) ** 2)) for a in (ours, theirs))
-        # float32 is taken with 16 bits, 256 times finer than bfloat16; sums over a row cost some of that.
+        # The kernels use 16 bits of a float32, 256 times finer than bfloat16; sums over a row lose a part of that.
         assert distance <= (1.5 * dense if dtype == "bfloat16" else dense / 30), name

@@ -1,1 +1,1 @@
-"""Our flash attention kernel for Hopper GPUs, written in Pallas (Mosaic GPU)."""
+"""This project's flash attention kernels for Hopper GPUs, written in Pallas (Mosaic GPU)."""

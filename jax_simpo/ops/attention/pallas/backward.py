@@ -1,8 +1,8 @@
-"""The two backward kernels of `pallas_gpu`: dQ walks the live key blocks of a tile of queries, dK and dV walk the live
-query blocks of a tile of keys, all query heads of the group in turn.
+"""The backward kernels: dQ walks the live key blocks of a tile of queries, dK and dV the live query blocks of a tile of
+keys, for all query heads of the group in turn.
 
-Both compute the weights of a step anew from the log-sum-exp (FlashAttention-2, Dao 2023, arXiv 2307.08691). With s the
-scaled and capped score, w = exp(s - lse), the gradient of s is w * (dout . v - delta), delta = dout . out.
+Both recompute the weights of a step from the log-sum-exp (FlashAttention-2, Dao 2023, arXiv 2307.08691). With s the
+scaled and capped score and w = exp(s - lse), the gradient of s is w * (dout . v - delta), where delta = dout . out.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from jax_simpo.ops.attention.backends import ScoreRule
 from jax_simpo.ops.attention.pallas import warpgroup as wg
-from jax_simpo.ops.attention.pallas.warpgroup import Index, Ref, Rule, Side, Tiles, Walk
+from jax_simpo.ops.attention.pallas.warpgroup import Index, Ref, Side, Tiles, Walk
 
 
 class Inputs(NamedTuple):
-    """What both kernels start from. Matrices are bfloat16 by their parts, as in the forward; `lse` is its, base 2."""
+    """The inputs of both kernels. Matrices are bfloat16, given by their parts; `lse` is the forward's, base 2."""
 
     q: Float[Array, "B L H parts Dh"]
     k: Float[Array, "B L K parts Dh"]
@@ -37,7 +38,7 @@ class Inputs(NamedTuple):
 def _score_gradient(
     weights: jax.Array, dweights: jax.Array, delta: jax.Array, slope: jax.Array | None, axis: int
 ) -> jax.Array:
-    """The gradient of the products q . k, but for the scale; `delta` lies along `axis`."""
+    """Returns the gradient of the products q . k, without the factor `scale`; `delta` lies along `axis`."""
     gradient = weights * (dweights - wg.along(delta, weights.shape, axis))
     return gradient if slope is None else gradient * slope
 
@@ -47,31 +48,32 @@ def query_gradient(
     key_blocks: Int[Array, "B Q Q"],
     key_counts: Int[Array, "B Q 2"],
     *,
-    rule: Rule,
+    rule: ScoreRule,
     tiles: Tiles,
     interpret: bool,
 ) -> Float[Array, "B L H parts Dh"]:
-    """dQ, by its parts."""
+    """Returns dQ, by its parts."""
     rows, length, heads, parts, width = inputs.q.shape
     group = heads // inputs.k.shape[2]
     windowed = rule.window is not None
 
-    def here(blocks: Ref, counts: Ref) -> tuple[Index, Index, Index, Walk]:
+    def grid_place(blocks: Ref, counts: Ref) -> tuple[Index, Index, Index, Walk]:
         row, head, tile = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("tile")
         return row, head, tile * tiles.block, Walk.of(blocks, counts, row, tile, tiles)
 
     def compute(worker: Index, *refs: Ref) -> None:
         q_ref, _, _, dout_ref, lse_ref, delta_ref, _, positions_ref, blocks, counts, dq_ref = refs[:11]
-        held, key_ring, value_ring = refs[11:]
-        row, head, start, walk = here(blocks, counts)
+        resident, key_ring, value_ring = refs[11:]
+        row, head, start, walk = grid_place(blocks, counts)
         start += worker * tiles.rows
         span = pl.ds(start, tiles.rows)
         matrices = [ref.at[row, span, head, part] for ref in (q_ref, dout_ref) for part in range(parts)]
         vectors = [lse_ref.at[row, head, span], delta_ref.at[row, head, span], positions_ref.at[row, span]]
-        (query, dout), (query_lse, query_delta, *at) = held.receive(worker, [*matrices, *vectors[: 2 + windowed]])
+        sources = [*matrices, *vectors[: 2 + windowed]]
+        (query, dout), (query_lse, query_delta, *query_positions) = resident.receive(worker, sources)
 
         def step(t: Index, slot: Index, dquery: jax.Array, mixed: bool) -> jax.Array:
-            key_start = walk.at(t)[0] if mixed else 0
+            key_start = walk.place(t)[0] if mixed else 0
             plgpu.barrier_wait(key_ring.ready.at[slot])
             plgpu.barrier_wait(value_ring.ready.at[slot])
             key_parts = key_ring.parts(slot)
@@ -82,7 +84,7 @@ def query_gradient(
             if mixed:
                 vectors = [vector[slot] for vector in key_ring.vectors]
                 keys = Side(key_start, 1, vectors[1:], vectors[0])
-                scores = wg.masked(scores, Side(start, 0, at), keys, rule)
+                scores = wg.masked(scores, Side(start, 0, query_positions), keys, rule)
             weights = jnp.exp2(scores - wg.along(query_lse, scores.shape, 0))
             gradient = _score_gradient(weights, dweights, query_delta, slope, 0)
             (dquery,) = wg.accumulate([dquery], [(gradient, key_parts)], interpret)
@@ -90,18 +92,18 @@ def query_gradient(
             return dquery
 
         dquery = walk.each(step, jnp.zeros((tiles.rows, width), jnp.float32))
-        held.send(worker, [dquery * rule.scale], [[dq_ref.at[row, span, head, part] for part in range(parts)]])
+        resident.send(worker, [dquery * rule.scale], [[dq_ref.at[row, span, head, part] for part in range(parts)]])
 
     def fetch(*refs: Ref) -> None:
         _, k_ref, v_ref, _, _, _, key_end_ref, positions_ref, blocks, counts, _, _, key_ring, value_ring = refs
-        row, head, _, walk = here(blocks, counts)
+        row, head, _, walk = grid_place(blocks, counts)
         kv_head = lax.div(head, jnp.int32(group))
 
         def sources(start: Index, _: Index) -> list[list[Ref]]:
             span = pl.ds(start, tiles.step)
-            masks = [key_end_ref.at[row, span], positions_ref.at[row, span]][: 1 + windowed]
+            key_vectors = [key_end_ref.at[row, span], positions_ref.at[row, span]][: 1 + windowed]
             return [
-                [*(k_ref.at[row, span, kv_head, part] for part in range(parts)), *masks],
+                [*(k_ref.at[row, span, kv_head, part] for part in range(parts)), *key_vectors],
                 [v_ref.at[row, span, kv_head, part] for part in range(parts)],
             ]
 
@@ -114,7 +116,7 @@ def query_gradient(
         outputs=[jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype)],
         grid={"head": heads, "tile": length // tiles.block, "row": rows},
         scratch=[
-            wg.held_scratch(tiles, parts, width, 2, [jnp.float32, jnp.float32, jnp.int32][: 2 + windowed]),
+            wg.resident_scratch(tiles, parts, width, 2, [jnp.float32, jnp.float32, jnp.int32][: 2 + windowed]),
             wg.ring_scratch(tiles, parts, width, [jnp.int32] * (1 + windowed)),
             wg.ring_scratch(tiles, parts, width),
         ],
@@ -129,13 +131,13 @@ def key_value_gradients(
     query_counts: Int[Array, "B Q 2"],
     *,
     wanted: Sequence[str],
-    rule: Rule,
+    rule: ScoreRule,
     tiles: Tiles,
     interpret: bool,
 ) -> list[Float[Array, "B L K parts Dh"]]:
-    """dK and dV by their parts, those of `wanted` ("dk", "dv") in its order.
+    """Returns those of dK and dV that are `wanted` ("dk", "dv"), in that order, by their parts.
 
-    For wide heads the two accumulators do not fit into the registers together: then one asks for one at a time.
+    For wide heads the two accumulators do not fit into the registers together: call it for one at a time.
     """
     rows, length, heads, parts, width = inputs.q.shape
     kv_heads = inputs.k.shape[2]
@@ -145,32 +147,32 @@ def key_value_gradients(
     matrix_count = 1 + with_dk  # dV alone needs no values
     count = len(inputs) + 2
 
-    def here(blocks: Ref, counts: Ref) -> tuple[Index, Index, Index, Walk]:
+    def grid_place(blocks: Ref, counts: Ref) -> tuple[Index, Index, Index, Walk]:
         row, head, tile = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("tile")
         return row, head, tile * tiles.block, Walk.of(blocks, counts, row, tile, tiles, heads=group)
 
     def compute(worker: Index, *refs: Ref) -> None:
         _, k_ref, v_ref, _, _, _, key_end_ref, positions_ref, blocks, counts = refs[:count]
         outputs = refs[count : count + len(wanted)]
-        held, query_ring, dout_ring = refs[count + len(wanted) :]
-        row, head, start, walk = here(blocks, counts)
+        resident, query_ring, dout_ring = refs[count + len(wanted) :]
+        row, head, start, walk = grid_place(blocks, counts)
         start += worker * tiles.rows
         span = pl.ds(start, tiles.rows)
         matrices = [ref.at[row, span, head, part] for ref in (k_ref, v_ref)[:matrix_count] for part in range(parts)]
         vectors = [key_end_ref.at[row, span], positions_ref.at[row, span]]
-        keys_values, (ends, *at) = held.receive(worker, [*matrices, *vectors[: 1 + windowed]])
+        keys_values, (key_ends, *key_positions) = resident.receive(worker, [*matrices, *vectors[: 1 + windowed]])
 
         def step(t: Index, slot: Index, state: dict[str, jax.Array], mixed: bool) -> dict[str, jax.Array]:
-            query_start = walk.at(t)[0] if mixed else 0
+            query_start = walk.place(t)[0] if mixed else 0
             plgpu.barrier_wait(query_ring.ready.at[slot])
             plgpu.barrier_wait(dout_ring.ready.at[slot])
             query_parts, dout_parts = query_ring.parts(slot), dout_ring.parts(slot)
-            # Everything lies keys by queries here, so that weights can be the left operand of a product.
+            # Scores lie keys by queries here, so that weights can be the left operand of a product.
             product, *dweights = wg.products(list(zip(keys_values, [query_parts, dout_parts], strict=False)), interpret)
             scores, slope = wg.logits(product, rule)
             if mixed:
                 queries = Side(query_start, 1, [vector[slot] for vector in query_ring.vectors[1:]])
-                scores = wg.masked(scores, queries, Side(start, 0, at, ends), rule)
+                scores = wg.masked(scores, queries, Side(start, 0, key_positions, key_ends), rule)
             weights = jnp.exp2(scores - wg.along(query_ring.vectors[0][slot], scores.shape, 1))
             pairs = {"dv": (weights, dout_parts)}
             if with_dk:
@@ -185,20 +187,20 @@ def key_value_gradients(
 
         totals = walk.each(step, {name: jnp.zeros((tiles.rows, width), jnp.float32) for name in wanted})
         results = [totals[name] * rule.scale if name == "dk" else totals[name] for name in wanted]
-        held.send(worker, results, [[ref.at[row, span, head, part] for part in range(parts)] for ref in outputs])
+        resident.send(worker, results, [[ref.at[row, span, head, part] for part in range(parts)] for ref in outputs])
 
     def fetch(*refs: Ref) -> None:
         q_ref, _, _, dout_ref, lse_ref, delta_ref, _, positions_ref, blocks, counts = refs[:count]
         query_ring, dout_ring = refs[-2:]
-        row, head, _, walk = here(blocks, counts)
+        row, head, _, walk = grid_place(blocks, counts)
 
         def sources(start: Index, member: Index) -> list[list[Ref]]:
             span, query_head = pl.ds(start, tiles.step), head * group + member
-            of_query = [lse_ref.at[row, query_head, span], positions_ref.at[row, span]][: 1 + windowed]
-            of_dout = [delta_ref.at[row, query_head, span]][:with_dk]
+            query_vectors = [lse_ref.at[row, query_head, span], positions_ref.at[row, span]][: 1 + windowed]
+            dout_vectors = [delta_ref.at[row, query_head, span]][:with_dk]
             return [
-                [*(q_ref.at[row, span, query_head, part] for part in range(parts)), *of_query],
-                [*(dout_ref.at[row, span, query_head, part] for part in range(parts)), *of_dout],
+                [*(q_ref.at[row, span, query_head, part] for part in range(parts)), *query_vectors],
+                [*(dout_ref.at[row, span, query_head, part] for part in range(parts)), *dout_vectors],
             ]
 
         walk.fetch([query_ring, dout_ring], sources)
@@ -210,7 +212,7 @@ def key_value_gradients(
         outputs=[jax.ShapeDtypeStruct(inputs.k.shape, inputs.k.dtype)] * len(wanted),
         grid={"head": kv_heads, "tile": length // tiles.block, "row": rows},
         scratch=[
-            wg.held_scratch(tiles, parts, width, matrix_count, [jnp.int32] * (1 + windowed)),
+            wg.resident_scratch(tiles, parts, width, matrix_count, [jnp.int32] * (1 + windowed)),
             wg.ring_scratch(tiles, parts, width, [jnp.float32, jnp.int32][: 1 + windowed]),
             wg.ring_scratch(tiles, parts, width, [jnp.float32][:with_dk]),
         ],

@@ -1,8 +1,8 @@
-"""Which blocks of the attention matrix are worth visiting, for the `pallas` kernels: lists made once per batch.
+"""Lists, once per batch, the blocks of the attention matrix that the `pallas` kernels visit.
 
-A block of queries by keys is dead (no query of it sees a key of it: never loaded), full (every query sees every key:
-the mask is not evaluated) or mixed. Each query block gets the list of its live key blocks, each key block that of its
-live query blocks, the full ones first.
+A block of queries by keys is dead (no query of it sees a key of it: it is never loaded), full (every query sees every
+key: the mask is not evaluated) or mixed. Each query block gets the list of its live key blocks, each key block the list
+of its live query blocks, the full ones first.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-BLOCK = 128  # queries and keys a block: what two warpgroups of 64 rows work on
+from jax_simpo.ops.attention.mask import visible_at
+
+BLOCK = 128  # queries and keys of a block: two warpgroups work on 64 rows each
 
 
 class BlockBounds(NamedTuple):
     """Lists of live blocks; Q blocks a row.
 
-    `key_blocks[b, i]` starts with the full key blocks of query block `i`, then come the mixed ones; what follows is
-    dead. `key_counts[b, i]` is how many are full and how many are live. `query_blocks` and `query_counts` are the same
-    seen from the key blocks.
+    `key_blocks[b, i]` begins with the full key blocks of query block `i`, then come the mixed ones; the rest is dead.
+    `key_counts[b, i]` is the number of full ones and the number of live ones. `query_blocks` and `query_counts` are the
+    same seen from the key blocks.
     """
 
     key_blocks: Int[Array, "B Q Q"]
@@ -30,13 +32,13 @@ class BlockBounds(NamedTuple):
     query_counts: Int[Array, "B Q 2"]
 
 
-def find(
+def find_block_bounds(
     key_end: Int[Array, "B L"], positions: Int[Array, "B L"], window: int | None, block: int = BLOCK
 ) -> BlockBounds:
-    """The lists of a batch, exact: by the rule itself, one query block after the other, so memory is linear in L.
+    """Returns the lists of a batch. They are exact, by the mask's own rule.
 
-    Key `k` is visible to query `q` iff `k <= q < key_end[k]` and, in a window, `positions[q] - positions[k] < window`.
-    A row whose length is not a multiple of the block is thought to end with keys nobody sees.
+    One query block is looked at after the other, so memory is linear in L. A row whose length is not a multiple of the
+    block is taken to end with keys that no query sees.
     """
     padding = ((0, 0), (0, -key_end.shape[1] % block))
     key_end, positions = jnp.pad(key_end, padding), jnp.pad(positions, padding)
@@ -45,11 +47,16 @@ def find(
 
     def one_query_block(i: Int[Array, ""]) -> tuple[Bool[Array, "B Q"], Bool[Array, "B Q"]]:
         query = i * block + jnp.arange(block)
-        see = (key <= query[:, None]) & (query[:, None] < key_end[:, None, :])
-        if window is not None:
-            at = jax.lax.dynamic_slice_in_dim(positions, i * block, block, axis=1)
-            see &= at[:, :, None] - positions[:, None, :] < window
-        by_block = see.reshape(rows, block, length // block, block)
+        query_positions = jax.lax.dynamic_slice_in_dim(positions, i * block, block, axis=1)
+        visible = visible_at(
+            query[:, None],
+            key,
+            key_end[:, None, :],
+            query_positions[:, :, None],
+            positions[:, None, :],
+            window,
+        )
+        by_block = visible.reshape(rows, block, length // block, block)
         return by_block.any((1, 3)), by_block.all((1, 3))
 
     live, full = jax.lax.map(one_query_block, jnp.arange(length // block))

@@ -1,7 +1,8 @@
-"""The forward kernel of `pallas_gpu`: online softmax over the live key blocks of a tile of queries.
+"""The forward kernel: online softmax over the live key blocks of a tile of queries.
 
-The algorithm is FlashAttention-2's with the work of FlashAttention-3's warpgroups (Dao 2023, arXiv 2307.08691; Shah et
-al. 2024, arXiv 2407.08608). Scores are kept times log2(e), so that the exponential is one instruction.
+The algorithm is FlashAttention-2's (Dao 2023, arXiv 2307.08691), its work divided among warpgroups as in
+FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608). Scores are multiplied by log2(e), so that the exponential is one
+instruction.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from jax_simpo.ops.attention.backends import ScoreRule
 from jax_simpo.ops.attention.pallas import warpgroup as wg
-from jax_simpo.ops.attention.pallas.warpgroup import Index, Ref, Rule, Side, Tiles, Walk
-
-_LOWEST = -1e30  # finite, so that a step in which a query sees nothing gives no NaN
+from jax_simpo.ops.attention.pallas.warpgroup import Index, Ref, Side, Tiles, Walk
+from jax_simpo.ops.numerics import LOWEST
 
 
 def forward(
@@ -28,11 +29,11 @@ def forward(
     key_blocks: Int[Array, "B Q Q"],
     key_counts: Int[Array, "B Q 2"],
     *,
-    rule: Rule,
+    rule: ScoreRule,
     tiles: Tiles,
     interpret: bool,
 ) -> tuple[Float[Array, "B L H parts Dh"], Float[Array, "B H L"]]:
-    """The output and the base-2 log-sum-exp of every query, float32; both 0 where a query sees nothing.
+    """Returns the output and the base-2 log-sum-exp of every query, float32; both 0 where a query sees nothing.
 
     Matrices are bfloat16, given by their parts (`warpgroup.split`); L is a multiple of `tiles.block`.
     """
@@ -40,28 +41,28 @@ def forward(
     group = heads // k.shape[2]
     windowed = rule.window is not None
 
-    def here(blocks: Ref, counts: Ref) -> tuple[Index, Index, Index, Walk]:
+    def grid_place(blocks: Ref, counts: Ref) -> tuple[Index, Index, Index, Walk]:
         row, head, tile = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("tile")
         return row, head, tile * tiles.block, Walk.of(blocks, counts, row, tile, tiles)
 
     def compute(worker: Index, *refs: Ref) -> None:
-        q_ref, _, _, _, positions_ref, blocks, counts, out_ref, lse_ref, held, key_ring, value_ring = refs
-        row, head, start, walk = here(blocks, counts)
+        q_ref, _, _, _, positions_ref, blocks, counts, out_ref, lse_ref, resident, key_ring, value_ring = refs
+        row, head, start, walk = grid_place(blocks, counts)
         start += worker * tiles.rows
         span = pl.ds(start, tiles.rows)
         query_parts = [q_ref.at[row, span, head, part] for part in range(parts)]
-        (query,), at = held.receive(worker, [*query_parts, *[positions_ref.at[row, span]][:windowed]])
+        (query,), query_positions = resident.receive(worker, [*query_parts, *[positions_ref.at[row, span]][:windowed]])
 
         def step(t: Index, slot: Index, state: tuple[jax.Array, ...], mixed: bool) -> tuple[jax.Array, ...]:
             total, top, out = state
-            key_start = walk.at(t)[0] if mixed else 0  # asked for before waiting, so that it is there after
+            key_start = walk.place(t)[0] if mixed else 0  # loaded before the wait, so that it has arrived after it
             plgpu.barrier_wait(key_ring.ready.at[slot])
             (product,) = wg.products([(query, key_ring.parts(slot))], interpret)
             scores, _ = wg.logits(product, rule)
             if mixed:
                 vectors = [vector[slot] for vector in key_ring.vectors]
                 keys = Side(key_start, 1, vectors[1:], vectors[0])
-                scores = wg.masked(scores, Side(start, 0, at), keys, rule)
+                scores = wg.masked(scores, Side(start, 0, query_positions), keys, rule)
             key_ring.release(slot, interpret)
             new_top = jnp.maximum(top, scores.max(axis=1))
             shrink = jnp.exp2(top - new_top)
@@ -73,25 +74,25 @@ def forward(
             value_ring.release(slot, interpret)
             return total, new_top, out
 
-        nothing = jnp.zeros((tiles.rows,), jnp.float32)
-        empty = (nothing, nothing + _LOWEST, jnp.zeros((tiles.rows, width), jnp.float32))
-        total, top, out = walk.each(step, empty)
-        seen = total > 0.0
-        total = jnp.where(seen, total, 1.0)
-        lse_ref[row, head, span] = jnp.where(seen, top + jnp.log2(total), 0.0)
+        zeros = jnp.zeros((tiles.rows,), jnp.float32)
+        begin = (zeros, zeros + LOWEST, jnp.zeros((tiles.rows, width), jnp.float32))
+        total, top, out = walk.each(step, begin)
+        sees_any = total > 0.0
+        total = jnp.where(sees_any, total, 1.0)
+        lse_ref[row, head, span] = jnp.where(sees_any, top + jnp.log2(total), 0.0)
         out = out * wg.along(1.0 / total, out.shape, 0)
-        held.send(worker, [out], [[out_ref.at[row, span, head, part] for part in range(parts)]])
+        resident.send(worker, [out], [[out_ref.at[row, span, head, part] for part in range(parts)]])
 
     def fetch(*refs: Ref) -> None:
         _, k_ref, v_ref, key_end_ref, positions_ref, blocks, counts, _, _, _, key_ring, value_ring = refs
-        row, head, _, walk = here(blocks, counts)
+        row, head, _, walk = grid_place(blocks, counts)
         kv_head = lax.div(head, jnp.int32(group))
 
         def sources(start: Index, _: Index) -> list[list[Ref]]:
             span = pl.ds(start, tiles.step)
-            masks = [key_end_ref.at[row, span], positions_ref.at[row, span]][: 1 + windowed]
+            key_vectors = [key_end_ref.at[row, span], positions_ref.at[row, span]][: 1 + windowed]
             return [
-                [*(k_ref.at[row, span, kv_head, part] for part in range(parts)), *masks],
+                [*(k_ref.at[row, span, kv_head, part] for part in range(parts)), *key_vectors],
                 [v_ref.at[row, span, kv_head, part] for part in range(parts)],
             ]
 
@@ -107,7 +108,7 @@ def forward(
         ],
         grid={"head": heads, "tile": length // tiles.block, "row": rows},
         scratch=[
-            wg.held_scratch(tiles, parts, width, 1, [jnp.int32][:windowed]),
+            wg.resident_scratch(tiles, parts, width, 1, [jnp.int32][:windowed]),
             wg.ring_scratch(tiles, parts, width, [jnp.int32] * (1 + windowed)),
             wg.ring_scratch(tiles, parts, width),
         ],
