@@ -113,7 +113,7 @@ FAMILY_OF_VARIANT = {"Gemma norm without the one": "gemma2", "sliding window dro
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a model, a layout, a dtype, what computes it, and the order of the pairs (0 is the config's own)."""
+    """One run: a model, a layout, a dtype, a backend, and the order of the pairs (0 is the config's own)."""
 
     family: str
     layout: str

@@ -45,7 +45,7 @@ from parity.variants import RIGHT, VARIANTS, Variant, VariantPairs
 
 @dataclass
 class Runner:
-    """One model on one mesh, with its compiled functions; layouts share them, for their rows have one shape.
+    """One model on one mesh, with its compiled functions. All layouts share them, because their rows have one shape.
 
     Attributes:
         job: the job that the cells belong to.

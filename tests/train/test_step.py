@@ -1,4 +1,4 @@
-"""The training step: the layout, the packing and the mesh never show in a number; and what it compiles to."""
+"""The training step: layout, packing and mesh never show in a number. Also checks the programs it compiles to."""
 
 from __future__ import annotations
 
