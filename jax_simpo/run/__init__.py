@@ -1,1 +1,4 @@
-"""A run's folder: which files it holds, who may write them, and how they are read again."""
+"""The folder of a run: its files, the rules for writing, continuing and removing them, and the report made of them.
+
+Nothing here imports jax, but for `checkpoint`. Both trainers follow these rules.
+"""

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 Theme = Literal["light", "dark"]
 
-# Above so many points the line is a running mean, with the points themselves faint behind it.
+# Above this number of points the line is a running mean, with the points themselves faint behind it.
 _SMOOTH_ABOVE = 60
 
 
@@ -41,7 +41,7 @@ _THEMES = {
 class _Panel:
     title: str
     key: str
-    guide: float | None = None  # a dashed line to compare with
+    guide: float | None = None  # the value of a dashed line to compare with
     guide_label: str = ""
 
 
@@ -53,14 +53,14 @@ def draw_curves(
     target_margin: float | None = None,
     theme: Theme = "light",
 ) -> bytes:
-    """A PNG with three panels: training as a line, evaluations as points with the last one's value.
+    """Draws a PNG with three panels: training as a line, evaluations as points with the value of the last.
 
     Args:
         train: training records of `metrics.jsonl`.
         evals: evaluation records, with their `eval_` keys.
-        eval_name: what the legend calls the evaluated pairs.
-        target_margin: gamma, drawn into the margin's panel.
-        theme: of the page that the picture stands on.
+        eval_name: the label of the evaluations in the legend.
+        target_margin: gamma, drawn as a dashed line into the panel of the margin; None draws no line.
+        theme: the theme of the page that shows the picture.
     """
     colors = _THEMES[theme]
     panels = (
@@ -68,7 +68,7 @@ def draw_curves(
         _Panel("Reward accuracy", "rewards/accuracies", 0.5, "coin toss"),
         _Panel("Reward margin", "rewards/margins", target_margin, "target margin"),
     )
-    # Only this picture is styled, whatever a user's matplotlibrc says.
+    # The style applies to this picture alone, and a user's matplotlibrc does not apply.
     with rc_context({"font.family": "DejaVu Sans", "font.size": 10.5, "path.simplify": True}):
         layout = ConstrainedLayoutEngine(w_pad=0.16, h_pad=0.08)
         figure = Figure(figsize=(13.5, 4.1), dpi=150, facecolor=colors.paper, layout=layout)
@@ -112,10 +112,10 @@ def _draw_panel(
     marker = "o" if len(values) <= 12 else None
     axes.plot(steps, line, color=colors.training, linewidth=2.0, marker=marker, markersize=4, label=label, zorder=3)
     if evals:
-        at, points = [r["eval_step"] for r in evals], [r[f"eval_{panel.key}"] for r in evals]
+        eval_steps, eval_values = [r["eval_step"] for r in evals], [r[f"eval_{panel.key}"] for r in evals]
         axes.plot(
-            at,
-            points,
+            eval_steps,
+            eval_values,
             color=colors.evaluation,
             linewidth=1.2,
             linestyle=(0, (1, 1.4)),
@@ -128,8 +128,8 @@ def _draw_panel(
             clip_on=False,
         )
         axes.annotate(
-            f"{points[-1]:.1%}" if panel.key == "rewards/accuracies" else f"{points[-1]:.3g}",
-            (at[-1], points[-1]),
+            f"{eval_values[-1]:.1%}" if panel.key == "rewards/accuracies" else f"{eval_values[-1]:.3g}",
+            (eval_steps[-1], eval_values[-1]),
             xytext=(8, 0),
             textcoords="offset points",
             va="center",
@@ -137,10 +137,12 @@ def _draw_panel(
             fontweight="bold",
             annotation_clip=False,
         )
-    _dress(axes, panel, colors, first=0.0 if evals else steps[0], last=max([*steps, *(r["eval_step"] for r in evals)]))
+    _style_axes(
+        axes, panel, colors, first=0.0 if evals else steps[0], last=max([*steps, *(r["eval_step"] for r in evals)])
+    )
 
 
-def _dress(axes: Axes, panel: _Panel, colors: _Colors, *, first: float, last: float) -> None:
+def _style_axes(axes: Axes, panel: _Panel, colors: _Colors, *, first: float, last: float) -> None:
     axes.set_title(panel.title, loc="left", color=colors.text, fontsize=12.5, fontweight="bold", pad=10)
     axes.set_xlabel("step", color=colors.text)
     axes.set_facecolor(colors.paper)
@@ -163,7 +165,7 @@ def _dress(axes: Axes, panel: _Panel, colors: _Colors, *, first: float, last: fl
 
 
 def _running_mean(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    """The mean of each value and its neighbours: a fortieth of the run on either side, less at the ends."""
+    """Averages each value with its neighbours: a fortieth of the run on either side, fewer at the ends."""
     half = max(2, len(values) // 40)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))

@@ -215,12 +215,24 @@ def print_summary(console: Console, output: Path) -> None:
         cells = [_value(key, records[i][prefix + key]) for _, records, prefix, _ in columns for i in (0, -1)]
         table.add_row(label, *cells)
     parts: list[Any] = [Text(run.outcome(), style="bold"), table]
+    if run.last_by_split:
+        parts.append(_splits_on_console(run))
     for sample in run.samples[:_SUMMARY_SAMPLES]:
         parts += [_sample_on_console(sample), Text()]
     shown = (files.REPORT, files.CURVES, files.METRICS, files.MODEL)
     parts += [Text.assemble((f"{name:>13}  ", "dim"), str(output / name)) for name in shown if (output / name).exists()]
     panel = Panel(Group(*parts), title=Text(run.name), title_align="left", box=box.ROUNDED, padding=(1, 2))
     console.print(panel, soft_wrap=False)  # the console leaves lines as they are; inside the frame they must wrap
+
+
+def _splits_on_console(run: Run) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(f"step {run.evals[-1]['eval_step']}")
+    for label in MEASURES.values():
+        table.add_column(label, justify="right")
+    for split, figures in run.last_by_split.items():
+        table.add_row(Text(split), *(_value(key, figures[key]) for key in MEASURES))
+    return table
 
 
 def _sample_on_console(sample: Sample) -> Table:

@@ -27,8 +27,9 @@ def output(tmp_path: Path) -> Path:
     return folder
 
 
-def config(model: str, *sources: str) -> TrainConfig:
-    return TrainConfig(model_name_or_path=model, dataset_mixer=dict.fromkeys(sources, 1.0), run_name="my-run")
+def config(model: str, *sources: str, **changes: Any) -> TrainConfig:
+    mixer = dict.fromkeys(sources, 1.0)
+    return TrainConfig(model_name_or_path=model, dataset_mixer=mixer, run_name="my-run", **changes)
 
 
 def test_hub_ids_are_linked_and_local_paths_are_not_given_away(output: Path, tmp_path: Path) -> None:
@@ -61,3 +62,18 @@ def test_the_card_tells_settings_results_and_the_citation(output: Path) -> None:
     assert "on the 200 pairs of the split `test`" in card.text.replace("On", "on")
     assert "Meng, Yu and Xia, Mengzhou and Chen, Danqi" in card.text
     assert (output / "model" / "README.md").read_text() == path.read_text()
+
+
+def test_figures_over_all_pairs_name_all_splits_and_each_split_has_its_own(output: Path) -> None:
+    splits = ["train", "helpful", "harmless"]
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    overall = json.loads(lines[-1])
+    record = dict(overall)
+    for split in splits[1:]:
+        record |= {key.replace("eval_", f"eval_{split}_"): value for key, value in overall.items() if "step" not in key}
+    (output / "config.yaml").write_text("dataset_splits: [train, helpful, harmless]\n")
+    (output / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(record)]) + "\n")
+    text = ModelCard.load(model_card.write(output, config("a/b", "c/d", dataset_splits=splits))).text
+    assert "On the 200 pairs of the splits `helpful` and `harmless`" in text
+    assert "By split, at step 16:" in text
+    assert "| `harmless` | 200 | 0.4000 | 0.8000 | 1.2500 |" in text

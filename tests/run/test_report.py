@@ -98,6 +98,45 @@ class Page(HTMLParser):
         self.text += data
 
 
+def two_splits(folder: Path) -> Path:
+    """A run that evaluated the splits `helpful` and `harmless`."""
+    record = evaluation_record(64, 0.9)
+    for split, accuracy in (("helpful", 0.95), ("harmless", 0.8)):
+        own = {key.replace("eval_", f"eval_{split}_"): value for key, value in record.items() if "step" not in key}
+        record |= {**own, f"eval_{split}_rewards/accuracies": accuracy, f"eval_{split}_pairs": 600}
+    make_run(folder, *[training_record(step) for step in range(1, 65)], record)
+    (folder / "config.yaml").write_text(CONFIG.replace("[train, test]", "[train, helpful, harmless]"))
+    return folder
+
+
+def test_figures_over_all_pairs_name_all_splits_and_each_split_has_its_own(tmp_path: Path) -> None:
+    run = report.read_run(two_splits(tmp_path))
+    assert run.eval_name == "evaluation (helpful, harmless)"
+    assert {split: figures["rewards/accuracies"] for split, figures in run.last_by_split.items()} == {
+        "helpful": 0.95,
+        "harmless": 0.8,
+    }
+    text = " ".join(Page(report.write_report(tmp_path)).text.split())
+    assert "Evaluation by split, step 64" in text
+    assert "helpful 600" in text and "95.0%" in text and "80.0%" in text
+    out = io.StringIO()
+    report.print_summary(Console(file=out, width=110), tmp_path)
+    assert "evaluation (helpful, harmless)" in out.getvalue()
+    assert re.search(r"harmless +0\.\d{4} +80\.0% +\d", out.getvalue())
+
+
+def test_a_single_split_has_no_table_of_splits(run_folder: Path) -> None:
+    assert report.read_run(run_folder).last_by_split == {}
+    assert "by split" not in Page(report.write_report(run_folder)).text
+
+
+def test_a_report_of_the_users_is_not_replaced(run_folder: Path) -> None:
+    (run_folder / "report.html").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"holds `report.html`, which no run of jax-simpo wrote"):
+        report.write_report(run_folder)
+    assert (run_folder / "report.html").read_text() == "mine"
+
+
 def test_the_outcome_names_evaluation_accuracy_before_and_after(run_folder: Path) -> None:
     assert report.read_run(run_folder).outcome() == (
         "The model prefers the chosen answer in 97.3% of the 1,200 evaluation pairs, up from 50.7% before training."
