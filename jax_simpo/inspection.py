@@ -1,7 +1,7 @@
-"""What the model is fed: rows drawn as tokens and mask, and what sharing and packing save. Loads no weights.
+"""Shows the model's input without loading weights: rows as tokens and mask, and the savings of sharing and packing.
 
-Everything drawn is worked out from the arrays of the row alone, as the model sees them: a token belongs to a response
-when the response's last hidden state may look at it. So a mistake in the layout would show here.
+All pictures follow from the arrays of a row alone, as the model gets them: a token belongs to a response if the
+response's last hidden state may attend to it. So a mistake in the layout would show here.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
     from jax_simpo.train.setup import Setup
 
 MASK_COLUMNS = 64
-_SAMPLED = 8  # positions looked at in each direction of a cell of the mask picture
+_SAMPLED = 8  # positions that are sampled in each direction of a cell of the mask picture
 _SHOWN_HEAD, _SHOWN_TAIL = 120, 60  # tokens of a long segment that are printed
 
-# Two shades each, so that neighbouring tokens are told apart; the text is white on all of them.
+# Two shades each, so that you can tell neighbouring tokens apart. White text is readable on all of them.
 _SHADES = {"shared": ("#1d4e89", "#2a66ab"), "chosen": ("#1e6b3a", "#2b8549"), "rejected": ("#8f2f2a", "#ab4039")}
 _NAMES = ("chosen", "rejected")
 
 
 def show(setup: Setup, split: str | None, rows: int, console: Console) -> None:
-    """Prints the first rows of a split's plan, then figures of the whole split.
+    """Prints the first rows of a split, then figures of the whole split.
 
     Args:
-        setup: the config's things.
-        split: shown whole; None is the training pairs, mixed as in training. Training splits are planned as training
-            plans them (order and batch), others in file order, as evaluation does.
-        rows: how many rows to draw.
-        console: where to print.
+        setup: the config's setup.
+        split: a whole split; None is the training pairs, mixed as in training. Rows of training splits have the order
+            and batch of training; rows of other splits are in file order, as in evaluation.
+        rows: number of rows to draw.
+        console: the console to print to.
     """
     config = setup.config
     training = split is None or split in config.train_splits
@@ -60,28 +60,34 @@ def show(setup: Setup, split: str | None, rows: int, console: Console) -> None:
 
 
 def write_json(setup: Setup, split: str | None, file: IO[str]) -> None:
-    """Writes one object per pair of a split, in input order: texts, token ids and response lengths.
+    """Writes one JSON object per pair of a split, in input order: texts, token ids and response lengths.
 
     Args:
-        setup: the config's things.
-        split: written whole; None is the training pairs, each source cut to its fraction.
-        file: where to write.
+        setup: the config's setup.
+        split: a whole split; None is the training pairs, each source cut to its fraction.
+        file: the file to write to.
     """
     for pair in read_pairs(setup, split).inspect_objects():
         file.write(json.dumps(pair, ensure_ascii=False) + "\n")
 
 
 def read_pairs(setup: Setup, split: str | None) -> PairDataset:
-    """The pairs of a split, or those that are trained on."""
+    """Reads the pairs of a split, or the training pairs if it is None."""
     return setup.train_pairs() if split is None else setup.split_pairs(split)
 
 
-# --- what is in a row
+# --- rows and their segments
 
 
 @dataclass(frozen=True)
 class PlacedRow:
-    """One row of a step: its arrays, each [1, _], and which pair of the split each number in the step is."""
+    """One row of a step.
+
+    Attributes:
+        step: the step's number, from 0.
+        arrays: the row as a batch of one.
+        pairs: the index in the split of each pair of the step.
+    """
 
     step: int
     arrays: RowBatch
@@ -89,29 +95,38 @@ class PlacedRow:
 
     @property
     def length(self) -> int:
+        """Tokens of the row, padding included."""
         return self.arrays.tokens.shape[1]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring tokens of a row that the same responses see, all of the prompt or all of the response.
+    """Neighbouring tokens of a row that are visible to the same responses and belong to the same part of a pair.
 
-    Where a response ends with the segment, `ends` has its last token: it is a target and never an input.
+    Attributes:
+        pair: the pair's number in the step.
+        kind: `shared`, `chosen` or `rejected`: the responses that see the tokens.
+        part: `prompt` or `response`.
+        start: the first token's index in the row.
+        stop: the index after the last token.
+        ends: last tokens of the responses that end with this segment. They are targets and never inputs.
     """
 
     pair: int
-    kind: str  # shared, chosen or rejected
-    part: str  # prompt or response
+    kind: str
+    part: str
     start: int
     stop: int
     ends: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
+        """Kind and part, such as "shared prompt"."""
         return f"{self.kind} {self.part}"
 
 
 def _first_rows(plan: StepPlan, pairs: PairDataset, count: int) -> Iterator[PlacedRow]:
+    """Yields the first `count` rows that are not empty."""
     for step in range(plan.steps_per_epoch):
         built = build_step(plan, pairs, step)
         for micro_batch in built.micro_batches:
@@ -125,13 +140,13 @@ def _first_rows(plan: StepPlan, pairs: PairDataset, count: int) -> Iterator[Plac
 
 
 def find_segments(row: RowBatch) -> list[Segment]:
-    """The segments of a row, given as a batch of one, from left to right; padding is in none."""
+    """Returns the segments of a row (a batch of one) from left to right. Padding belongs to no segment."""
     positions, key_end = row.positions[0], row.key_end[0]
     index = np.arange(len(key_end))
     slots = np.flatnonzero(row.response_pair[0] >= 0)
     sees = np.zeros((len(slots), len(key_end)), bool)
     answers = np.zeros_like(sees)
-    ends: dict[int, list[int]] = {}  # tokens predicted by a response's last hidden state, by that state's place
+    ends: dict[int, list[int]] = {}  # index of a response's last hidden state -> tokens that it predicts
     for i, slot in enumerate(slots):
         targets = row.target_response[0] == slot
         predictors = row.target_index[0][targets]
@@ -142,17 +157,18 @@ def find_segments(row: RowBatch) -> list[Segment]:
         ends.setdefault(last, []).append(int(row.target_token[0][targets][-1]))
 
     segments: list[Segment] = []
-    for at in np.flatnonzero(sees.any(0)).tolist():
-        seeing = slots[sees[:, at]]
+    for token_index in np.flatnonzero(sees.any(0)).tolist():
+        seeing = slots[sees[:, token_index]]
         kind = "shared" if len(seeing) > 1 else _NAMES[int(row.response_rank[0, seeing[0]])]
-        part = "response" if answers[:, at].any() else "prompt"
-        here = Segment(int(row.response_pair[0, seeing[0]]), kind, part, at, at + 1, tuple(ends.get(at, ())))
-        # Packed pairs have different numbers, and where a response ends, its segment does.
-        before = segments[-1] if segments else None
-        if before and not before.ends and (before.pair, before.name) == (here.pair, here.name):
-            segments[-1] = replace(here, start=before.start)
+        part = "response" if answers[:, token_index].any() else "prompt"
+        pair = int(row.response_pair[0, seeing[0]])
+        segment = Segment(pair, kind, part, token_index, token_index + 1, tuple(ends.get(token_index, ())))
+        # It extends the last segment unless that belongs to another pair or part, or a response ends with it.
+        last_segment = segments[-1] if segments else None
+        if last_segment and not last_segment.ends and (last_segment.pair, last_segment.name) == (pair, segment.name):
+            segments[-1] = replace(segment, start=last_segment.start)
         else:
-            segments.append(here)
+            segments.append(segment)
     return segments
 
 
@@ -164,23 +180,23 @@ def _print_row(
 ) -> None:
     segments = find_segments(row.arrays)
     used = row.arrays.input_tokens
-    held = list(dict.fromkeys(segment.pair for segment in segments))
-    title = f"row {number} (step {row.step + 1}): {_count(len(held), 'pair')}, {used} of {row.length} tokens"
+    pair_numbers = list(dict.fromkeys(segment.pair for segment in segments))
+    title = f"row {number} (step {row.step + 1}): {_count(len(pair_numbers), 'pair')}, {used} of {row.length} tokens"
     console.print(Rule(Text(title, style="bold"), align="left", style="dim"))
     table = _table("pair", "from", "row", "prompt", "shared", "chosen", "rejected", "in the row", "separate")
-    for pair in held:
+    for pair in pair_numbers:
         index = int(row.pairs[pair])
         file, line = pairs.origin(index)
         lengths = pairs.lengths
         shared = [s.stop - s.start for s in segments if s.pair == pair and s.kind == "shared"]
-        here = [s.stop - s.start for s in segments if s.pair == pair]
+        in_row = [s.stop - s.start for s in segments if s.pair == pair]
         separate = int(lengths.chosen_inputs[index] + lengths.rejected_inputs[index])
         prompt = int(lengths.chosen_inputs[index] + 1 - lengths.chosen_targets[index])
         responses = (int(lengths.chosen_targets[index]), int(lengths.rejected_targets[index]))
-        cells = (pair, Path(file).name, line, prompt, sum(shared), *responses, sum(here), separate)
+        cells = (pair, Path(file).name, line, prompt, sum(shared), *responses, sum(in_row), separate)
         table.add_row(*(Text(str(cell)) for cell in cells))
     console.print(table)
-    for pair in held:
+    for pair in pair_numbers:
         for segment in (s for s in segments if s.pair == pair):
             console.print(_segment_text(segment, row.arrays.tokens[0], tokenizer), soft_wrap=False)
         console.print()
@@ -190,7 +206,7 @@ def _print_row(
 
 
 def _segment_text(segment: Segment, tokens: Int[np.ndarray, " L"], tokenizer: PreTrainedTokenizerBase) -> Text:
-    """A line: what the tokens are and how many, then the tokens themselves."""
+    """Returns the text of a segment: its name, the number of its tokens, and the tokens."""
     count = segment.stop - segment.start
     head = f"pair {segment.pair} {segment.name} [{count}] "
     ids = tokens[segment.start : segment.stop].tolist()
@@ -212,22 +228,22 @@ def _add_tokens(text: Text, ids: list[int], segment: Segment, tokenizer: PreTrai
 
 
 def token_texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The printable text of each token; tokens that are parts of one character come together."""
-    waiting: list[int] = []
+    """Yields the printable text of each token. Tokens that are parts of one character are yielded together."""
+    pending: list[int] = []
     for token in ids:
-        waiting.append(token)
-        text = str(tokenizer.decode(waiting))
+        pending.append(token)
+        text = str(tokenizer.decode(pending))
         # Byte-level tokens may hold a part of a character, which decodes to U+FFFD; four bytes are the longest.
-        if text.endswith("\ufffd") and len(waiting) < 4:
+        if text.endswith("\ufffd") and len(pending) < 4:
             continue
         yield printable(text)
-        waiting = []
-    if waiting:
-        yield printable(str(tokenizer.decode(waiting)))
+        pending = []
+    if pending:
+        yield printable(str(tokenizer.decode(pending)))
 
 
 def printable(text: str) -> str:
-    """Line ends made visible, and characters that steer a terminal written as codes: the text is other people's."""
+    """Makes line ends visible and writes control characters as codes, so that data cannot steer your terminal."""
     text = text.replace("\n", "\u23ce")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -236,12 +252,12 @@ def printable(text: str) -> str:
 
 
 def _print_mask(console: Console, key_end: Int[np.ndarray, " L"], segments: list[Segment]) -> None:
-    """The mask as a picture: a line of text is two lines of cells; a cell is filled where queries see keys."""
+    """Prints the mask as a picture: a cell is filled where queries see keys; a line of text is two lines of cells."""
     picture = mask_cells(key_end, MASK_COLUMNS)
     cell = -(-len(key_end) // MASK_COLUMNS)
-    # What stands at the middle of each line of cells, for colour and label.
+    # The segment at the middle of each line of cells gives its colour and label.
     middles = [min(i * cell + cell // 2, len(key_end) - 1) for i in range(len(picture))]
-    owners = [next((s for s in segments if s.start <= at < s.stop), None) for at in middles]
+    owners = [next((s for s in segments if s.start <= middle < s.stop), None) for middle in middles]
     labels = ["" if s is None else f"pair {s.pair} {s.kind}" for s in owners]
     width = max(map(len, labels), default=0)
     colorless = console.color_system is None
@@ -249,9 +265,9 @@ def _print_mask(console: Console, key_end: Int[np.ndarray, " L"], segments: list
     previous = ""
     for top in range(0, len(picture), 2):
         upper, lower = picture[top], picture[top + 1] if top + 1 < len(picture) else np.zeros_like(picture[top])
-        new = [label for label in labels[top : top + 2] if label and label != previous]
+        new_labels = [label for label in labels[top : top + 2] if label and label != previous]
         previous = labels[min(top + 1, len(labels) - 1)] or previous
-        line = Text(f"{new[0] if new else '':>{width}} │", style="dim")
+        line = Text(f"{new_labels[0] if new_labels else '':>{width}} │", style="dim")
         colors = [_SHADES[s.kind][1] if s is not None else "default" for s in (*owners[top : top + 2], None)[:2]]
         for above, below in zip(upper, lower, strict=True):
             if above and below:
@@ -267,15 +283,15 @@ def _print_mask(console: Console, key_end: Int[np.ndarray, " L"], segments: list
 
 
 def mask_cells(key_end: Int[np.ndarray, " L"], columns: int) -> Bool[np.ndarray, "C C"]:
-    """The mask `k <= q < key_end[k]` in at most `columns` x `columns` cells: filled when half of it is visible."""
+    """Returns the mask `k <= q < key_end[k]` as at most `columns` x `columns` cells, True where half is visible."""
     length = len(key_end)
     cell = -(-length // columns)
     cells = -(-length // cell)
-    # Some positions of each cell are enough for a picture; a row of 32768 has a billion pairs of query and key.
+    # A sample of positions in each cell is enough: a row of 32768 tokens has a billion pairs of query and key.
     offsets = np.unique(np.linspace(0, cell - 1, min(cell, _SAMPLED), dtype=int))
-    at = np.arange(cells)[:, None] * cell + offsets
-    ends = np.where(at < length, key_end[np.minimum(at, length - 1)], 0)
-    queries, keys = at.reshape(-1, 1), at.reshape(1, -1)
+    sampled = np.arange(cells)[:, None] * cell + offsets
+    ends = np.where(sampled < length, key_end[np.minimum(sampled, length - 1)], 0)
+    queries, keys = sampled.reshape(-1, 1), sampled.reshape(1, -1)
     sees = (keys <= queries) & (queries < ends.reshape(1, -1))
     share = sees.reshape(cells, len(offsets), cells, len(offsets)).mean((1, 3))
     return share >= 0.5
@@ -305,7 +321,7 @@ def _print_split(console: Console, name: str, pairs: PairDataset, plan: StepPlan
     report = measure(plan)
     saved = 1 - lengths.row_tokens(True).sum() / lengths.row_tokens(False).sum()
     shape = plan.shape
-    used = "" if plan.prefix_sharing else " (off in this config)"
+    sharing_note = "" if plan.prefix_sharing else " (off in this config)"
     facts = {
         "row shape": f"{shape.length} tokens, {shape.targets} targets, {shape.responses} responses",
         "micro-batch": _count(plan.rows_per_micro_batch, "row"),
@@ -313,7 +329,7 @@ def _print_split(console: Console, name: str, pairs: PairDataset, plan: StepPlan
         f"{report.empty_rows:.1%} of them empty; {_count(plan.steps_per_epoch, 'step')} an epoch",
         "packing fill": f"{report.fill:.1%}{'' if plan.packing else ' (packing is off in this config)'}",
         "padding": f"{1 - report.fill:.1%} of the computed tokens",
-        "saved by prefix sharing": f"{saved:.1%} of the tokens{used}",
+        "saved by prefix sharing": f"{saved:.1%} of the tokens{sharing_note}",
         "skipped rows": pairs.skipped_summary() or "none",
     }
     grid = Table.grid(padding=(0, 2))

@@ -47,24 +47,24 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    unknown = [axis for axis, size in sizes.items() if size == -1]
-    known = 1
+    unsized = [axis for axis, size in sizes.items() if size == -1]
+    fixed = 1  # the product of the sizes that are given
     for axis, size in sizes.items():
         if size != -1 and size < 1:
             raise MeshError(f"mesh.{axis} is {size}; an axis is a positive number, or -1 for the devices that are left")
-        known *= 1 if size == -1 else size
-    if len(unknown) > 1:
-        raise MeshError(f"mesh.{' and mesh.'.join(unknown)} are both -1; only one axis can take the devices left over")
+        fixed *= 1 if size == -1 else size
+    if len(unsized) > 1:
+        raise MeshError(f"mesh.{' and mesh.'.join(unsized)} are both -1; only one axis can take the devices left over")
     shape = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     count = len(devices)
-    if count % known or (not unknown and known != count):
+    if count % fixed or (not unsized and fixed != count):
         raise MeshError(
             f"mesh ({shape}) does not divide the {count} {devices[0].platform} device(s) here: its fixed axes multiply "
-            f"to {known}. Change `mesh` so that the product is {count}, or set one axis to -1. (To try a mesh on a "
-            f"CPU, set the environment variable JAX_NUM_CPU_DEVICES={known}.)"
+            f"to {fixed}. Change `mesh` so that the product is {count}, or set one axis to -1. (To try a mesh on a "
+            f"CPU, set the environment variable JAX_NUM_CPU_DEVICES={fixed}.)"
         )
-    if unknown:
-        sizes[unknown[0]] = count // known
+    if unsized:
+        sizes[unsized[0]] = count // fixed
     lengths, types = tuple(sizes[axis] for axis in MESH_AXES), (AxisType.Auto,) * len(MESH_AXES)
     try:
         return jax.make_mesh(lengths, MESH_AXES, types, devices=devices)

@@ -1,4 +1,4 @@
-"""SimPO in PyTorch: transformers and DeepSpeed ZeRO-3, an independent reference for the JAX trainer.
+"""Trains SimPO in PyTorch with transformers and DeepSpeed ZeRO-3: an independent reference for the JAX trainer.
 
-It shares the config and the data (pairs, step plans, rows) with `jax_simpo`, and nothing that computes.
+It shares the config, the data (pairs, step plans, rows) and the files of a run with `jax_simpo`, but no mathematics.
 """

@@ -74,7 +74,7 @@ def score(
         console = _console(settings, ranks)
         setup = Setup(settings, console, ranks, model)
         pairs = setup.split_pairs(split)
-        plan = setup.plan(split, pairs, batch=PAIRS_PER_PLAN, seed=None)
+        plan = setup.step_plan(split, pairs, batch=PAIRS_PER_PLAN, seed=None)
         scores = score_pairs(make_forward(setup, deepspeed), plan, pairs, ranks)
         for (_, row), record in zip(pairs.origins, pair_records(scores, setup.objective), strict=True):
             file.write(json.dumps({"row": row, **record}) + "\n")

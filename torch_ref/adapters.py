@@ -1,4 +1,4 @@
-"""LoRA adapters (peft) and quantised weights (bitsandbytes), under the original's config keys."""
+"""Adds LoRA adapters (peft) and quantised weights (bitsandbytes), under the config keys of the original trainer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from jax_simpo.errors import ConfigError
 
 
 def add_adapter(config: TrainConfig, causal_lm: Any) -> Any:
-    """Freezes the model and adds trainable low-rank matrices to its linear layers, if `use_peft` asks for it.
+    """Freezes the model and adds trainable low-rank matrices to its linear layers, if `use_peft` is true.
 
     Raises:
-        ConfigError: peft is not installed, or the model has no such layers.
+        ConfigError: peft is not installed, or the model has no layers of the given names.
     """
     if not config.use_peft:
         return causal_lm
@@ -43,13 +43,13 @@ def add_adapter(config: TrainConfig, causal_lm: Any) -> Any:
             adapted = get_peft_model(causal_lm, settings)
     except ValueError as error:
         raise ConfigError(f"`lora_target_modules` {config.lora_target_modules}: {error}") from error
-    # The layers that are recomputed get an input that needs no gradient, unless the frozen embedding says otherwise.
+    # Recomputed layers need an input with a gradient, but the frozen embedding gives none. This call makes it do so.
     adapted.enable_input_require_grads()
     return adapted
 
 
 def base_of_adapter(name: str | None) -> str | None:
-    """The model that an adapter's folder belongs to; None for whatever is no such folder."""
+    """Returns the base model that an adapter's folder names; None if `name` is no such folder."""
     file = Path(name or "") / "adapter_config.json"
     if name is None or not file.is_file() or (file.parent / "config.json").exists():
         return None
@@ -57,7 +57,7 @@ def base_of_adapter(name: str | None) -> str | None:
 
 
 def load_adapter(causal_lm: Any, folder: str) -> Any:
-    """The model with a trained adapter, as `train` exports it."""
+    """Returns the model with a trained adapter, which `train` exported to `folder`."""
     from peft import PeftModel
 
     with _quiet():
@@ -66,19 +66,19 @@ def load_adapter(causal_lm: Any, folder: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """peft asks transformers by a name that it has deprecated."""
+    """Hides the warning that peft uses a deprecated name of transformers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
 
 def quantization(config: TrainConfig, device: torch.device, *, partitioned: bool) -> dict[str, Any]:
-    """The arguments with which transformers loads 4-bit (NF4) or 8-bit weights; none if not asked for.
+    """Returns the arguments with which transformers loads 4-bit (NF4) or 8-bit weights; none if the config has neither.
 
     Args:
         config: the run's settings.
-        device: where the weights go.
-        partitioned: whether ZeRO-3 splits them.
+        device: the device of the weights.
+        partitioned: True if ZeRO-3 splits the weights.
 
     Raises:
         ConfigError: there is no GPU, bitsandbytes is not installed, or ZeRO-3 cannot split such weights.

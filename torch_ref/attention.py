@@ -1,11 +1,11 @@
-"""Attention on rows: the mask of one integer per key, for transformers models as they are.
+"""Makes unmodified transformers models attend within rows, with a mask of one integer per key.
 
-A row holds several responses, whose prompt may be shared. Key `k` is visible to query `q` iff `k <= q < key_end[k]`,
-and in a layer with a sliding window only if `positions[q] - positions[k] < window`: a window is measured in positions,
-because the branches of a row lie farther apart than the sequences they stand for.
+A row holds several responses, which may share a prompt. Key `k` is visible to query `q` iff `k <= q < key_end[k]`, and
+in a layer with a sliding window only if `positions[q] - positions[k] < window`. A window is measured in positions,
+because tokens of one sequence may lie farther apart in a row than in the sequence.
 
-No model code is patched. transformers looks its attention up by name in a registry and hands the keyword arguments of
-a forward call down to it, together with what belongs to the layer (scale, window, soft cap):
+No model code is patched. transformers looks up its attention function by name in a registry, and passes it the keyword
+arguments of the model's forward call together with the layer's own settings (scale, window, soft cap):
 
     register()
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation=ROW_ATTENTION["sdpa"])
@@ -24,44 +24,49 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 ROW_ATTENTION = {"sdpa": "rows_sdpa", "flex": "rows_flex", "dense": "rows_dense"}
-"""Our name of an implementation -> the name it is registered under."""
+"""Name of an implementation in the config -> name under which it is registered."""
 
 
 @dataclass
 class RowMask:
-    """What of a row is visible to what, made ready once per batch for every layer that asks."""
+    """The mask of a batch of rows. Each form of it is built when a layer first needs it, and kept for the other layers.
+
+    Attributes:
+        key_end: key `k` is visible to query `q` iff `k <= q < key_end[k]`; 0 for padding.
+        positions: position of each token in its own sequence.
+    """
 
     key_end: Int[Tensor, "B L"]
     positions: Int[Tensor, "B L"]
-    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _built: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def visible(self, window: int | None) -> Bool[Tensor, "B 1 L L"]:
-        """The whole mask, query by key."""
+        """Returns the whole mask, query by key."""
         key = ("visible", self._narrow(window))
-        if key not in self._made:
+        if key not in self._built:
             index = torch.arange(self.key_end.shape[1], device=self.key_end.device)
             query, to_key = index[:, None], index[None, :]
             mask = (to_key <= query) & (query < self.key_end[:, None, :])
             if key[1] is not None:
                 mask &= self.positions[:, :, None] - self.positions[:, None, :] < key[1]
-            self._made[key] = mask[:, None]
-        return self._made[key]
+            self._built[key] = mask[:, None]
+        return self._built[key]
 
     def sdpa_mask(self, window: int | None) -> Bool[Tensor, "B 1 L L"]:
-        """As `visible`, but a query that sees nothing sees itself: a softmax over nothing would be NaN."""
+        """Returns `visible`, with each query that sees no key seeing itself: a softmax over no key would be NaN."""
         key = ("sdpa", self._narrow(window))
-        if key not in self._made:
+        if key not in self._built:
             blind = ~self.seeing[:, None, :, None]
             itself = torch.eye(self.key_end.shape[1], dtype=torch.bool, device=self.key_end.device)
-            self._made[key] = self.visible(window) | (blind & itself)
-        return self._made[key]
+            self._built[key] = self.visible(window) | (blind & itself)
+        return self._built[key]
 
     def block_mask(self, window: int | None) -> Any:
-        """FlexAttention's form: which blocks are dead, full or mixed, and the rule inside mixed ones."""
+        """Returns FlexAttention's form of the mask: empty, full and mixed blocks, and the rule inside mixed ones."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         key = ("block", self._narrow(window))
-        if key not in self._made:
+        if key not in self._built:
             key_end, positions, narrow = self.key_end, self.positions, key[1]
 
             def rule(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -71,27 +76,27 @@ class RowMask:
                 return seen
 
             rows, length = key_end.shape
-            # Compiled, it never holds the whole mask; a CPU has no kernel that would care.
+            # Compiled code never holds the whole mask. A CPU has no kernel for the blocks anyway.
             compiled = key_end.device.type == "cuda"
-            self._made[key] = create_block_mask(
+            self._built[key] = create_block_mask(
                 rule, rows, None, length, length, device=str(key_end.device), _compile=compiled
             )
-        return self._made[key]
+        return self._built[key]
 
     @property
     def seeing(self) -> Bool[Tensor, "B L"]:
-        """The queries that see anything. Every token sees itself, so only padding does not."""
+        """True for queries that see a key: every token sees itself, and padding sees nothing."""
         return self.key_end > 0
 
     def _narrow(self, window: int | None) -> int | None:
-        """None for a window that no position in a row of this length can leave."""
+        """Returns the window, or None if it is at least as long as the row and so hides nothing."""
         return None if window is None or window >= self.key_end.shape[1] else window
 
 
 def sdpa_attention(
     query: Float[Tensor, "B H L Dh"], key: Tensor, value: Tensor, mask: Bool[Tensor, "B 1 L L"], scale: float
 ) -> Float[Tensor, "B H L Dh"]:
-    """PyTorch's own attention under a boolean mask. It knows no soft cap."""
+    """Computes attention with PyTorch's own kernel under a boolean mask. The kernel has no soft cap."""
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
@@ -103,12 +108,12 @@ def dense_attention(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Tensor, "B H L Dh"]:
-    """Attention as the formula has it: scale, soft cap, mask, softmax in float32. All scores are in memory at once."""
+    """Computes attention by its formula: scale, soft cap, mask, softmax in float32. It holds all scores in memory."""
     scores = query @ key.transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.float().masked_fill(~visible, torch.finfo(torch.float32).min)
-    # Zero once more: where nothing is visible the softmax is over equal numbers.
+    # The second mask is for queries that see no key: their softmax is over equal numbers, and must become zero.
     weights = torch.softmax(scores, dim=-1).masked_fill(~visible, 0.0)
     return weights.to(value.dtype) @ value
 
@@ -116,7 +121,7 @@ def dense_attention(
 def flex_attention(
     query: Float[Tensor, "B H L Dh"], key: Tensor, value: Tensor, block_mask: Any, scale: float, softcap: float | None
 ) -> Float[Tensor, "B H L Dh"]:
-    """FlexAttention: skips the blocks that the mask rules out, forwards and backwards. CUDA only (no CPU backward)."""
+    """Computes attention with FlexAttention, which skips masked blocks in both passes. CUDA only (no CPU backward)."""
     return _compiled_flex(query.device.type)(
         query, key, value, score_mod=_soft_cap(softcap), block_mask=block_mask, scale=scale
     )
@@ -141,7 +146,7 @@ def _soft_cap(softcap: float | None) -> Any:
 
 
 def _attend(implementation: str) -> Any:
-    """The function that transformers calls in every layer."""
+    """Returns the function that transformers calls in every layer."""
 
     def attend(
         module: nn.Module,
@@ -158,7 +163,7 @@ def _attend(implementation: str) -> Any:
         **_: Any,
     ) -> tuple[Float[Tensor, "B L H Dh"], None]:
         if attention_mask is not None or dropout:
-            raise ValueError("rows bring their own mask, and the prefix they share allows no dropout")
+            raise ValueError("rows have their own mask, and the prefix they share allows no dropout")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -174,11 +179,11 @@ def _attend(implementation: str) -> Any:
 
 
 def _no_mask(**_: Any) -> None:
-    """Rows bring their own mask; transformers makes none."""
+    """Returns None instead of a mask of transformers: rows have their own."""
 
 
 def register() -> None:
-    """Makes the implementations known to transformers under the names of `ROW_ATTENTION`."""
+    """Registers the implementations with transformers, under the names in `ROW_ATTENTION`."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     for implementation, name in ROW_ATTENTION.items():

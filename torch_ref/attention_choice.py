@@ -1,4 +1,4 @@
-"""Which attention implementation a run uses, and why another is refused."""
+"""Chooses the attention implementation of a run, and refuses those that cannot be used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax_simpo.config import TrainConfig
 from jax_simpo.errors import ConfigError
 from torch_ref.attention import ROW_ATTENTION
 
-# Our name -> transformers' own implementation, for pairs that are stacked along the batch.
+# Name in the config -> implementation in transformers, for pairs that are stacked along the batch.
 STACKED_ATTENTION = {
     "sdpa": "sdpa",
     "dense": "eager",
@@ -25,47 +25,48 @@ FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """An implementation.
+    """The attention implementation of a run.
 
     Attributes:
-        name: as in the config.
+        name: its name in the config.
         registered: its name in transformers' registry.
-        why: why this one, for the log.
+        reason: the reason for the choice, for the log.
     """
 
     name: str
     registered: str
-    why: str
+    reason: str
 
 
 def uses_rows(config: TrainConfig) -> bool:
-    """Whether pairs are laid out in rows. Otherwise chosen and rejected are stacked, as in the original."""
+    """Returns True if pairs are laid out in rows, False if chosen and rejected are stacked as in the original."""
     return config.prefix_sharing or config.packing
 
 
 def choose_attention(config: TrainConfig, model_config: Any, device: torch.device) -> AttentionChoice:
-    """Picks the implementation that `torch_attention` asks for, or the fastest that can do the job.
+    """Returns the implementation that `torch_attention` names, or the fastest one that supports the run.
 
     Args:
         config: the run's settings.
         model_config: the model's transformers configuration.
-        device: where it runs.
+        device: the device that computes.
 
     Raises:
-        ConfigError: the implementation asked for cannot do it here.
+        ConfigError: the named implementation does not support this run or device.
     """
-    rows, wanted = uses_rows(config), config.torch_attention
+    rows, requested = uses_rows(config), config.torch_attention
     capped = getattr(model_config, "attn_logit_softcapping", None) is not None
     names = ROW_ATTENTION if rows else STACKED_ATTENTION
-    if wanted == "auto":
-        name, why = _best(rows, capped, device, config.dtype)
+    if requested == "auto":
+        name, reason = _best(rows, capped, device, config.dtype)
     else:
-        _check(wanted, rows, capped, device, config.dtype)
-        name, why = wanted, "as `torch_attention` says"
-    return AttentionChoice(name, names[name], why)
+        _check(requested, rows, capped, device, config.dtype)
+        name, reason = requested, "as `torch_attention` says"
+    return AttentionChoice(name, names[name], reason)
 
 
 def _best(rows: bool, capped: bool, device: torch.device, dtype: str) -> tuple[str, str]:
+    """Returns the fastest implementation and the reason for it."""
     if rows and device.type == "cuda":
         return "flex", "rows on a GPU"
     if not rows and device.type == "cuda" and dtype == "bfloat16":
@@ -77,27 +78,28 @@ def _best(rows: bool, capped: bool, device: torch.device, dtype: str) -> tuple[s
     return "sdpa", "rows on a CPU" if rows else "part of PyTorch"
 
 
-def _check(wanted: str, rows: bool, capped: bool, device: torch.device, dtype: str) -> None:
-    where = f"`torch_attention: {wanted}`"
-    if wanted in FLASH_PACKAGES or wanted == "flex":
+def _check(name: str, rows: bool, capped: bool, device: torch.device, dtype: str) -> None:
+    """Raises ConfigError unless the named implementation supports the run."""
+    setting = f"`torch_attention: {name}`"
+    if name in FLASH_PACKAGES or name == "flex":
         if device.type != "cuda":
-            raise ConfigError(f"{where} needs a CUDA GPU, and PyTorch finds none. Use sdpa, dense or auto")
-    if wanted in FLASH_PACKAGES:
+            raise ConfigError(f"{setting} needs a CUDA GPU, and PyTorch finds none. Use sdpa, dense or auto")
+    if name in FLASH_PACKAGES:
         if rows:
             raise ConfigError(
-                f"{where} knows no masks of rows. Use flex or auto, or set `prefix_sharing` and `packing` to false"
+                f"{setting} supports no masks of rows. Use flex or auto, or set `prefix_sharing` and `packing` to false"
             )
-        if not _is_installed(wanted):
+        if not _is_installed(name):
             raise ConfigError(
-                f"{where}: the package `{FLASH_PACKAGES[wanted]}` is not installed. Install it (`pip install "
+                f"{setting}: the package `{FLASH_PACKAGES[name]}` is not installed. Install it (`pip install "
                 "flash-attn --no-build-isolation`; version 3 from its repository's folder `hopper`), or use sdpa"
             )
-        if wanted == "flash_attention_3" and not _is_hopper(device):
-            raise ConfigError(f"{where} needs a Hopper GPU; use flash_attention_2")
+        if name == "flash_attention_3" and not _is_hopper(device):
+            raise ConfigError(f"{setting} needs a Hopper GPU; use flash_attention_2")
         if dtype != "bfloat16":
-            raise ConfigError(f"{where} computes in 16 bits only; set `dtype: bfloat16`, or use sdpa")
-    if wanted == "sdpa" and capped:
-        raise ConfigError(f"{where}: this model caps its attention scores, which sdpa cannot; use dense or auto")
+            raise ConfigError(f"{setting} computes in 16 bits only; set `dtype: bfloat16`, or use sdpa")
+    if name == "sdpa" and capped:
+        raise ConfigError(f"{setting}: this model caps its attention scores, which sdpa cannot; use dense or auto")
 
 
 def _is_installed(name: str) -> bool:

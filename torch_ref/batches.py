@@ -1,13 +1,13 @@
-"""The pairs of a step as tensors, one rank's share at a time, in either of two forms.
+"""Builds the tensors of a rank's share of a step, in one of two forms.
 
-**Stacked**, the original's concatenated forward: chosen and rejected one below the other along the batch, padded to the
-longest, one sequence per line.
+**Stacked** is the concatenated forward of the original: chosen and rejected responses are stacked along the batch, one
+sequence per line, padded to the longest.
 
-**Rows**, the method of the paper on prefix sharing: `jax_simpo.data.rows`, any number of pairs in one line, a mask of
-one integer per key.
+**Rows** is the method of the paper on prefix sharing: any number of pairs in one line, with a mask of one integer per
+key, see `jax_simpo.data.rows`.
 
-Both come from the same step plan, so that a step has the same pairs whatever the form, and every rank the same number
-of micro-batches, as the collectives of ZeRO-3 require; a share without pairs is a line of padding.
+Both forms follow the same step plan, so a step has the same pairs in either form. Every rank has the same number of
+micro-batches, as the collectives of ZeRO-3 require; a share without pairs is a line of padding.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Batch:
         attention_mask: stacked only: 1 for tokens, 0 for padding.
         positions: rows only: position of each token in its own response's sequence.
         key_end: rows only: key `k` is visible to query `q` iff `k <= q < key_end[k]`.
-        target_line: the line and the index in it whose hidden state predicts each target,
-        target_index: (see above)
-        target_token: the token predicted,
-        target_response: and the response it belongs to.
-        response_length: targets of each response.
-        chosen: the chosen response of each pair,
-        rejected: and the rejected one.
-        pairs: number of each pair in the step.
+        target_line: line of the hidden state that predicts each target.
+        target_index: index of this hidden state in its line.
+        target_token: the token that is predicted.
+        target_response: the response that each target belongs to.
+        response_length: number of targets of each response.
+        chosen: the chosen response of each pair.
+        rejected: the rejected response of each pair.
+        pairs: the number of each pair in the step.
     """
 
     tokens: Int[Tensor, "B L"]
@@ -61,13 +61,13 @@ class Batch:
 
     @property
     def input_tokens(self) -> int:
-        """Tokens that are not padding."""
+        """The number of tokens that are not padding."""
         mask = self.attention_mask if self.key_end is None else self.key_end
         assert mask is not None
         return int(torch.count_nonzero(mask))
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device."""
+        """Returns the batch on a device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
 
@@ -76,7 +76,7 @@ NumberedPairs = Sequence[tuple[int, TokenizedPair]]
 
 
 def stack_pairs(pairs: NumberedPairs) -> Batch:
-    """Chosen and rejected of these pairs stacked along the batch: first all chosen, then all rejected, right-padded."""
+    """Stacks the responses of these pairs along the batch: first all chosen, then all rejected, padded on the right."""
     count = len(pairs)
     responses = [p.chosen for _, p in pairs] + [p.rejected for _, p in pairs]
     length = max([len(r.inputs) for r in responses], default=1)
@@ -86,7 +86,7 @@ def stack_pairs(pairs: NumberedPairs) -> Batch:
         tokens[line, : len(response.inputs)] = response.inputs
         mask[line, : len(response.inputs)] = 1
     if not responses:
-        mask[0, 0] = 1  # a line without any token would have nothing to attend to
+        mask[0, 0] = 1  # softmax needs at least one key
     lengths = np.array([len(r.targets) for r in responses], np.int64)
     target_line = np.repeat(np.arange(2 * count), lengths)
     index = [np.arange(r.prompt_length - 1, len(r.inputs)) for r in responses]
@@ -105,26 +105,26 @@ def stack_pairs(pairs: NumberedPairs) -> Batch:
 
 
 def row_batch(rows: Sequence[NumberedPairs], plan: StepPlan) -> Batch:
-    """These rows, without the padding of targets and response slots that arrays of one static shape need."""
-    laid = build_rows(rows, plan.shape, prefix_sharing=plan.prefix_sharing)
+    """Builds a batch of rows, without the padding of targets and responses that arrays of a static shape have."""
+    arrays = build_rows(rows, plan.shape, prefix_sharing=plan.prefix_sharing)
     slots = plan.shape.responses
-    held = laid.response_pair >= 0
-    number = np.full(held.shape, -1)  # (row, slot) -> response
-    number[held] = np.arange(held.sum())
-    line, at = np.nonzero(laid.target_response < slots)
-    response = number[line, laid.target_response[line, at]]
-    pair, rank = laid.response_pair[held], laid.response_rank[held]
+    filled = arrays.response_pair >= 0
+    number = np.full(filled.shape, -1)  # (row, slot) -> response
+    number[filled] = np.arange(filled.sum())
+    line, column = np.nonzero(arrays.target_response < slots)
+    response = number[line, arrays.target_response[line, column]]
+    pair, rank = arrays.response_pair[filled], arrays.response_rank[filled]
     chosen = np.flatnonzero(rank == 0)
     rejected_of = dict(zip(pair[rank == 1].tolist(), np.flatnonzero(rank == 1).tolist(), strict=True))
     return _batch(
-        tokens=laid.tokens,
-        positions=laid.positions,
-        key_end=laid.key_end,
+        tokens=arrays.tokens,
+        positions=arrays.positions,
+        key_end=arrays.key_end,
         target_line=line,
-        target_index=laid.target_index[line, at],
-        target_token=laid.target_token[line, at],
+        target_index=arrays.target_index[line, column],
+        target_token=arrays.target_token[line, column],
         target_response=response,
-        response_length=np.bincount(response, minlength=int(held.sum())),
+        response_length=np.bincount(response, minlength=int(filled.sum())),
         chosen=chosen,
         rejected=np.array([rejected_of[p] for p in pair[chosen].tolist()], np.int64),
         pairs=pair[chosen],
@@ -146,11 +146,11 @@ class RankStep:
     """One rank's share of an optimizer step, and the denominators of the whole step.
 
     Attributes:
-        step: its number, from 0.
+        step: the step's number, from 0.
         pairs: the whole step's pairs, as indices into the data.
         chosen_tokens: tokens of all chosen responses of the step.
-        epoch: epochs done after it.
-        micro_batches: this rank's; every rank has the same number.
+        epoch: epochs that are done after the step.
+        micro_batches: this rank's micro-batches; every rank has the same number.
     """
 
     step: int
@@ -161,10 +161,10 @@ class RankStep:
 
 
 def build_rank_step(plan: StepPlan, source: PairSource, step: int, rank: int, world: int) -> RankStep:
-    """Builds what a rank computes in a step, reading only the tokens of its own pairs.
+    """Builds a rank's share of a step. Only the tokens of its own pairs are read.
 
-    The rows of the plan are dealt out in blocks: micro-batch m is rows `m * size` to `(m + 1) * size`, of which each
-    rank takes an equal part in order.
+    Micro-batch m has the rows `m * size` to `(m + 1) * size` of the step plan. Each rank takes an equal part of them,
+    in order.
     """
     planned = plan.step(step)
     size = plan.rows_per_micro_batch
@@ -178,10 +178,11 @@ def build_rank_step(plan: StepPlan, source: PairSource, step: int, rank: int, wo
 
 
 def _build(plan: StepPlan, source: PairSource, planned: Step, rows: range) -> Batch:
-    places = [planned.rows[r].tolist() if r < len(planned.rows) else [] for r in rows]
-    flat = [p for row in places for p in row]
+    """Builds the batch of some of a step's rows; rows after the last one are empty."""
+    numbers = [planned.rows[r].tolist() if r < len(planned.rows) else [] for r in rows]
+    flat = [p for row in numbers for p in row]
     pairs = dict(zip(flat, source.pairs(planned.pairs[flat]), strict=True)) if flat else {}
-    numbered = [[(p, pairs[p]) for p in row] for row in places]
+    numbered = [[(p, pairs[p]) for p in row] for row in numbers]
     if plan.prefix_sharing or plan.packing:
         return row_batch(numbered, plan)
     return stack_pairs([pair for row in numbered for pair in row])
@@ -190,5 +191,5 @@ def _build(plan: StepPlan, source: PairSource, planned: Step, rows: range) -> Ba
 def rank_steps(
     plan: StepPlan, source: PairSource, steps: range, rank: int, world: int, *, ahead: int = 2
 ) -> Iterator[RankStep]:
-    """A rank's shares of these steps in order, built ahead by a thread."""
+    """Yields a rank's shares of these steps in order. A thread builds up to `ahead` of them in advance."""
     return prefetch((build_rank_step(plan, source, step, rank, world) for step in steps), ahead)

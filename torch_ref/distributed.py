@@ -1,4 +1,4 @@
-"""The ranks of a run: who they are, and the few words they exchange besides DeepSpeed's own."""
+"""Joins the ranks of a run, and exchanges the few values between them that DeepSpeed does not exchange."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run.
+    """The place of this process among the ranks of the run.
 
     Attributes:
-        rank: its number, from 0.
-        world: how many there are.
-        device: where it computes.
-        launched: whether torchrun or deepspeed started it: then the run is one of DeepSpeed, even with one rank.
+        rank: this process's number, from 0.
+        world: number of ranks.
+        device: the device that this process computes on.
+        launched: True if torchrun or deepspeed started the process. Such a run uses DeepSpeed, even with one rank.
     """
 
     rank: int
@@ -37,11 +37,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process prints, and writes what is written once."""
+        """True for the rank that prints, and that writes the files of which there is one per run."""
         return self.rank == 0
 
     def sum(self, values: np.ndarray) -> np.ndarray:
-        """Adds up arrays of the ranks in float64."""
+        """Returns the sum of the ranks' arrays, in float64."""
         if self.world == 1:
             return np.asarray(values, np.float64)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -49,7 +49,7 @@ class Ranks:
         return total.cpu().numpy()
 
     def first(self, work: Callable[[], Result]) -> Result:
-        """Lets the first rank do something, and gives all of them its result, or the user's mistake it met with."""
+        """Calls `work` on the first rank; returns its result, or raises its `UserError`, on all ranks."""
         if self.world == 1:
             return work()
         outcome: list[Result | UserError | None] = [None]
@@ -64,7 +64,7 @@ class Ranks:
         return outcome[0]  # type: ignore[return-value]
 
     def wait(self) -> None:
-        """Returns when every rank is here."""
+        """Returns when every rank has called this."""
         if self.world > 1:
             dist.barrier()
 
@@ -73,7 +73,10 @@ class Ranks:
 def open_ranks(timeout_minutes: int = 30) -> Iterator[Ranks]:
     """Joins the process group that torchrun or deepspeed prepared, and leaves it at the end, also after an error.
 
-    Without a launcher there is this one process and no group. A process that ends inside a group is aborted.
+    It must leave: PyTorch aborts a process that ends inside a group. Without a launcher there is one process, no group.
+
+    Raises:
+        ConfigError: there are more processes than GPUs.
     """
     rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if rank is None or world is None:
@@ -91,8 +94,9 @@ def open_ranks(timeout_minutes: int = 30) -> Iterator[Ranks]:
 
 
 def _device(local_rank: int) -> torch.device:
+    """Returns the GPU of this rank, or the CPU if the machine has no GPU."""
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds out by itself, but warns
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would detect it, but with a warning
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
@@ -105,8 +109,8 @@ def _device(local_rank: int) -> torch.device:
 
 
 def _prepare_deepspeed(device: torch.device) -> None:
-    """Keeps DeepSpeed quiet, and from compiling a C++ operator for collectives on CPUs, which gloo does as well."""
-    # DeepSpeed 0.19 calls collectives by names that newer PyTorch warns about, at every call.
+    """Silences DeepSpeed, and keeps it from compiling a C++ operator for collectives on CPUs: gloo does these too."""
+    # DeepSpeed 0.19 uses names of collectives that newer PyTorch warns about at every call.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if device.type == "cpu":
         import deepspeed

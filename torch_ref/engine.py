@@ -1,4 +1,4 @@
-"""What a training loop asks of an engine, and the plain one: a single process, PyTorch alone."""
+"""Defines the interface of an engine (a model with its optimizer), and the engine of a single process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Engine(Protocol):
     """A model with its optimizer.
 
     Attributes:
-        name: which engine, on how many ranks; a checkpoint can be read by an equal one only.
+        name: the kind of engine and its number of ranks. Only an engine of the same name can read a checkpoint.
         policy: the model.
     """
 
@@ -31,48 +31,52 @@ class Engine(Protocol):
     policy: Policy
 
     def logps(self, batch: Batch) -> Float[Tensor, " N"]:
-        """The log-probability of every target of this rank's batch."""
+        """Returns the log-probability of every target of this rank's batch, float32."""
 
     def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
-        """Adds this rank's part of the step's gradients. `last` says that the step's last micro-batch is done."""
+        """Adds this rank's part of the step's gradients; `last` is True for the step's last micro-batch."""
 
     def gradients(self) -> dict[str, Tensor]:
-        """The whole step's gradients by their Hugging Face names, between the last `backward` and `update`."""
+        """Returns the step's gradients by Hugging Face name. Call it between the last `backward` and `update`."""
 
     def update(self, learning_rate: float) -> float:
-        """Clips, makes one optimizer step, and returns the gradients' norm before clipping."""
+        """Clips the gradients and makes one optimizer step; returns the gradients' norm before clipping."""
 
     def weights(self, dtype: torch.dtype, *, trained_only: bool = False) -> dict[str, Tensor]:
-        """The weights by their Hugging Face names, on the first rank's host; nothing on the others."""
+        """Returns the weights by Hugging Face name, on the first rank's host; an empty dict on other ranks."""
 
     def save(self, folder: Path) -> None:
-        """Writes all that a resume needs."""
+        """Writes the state from which training can be resumed."""
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote."""
+        """Restores the state that `save` wrote.
+
+        Raises:
+            CheckpointError: it cannot be restored.
+        """
 
 
 def hugging_face_names(policy: Policy) -> dict[str, nn.Parameter]:
-    """The model's parameters by the names of its checkpoints; one that is shared has its first name only."""
-    named = policy.named_parameters()  # the head of a `Policy` comes last and shares its weight: it is not among them
-    return {name.removeprefix(PREFIX): parameter for name, parameter in named}
+    """Returns the model's parameters by their names in its checkpoints. A shared parameter has its first name only."""
+    # The head of a `Policy` shares its weight and comes last, so its name is left out.
+    return {name.removeprefix(PREFIX): parameter for name, parameter in policy.named_parameters()}
 
 
 def total_norm(gradients: Iterable[Tensor]) -> Float[Tensor, ""]:
-    """The L2 norm of all gradients as one vector. (PyTorch's own, in float32, is up to 1e-5 too small on a CPU.)"""
+    """Returns the L2 norm of all gradients as one vector. (PyTorch's, in float32, is up to 1e-5 too small on CPUs.)"""
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(norms)).float()
 
 
 class PlainEngine:
-    """One process without DeepSpeed: gradients, AdamW and its float32 weights as PyTorch has them.
+    """An engine of one process without DeepSpeed.
 
-    In bfloat16 the model's weights are rounded copies of float32 masters, which the optimizer works on, and gradients
-    are added up in float32.
+    In bfloat16 the model's weights are rounded copies of float32 masters. The optimizer updates the masters, and
+    gradients are added up in float32.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
-        """Takes a policy with float32 weights."""
+        """Takes a policy with float32 weights and, for bfloat16, rounds them."""
         self.name = "a single process"
         self.policy = policy
         self._max_norm = config.max_grad_norm
@@ -85,6 +89,7 @@ class PlainEngine:
         self._optimizer = make_adamw(groups, config)
 
     def _round(self, dtype: torch.dtype) -> None:
+        """Makes the float32 masters, and rounds the model's weights."""
         for parameter in self._trained.values():
             self._masters[parameter] = parameter.detach().float().clone()
             parameter.register_post_accumulate_grad_hook(self._take_gradient)
@@ -93,6 +98,7 @@ class PlainEngine:
                 parameter.data = parameter.data.to(dtype)
 
     def _take_gradient(self, parameter: nn.Parameter) -> None:
+        """Adds a parameter's gradient to its master's."""
         master, gradient = self._masters[parameter], parameter.grad
         assert gradient is not None
         master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
@@ -105,8 +111,8 @@ class PlainEngine:
         loss.backward()
 
     def gradients(self) -> dict[str, Tensor]:
-        found = {name: self._masters[p].grad for name, p in self._trained.items()}
-        return {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
+        gradients = {name: self._masters[p].grad for name, p in self._trained.items()}
+        return {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
 
     def update(self, learning_rate: float) -> float:
         masters = list(self._masters.values())
@@ -123,8 +129,8 @@ class PlainEngine:
         return float(norm)
 
     def weights(self, dtype: torch.dtype, *, trained_only: bool = False) -> dict[str, Tensor]:
-        named = self._trained if trained_only else hugging_face_names(self.policy)
-        return {name: self._masters.get(p, p).detach().to("cpu", dtype) for name, p in named.items()}
+        parameters = self._trained if trained_only else hugging_face_names(self.policy)
+        return {name: self._masters.get(p, p).detach().to("cpu", dtype) for name, p in parameters.items()}
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True)

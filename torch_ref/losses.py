@@ -1,4 +1,4 @@
-"""The SimPO objective, written from the paper.
+"""Computes the SimPO objective, written from the paper.
 
 Meng, Xia and Chen, "SimPO: Simple Preference Optimization with a Reference-Free Reward", arXiv 2405.14734. The reward
 of a response `y` to a prompt `x` is its average log-probability times beta (equation 4),
@@ -27,7 +27,15 @@ from jax_simpo.config import TrainConfig
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: the preference loss, and `sft_weight` times the chosen responses' cross-entropy."""
+    """The loss that is minimised: the preference loss plus `sft_weight` times the chosen responses' cross-entropy.
+
+    Attributes:
+        beta: the scale of the rewards.
+        gamma_beta_ratio: the target margin gamma, divided by beta.
+        loss_type: `sigmoid` (the paper's) or `hinge`.
+        label_smoothing: the assumed share of pairs whose preference is the wrong way round.
+        sft_weight: the weight of the cross-entropy.
+    """
 
     beta: float
     gamma_beta_ratio: float
@@ -37,20 +45,20 @@ class Objective:
 
     @classmethod
     def of(cls, config: TrainConfig) -> Objective:
-        """The objective that a config describes."""
+        """Returns the objective that a config describes."""
         return cls(config.beta, config.gamma_beta_ratio, config.loss_type, config.label_smoothing, config.sft_weight)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of what a step reports, in the order of `StepPart.metrics`."""
+        """The names of a step's metrics, in the order of `StepPart.metrics`."""
         names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
         return (*names, "logps/chosen", "logps/rejected", *(("sft_loss",) if self.sft_weight else ()))
 
     def losses(self, chosen_logps: Float[Tensor, " P"], rejected_logps: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
-        """The preference loss of each pair, from the average log-probabilities of its responses.
+        """Returns the preference loss of each pair from the average log-probabilities of its responses.
 
-        Label smoothing `s` says that a share `s` of the preferences is the other way round. The hinge variant replaces
-        `-log sigmoid(m)` by `max(0, 1 - m)` and knows no smoothing.
+        Label smoothing `s` assumes that a share `s` of the preferences is the wrong way round. The hinge variant
+        replaces `-log sigmoid(m)` by `max(0, 1 - m)` and has no smoothing.
         """
         gamma = self.beta * self.gamma_beta_ratio
         margin = self.beta * chosen_logps - self.beta * rejected_logps - gamma
@@ -61,13 +69,18 @@ class Objective:
 
 
 def response_sums(logps: Float[Tensor, " N"], response: Int[Tensor, " N"], responses: int) -> Float[Tensor, " S"]:
-    """Adds up the log-probabilities of each response's tokens; a response without any gets zero."""
+    """Adds up the log-probabilities of each response's tokens. A response without tokens gets zero."""
     return logps.new_zeros(responses).index_add(0, response, logps)
 
 
 @dataclass(frozen=True)
 class StepPart:
-    """What some of a step's pairs contribute to its loss (with its graph) and to its metrics; contributions add up."""
+    """The contribution of some of a step's pairs; the contributions of all its pairs add up to the step.
+
+    Attributes:
+        loss: the contribution to the loss, with its graph.
+        metrics: the contributions to the metrics, in the order of `Objective.metrics`, without a graph.
+    """
 
     loss: Float[Tensor, ""]
     metrics: Float[Tensor, " M"]
@@ -83,16 +96,16 @@ def step_part(
     step_pairs: int,
     step_chosen_tokens: int,
 ) -> StepPart:
-    """The part that these pairs have in a step of `step_pairs` pairs.
+    """Returns the contribution of these pairs to a step of `step_pairs` pairs.
 
-    Dividing by the denominators of the whole step here, and by nothing anywhere else, makes the result independent of
-    how the step is cut into micro-batches and spread over ranks. P may be 0: then everything is zero, but the graph
-    is there, so that a rank without pairs takes part in every collective of the backward pass.
+    This is the only place that divides, by the denominators of the whole step. So the sum over parts does not depend on
+    how the step is split into micro-batches and over ranks. P may be 0: then all values are zero, but the graph exists,
+    so that a rank without pairs takes part in every collective of the backward pass.
 
     Args:
-        objective: its settings.
+        objective: the objective.
         chosen_sum: sum of the log-probabilities of each chosen response.
-        rejected_sum: the same of each rejected one.
+        rejected_sum: sum of the log-probabilities of each rejected response.
         chosen_length: tokens of each chosen response.
         rejected_length: tokens of each rejected response.
         step_pairs: pairs of the whole step, over all ranks and micro-batches.

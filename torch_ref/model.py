@@ -1,4 +1,4 @@
-"""The model: a transformers decoder, and the log-probabilities of the targets from its hidden states."""
+"""Loads transformers models, and computes the log-probabilities of targets from their hidden states."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TargetLogps(nn.Module):
-    """The LM head, with the log-softmax over the vocabulary taken in float32, a chunk of targets at a time.
+    """The LM head with a log-softmax over the vocabulary in float32, for a chunk of targets at a time.
 
-    It shares its weight with the model's own head, which is never called. Being a module, it has its weight gathered
-    by ZeRO-3 once before all chunks, however many a rank has; the backward pass makes the logits of a chunk again.
+    It shares its weight with the model's own head, which is never called. Because it is a module, ZeRO-3 gathers its
+    weight once for all chunks, however many chunks a rank has. The backward pass recomputes the logits of each chunk.
+
+    Args:
+        head: the model's output layer.
+        softcap: the soft cap of the logits; None for none.
+        chunk: most targets per chunk.
     """
 
     def __init__(self, head: nn.Linear, softcap: float | None, chunk: int) -> None:
@@ -34,8 +39,8 @@ class TargetLogps(nn.Module):
         self.softcap, self.chunk = softcap, chunk
 
     def forward(self, hidden: Float[Tensor, "N D"], token: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Log-probability of each token under the hidden state that predicts it, float32."""
-        chunks = zip(hidden.split(self.chunk), token.split(self.chunk), strict=True)  # one, when there is no target
+        """Returns the log-probability of each token under the hidden state that predicts it, float32."""
+        chunks = zip(hidden.split(self.chunk), token.split(self.chunk), strict=True)  # one empty chunk without targets
         logps = [checkpoint(self._chunk, h, t, self.weight, use_reentrant=False) for h, t in chunks]
         return torch.cat(logps)
 
@@ -47,7 +52,15 @@ class TargetLogps(nn.Module):
 
 
 class Policy(nn.Module):
-    """A causal language model that answers one question: how probable is each target?"""
+    """A causal language model that returns the log-probabilities of targets.
+
+    Args:
+        causal_lm: a transformers model with a plain output layer, or peft's wrapper of one.
+        chunk: most targets that the head takes at a time.
+
+    Raises:
+        ConfigError: the output layer is quantised or has an adapter.
+    """
 
     causal_lm: Any  # a `PreTrainedModel`, or peft's wrapper of one
 
@@ -56,7 +69,7 @@ class Policy(nn.Module):
         self.causal_lm = causal_lm
         config = causal_lm.config
         head = causal_lm.get_output_embeddings()
-        # Types are compared, not isinstance: an adapter's or a quantised layer is a Linear with more to it.
+        # `isinstance` would accept subclasses: adapted and quantised layers, whose weight alone is not the head.
         if type(head) is not nn.Linear:
             raise ConfigError(
                 f"the model's output layer is a {type(head).__name__}, and must be a plain one. Leave it out of "
@@ -66,12 +79,12 @@ class Policy(nn.Module):
 
     @property
     def decoder(self) -> nn.Module:
-        """The model without its head."""
+        """The model without its head, and without peft's wrapper."""
         base = self.causal_lm.get_base_model() if hasattr(self.causal_lm, "get_base_model") else self.causal_lm
         return base.get_decoder()
 
     def forward(self, batch: Batch) -> Float[Tensor, " N"]:
-        """The log-probability of every target of a batch, float32. Prompts and padding never reach the head."""
+        """Returns the log-probability of every target of a batch, float32. Prompts and padding never reach the head."""
         if batch.key_end is not None:
             assert batch.positions is not None
             mask = {"position_ids": batch.positions, "rows": RowMask(batch.key_end, batch.positions)}
@@ -87,15 +100,15 @@ class Policy(nn.Module):
 
 
 def load_model_config(config: TrainConfig, choice: str | None, new_model: dict[str, Any]) -> Any:
-    """The transformers configuration of the model a run starts from, with every dropout switched off.
+    """Returns the transformers configuration of the model that a run starts from, with every dropout switched off.
 
     Args:
         config: the run's settings.
         choice: a folder or hub id in place of the config's model.
-        new_model: `model_config` with the tokenizer's sizes filled in, used when there is no model to start from.
+        new_model: `model_config` with the tokenizer's sizes filled in, used if there is no model to start from.
 
     Raises:
-        ModelError: there is no such model, or transformers does not know its family.
+        ModelError: there is no such model, transformers does not know its family, or the family is not supported.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -105,14 +118,14 @@ def load_model_config(config: TrainConfig, choice: str | None, new_model: dict[s
             revision = config.model_revision if choice is None else None
             model_config = AutoConfig.from_pretrained(name, revision=revision or "main")
         else:
-            rest = dict(new_model)
-            kind = rest.pop("model_type", None)
-            if kind is None:
+            fields = dict(new_model)
+            model_type = fields.pop("model_type", None)
+            if model_type is None:
                 raise ModelError("`model_config` has no `model_type`, such as llama, mistral, gemma2 or qwen3; add it")
-            model_config = AutoConfig.for_model(kind, **rest)
-    # transformers has an exception for each: a missing folder, no network, broken JSON, an unknown family.
+            model_config = AutoConfig.for_model(model_type, **fields)
+    # transformers raises different types for a missing folder, no network, broken JSON and an unknown family.
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0].partition(". Should contain one of")[0]  # hundreds of names
+        reason = str(error).strip().partition("\n")[0].partition(". Should contain one of")[0]  # not hundreds of names
         raise ModelError(
             f"model {name or '`model_config`'}: its configuration cannot be used ({reason}). Give a folder with "
             "config.json or a hub id, of a family that transformers knows"
@@ -134,7 +147,7 @@ def load_model_config(config: TrainConfig, choice: str | None, new_model: dict[s
 
 
 def count_parameters(model_config: Any) -> int:
-    """Parameters of a model, counted without making it; a tied head is counted once."""
+    """Returns the number of a model's parameters, without building it. A tied head counts once."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -151,22 +164,23 @@ def load_policy(
     dtype: torch.dtype,
     trained: bool = True,
 ) -> Policy:
-    """Makes the model and loads its weights.
+    """Builds the model and loads its weights.
 
-    Under ZeRO-3 (while a `HfDeepSpeedConfig` is alive) parameters are born partitioned, and the checkpoint is copied
+    Under ZeRO-3 (while a `HfDeepSpeedConfig` exists) parameters are created partitioned, and the checkpoint is copied
     into them one module at a time.
 
     Args:
         config: the run's settings.
         model_config: from `load_model_config`.
         attention: from `choose_attention`.
-        device: where to; under ZeRO-3 DeepSpeed decides.
+        device: the device of the weights; under ZeRO-3 DeepSpeed chooses it.
         choice: a folder or hub id in place of the config's model.
-        dtype: of the weights.
-        trained: whether it is for training, with adapter and gradient checkpointing as configured.
+        dtype: the dtype of the weights.
+        trained: True prepares the model for training, with adapter and gradient checkpointing as configured.
 
     Raises:
-        ModelError: the weights are missing or do not fit the configuration.
+        ModelError: the weights are missing or do not fit the configuration, or the model cannot use rows.
+        ConfigError: the adapter or the quantisation cannot be used here.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -216,16 +230,16 @@ def load_policy(
 
 
 def _recompute_layers(causal_lm: Any) -> None:
-    """Keeps only the input of each layer and computes the rest again in the backward pass."""
-    # transformers 5 renamed it on the way to 6.
-    new_name = getattr(causal_lm, "activation_checkpointing_enable", None)
-    enable = new_name or causal_lm.gradient_checkpointing_enable
+    """Makes the layers keep only their input, and recompute the rest in the backward pass."""
+    # Later releases of transformers 5 have a new name for it.
+    renamed = getattr(causal_lm, "activation_checkpointing_enable", None)
+    enable = renamed or causal_lm.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def _check_complete(name: str, loading: dict[str, Any]) -> None:
-    """transformers fills what a checkpoint lacks with random numbers, and only warns."""
+    """Raises ModelError for an incomplete checkpoint: transformers only warns, and fills it with random numbers."""
     missing, wrong = sorted(loading["missing_keys"]), sorted(map(str, loading["mismatched_keys"]))
     if missing or wrong:
-        what = f"lacks {len(missing)} tensors, such as {missing[0]}" if missing else f"has other shapes: {wrong[0]}"
-        raise ModelError(f"model {name}: the checkpoint {what}. Its files are incomplete, or not of this config.json")
+        fault = f"lacks {len(missing)} tensors, such as {missing[0]}" if missing else f"has other shapes: {wrong[0]}"
+        raise ModelError(f"model {name}: the checkpoint {fault}. Its files are incomplete, or not of this config.json")

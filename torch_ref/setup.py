@@ -1,4 +1,4 @@
-"""From a config to the things a run is made of: tokenizer, pairs, plan, model."""
+"""Builds the objects of a run from its config: tokenizer, pairs, step plan, model."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from torch_ref.distributed import Ranks
 from torch_ref.losses import Objective
 from torch_ref.model import DTYPES, Policy, count_parameters, load_model_config, load_policy
 
-_LONGEST_ROW = 16384  # longer rows fill no better
-_LONGEST_DENSE_ROW = 2048  # without skipped blocks attention costs the square of the row
-_BYTES_PER_TOKEN_AND_WIDTH = 200  # of one layer's activations and of what checkpointing keeps; a rough upper bound
+_LONGEST_ROW = 16384  # longer rows would not be filled better
+_LONGEST_DENSE_ROW = 2048  # attention that skips no blocks costs the square of the length
+_BYTES_PER_TOKEN_AND_WIDTH = 200  # a rough upper bound for a layer's activations and the inputs that are kept
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a config describes. Everything is made when it is first asked for.
+    """The objects of a run, each built from the config when it is first used.
 
     Attributes:
         config: the run's settings.
-        console: where notes for the user go.
-        ranks: this process among the others.
-        model_choice: `--model`: a folder or hub id in place of the config's model.
+        console: the console for notes to the user.
+        ranks: the place of this process among the ranks.
+        model_choice: the value of `--model`: a folder or hub id in place of the config's model.
     """
 
     config: TrainConfig
@@ -60,7 +60,7 @@ class Setup:
         """The model's transformers configuration.
 
         Raises:
-            ModelError: the model is of no known kind, or has fewer tokens than the tokenizer.
+            ModelError: there is no such model, it is not supported, or it has fewer tokens than the tokenizer.
         """
         ids = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         new_model = {"vocab_size": len(self.tokenizer), **ids, **(self.config.new_model_config or {})}
@@ -80,11 +80,11 @@ class Setup:
     def attention(self) -> AttentionChoice:
         choice = choose_attention(self.config, self.model_config, self.ranks.device)
         form = "rows" if uses_rows(self.config) else "concatenated forward"
-        self.console.print(f"attention: {choice.name} ({choice.why}; {form})")
+        self.console.print(f"attention: {choice.name} ({choice.reason}; {form})")
         return choice
 
     def load_policy(self, dtype: torch.dtype | None = None, *, trained: bool) -> Policy:
-        """The model with its weights, in the compute dtype unless told otherwise."""
+        """Builds the model and loads its weights, in `dtype` or else the compute dtype."""
         return load_policy(
             self.config,
             self.model_config,
@@ -98,10 +98,13 @@ class Setup:
     # --- data
 
     def global_batch_size(self, saved: int | None = None) -> int:
-        """Pairs per optimizer step: as configured, or of the run that is continued, or from the per-device keys.
+        """Returns the pairs per optimizer step: as configured, else as `saved`, else from the per-device keys.
+
+        Args:
+            saved: the pairs per step of the run that is continued.
 
         Raises:
-            ConfigError: they cannot be shared out equally.
+            ConfigError: the pairs cannot be shared out equally among the ranks.
         """
         config, world = self.config, self.ranks.world
         per_device = config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -114,7 +117,7 @@ class Setup:
         return batch
 
     def train_pairs(self) -> PairDataset:
-        """The pairs trained on."""
+        """Reads and tokenises the training pairs."""
         config = self.config
         raw = sources.load_train(config.dataset_mixer, config.train_splits, dataset_configs=config.dataset_configs)
         return self._tokenize(raw)
@@ -135,13 +138,13 @@ class Setup:
         return self._tokenize(raw)
 
     def split_pairs(self, split: str) -> PairDataset:
-        """The pairs of a whole split, in file order."""
+        """Reads and tokenises the pairs of a whole split, in file order."""
         raw = sources.load_split(self.config.dataset_mixer, split, dataset_configs=self.config.dataset_configs)
         return self._tokenize(raw)
 
     def _tokenize(self, raw: sources.RawSplit) -> PairDataset:
         config = self.config
-        pairs = tokenize_split(  # one rank of a machine tokenises, the others wait for it and read
+        pairs = tokenize_split(  # one rank of a machine tokenises; the others wait and read its cache
             raw,
             self.tokenizer,
             max_length=config.max_length,
@@ -157,14 +160,17 @@ class Setup:
             self.console.print(pairs.skipped_summary(), style="yellow")
         return pairs
 
-    def plan(self, name: str, pairs: PairDataset, *, batch: int, seed: int | None) -> StepPlan:
+    def step_plan(self, name: str, pairs: PairDataset, *, batch: int, seed: int | None) -> StepPlan:
         """Makes the step plan of a split and checks that every pair fits a row.
 
         Args:
-            name: of the split, for the log.
-            pairs: the split.
-            batch: pairs a step.
-            seed: of the order; None keeps file order.
+            name: the name of the split, for the log.
+            pairs: the pairs of the split.
+            batch: pairs per step.
+            seed: the seed of the order; None keeps file order.
+
+        Raises:
+            DataError: a pair does not fit.
         """
         config = self.config
         plan = make_step_plan(
@@ -190,7 +196,7 @@ class Setup:
         return plan
 
     def _longest_row(self) -> int:
-        """A rough guess at how long rows may be; where they are shorter, nothing but speed is lost."""
+        """Returns a rough guess at the longest row that fits the memory. Rows that are too short only cost speed."""
         device = self.ranks.device
         if device.type == "cuda":
             memory = torch.cuda.get_device_properties(device).total_memory

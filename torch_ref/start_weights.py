@@ -1,4 +1,4 @@
-"""The start weights as a checkpoint's files have them, one tensor at a time."""
+"""Reads the start weights from a checkpoint's files, in the files' precision, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class StartWeights:
-    """Reads tensors by name from a checkpoint that transformers has loaded before; a context manager.
+    """Reads tensors by name from a checkpoint that transformers has already loaded. Use it as a context manager.
 
     Args:
         name: a folder or hub id.
-        revision: of a hub id.
+        revision: branch, tag or commit of a hub id.
     """
 
     def __init__(self, name: str, revision: str | None) -> None:
@@ -26,7 +26,7 @@ class StartWeights:
 
         with ExitStack() as stack:
             files = [stack.enter_context(safe_open(file, framework="pt")) for file in sorted(self._files())]
-            self._file_of = {key: file for file in files for key in file.keys()}  # it is no mapping
+            self._file_of = {key: file for file in files for key in file.keys()}  # not a mapping
             self._open = stack.pop_all()
         return self
 
@@ -38,12 +38,12 @@ class StartWeights:
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
-            # transformers has just loaded them, so they are in the cache.
+            # transformers has just loaded the files, so they are in the cache.
             folder = Path(snapshot_download(self._name, revision=self._revision, local_files_only=True))
         return list(folder.glob("model*.safetensors"))
 
     def more_exact(self, name: str, dtype: torch.dtype) -> Tensor | None:
-        """A tensor, if the checkpoint has it with more bits than `dtype` has; in float32."""
+        """Returns a tensor as float32, or None if the checkpoint does not store it with more bits than `dtype` has."""
         file = self._file_of.get(name)
         if file is None:
             return None

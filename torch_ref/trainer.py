@@ -71,7 +71,7 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
     saved = ranks.first(lambda: checkpoints.run(resume)) if resume else {}
     batch = setup.global_batch_size(saved.get("global_batch_size"))
     pairs = setup.train_pairs()
-    plan = setup.plan("training", pairs, batch=batch, seed=config.seed)
+    plan = setup.step_plan("training", pairs, batch=batch, seed=config.seed)
     total_steps = count_steps(config, plan.steps_per_epoch)
     identity = ranks.first(lambda: run_identity(config, batch, pairs))
     if resume:
@@ -136,7 +136,7 @@ def _check(config: TrainConfig) -> None:
 
 def _evaluation(setup: Setup) -> Evaluation:
     pairs = setup.eval_pairs()
-    plan = setup.plan(pairs.name, pairs, batch=PAIRS_PER_PLAN, seed=None)
+    plan = setup.step_plan(pairs.name, pairs, batch=PAIRS_PER_PLAN, seed=None)
     return Evaluation(plan, pairs, setup.objective, setup.ranks)
 
 

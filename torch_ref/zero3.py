@@ -1,7 +1,7 @@
-"""The engine of a run with several ranks: DeepSpeed ZeRO-3, on GPUs through NCCL and on CPUs through gloo.
+"""Trains with DeepSpeed ZeRO-3 on several ranks: on GPUs through NCCL, on CPUs through gloo.
 
-Parameters, gradients and optimizer state are split over the ranks. A layer's parameters are gathered when it is their
-turn, forwards and backwards, and no rank ever holds the whole model.
+Parameters, gradients and optimizer state are split over the ranks. In both passes, a layer's parameters are gathered
+just before they are used, so no rank ever holds the whole model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jax_simpo.config import TrainConfig
+from jax_simpo.config.builtin import configs_folder
 from jax_simpo.errors import CheckpointError, ConfigError
 from torch_ref.batches import Batch
 from torch_ref.distributed import Ranks
@@ -24,24 +25,24 @@ from torch_ref.model import Policy
 from torch_ref.optim import make_adamw, parameter_groups, set_learning_rate
 from torch_ref.start_weights import StartWeights
 
-ZERO3_FILE = Path(__file__).parents[1] / "configs" / "deepspeed_zero3.json"
+ZERO3_FILE = configs_folder() / "deepspeed_zero3.json"
 
-# What the run's config decides; the file must not contradict it.
-_OURS = (
+# Settings that follow from the run's config, and must not stand in a DeepSpeed file.
+_FROM_CONFIG = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("bf16", "fp16", "optimizer", "scheduler"),
 )
 
 
 def deepspeed_settings(config: TrainConfig, file: Path | None = None) -> dict[str, Any]:
-    """DeepSpeed's settings: those of a file, and those that follow from the run's config.
+    """Returns DeepSpeed's settings: those of a file, and those that follow from the run's config.
 
     Args:
         config: the run's settings.
         file: a DeepSpeed JSON file; None takes `configs/deepspeed_zero3.json`.
 
     Raises:
-        ConfigError: the file is missing, is not JSON, or sets what the config decides.
+        ConfigError: the file is missing, is not JSON, is not of ZeRO-3, or has a setting that follows from the config.
     """
     file = file or ZERO3_FILE
     try:
@@ -50,17 +51,17 @@ def deepspeed_settings(config: TrainConfig, file: Path | None = None) -> dict[st
         raise ConfigError(f"{file}: {error.strerror}. Give a DeepSpeed file with `--deepspeed FILE`") from error
     except ValueError as error:
         raise ConfigError(f"{file}: is no JSON ({error})") from error
-    twice = [key for key in _OURS if key in settings]
-    if twice:
-        raise ConfigError(f"{file}: `{twice[0]}` follows from the run's config; remove it here")
+    conflicting = [key for key in _FROM_CONFIG if key in settings]
+    if conflicting:
+        raise ConfigError(f"{file}: `{conflicting[0]}` follows from the run's config; remove it here")
     if settings.get("zero_optimization", {}).get("stage") != 3:
         raise ConfigError(f"{file}: `zero_optimization.stage` must be 3")
     return {
         **settings,
-        # Any numbers would do: this program decides itself what a step is (see `Zero3Engine.backward`).
+        # These two have no effect: `Zero3Engine.backward` says itself where a step ends.
         "train_micro_batch_size_per_gpu": config.rows_per_device,
         "gradient_accumulation_steps": 1,
-        # DeepSpeed clips to 1.0 if not told otherwise.
+        # DeepSpeed clips to 1.0 if this is missing.
         "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -68,7 +69,7 @@ def deepspeed_settings(config: TrainConfig, file: Path | None = None) -> dict[st
 
 
 class Zero3Model:
-    """Makes transformers create models partitioned, as long as it is alive. Create it before the model."""
+    """Makes transformers create partitioned models for as long as this object exists. Create it before the model."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         from transformers.integrations import HfDeepSpeedConfig
@@ -78,7 +79,7 @@ class Zero3Model:
 
 
 def partitioned_forward(policy: Policy, partition: Zero3Model) -> Callable[[Batch], Tensor]:
-    """A partitioned policy to score with; every rank calls it, with the same number of batches."""
+    """Returns a partitioned policy for scoring. Every rank must call it with the same number of batches."""
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=policy, config=partition.settings, dist_init_required=False)
@@ -86,7 +87,7 @@ def partitioned_forward(policy: Policy, partition: Zero3Model) -> Callable[[Batc
 
 
 class Zero3Engine:
-    """A partitioned policy with AdamW. Every method is called by every rank, with the same number of micro-batches."""
+    """A partitioned policy with AdamW. Every rank must call every method, with the same number of micro-batches."""
 
     def __init__(self, policy: Policy, config: TrainConfig, ranks: Ranks, partition: Zero3Model) -> None:
         import deepspeed
@@ -104,10 +105,10 @@ class Zero3Engine:
         )
 
     def start_exactly(self, start: StartWeights, dtype: torch.dtype) -> None:
-        """Gives the float32 master weights the bits that loading in 16 bits took away.
+        """Replaces the float32 master weights by the checkpoint's weights, where loading in 16 bits has rounded them.
 
-        Parameters are born in the compute dtype, and DeepSpeed makes the masters from them. Trained from there, a
-        float32 checkpoint would begin at rounded weights. One tensor is read at a time; a rank takes its part.
+        Parameters are created in the compute dtype, and DeepSpeed copies the masters from them, so without this a
+        float32 checkpoint would start at rounded weights. One tensor is read at a time, and each rank takes its part.
         """
         from deepspeed.utils import safe_set_local_fp32_param
 
@@ -115,18 +116,19 @@ class Zero3Engine:
             exact = start.more_exact(name, dtype) if parameter.requires_grad else None
             if exact is not None:
                 size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-                whole = torch.nn.functional.pad(exact.flatten(), (0, size * self._ranks.world - exact.numel()))
-                part = whole.narrow(0, size * self._ranks.rank, size)
+                padded = torch.nn.functional.pad(exact.flatten(), (0, size * self._ranks.world - exact.numel()))
+                part = padded.narrow(0, size * self._ranks.rank, size)
                 safe_set_local_fp32_param(parameter, part.to(self._ranks.device))
 
     def logps(self, batch: Batch) -> Float[Tensor, " N"]:
         return self._engine(batch)
 
     def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
-        """Left alone, DeepSpeed divides by a number of micro-batches fixed in advance, and by the ranks.
+        """Adds this rank's part of the step's gradients, without DeepSpeed's divisions.
 
-        Our loss is divided by the step's denominators already. So the number of micro-batches is taken out of its
-        hands, and the division by the ranks, which it makes when it adds their gradients up, is undone beforehand.
+        By default DeepSpeed divides by a fixed number of micro-batches and by the number of ranks, but this loss is
+        already divided by the step's denominators. `scale_wrt_gas=False` switches off the first division, and
+        multiplying by the ranks undoes the second one, which is part of the sum over ranks.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self._ranks.world, scale_wrt_gas=False)
@@ -136,8 +138,8 @@ class Zero3Engine:
     def gradients(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad
 
-        named = {n: p for n, p in hugging_face_names(self.policy).items() if p.requires_grad}
-        return {name: safe_get_full_grad(parameter) for name, parameter in named.items()}
+        trained = {n: p for n, p in hugging_face_names(self.policy).items() if p.requires_grad}
+        return {name: safe_get_full_grad(parameter) for name, parameter in trained.items()}
 
     def update(self, learning_rate: float) -> float:
         set_learning_rate(self._optimizer, learning_rate)
@@ -145,30 +147,30 @@ class Zero3Engine:
         return float(self._engine.get_global_grad_norm())
 
     def weights(self, dtype: torch.dtype, *, trained_only: bool = False) -> dict[str, Tensor]:
-        """Gathers one parameter at a time; trained ones from their float32 masters, rounded once."""
+        """Collects the weights, one parameter at a time; trained ones from their float32 masters, rounded once."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
-        gathered = {}
+        weights = {}
         for name, parameter in hugging_face_names(self.policy).items():
             if parameter.requires_grad:
                 value = safe_get_full_fp32_param(parameter)
                 if self._ranks.is_first:
-                    gathered[name] = value.to("cpu", dtype)
+                    weights[name] = value.to("cpu", dtype)
             elif not trained_only:
                 with GatheredParameters([parameter]):
                     if self._ranks.is_first:
-                        gathered[name] = parameter.detach().to("cpu", dtype, copy=True)
-        return gathered
+                        weights[name] = parameter.detach().to("cpu", dtype, copy=True)
+        return weights
 
     def save(self, folder: Path) -> None:
         self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """DeepSpeed only warns where a checkpoint is missing, and goes on with the weights it has."""
+        """Restores a checkpoint, and raises CheckpointError if it is missing, of which DeepSpeed only warns."""
         try:
-            found, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            loaded, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
         except (OSError, RuntimeError, KeyError, ValueError, EOFError, AssertionError) as error:
             raise CheckpointError(f"{folder}: cannot be restored ({error}). Remove it, or train elsewhere") from error
-        if found is None:
+        if loaded is None:
             raise CheckpointError(f"{folder}: DeepSpeed finds no checkpoint of its own there. Remove it")

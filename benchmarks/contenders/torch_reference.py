@@ -52,7 +52,7 @@ def main(file: str, dtype: str, layout: str) -> None:
     ranks = Ranks(0, 1, torch.device("cuda" if job.device == "gpu" else "cpu"), launched=False)
     setup = Setup(config, Console(), ranks)
     pairs = setup.train_pairs()
-    plan = setup.plan("training", pairs, batch=job.pairs, seed=0)
+    plan = setup.step_plan("training", pairs, batch=job.pairs, seed=0)
     engine = make_engine(setup)
     engine.policy.train()
 

@@ -59,7 +59,7 @@ def read_model_config(raw: Mapping[str, Any], source: str = "config.json") -> Mo
         query_pre_attn_scalar=head_dim,
         layer_windows=(None,) * num_layers,
         bos_token_id=fields.token("bos_token_id"),
-        eos_token_id=fields.token("eos_token_id", several=True),
+        eos_token_id=fields.token("eos_token_id", or_list=True),
         pad_token_id=fields.token("pad_token_id"),
     )
     config = replace(common, **family.read(fields))

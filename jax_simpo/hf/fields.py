@@ -96,14 +96,14 @@ class Fields:
         self.read.add(key)
         return self.raw.get(key) is None
 
-    def token(self, key: str, several: bool = False) -> Any:
-        """Reads a token id or null; with `several` also a list of ids, which it returns as a tuple."""
+    def token(self, key: str, or_list: bool = False) -> Any:
+        """Reads a token id or null; with `or_list` also a list of ids, which it returns as a tuple."""
         self.read.add(key)
         value = self.raw.get(key)
-        ids = value if several and isinstance(value, list | tuple) else [value]
+        ids = value if or_list and isinstance(value, list | tuple) else [value]
         if value is not None and any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-            raise ModelError(f"{self.source}: {key}={value!r}, expected a token id{' or a list of them' * several}")
-        return tuple(ids) if several and isinstance(value, list | tuple) else value
+            raise ModelError(f"{self.source}: {key}={value!r}, expected a token id{' or a list of them' * or_list}")
+        return tuple(ids) if or_list and isinstance(value, list | tuple) else value
 
     def windows(self, window: int | None, otherwise: list[bool]) -> tuple[int | None, ...]:
         """Returns the window of each layer, None for a layer with full attention.
@@ -165,8 +165,8 @@ class Fields:
             if key not in self.read | _HARMLESS and value not in (None, {}, []) and not key.startswith("_")
         ]
         if unknown:
-            named = ", ".join(f"`{key}`={self.raw[key]!r}" for key in unknown)
+            fields = ", ".join(f"`{key}`={self.raw[key]!r}" for key in unknown)
             raise ModelError(
-                f"{self.source}: unknown field(s) {named}; they may change what the model computes. Remove those that "
+                f"{self.source}: unknown field(s) {fields}; they may change what the model computes. Remove those that "
                 "do not; a model that needs them is not supported"
             )

@@ -40,10 +40,10 @@ def choose_targets(names: Sequence[str] | None, model_type: str) -> tuple[str, .
     for name in names:
         matching = [path for path, module in modules.items() if f".{module}".endswith(f".{name}")]
         if not matching:
-            known = ", ".join(module.rpartition(".")[2] for module in modules.values())
+            choices = ", ".join(module.rpartition(".")[2] for module in modules.values())
             raise ConfigError(
                 f"`lora_target_modules`: {name!r} is no linear layer of a {model_type} model that can have an adapter; "
-                f"those are {known} (for all of them leave the key out)"
+                f"those are {choices} (for all of them leave the key out)"
             )
         chosen |= dict.fromkeys(matching)
     if not chosen:

@@ -206,16 +206,18 @@ def _parse(line: str) -> _Instruction | None:
     match = re.match(r"\s+(ROOT )?%?([\w.-]+) = ", line)
     if match is None:
         return None
-    rest = line[match.end() :]
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    called = re.match(r"\s*([\w-]+)\(", rest[end:])
-    if called is None:
+    definition = line[match.end() :]  # type, opcode, operands in brackets, attributes
+    end = _closing(definition, 0) + 1 if definition.startswith("(") else definition.index(" ")
+    opcode = re.match(r"\s*([\w-]+)\(", definition[end:])
+    if opcode is None:
         return None
-    opening = end + called.end() - 1
-    closing = _closing(rest, opening)
-    text = rest[opening + 1 : closing]
+    opening = end + opcode.end() - 1
+    closing = _closing(definition, opening)
+    text = definition[opening + 1 : closing]
     operands = tuple(re.findall(r"%([\w.-]+)", text))
-    return _Instruction(match[2], rest[:end], called[1], operands, text, rest[closing + 1 :], bool(match[1]))
+    return _Instruction(
+        match[2], definition[:end], opcode[1], operands, text, definition[closing + 1 :], bool(match[1])
+    )
 
 
 def _closing(text: str, opening: int) -> int:

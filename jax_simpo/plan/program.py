@@ -67,13 +67,13 @@ class Compiled:
 
     Attributes:
         bytes: bytes of arguments, results, temporaries and the program itself; a donated argument counts once.
-        kept: bytes of the temporaries that the layers' forward pass keeps for the backward pass.
+        activations: bytes of the temporaries that the layers' forward pass keeps for the backward pass.
         traffic: kind of collective -> how often it runs and the bytes of its arrays; None if the compiler refused the
             program because of its size.
     """
 
     bytes: int
-    kept: int
+    activations: int
     traffic: dict[str, tuple[int, int]] | None
 
 
@@ -83,11 +83,11 @@ class Programs:
     Args:
         setup: the config's setup.
         step_plan: the step plan of the training pairs.
-        several: True if a step has several micro-batches.
+        accumulates: True if a step has several micro-batches.
     """
 
-    def __init__(self, setup: Setup, step_plan: StepPlan, *, several: bool) -> None:
-        self._setup, self._step_plan, self._several = setup, step_plan, several
+    def __init__(self, setup: Setup, step_plan: StepPlan, *, accumulates: bool) -> None:
+        self._setup, self._step_plan, self._accumulates = setup, step_plan, accumulates
         mesh, model = setup.mesh, setup.model
         _, optimizer = run_optimizer(setup.config, count_steps(setup.config, step_plan.steps_per_epoch))
         self._functions: Any = make_train_functions(setup.training_forward, setup.objective, optimizer, mesh)
@@ -124,7 +124,7 @@ class Programs:
 
     def micro_batch(self, rows_per_device: int) -> Compiled:
         """Compiles the program of a micro-batch with `rows_per_device` rows on each device."""
-        accumulated = self._accumulated if self._several else None
+        accumulated = self._accumulated if self._accumulates else None
         arguments = (self._params, accumulated, self._rows(rows_per_device), self._denominators)
         return self._compile(self._functions.accumulate, *arguments, rows_per_device=rows_per_device)
 
@@ -137,9 +137,9 @@ class Programs:
         rows = self.rows(rows_per_device)
         in_micro_batch = micro_batch.bytes + self.optimizer
         state = self.parameters + self.optimizer + self.gradients
-        kept = micro_batch.kept if in_micro_batch >= update.bytes else 0
-        working = max(in_micro_batch, update.bytes) - state - rows - kept
-        return Memory(self.parameters, self.optimizer, rows, self.gradients, kept, max(0, working))
+        activations = micro_batch.activations if in_micro_batch >= update.bytes else 0
+        working = max(in_micro_batch, update.bytes) - state - rows - activations
+        return Memory(self.parameters, self.optimizer, rows, self.gradients, activations, max(0, working))
 
     def _rows(self, rows_per_device: int) -> dict[str, jax.ShapeDtypeStruct]:
         empty = RowBatch.empty(rows_per_device * self._setup.data_parallel, self._step_plan.shape).arrays()
@@ -163,14 +163,14 @@ class Programs:
         for collective in collectives(text):
             counts[collective.kind] += collective.times
             sizes[collective.kind] += collective.times * collective.bytes
-        kept = 0 if rows_per_device is None else self._kept(text, rows_per_device)
-        return Compiled(size, kept, {kind: (counts[kind], sizes[kind]) for kind in counts})
+        activations = 0 if rows_per_device is None else self._activation_bytes(text, rows_per_device)
+        return Compiled(size, activations, {kind: (counts[kind], sizes[kind]) for kind in counts})
 
     def _lower(self, function: Any, *arguments: Any) -> Any:
         with jax.set_mesh(self._setup.mesh):
             return function.lower(*arguments)
 
-    def _kept(self, text: str, rows_per_device: int) -> int:
+    def _activation_bytes(self, text: str, rows_per_device: int) -> int:
         """Returns the bytes that the layers' forward pass keeps.
 
         The layers are a loop, which keeps its values in stacked arrays: [layers, rows, length, ...].
@@ -211,7 +211,7 @@ def measure_step(setup: TopologySetup, console: Console, *, search: bool, save: 
     rows_of_a_step = math.ceil(packing.rows * (1 - packing.empty_rows) / setup.data_parallel)
     most = max(rows, rows_of_a_step)
 
-    programs = Programs(setup, step_plan, several=micro_batches > 1)
+    programs = Programs(setup, step_plan, accumulates=micro_batches > 1)
     update = programs.update()
     compiled: dict[int, Compiled] = {}
 

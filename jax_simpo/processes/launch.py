@@ -56,12 +56,12 @@ def find(launch: Launch, environment: Mapping[str, str]) -> Join | None:
         LaunchError: the options are incomplete or contradict each other, or this process is one of several pods that
             cannot find each other.
     """
-    given = (launch.coordinator_address, launch.num_processes, launch.process_id)
+    place = (launch.coordinator_address, launch.num_processes, launch.process_id)
     if launch.distributed is False:
-        if any(value is not None for value in given):
+        if any(value is not None for value in place):
             raise LaunchError("--no-distributed is one process, but its place among others is given; give only one")
         return None
-    if any(value is not None for value in given):
+    if any(value is not None for value in place):
         return _explicit(launch, environment)
     if launch.distributed:
         return Join()

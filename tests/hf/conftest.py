@@ -1,4 +1,4 @@
-"""The small transformers models that these tests compare with."""
+"""Fixtures: the small transformers models that these tests compare with."""
 
 from tests.hf_models import hf_config, make_hf, saved
 

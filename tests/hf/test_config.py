@@ -1,4 +1,4 @@
-"""`ModelConfig` reads what transformers writes, writes what transformers reads, and refuses to guess."""
+"""Tests that configurations go from transformers and back unchanged, and that unknown fields are refused."""
 
 from __future__ import annotations
 

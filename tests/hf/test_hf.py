@@ -1,4 +1,4 @@
-"""Weights go in from Hugging Face folders and come out again, bit for bit; whatever does not fit is named."""
+"""Tests that weights are read and written without changing a bit, and that errors name the tensor at fault."""
 
 from __future__ import annotations
 

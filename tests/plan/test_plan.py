@@ -176,7 +176,7 @@ def test_useful_flops_are_what_xla_counts_where_no_loop_hides_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "mentioned"),
     [
         ("v9:2x2", ["v9:2x2", "no such topology", "v5p:2x2x4", "h100:8", "cpu:8"]),
         ("v5p", ["no such topology"]),
@@ -186,10 +186,10 @@ def test_useful_flops_are_what_xla_counts_where_no_loop_hides_them() -> None:
         ("cpu:0", ["no such topology"]),
     ],
 )
-def test_an_unknown_topology_is_told_with_those_known(text: str, told: list[str]) -> None:
+def test_an_unknown_topology_is_told_with_those_known(text: str, mentioned: list[str]) -> None:
     with pytest.raises(PlanError) as error:
         Topology.parse(text)
-    assert all(part in str(error.value) for part in told)
+    assert all(part in str(error.value) for part in mentioned)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def plan_of(memory: Memory, **changes: Any) -> HardwarePlan:
 
 
 @pytest.mark.parametrize(
-    ("plan", "told", "not_told"),
+    ("plan", "mentioned", "not_mentioned"),
     [
         (plan_of(memory_of(15.9)), [], ["rows_per_device"]),
         (plan_of(memory_of(20)),
@@ -282,11 +282,11 @@ def plan_of(memory: Memory, **changes: Any) -> HardwarePlan:
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_told_with_the_settings_to_change(
-    plan: HardwarePlan, told: list[str], not_told: list[str]
+    plan: HardwarePlan, mentioned: list[str], not_mentioned: list[str]
 ) -> None:
     advice = "\n".join(plan.advice())
-    assert plan.fits == (not told)
-    assert all(part in advice for part in told) and not any(part in advice for part in not_told)
+    assert plan.fits == (not mentioned)
+    assert all(part in advice for part in mentioned) and not any(part in advice for part in not_mentioned)
 
 
 @pytest.mark.parametrize("start", [1, 4])

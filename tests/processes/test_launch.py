@@ -1,4 +1,4 @@
-"""How processes find each other, and the launch files."""
+"""Tests how processes find each other, and the launch files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FOUND_BY_JAX = Join()
 
 
 @pytest.mark.parametrize(
-    ("options", "environment", "found"),
+    ("options", "environment", "expected"),
     [
         ({}, {}, None),
         ({"num_processes": 1}, {}, None),
@@ -47,9 +47,9 @@ FOUND_BY_JAX = Join()
         ({"distributed": False}, SLURM, None),
         ({}, SLURM, FOUND_BY_JAX),
         ({}, {**SLURM, "SLURM_NTASKS": "1"}, None),
-        # A batch script without `srun`: tasks were asked for, but this is none of them.
+        # A batch script without `srun`: tasks were asked for, but this process is none of them.
         ({}, {k: v for k, v in SLURM.items() if k != "SLURM_STEP_NODELIST"}, None),
-        # One task a node takes all GPUs of it; of several each takes one, which JAX sees to.
+        # The only task of a node takes all its GPUs. Of several tasks each takes one GPU, by JAX's own rule.
         (
             {},
             {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "4"},
@@ -67,9 +67,9 @@ FOUND_BY_JAX = Join()
     ],
 )
 def test_processes_are_found_by_options_or_by_the_environment(
-    options: dict[str, Any], environment: dict[str, str], found: Join | None
+    options: dict[str, Any], environment: dict[str, str], expected: Join | None
 ) -> None:
-    assert find(Launch(**options), environment) == found
+    assert find(Launch(**options), environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_pod_that_cannot_find_the_others_does_not_train_alone(monkeypatch: pyt
 
 
 def in_shell(path: Path) -> list[str]:
-    """The arguments of the one `jax-simpo` in a script, its variables replaced by what they stand for."""
+    """Returns the arguments of the one `jax-simpo` command in a script, its variables replaced by their values."""
     text = re.sub(r"\\\n", " ", path.read_text())
     (line,) = (line for line in text.splitlines() if "jax-simpo train" in line and not line.startswith("#"))
     default = re.search(r'^CONFIG="\$\{1:-(.*)\}"$', text, re.MULTILINE)

@@ -179,7 +179,7 @@ def test_flash_attention_that_is_not_installed_is_told(monkeypatch: pytest.Monke
     with pytest.raises(ConfigError, match="`flash_attn` is not installed"):
         choose_attention(config, LlamaConfig(), torch.device("cuda"))
     rows = settings("packed", torch_attention="flash_attention_2")
-    with pytest.raises(ConfigError, match="knows no masks of rows"):
+    with pytest.raises(ConfigError, match="supports no masks of rows"):
         choose_attention(rows, LlamaConfig(), torch.device("cuda"))
 
 

@@ -91,7 +91,7 @@ def test_gradients_are_those_of_a_single_process(layout: str, folder: Path, tmp_
     config = load_config(config_file(folder / "start/model", tmp_path, steps=STEPS), LAYOUTS[layout])
     setup = Setup(config, Console(quiet=True), Ranks(0, 1, torch.device("cpu"), launched=False))
     pairs = setup.train_pairs()
-    step = build_rank_step(setup.plan("training", pairs, batch=6, seed=42), pairs, 0, 0, 1)
+    step = build_rank_step(setup.step_plan("training", pairs, batch=6, seed=42), pairs, 0, 0, 1)
     engine = make_engine(setup)
     for batch in step.micro_batches:
         engine.backward(batch_part(engine, setup.objective, batch, step).loss, last=False)

@@ -57,7 +57,7 @@ def look_at_one_step(folder: Path, ranks: Ranks, deepspeed: Path, layout: str) -
     """Gradients of the first step, what its forwards gathered, and what a rank holds."""
     setup = Setup(settings(folder, f"step-{layout}", *LAYOUTS[layout]), Console(quiet=True), ranks)
     pairs = setup.train_pairs()
-    plan = setup.plan("training", pairs, batch=6, seed=42)
+    plan = setup.step_plan("training", pairs, batch=6, seed=42)
     engine = make_engine(setup, deepspeed)
     parameters = list(engine.policy.parameters())
     held = sum(p.ds_tensor.numel() for p in parameters)
@@ -116,7 +116,7 @@ def cells(folder: Path, ranks: Ranks) -> dict[str, Any]:
     gc.collect()
     setup = Setup(settings(folder, "score"), quiet, ranks)
     pairs = setup.split_pairs("test")
-    plan = setup.plan("test", pairs, batch=4, seed=None)
+    plan = setup.step_plan("test", pairs, batch=4, seed=None)
     found["scores"] = list(
         pair_records(score_pairs(make_forward(setup, deepspeed), plan, pairs, ranks), setup.objective)
     )
