@@ -22,9 +22,9 @@ from jax_simpo.models.transformer import Model
 from jax_simpo.objectives.simpo import Objective
 from jax_simpo.ops.attention import resolve_backend
 from jax_simpo.sharding import make_mesh, put_rows
-from jax_simpo.train import capacity
-from jax_simpo.train.optim import run_optimizer
-from jax_simpo.train.step import Denominators, TrainFunctions, make_train_functions, run_step
+from jax_simpo.training import capacity
+from jax_simpo.training.optim import run_optimizer
+from jax_simpo.training.step import Denominators, TrainFunctions, make_train_functions, run_step
 
 # The settings of the objective and the optimizer. The model and the pairs are those of a `Trainee`.
 CONFIG = TrainConfig(

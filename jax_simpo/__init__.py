@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jax_simpo.config import TrainConfig, builtin_configs, load_config
     from jax_simpo.data.rows import build_rows
     from jax_simpo.errors import UserError
-    from jax_simpo.train.trainer import TrainRun
+    from jax_simpo.training.trainer import TrainRun
 
 __all__ = [
     "LoadedModel",

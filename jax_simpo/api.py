@@ -22,13 +22,13 @@ from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import launch
 from jax_simpo.run import files
-from jax_simpo.train import evaluate as evaluation
-from jax_simpo.train import trainer
-from jax_simpo.train.compilation import keep_compiled_programs
-from jax_simpo.train.pairs import notes_on, packing_line
-from jax_simpo.train.setup import Setup
-from jax_simpo.train.step import make_score_function
-from jax_simpo.train.trainer import TrainRun
+from jax_simpo.training import evaluate as evaluation
+from jax_simpo.training import trainer
+from jax_simpo.training.compilation import keep_compiled_programs
+from jax_simpo.training.pairs import notes_on, packing_line
+from jax_simpo.training.setup import Setup
+from jax_simpo.training.step import make_score_function
+from jax_simpo.training.trainer import TrainRun
 
 # Pairs in memory: each is a dict as a row of a data file, with `chosen`, `rejected` and perhaps `prompt`. A
 # `datasets.Dataset` is such an iterable.

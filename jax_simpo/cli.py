@@ -20,7 +20,7 @@ from jax_simpo.processes import launch
 from jax_simpo.run.whole import writing
 
 if TYPE_CHECKING:  # importing jax takes seconds, which `--help` and a misspelt key need not wait for
-    from jax_simpo.train.setup import Setup
+    from jax_simpo.training.setup import Setup
 
 app = typer.Typer(
     help="SimPO training on preference pairs, with prefix sharing and packing. Every command takes a config file and "
@@ -174,7 +174,7 @@ def evaluate(
     launch.join(launch.Launch(coordinator_address, num_processes, process_id, distributed))
     settings, console = _begin(config, context.args)
     from jax_simpo import api
-    from jax_simpo.train.evaluate import split_metrics
+    from jax_simpo.training.evaluate import split_metrics
 
     setup = _setup(settings, console, model)
     pairs = setup.eval_pairs() if split is None else setup.split_pairs(split)
@@ -212,7 +212,7 @@ def export(
     import jax
 
     from jax_simpo import hf
-    from jax_simpo.train.setup import open_checkpoints
+    from jax_simpo.training.setup import open_checkpoints
 
     most = hf.shard_bytes(max_shard_size)
     if model is None:
@@ -243,7 +243,7 @@ def inspect(
     settings, console = _begin(config, context.args)
     from jax_simpo import inspection
     from jax_simpo.sharding import make_mesh
-    from jax_simpo.train.setup import Setup
+    from jax_simpo.training.setup import Setup
 
     if json_file is not None:
         with writing(json_file) as file:
@@ -318,8 +318,8 @@ def _console(*, stderr: bool = True) -> Console:
 
 def _setup(settings: TrainConfig, console: Console, model: str | None) -> Setup:
     """Builds what scoring and exporting start from. A missing step is found before the pairs are tokenised."""
-    from jax_simpo.train.compilation import keep_compiled_programs
-    from jax_simpo.train.setup import Setup, open_checkpoints
+    from jax_simpo.training.compilation import keep_compiled_programs
+    from jax_simpo.training.setup import Setup, open_checkpoints
 
     keep_compiled_programs()
     if model is not None and model.isdecimal():

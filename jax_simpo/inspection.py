@@ -29,7 +29,7 @@ from jax_simpo.data.tokenize import PairDataset
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from jax_simpo.train.setup import Setup
+    from jax_simpo.training.setup import Setup
 
 MASK_COLUMNS = 64
 _SAMPLED = 8  # positions that are sampled in each direction of a cell of the mask picture

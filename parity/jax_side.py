@@ -27,10 +27,10 @@ from jax_simpo.models.transformer import Params
 from jax_simpo.objectives.simpo import Objective
 from jax_simpo.ops.responses import match_pairs
 from jax_simpo.sharding import make_mesh, put_rows
-from jax_simpo.train import capacity
-from jax_simpo.train.optim import run_optimizer
-from jax_simpo.train.setup import Setup
-from jax_simpo.train.step import (
+from jax_simpo.training import capacity
+from jax_simpo.training.optim import run_optimizer
+from jax_simpo.training.setup import Setup
+from jax_simpo.training.step import (
     MicroBatch,
     TrainFunctions,
     accumulate_step,

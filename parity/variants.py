@@ -22,7 +22,7 @@ from jax_simpo.models.policy import Forward, Rows
 from jax_simpo.models.transformer import Params
 from jax_simpo.objectives.simpo import Objective
 from jax_simpo.ops.responses import ResponseLogps
-from jax_simpo.train.step import MicroBatch, split_step
+from jax_simpo.training.step import MicroBatch, split_step
 
 
 def _same_pair(pair: TokenizedPair) -> TokenizedPair:

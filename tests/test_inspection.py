@@ -20,7 +20,7 @@ from jax_simpo.data.rows import RowBatch, RowShape, build_rows
 from jax_simpo.data.synthetic import make_tokenizer
 from jax_simpo.inspection import Segment, find_segments, mask_cells
 from jax_simpo.ops.attention import prepare_mask
-from jax_simpo.train.setup import Setup
+from jax_simpo.training.setup import Setup
 from tests.pairs import make_pair, pairs
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"

@@ -37,10 +37,10 @@ from jax_simpo.plan.report import HardwarePlan, Memory, Traffic
 from jax_simpo.plan.topology import Topology
 from jax_simpo.run.cadence import count_steps
 from jax_simpo.sharding import make_mesh, named
-from jax_simpo.train.optim import run_optimizer
-from jax_simpo.train.pairs import packing_line
-from jax_simpo.train.setup import Setup
-from jax_simpo.train.step import Accumulated, Denominators, make_train_functions
+from jax_simpo.training.optim import run_optimizer
+from jax_simpo.training.pairs import packing_line
+from jax_simpo.training.setup import Setup
+from jax_simpo.training.step import Accumulated, Denominators, make_train_functions
 
 _COMPILATIONS = 4  # most compilations to find the largest micro-batch, besides that of the configured one
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

@@ -31,7 +31,7 @@ from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.ops.logprobs import target_logps
 from jax_simpo.sharding import make_mesh
 from tests.pairs import random_pairs
-from tests.train.support import edited
+from tests.training.support import edited
 
 FAMILIES = ("mistral", "gemma2", "qwen2", "qwen2_windows", "qwen3")
 IMPLEMENTATIONS = ("dense", "blockwise")

@@ -29,8 +29,8 @@ from jax_simpo.plan import make_hardware_plan, program, topology
 from jax_simpo.plan.flops import Work, useful_flops, work_of
 from jax_simpo.plan.report import HardwarePlan, Memory, Traffic, show
 from jax_simpo.plan.topology import GPUS, TPUS, Topology
-from jax_simpo.train.setup import Setup
-from tests.train.support import tiny_model
+from jax_simpo.training.setup import Setup
+from tests.training.support import tiny_model
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "plan"
 MODEL = {

@@ -56,9 +56,9 @@ def test_values_and_gradients_are_as_near_to_float32_as_those_of_dense(
 
     exact = run("dense", *(a.astype(jnp.float32) for a in (q, k, v, dout)))
     rounded = run("dense", *(a.astype(jnp.bfloat16) for a in (q, k, v, dout)))
-    for name, ours, theirs, oracle in zip(
+    for name, ours, dense, oracle in zip(
         ("out", "dq", "dk", "dv"), run("pallas", q, k, v, dout), rounded, exact, strict=True
     ):
-        distance, dense = (np.sqrt(np.mean((a - oracle) ** 2)) for a in (ours, theirs))
+        distance, bound = (np.sqrt(np.mean((a - oracle) ** 2)) for a in (ours, dense))
         # The kernels use 16 bits of a float32, 256 times finer than bfloat16; sums over a row lose a part of that.
-        assert distance <= (1.5 * dense if dtype == "bfloat16" else dense / 30), name
+        assert distance <= (1.5 * bound if dtype == "bfloat16" else bound / 30), name

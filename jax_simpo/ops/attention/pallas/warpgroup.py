@@ -135,8 +135,8 @@ class Walk(NamedTuple):
     def of(cls, blocks: Ref, counts: Ref, row: Index, own_block: Index, tiles: Tiles, heads: int = 1) -> Walk:
         """Reads the numbers of steps from the counts of full and of live blocks, [B, Q, 2]."""
         per_block = heads * (tiles.block // tiles.step)
-        full, live = counts[row, own_block, 0], counts[row, own_block, 1]
-        return cls(blocks, row, own_block, full * per_block, live * per_block, heads, tiles)
+        full, live = (counts[row, own_block, n] * per_block for n in range(2))
+        return cls(blocks, row, own_block, full, live, heads, tiles)
 
     def place(self, t: Index) -> tuple[Index, Index]:
         """Returns the index in the row at which step `t` starts, and the head of the group that it is for."""

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jax_simpo.train.optim import count_warmup_steps, decay_mask, learning_rate_schedule, make_optimizer
+from jax_simpo.training.optim import count_warmup_steps, decay_mask, learning_rate_schedule, make_optimizer
 
 TOTAL = 37
 

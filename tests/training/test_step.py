@@ -16,9 +16,9 @@ from jax_simpo.models.policy import Forward
 from jax_simpo.objectives.simpo import Objective
 from jax_simpo.plan.hlo import Collective, collectives
 from jax_simpo.sharding import named
-from jax_simpo.train.evaluate import score_pairs
-from jax_simpo.train.step import Accumulated, Denominators, make_score_function, make_train_functions
-from tests.train.support import (
+from jax_simpo.training.evaluate import score_pairs
+from jax_simpo.training.step import Accumulated, Denominators, make_score_function, make_train_functions
+from tests.training.support import (
     MESHES,
     OBJECTIVE,
     History,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PROGRAM = """
 import jax
-from jax_simpo.train.compilation import keep_compiled_programs
+from jax_simpo.training.compilation import keep_compiled_programs
 
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("/compilation_cache/cache_hits")))

@@ -31,9 +31,9 @@ from jax_simpo.processes import distributed
 from jax_simpo.run.checkpoint import Checkpoints, abstract_state
 from jax_simpo.run.files import CHECKPOINTS
 from jax_simpo.sharding import make_mesh
-from jax_simpo.train import capacity
-from jax_simpo.train.pairs import require_data, tokenize_on_first
-from jax_simpo.train.start import StartModel, find_start_model
+from jax_simpo.training import capacity
+from jax_simpo.training.pairs import require_data, tokenize_on_first
+from jax_simpo.training.start import StartModel, find_start_model
 
 
 @dataclass(frozen=True)

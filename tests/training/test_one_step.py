@@ -16,33 +16,33 @@ from jax_simpo.data.loader import build_step
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Params
 from jax_simpo.sharding import put_rows
-from jax_simpo.train import capacity, optim, step
+from jax_simpo.training import capacity, optim, step
 from parity.jax_side import Runner
 from parity.variants import RIGHT
-from tests.train.support import OBJECTIVE, mesh_of, plan_of, some_pairs, tiny_model
+from tests.training.support import OBJECTIVE, mesh_of, plan_of, some_pairs, tiny_model
 
 ROOT = Path(__file__).parents[2]
 # The function -> the modules that call it in place of a copy.
 CALLERS: dict[Any, tuple[str, ...]] = {
-    step.run_step: ("jax_simpo.train.loop", "parity.jax_side", "benchmarks.steps", "tests.train.support"),
-    step.accumulate_step: ("parity.jax_side", "tests.train.test_lora_step"),
+    step.run_step: ("jax_simpo.training.loop", "parity.jax_side", "benchmarks.steps", "tests.training.support"),
+    step.accumulate_step: ("parity.jax_side", "tests.training.test_lora_step"),
     step.split_step: ("parity.variants",),
     step.make_train_functions: (
-        *("jax_simpo.train.trainer", "jax_simpo.plan.program"),
-        *("parity.jax_side", "benchmarks.steps", "tests.train.support"),
+        *("jax_simpo.training.trainer", "jax_simpo.plan.program"),
+        *("parity.jax_side", "benchmarks.steps", "tests.training.support"),
     ),
     optim.run_optimizer: (
-        *("jax_simpo.train.trainer", "jax_simpo.plan.program"),
-        *("parity.jax_side", "benchmarks.steps", "tests.train.support"),
+        *("jax_simpo.training.trainer", "jax_simpo.plan.program"),
+        *("parity.jax_side", "benchmarks.steps", "tests.training.support"),
     ),
-    capacity.training_forward: ("jax_simpo.train.setup", "parity.jax_side", "benchmarks.steps"),
+    capacity.training_forward: ("jax_simpo.training.setup", "parity.jax_side", "benchmarks.steps"),
 }
 # These benchmarks time an operation of the step by itself, so they differentiate it themselves.
 ONE_OPERATION = ("attention_cpu.py", "kernel_report.py", "layers_sides.py", "loss_head.py")
 # Parts of the step and of its forward pass: whoever puts them together has a copy.
 PARTS = {
-    "jax_simpo.train.optim": ("make_optimizer", "learning_rate_schedule", "count_warmup_steps"),
-    "jax_simpo.train.step": ("micro_batch_loss",),
+    "jax_simpo.training.optim": ("make_optimizer", "learning_rate_schedule", "count_warmup_steps"),
+    "jax_simpo.training.step": ("micro_batch_loss",),
     "jax_simpo.ops.attention": ("prepare_mask", "attention"),
     "jax_simpo.ops": ("logprobs",),
     "jax_simpo.ops.logprobs": ("target_logps",),
@@ -121,12 +121,12 @@ def test_no_caller_puts_a_step_or_a_forward_pass_together_itself() -> None:
         "def f():\n    import jax\n    return jax.grad(loss)(params)",
         "from jax import value_and_grad",
         "import optax\nparams = optax.apply_updates(params, updates)",
-        "from jax_simpo.train.optim import make_optimizer",
+        "from jax_simpo.training.optim import make_optimizer",
         "from jax_simpo.ops.logprobs import target_logps as logps_of",
         "import jax_simpo.ops.logprobs",
         "from jax_simpo.ops import logprobs",
         "from jax_simpo.ops.attention import prepare_mask",
-        "from jax_simpo.train.step import micro_batch_loss",
+        "from jax_simpo.training.step import micro_batch_loss",
     ],
 )
 def test_a_module_with_a_copy_of_the_step_is_found(wrong: str) -> None:
@@ -135,7 +135,7 @@ def test_a_module_with_a_copy_of_the_step_is_found(wrong: str) -> None:
 
 def test_a_module_that_calls_the_step_or_compiles_it_is_none() -> None:
     assert not copied_parts(
-        "from jax_simpo.train.step import run_step\n"
+        "from jax_simpo.training.step import run_step\n"
         "params, state, metrics = run_step(functions, params, state, batch)\n"
         "memory = functions.accumulate.lower(params, so_far, rows, ones).compile()\n"
         "so_far = jax.eval_shape(self.functions.accumulate, params, None, rows, ones)\n"

@@ -15,8 +15,8 @@ from jax_simpo import hf
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError, ConfigError, DataError, MeshError, ModelError, TrainingError, UserError
 from jax_simpo.run.metrics import read_metrics
-from jax_simpo.train import trainer
-from jax_simpo.train.loop import TrainingLoop
+from jax_simpo.training import trainer
+from jax_simpo.training.loop import TrainingLoop
 
 MODEL = {
     "model_type": "llama",

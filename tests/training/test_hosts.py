@@ -85,7 +85,7 @@ class Hosts:
                 out, err = (
                     files.enter_context((folder / f"{name}.{number}").open("w")) for name in ("stdout", "stderr")
                 )
-                command = [sys.executable, "-m", "tests.train.hosts_child", str(file)]
+                command = [sys.executable, "-m", "tests.training.hosts_child", str(file)]
                 process = subprocess.Popen(command, cwd=own, env={**os.environ, **place}, stdout=out, stderr=err)
             self.processes.append(process)
 

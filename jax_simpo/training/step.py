@@ -28,7 +28,7 @@ from jax_simpo.models.transformer import Params
 from jax_simpo.objectives.simpo import Objective
 from jax_simpo.ops.responses import ResponseLogps, match_pairs
 from jax_simpo.sharding import put_rows
-from jax_simpo.train.optim import state_shardings
+from jax_simpo.training.optim import state_shardings
 
 
 class Denominators(NamedTuple):

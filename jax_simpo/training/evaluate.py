@@ -57,7 +57,7 @@ def score_pairs(score: ScoreFunction, params: Params, plan: StepPlan, source: Pa
     """Computes the log-probs of every pair of a split.
 
     Args:
-        score: from `jax_simpo.train.step.make_score_function`.
+        score: from `jax_simpo.training.step.make_score_function`.
         params: the model's parameters on the mesh.
         plan: the step plan of the split, in file order (`seed=None`).
         source: the pairs of the split.
@@ -150,7 +150,7 @@ class Evaluation:
     """Evaluates the pairs of the evaluation splits during a run.
 
     Attributes:
-        score: from `jax_simpo.train.step.make_score_function`.
+        score: from `jax_simpo.training.step.make_score_function`.
         plan: the step plan of the pairs, in file order.
         source: the pairs of all evaluation splits.
         objective: the objective whose loss and rewards are reported.

@@ -14,8 +14,8 @@ from jax_simpo.hf.config import read_model_config
 from jax_simpo.hf.lora_targets import choose_targets
 from jax_simpo.models.lora import Lora
 from jax_simpo.models.transformer import Model
-from jax_simpo.train.capacity import device_memory, logits_bytes, longest_row
-from tests.train.support import mesh_of
+from jax_simpo.training.capacity import device_memory, logits_bytes, longest_row
+from tests.training.support import mesh_of
 
 GIB = 1 << 30
 # Of a size that is trained on one device; nothing here makes its arrays.

@@ -1,4 +1,4 @@
-"""One process of a run of several: `python -m tests.train.hosts_child JOB.json`, its place among them in variables.
+"""One process of a run of several: `python -m tests.training.hosts_child JOB.json`, its place among them in variables.
 
 The file holds the commands to run one after the other, as a list of argument lists, and perhaps a step at which
 process 1 fails. They run in one process because JAX joins others once: starting and compiling is most of the time.

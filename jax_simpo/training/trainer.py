@@ -28,13 +28,13 @@ from jax_simpo.run.output import check_output, prepare_output
 from jax_simpo.run.resume import check_not_finished, check_same_run, run_identity
 from jax_simpo.run.samples import read_answers, read_samples, sample_prompts, with_answers, write_samples
 from jax_simpo.sharding import hosts_share_tensor
-from jax_simpo.train.compilation import keep_compiled_programs
-from jax_simpo.train.evaluate import PAIRS_PER_PLAN, Evaluation
-from jax_simpo.train.loop import TrainingLoop
-from jax_simpo.train.optim import run_optimizer
-from jax_simpo.train.pairs import idle_warning, notes_on, packing_line
-from jax_simpo.train.setup import Setup
-from jax_simpo.train.step import make_score_function, make_train_functions
+from jax_simpo.training.compilation import keep_compiled_programs
+from jax_simpo.training.evaluate import PAIRS_PER_PLAN, Evaluation
+from jax_simpo.training.loop import TrainingLoop
+from jax_simpo.training.optim import run_optimizer
+from jax_simpo.training.pairs import idle_warning, notes_on, packing_line
+from jax_simpo.training.setup import Setup
+from jax_simpo.training.step import make_score_function, make_train_functions
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from jax_simpo.ops import bits
 from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.plan.hlo import collectives
 from jax_simpo.sharding import named
-from jax_simpo.train.step import Accumulated, Denominators, accumulate_step, make_train_functions
-from tests.train.support import (
+from jax_simpo.training.step import Accumulated, Denominators, accumulate_step, make_train_functions
+from tests.training.support import (
     MESHES,
     OBJECTIVE,
     History,

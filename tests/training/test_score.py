@@ -70,7 +70,7 @@ def tokenized(model: Any, data: Path, split: str, cache: Path | None = None) -> 
     """The pairs as the model is fed them."""
     from rich.console import Console
 
-    from jax_simpo.train.setup import Setup
+    from jax_simpo.training.setup import Setup
 
     config = TrainConfig(
         model_name_or_path=str(model.folder),
@@ -153,7 +153,7 @@ def test_real_pairs_changing_one_answer_leaves_the_other_where_it_was(
     (edited / "hh_harmless.train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     after = score(model, edited, "hh_harmless.train", tmp_path)
     # The pairs have other lengths now, so they sit in other rows and sums are taken in another order: equal to rounding
-    # (2.0e-6 measured), not to the bit. In the same rows they are equal to the bit: tests/train/test_step.py.
+    # (2.0e-6 measured), not to the bit. In the same rows they are equal to the bit: tests/training/test_step.py.
     for name, moved in ((other, False), (changed, True)):
         distance = [abs(a[f"{name}_logp"] - b[f"{name}_logp"]) for a, b in zip(before, after, strict=True)]
         print(f"{changed} changed, {name}: largest distance {max(distance):.1e}")

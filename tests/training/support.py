@@ -18,8 +18,8 @@ from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
 from jax_simpo.objectives.simpo import Objective
 from jax_simpo.sharding import make_mesh
-from jax_simpo.train.optim import run_optimizer
-from jax_simpo.train.step import make_train_functions, run_step
+from jax_simpo.training.optim import run_optimizer
+from jax_simpo.training.step import make_train_functions, run_step
 from tests.pairs import random_pairs
 
 VOCABULARY = 96

@@ -18,11 +18,11 @@ from jax_simpo import hf
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError, ConfigError, UserError
 from jax_simpo.run.metrics import read_metrics
-from jax_simpo.train import trainer
-from jax_simpo.train.evaluate import PAIRS_PER_PLAN, evaluation_metrics, score_pairs
-from jax_simpo.train.setup import Setup
-from jax_simpo.train.step import make_score_function
-from tests.train.test_trainer import MODEL, config_of, losses, run, stop_after
+from jax_simpo.training import trainer
+from jax_simpo.training.evaluate import PAIRS_PER_PLAN, evaluation_metrics, score_pairs
+from jax_simpo.training.setup import Setup
+from jax_simpo.training.step import make_score_function
+from tests.training.test_trainer import MODEL, config_of, losses, run, stop_after
 
 ADAPTER = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2}
 

@@ -23,10 +23,10 @@ from jax_simpo.run.cadence import is_due
 from jax_simpo.run.checkpoint import Checkpoints
 from jax_simpo.run.metrics import MetricsLog, check_finite, evaluation_line, read_metrics
 from jax_simpo.sharding import local_rows
-from jax_simpo.train.evaluate import Evaluation
-from jax_simpo.train.progress import TrainingProgress
-from jax_simpo.train.setup import Setup
-from jax_simpo.train.step import TrainFunctions, run_step
+from jax_simpo.training.evaluate import Evaluation
+from jax_simpo.training.progress import TrainingProgress
+from jax_simpo.training.setup import Setup
+from jax_simpo.training.step import TrainFunctions, run_step
 
 
 @dataclass
