@@ -43,10 +43,16 @@ class Setup:
 
     @cached_property
     def objective(self) -> Objective:
+        """The loss that the config describes."""
         return Objective.of(self.config)
 
     @cached_property
     def tokenizer(self) -> Any:
+        """The tokenizer, with its chat template.
+
+        Raises:
+            DataError: there is no such tokenizer, or its template cannot be used.
+        """
         config = self.config
         return chat.load_tokenizer(
             config.tokenizer_name_or_path or self.model_choice or config.model_name_or_path or "",
@@ -74,10 +80,12 @@ class Setup:
 
     @cached_property
     def parameter_count(self) -> int:
+        """The number of the model's parameters."""
         return count_parameters(self.model_config)
 
     @cached_property
     def attention(self) -> AttentionChoice:
+        """The attention implementation; it is printed when it is chosen."""
         choice = choose_attention(self.config, self.model_config, self.ranks.device)
         form = "rows" if uses_rows(self.config) else "concatenated forward"
         self.console.print(f"attention: {choice.name} ({choice.reason}; {form})")

@@ -54,10 +54,12 @@ class TopologySetup(Setup):
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
+        """The config's mesh over the topology's devices."""
         return make_mesh(**self.config.mesh.model_dump(), devices=self.topology.devices())
 
     @cached_property
     def device_memory(self) -> int:
+        """The bytes of memory that a program may use on each device of the topology."""
         return self.topology.memory
 
 

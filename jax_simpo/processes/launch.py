@@ -107,7 +107,6 @@ def _slurm(environment: Mapping[str, str]) -> Join | None:
 
 def _tpu_hosts(environment: Mapping[str, str]) -> int:
     """Returns the number of TPU hosts, over all slices."""
-    """Returns the number of TPU hosts, over all slices."""
     hosts = next((environment[name] for name in _TPU_HOSTS if name in environment), "")
     return len(hosts.split(",")) * int(environment.get("MEGASCALE_NUM_SLICES") or 1)
 
