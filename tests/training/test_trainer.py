@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ from rich.console import Console
 from jax_simpo import hf
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError, ConfigError, DataError, MeshError, ModelError, TrainingError, UserError
+from jax_simpo.run import files
+from jax_simpo.run.checkpoint import Checkpoints
+from jax_simpo.run.manifest import claim, read_manifest
 from jax_simpo.run.metrics import read_metrics
+from jax_simpo.run.resume import run_identity
 from jax_simpo.training import trainer
+from jax_simpo.training.evaluate import PairScores, evaluation_metrics, split_metrics
 from jax_simpo.training.loop import TrainingLoop
 
 MODEL = {
@@ -164,6 +170,48 @@ def test_evaluation_records_carry_their_own_keys(tmp_path: Path) -> None:
         run(config)
 
 
+def test_several_evaluation_splits_have_figures_each_and_over_all_pairs(tmp_path: Path) -> None:
+    from jax_simpo.data.synthetic import make_rows
+
+    for split, rows in {"train": slice(40), "helpful": slice(40, 70), "harmless": slice(70, 80)}.items():
+        lines = [json.dumps(row) + "\n" for row in make_rows("cafe", "train")[rows]]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    splits = {"dataset_mixer": {str(tmp_path): 1.0}, "dataset_splits": ["train", "helpful", "harmless"]}
+    run(config_of(tmp_path, **splits, do_eval=True, max_steps=1, save_strategy="no", sft_weight=0.5))
+    record = read_metrics(tmp_path / "run")[-1]
+    assert (record["eval_pairs"], record["eval_helpful_pairs"], record["eval_harmless_pairs"]) == (40, 30, 10)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"):
+        mean = (30 * record[f"eval_helpful_{name}"] + 10 * record[f"eval_harmless_{name}"]) / 40
+        assert record[f"eval_{name}"] == pytest.approx(mean, abs=1e-9)
+    assert {"eval_helpful_loss", "eval_harmless_sft_loss"} <= record.keys()
+    assert "By split, at step 1" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_the_figures_of_a_split_are_those_of_its_pairs_alone_to_the_bit() -> None:
+    rng = np.random.default_rng(0)
+    sums, lengths = -50 * rng.random((2, 30), np.float32), rng.integers(1, 40, (2, 30))
+    scores = PairScores(sums[0], lengths[0], sums[1], lengths[1])
+    objective = trainer.Setup(config_of(Path("."), sft_weight=0.5)).objective
+    splits = {"a": np.arange(0, 30, 2), "b": np.arange(1, 30, 2)}
+    figures = split_metrics(scores, objective, splits)
+    overall = {**evaluation_metrics(scores, objective), "pairs": 30}
+    for prefix, metrics in (
+        ("eval_", overall),
+        *((f"eval_{name}_", evaluation_metrics(scores.of_pairs(own), objective)) for name, own in splits.items()),
+    ):
+        assert {f"{prefix}{name}": value for name, value in metrics.items()}.items() <= figures.items()
+    assert split_metrics(scores, objective, {"a": np.arange(30)}) == {f"eval_{k}": v for k, v in overall.items()}
+
+
+def test_a_split_whose_figures_would_have_the_names_of_others_is_refused(tmp_path: Path) -> None:
+    changes = {"do_eval": True, "sft_weight": 1.0, "dataset_splits": ["train", "test", "sft"]}
+    for split in changes["dataset_splits"]:
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    with pytest.raises(ConfigError, match="`eval_sft_loss` of the split `sft` would have the name of another metric"):
+        run(config_of(tmp_path, dataset_mixer={str(tmp_path): 1.0}, **changes))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_max_steps_goes_round_the_data_as_often_as_needed(tmp_path: Path) -> None:
     records = run(config_of(tmp_path, max_steps=13, logging_steps=13, num_train_epochs=1, save_strategy="no"))
     assert [r["step"] for r in records] == [13] and records[0]["epoch"] > 2
@@ -179,8 +227,6 @@ def test_accumulation_does_not_change_the_numbers(
 def test_a_run_killed_before_its_export_is_completed(
     finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    import shutil
-
     output = tmp_path / "run"
     shutil.copytree(finished[0].output_dir, output)
     exported = (output / "model" / "model.safetensors").read_bytes()
@@ -195,6 +241,100 @@ def test_a_mistake_found_early_leaves_the_run_that_was_to_be_overwritten(tmp_pat
     with pytest.raises(MeshError):
         run(config_of(tmp_path, max_steps=1, overwrite_output_dir=True, mesh={"fsdp": 3}))
     assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def test_a_run_in_the_users_own_folder_touches_none_of_his_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = {"config.yaml": "# my config\nbeta: 2.0\n", "README.md": "# My project\n", "train.py": "print()\n"}
+    for name, text in texts.items():
+        Path(name).write_text(text)
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match=r"holds `config.yaml`, `README.md`, which no run of jax-simpo wrote"):
+            run(config_of(tmp_path, output_dir=".", overwrite_output_dir=overwrite))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == texts
+
+
+def test_everything_a_run_writes_is_in_its_manifest(finished: tuple[TrainConfig, list[dict[str, Any]]]) -> None:
+    output = Path(finished[0].output_dir)
+    assert {path.name for path in output.iterdir()} == {*read_manifest(output), files.MANIFEST}
+
+
+def test_a_run_of_an_older_version_is_continued_and_overwritten(
+    finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished[0].output_dir, output)
+    names = read_manifest(output)
+    (output / files.MANIFEST).unlink()
+    assert read_manifest(output) == names
+    with pytest.raises(CheckpointError, match="finished at step 12"):
+        run(config_of(tmp_path))
+    assert len(run(config_of(tmp_path, overwrite_output_dir=True, max_steps=1, save_strategy="no"))) == 1
+    assert not list((output / "checkpoints").iterdir())
+
+
+def cut_short(start: Path) -> None:
+    weights = start / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def of_another_shape(start: Path) -> None:
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+
+
+def without_weights(start: Path) -> None:
+    (start / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "changes", "error", "message"),
+    [
+        (cut_short, {}, ModelError, "model.safetensors: cannot be read as safetensors .* it may be cut short"),
+        (of_another_shape, {}, ModelError, "has shape .*, but config.json makes it"),
+        (without_weights, {}, ModelError, "no model.safetensors"),
+        (None, {"mesh": {"fsdp": -1, "tensor": 4}}, MeshError, "do not divide the model's num_attention_heads=2"),
+        (None, {"tokenizer_name_or_path": "nowhere/"}, UserError, "nowhere"),
+        (None, {"dataset_mixer": {"nowhere.jsonl": 1.0}}, DataError, "nowhere.jsonl: no such file"),
+    ],
+)
+def test_overwriting_keeps_the_finished_run_until_all_that_the_new_one_needs_is_known_to_be_good(
+    damage: Any,
+    changes: dict[str, Any],
+    error: type[UserError],
+    message: str,
+    finished: tuple[TrainConfig, list[dict[str, Any]]],
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished[0].output_dir, output)
+    shutil.copytree(output / "model", tmp_path / "start")
+    if damage is not None:
+        damage(tmp_path / "start")
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    start = {"model_config": None, "model_name_or_path": str(tmp_path / "start")}
+    with pytest.raises(error, match=message):
+        run(config_of(tmp_path, overwrite_output_dir=True, **{**start, **changes}))
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_checkpoints_of_the_pytorch_reference_are_refused(tmp_path: Path) -> None:
+    step = tmp_path / "run" / "checkpoints" / "3"
+    step.mkdir(parents=True)
+    (step / "run.json").write_text(json.dumps({"beta": 2.0, "engine": "a single process"}))
+    with pytest.raises(CheckpointError, match=r"of `python -m torch_ref train` \(a single process\), which `jax-simpo"):
+        run(config_of(tmp_path))
+
+
+def test_a_checkpoint_holds_the_identity_that_both_trainers_use(
+    finished: tuple[TrainConfig, list[dict[str, Any]]],
+) -> None:
+    config = finished[0]
+    with Checkpoints(Path(config.output_dir) / "checkpoints", read_only=True) as checkpoints:
+        saved = checkpoints.run(12)
+    assert saved == run_identity(config, 16, trainer.Setup(config).train_pairs())
 
 
 def test_a_diverged_step_does_not_replace_a_good_checkpoint(tmp_path: Path) -> None:
@@ -238,7 +378,9 @@ def test_what_a_run_starts_from_is_never_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_model_folder_with_files_of_somebody_else_is_refused_before_training(tmp_path: Path) -> None:
-    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    claim(tmp_path / "run", files.MODEL, files.CHECKPOINTS)
+    (tmp_path / "run" / "model").mkdir()
     (tmp_path / "run" / "model" / "notes.md").write_text("mine")
     (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "run" / "checkpoints" / "note").write_text("")
@@ -286,8 +428,6 @@ def test_a_learning_rate_nobody_chose_is_pointed_out(
 def test_resume_from_checkpoint_takes_the_step_it_is_given(
     finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    import shutil
-
     output = tmp_path / "run"
     shutil.copytree(finished[0].output_dir, output)
     config = config_of(tmp_path, resume_from_checkpoint=4)
