@@ -88,6 +88,13 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def test_a_run_replaces_and_removes_only_what_its_manifest_lists(finished: Path) -> None:
+    from jax_simpo.run.manifest import read_manifest
+
+    written = {path.name for path in (finished / "run").iterdir()}
+    assert written == {*read_manifest(finished / "run"), ".jax-simpo.json"}
+
+
 def test_score_of_the_exported_model_agrees_with_the_last_evaluation(finished: Path) -> None:
     file, model = finished / "scores.jsonl", finished / "run/model"
     options = ["--split", "test", "--output", str(file), "--model", str(model)]
@@ -148,6 +155,82 @@ def test_a_damaged_or_foreign_checkpoint_is_told(start: Path, tmp_path: Path) ->
     assert "cannot be restored" in refused(start, tmp_path, kind=CheckpointError)
     (tmp_path / "run/checkpoints/3/_CHECKPOINT_METADATA").touch()
     assert "checkpoints of `jax-simpo train`" in refused(start, tmp_path, kind=CheckpointError)
+
+
+def test_a_run_killed_before_its_export_is_completed(start: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/model")
+    assert [r["step"] for r in run(start, tmp_path, "--do_eval=true") if "step" in r] == [1, 2, 3, 4, 5]
+    for name, weight in load_weights(finished / "run/model").items():
+        assert torch.equal(load_weights(tmp_path / "run/model")[name], weight), name
+    assert "finished at step 5" in refused(start, tmp_path, "--do_eval=true", kind=CheckpointError)
+
+
+def test_a_run_that_starts_from_the_model_it_would_overwrite_is_refused(
+    start: Path, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    own = ["--overwrite_output_dir=true", f"--model_name_or_path={tmp_path}/run/model"]
+    message = refused(start, tmp_path, *own, kind=CheckpointError)
+    assert "`model_name_or_path`" in message and "which `overwrite_output_dir` would clear first" in message
+    assert load_weights(tmp_path / "run/model").keys() == load_weights(finished / "run/model").keys()
+
+
+def test_overwriting_keeps_the_finished_run_until_the_new_model_is_loaded(
+    start: Path, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    shutil.copytree(start, tmp_path / "broken")
+    weights = tmp_path / "broken/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    broken = ["--overwrite_output_dir=true", f"--model_name_or_path={tmp_path}/broken"]
+    assert "its weights cannot be loaded" in refused(start, tmp_path, *broken, kind=ModelError)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    records = run(start, tmp_path, "--overwrite_output_dir=true", "--max_steps=1", "--save_strategy=no")
+    assert [r["step"] for r in records] == [1]
+    assert not list((tmp_path / "run/checkpoints").glob("*"))
+
+
+def test_files_of_the_users_are_not_touched(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config_file(start, tmp_path, steps=STEPS)  # config.yaml, in the folder that is to be the output directory
+    texts = {"config.yaml": (tmp_path / "config.yaml").read_text(), "README.md": "# My project\n"}
+    (tmp_path / "README.md").write_text(texts["README.md"])
+    for overwrite in ("false", "true"):
+        message = refused(
+            start, tmp_path, "--output_dir=.", f"--overwrite_output_dir={overwrite}", kind=CheckpointError
+        )
+        assert "holds `config.yaml`, which no run of jax-simpo wrote" in message
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == texts
+
+
+def test_a_checkpoint_holds_the_identity_that_both_trainers_use(start: Path, finished: Path) -> None:
+    from rich.console import Console
+
+    from jax_simpo.config import load_config
+    from jax_simpo.run.resume import run_identity
+    from torch_ref.setup import Setup
+
+    config = load_config(config_file(start, finished, steps=STEPS), ["--do_eval=true"], torch=True)
+    setup = Setup(config, Console(quiet=True), Ranks(0, 1, torch.device("cpu"), launched=False))
+    saved = json.loads((finished / "run/checkpoints/3/run.json").read_text())
+    assert saved == {**run_identity(config, 6, setup.train_pairs()), "engine": "a single process"}
+
+
+def test_several_evaluation_splits_have_figures_each_and_over_all_pairs(start: Path, tmp_path: Path) -> None:
+    from jax_simpo.data.synthetic import make_rows
+
+    for split, rows in {"train": slice(12), "helpful": slice(12, 18), "harmless": slice(18, 20)}.items():
+        lines = [json.dumps(row) + "\n" for row in make_rows("cafe", "train")[rows]]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    data = [f"--dataset_mixer={{{tmp_path}: 1.0}}", "--dataset_splits=[train, helpful, harmless]"]
+    record = run(start, tmp_path, *data, "--do_eval=true", "--max_steps=1", "--save_strategy=no")[-1]
+    assert (record["eval_pairs"], record["eval_helpful_pairs"], record["eval_harmless_pairs"]) == (8, 6, 2)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"):
+        mean = (6 * record[f"eval_helpful_{name}"] + 2 * record[f"eval_harmless_{name}"]) / 8
+        assert record[f"eval_{name}"] == pytest.approx(mean, abs=1e-9)
+    assert {"eval_helpful_loss", "eval_harmless_sft_loss"} <= record.keys()
 
 
 def test_an_unfinished_checkpoint_is_none(start: Path, finished: Path, tmp_path: Path) -> None:
