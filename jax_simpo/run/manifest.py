@@ -53,7 +53,7 @@ def write_manifest(output: Path, names: Collection[str]) -> None:
 
 
 def check_free(output: Path, names: Collection[str]) -> None:
-    """Makes sure that a run may write files of these names: each is missing, an empty folder, or written by a run.
+    """Makes sure that a run may write files of these names: each is missing, empty, or written by a run.
 
     Raises:
         CheckpointError: there is a file that no run wrote.
@@ -92,9 +92,11 @@ def write_file(output: Path, name: str, content: str | bytes) -> Path:
 
 
 def _is_in_the_way(path: Path) -> bool:
-    if path.is_dir() and not path.is_symlink():
+    if path.is_symlink():
+        return True
+    if path.is_dir():
         return any(path.iterdir())
-    return path.exists() or path.is_symlink()
+    return path.exists() and path.stat().st_size > 0
 
 
 # --- output directories without a manifest

@@ -63,9 +63,10 @@ def test_a_file_that_no_run_wrote_is_refused_by_its_name_and_stays(tmp_path: Pat
 def test_other_files_of_the_user_are_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "train.py").touch()
     (tmp_path / ".writable").write_text("mine")
-    (tmp_path / "model").mkdir()  # nothing in it can be lost
+    (tmp_path / "model").mkdir()  # nothing can be lost of what is empty
+    (tmp_path / "metrics.jsonl").touch()
     check_output(config_of(tmp_path), tmp_path)
-    assert names(tmp_path) == {"train.py", ".writable", "model"}
+    assert names(tmp_path) == {"train.py", ".writable", "model", "metrics.jsonl"}
 
 
 def test_a_model_of_the_users_is_not_taken_for_an_export(tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_a_model_of_the_users_is_not_taken_for_an_export(tmp_path: Path) -> None
 
 
 def test_only_the_names_that_a_trainer_writes_are_in_its_way(tmp_path: Path) -> None:
-    (tmp_path / "README.md").touch()
+    (tmp_path / "README.md").write_text("mine")
     check_output(config_of(tmp_path), tmp_path, writes=files.OF_TORCH_REF)
 
 
