@@ -1,7 +1,7 @@
-"""Slices of 16-bit floats on a CPU, where XLA has none: their bits are sliced instead.
+"""Slices 16-bit floats on a CPU by slicing their bits.
 
-XLA's CPU backend converts an array of 16-bit floats that a loop slices to float32, the whole of it, before the loop: a
-stack of bfloat16 parameters would lie in memory a second time, twice as large. Integers it slices as they are.
+If a loop slices an array of 16-bit floats, XLA's CPU backend converts all of it to float32 before the loop: a stack of
+bfloat16 parameters would be in memory a second time, twice as large. Integers are sliced as they are.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from jaxtyping import Array, Float, Int, Shaped
 
 
 def on_cpu() -> bool:
-    """Whether the program is made for a CPU; the mesh knows, for its devices need not be here."""
+    """Returns True if the program is made for a CPU; a mesh knows, even if its devices are not on this machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (jax.default_backend() if device is None else device.platform) == "cpu"
 
 
 def sliced_as_bits(x: Shaped[Array, "*S"]) -> bool:
-    """Whether `slice_in_loop` takes slices of the bits: of a bfloat16 or float16 array on a CPU."""
+    """Returns True if `slice_in_loop` slices the bits: of a bfloat16 or float16 array on a CPU."""
     return x.dtype in (jnp.bfloat16, jnp.float16) and on_cpu()
 
 
 def slice_in_loop(x: Float[Array, "N *S"], start: Int[Array, ""], size: int) -> Float[Array, "M *S"]:
-    """`jax.lax.dynamic_slice_in_dim(x, start, size)` in a loop that changes `start`; it never copies all of `x`.
+    """Returns `jax.lax.dynamic_slice_in_dim(x, start, size)`, in a loop that changes `start`; never copies all of `x`.
 
-    It has no gradient where `sliced_as_bits(x)`: see `without_gradient`.
+    The slice has no gradient where `sliced_as_bits(x)`: pass such an array through `without_gradient` first.
     """
     if size == len(x):
         return x
     if not sliced_as_bits(x):
         return jax.lax.dynamic_slice_in_dim(x, start, size)
-    # Tied to the number of the round, the bits are taken in the loop. XLA would make a copy of all of them before it.
+    # The barrier ties the bits to the loop variable `start`. Otherwise XLA would copy all of them before the loop.
     x, start = jax.lax.optimization_barrier((x, start))
     bits = jax.lax.dynamic_slice_in_dim(jax.lax.bitcast_convert_type(x, jnp.uint16), start, size)
     return jax.lax.bitcast_convert_type(bits, x.dtype)
@@ -41,10 +41,12 @@ def slice_in_loop(x: Float[Array, "N *S"], start: Int[Array, ""], size: int) -> 
 
 @jax.custom_jvp
 def without_gradient(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """The same array, of which bits are sliced: they have no gradient, and nobody shall get zeros instead.
+    """Returns the same array and forbids to differentiate it, since bits have no gradient.
+
+    Silently returning zeros would corrupt training.
 
     Raises:
-        TypeError: it is differentiated.
+        TypeError: the array is differentiated.
     """
     return x
 
@@ -52,6 +54,6 @@ def without_gradient(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
 @without_gradient.defjvp
 def _refuse(primals: tuple[Array], tangents: tuple[Array]) -> Any:
     raise TypeError(
-        f"a gradient was asked for with respect to {primals[0].dtype} parameters, of which a CPU slices the bits: only "
+        f"a gradient was asked for with respect to {primals[0].dtype} parameters, whose bits are sliced on a CPU: only "
         "frozen parameters may be 16 bits wide. Differentiate with respect to float32 ones"
     )

@@ -1,4 +1,4 @@
-"""The product of activations with a weight matrix, forwards and backwards, in the form each platform is fast at."""
+"""Multiplies activations with a weight matrix, forward and backward, in the form that is fast on each platform."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from jax_simpo.ops.numerics import SAVED_PRODUCT, matmul_precision
 
 
 def linear(x: Float[Array, "B L In"], w: Float[Array, "In Out"]) -> Float[Array, "B L Out"]:
-    """`x @ w` in their common dtype: sums in float32, rounded once. Rematerialisation may keep it."""
+    """Returns `x @ w` in their common dtype: sums in float32, rounded once.
+
+    A rematerialisation policy may keep the product, by the name `SAVED_PRODUCT`.
+    """
     return checkpoint_name(product(x, w), SAVED_PRODUCT)
 
 
 @jax.custom_vjp
 def product(x: Float[Array, "B L In"], w: Float[Array, "In Out"]) -> Float[Array, "B L Out"]:
-    """`linear`, but made again in the backward pass wherever anything is."""
+    """Computes `linear` without the name, so that no rematerialisation policy keeps the product."""
     return _einsum("bli,io->blo", x, w)
 
 
@@ -36,7 +39,7 @@ product.defvjp(_forward, _backward)
 
 
 def _weight_gradient(x: Array, dy: Array) -> Array:
-    """`x.T @ dy`. XLA's CPU products want the left operand transposed and write it so: let that be the narrower one."""
+    """Returns `x.T @ dy`. On a CPU, XLA writes a transposed copy of the left operand, so that is the narrower one."""
     straight = partial(_einsum, "bli,blo->io")
     if x.dtype != jnp.float32 or x.shape[-1] < dy.shape[-1]:
         return straight(x, dy)
@@ -49,10 +52,10 @@ def _weight_gradient(x: Array, dy: Array) -> Array:
 
 
 def _einsum(subscripts: str, a: Array, b: Array) -> Array:
-    """The product in its operands' dtype, its sums in float32.
+    """Returns the product in its operands' dtype, with sums in float32.
 
-    On a CPU, XLA takes the matrix units of 16-bit numbers only where it is asked for a float32 result. Elsewhere asking
-    for one would write it to memory before it is rounded.
+    On a CPU, XLA uses the matrix units of 16-bit numbers only for products with a float32 result. On other platforms
+    such a result would be written to memory before it is rounded.
     """
     narrow = partial(jnp.einsum, subscripts, precision=matmul_precision(a.dtype))
     if a.dtype == jnp.float32:
@@ -60,7 +63,7 @@ def _einsum(subscripts: str, a: Array, b: Array) -> Array:
 
     def wide(a: Array, b: Array) -> Array:
         product = jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
-        # Folded into the product, a transposition that follows makes a form of it that XLA cannot run.
+        # The barrier keeps a transposition that follows out of the product: XLA cannot run that form.
         return jax.lax.optimization_barrier(product).astype(a.dtype)
 
     return jax.lax.platform_dependent(a, b, cpu=wide, default=narrow)

@@ -1,4 +1,4 @@
-"""The product of activations with weights, whose backward pass is written by hand."""
+"""Tests the product of activations with weights, whose backward pass is written by hand."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def test_products_and_gradients_are_those_of_float64_rounded_once(
         jax.random.normal(key, size).astype(dtype)
         for key, size in zip(keys, ((rows, length, inner), (inner, outer), (rows, length, outer)), strict=True)
     )
-    found, pull = jax.vjp(jax.jit(linear), x, w)
+    out, pull = jax.vjp(jax.jit(linear), x, w)
     wide_x, wide_w, wide_dy = (np.asarray(a, np.float64) for a in (x, w, dy))
     oracles = wide_x @ wide_w, wide_dy @ wide_w.T, np.einsum("bli,blo->io", wide_x, wide_dy)
-    # Half a unit in the last of 8 places and a little for the order of summation; that alone in float32.
+    # bfloat16: half a unit in the last of 8 places, and a little for the order of summation; float32: only the latter.
     rtol, atol = (1e-5, 1e-5) if dtype == jnp.float32 else (2**-8, 1e-4)
-    for ours, oracle in zip((found, *pull(dy)), oracles, strict=True):
+    for ours, oracle in zip((out, *pull(dy)), oracles, strict=True):
         assert ours.dtype == dtype
         np.testing.assert_allclose(np.asarray(ours, np.float64), oracle, rtol=rtol, atol=atol)

@@ -1,4 +1,4 @@
-"""Chunked log-probs against log-softmax of all logits, values and gradients, alone and on meshes."""
+"""Compares the tiled log-probs with a log-softmax of all logits, values and gradients, on one device and on meshes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_simpo.ops.logprobs import _States, target_logps
+from jax_simpo.ops.logprobs import _StateList, target_logps
 from jax_simpo.sharding import make_mesh
 
 B, L, D, V = 8, 24, 16, 48
@@ -37,11 +37,11 @@ def values_and_gradients(logps, seed: int, targets: int):  # type: ignore[no-unt
     hidden, head, index, token, weight = problem(seed, targets)
 
     def total(hidden, head):  # type: ignore[no-untyped-def]
-        found = logps(hidden, head, index, token)
-        return (found * weight).sum(), found
+        values = logps(hidden, head, index, token)
+        return (values * weight).sum(), values
 
-    (_, found), gradients = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(hidden, head)
-    return found, *gradients
+    (_, values), gradients = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(hidden, head)
+    return values, *gradients
 
 
 @given(
@@ -58,8 +58,8 @@ def test_values_and_gradients_are_those_of_the_full_logits(
 ) -> None:
     oracle = values_and_gradients(lambda *a: all_logits(*a, softcap), seed, targets)
     tiles = {"chunk": chunk, "block": block, "keep_bytes": keep_bytes}
-    found = values_and_gradients(lambda *a: target_logps(*a, softcap=softcap, **tiles), seed, targets)
-    for a, b in zip(oracle, found, strict=True):
+    ours = values_and_gradients(lambda *a: target_logps(*a, softcap=softcap, **tiles), seed, targets)
+    for a, b in zip(oracle, ours, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
@@ -70,10 +70,10 @@ def test_on_a_mesh_values_and_gradients_are_the_same(
 ) -> None:
     oracle = values_and_gradients(lambda *a: all_logits(*a, softcap), 1, 20)
     with jax.set_mesh(make_mesh(*mesh)):
-        found = values_and_gradients(
+        ours = values_and_gradients(
             lambda *a: target_logps(*a, softcap=softcap, chunk=6, block=5, keep_bytes=keep_bytes), 1, 20
         )
-    for a, b in zip(oracle, found, strict=True):
+    for a, b in zip(oracle, ours, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
@@ -81,11 +81,11 @@ def test_on_a_mesh_values_and_gradients_are_the_same(
 @settings(max_examples=6)
 def test_padding_targets_give_zeros_in_values_and_gradients(counts: list[int], chunk: int) -> None:
     real = np.arange(20) < np.array(counts)[:, None]
-    found = values_and_gradients(
+    ours = values_and_gradients(
         lambda *a: target_logps(*a, counts=jnp.asarray(counts, jnp.int32), chunk=chunk, block=16), 2, 20
     )
     oracle = values_and_gradients(lambda *a: jnp.where(real, all_logits(*a, None), 0.0), 2, 20)
-    for a, b in zip(oracle, found, strict=True):
+    for a, b in zip(oracle, ours, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
@@ -103,7 +103,7 @@ def test_padding_that_points_at_a_token_with_huge_logits_gives_no_nan(keep_bytes
 
 
 def test_chunks_of_padding_alone_are_not_computed() -> None:
-    # What is skipped cannot be seen in a result; a state that is not finite can.
+    # A skipped chunk does not show in the result, but a computed one would, because its states are not finite.
     hidden, head, index, token, _ = problem(0, 20)
     hidden, index = hidden.at[:, 0].set(jnp.nan), index.at[:, 5:].set(0).at[:, :5].set(3)
     counts = jnp.full(B, 5, jnp.int32)  # 40 real targets in chunks of 8: none of them holds padding
@@ -122,7 +122,7 @@ def test_kept_logits_are_used_and_a_head_product_is_saved() -> None:
         hidden, head, index, token, _ = problem(0, 20)
         return str(jax.make_jaxpr(jax.grad(total, (0, 1)))(hidden, head)).count("dot_general")
 
-    # A forward product, and in the backward pass it again and two more: for whole tiles, and for parts of one.
+    # One forward product; in the backward pass the same again and two more. Each for whole tiles and for parts of one.
     assert (products(0), products(4 * 160 * V)) == (2 * 4, 2 * 3)
 
 
@@ -135,23 +135,20 @@ def test_a_state_that_predicts_several_targets_is_listed_once_for_every_two_of_t
     rows: list[list[int]], chunk: int
 ) -> None:
     index = np.zeros((len(rows), 12), np.int32)
-    for row, places in zip(index, rows, strict=True):
-        row[: len(places)] = places
-    hidden = jnp.arange(len(rows) * L * 1.0).reshape(len(rows), L, 1)  # each state says where it stands
-    states = _States(chunk, L, jnp.asarray(index), jnp.asarray([len(places) for places in rows]))
+    for row, predictors in zip(index, rows, strict=True):
+        row[: len(predictors)] = predictors
+    hidden = jnp.arange(len(rows) * L * 1.0).reshape(len(rows), L, 1)  # each state is its own index
+    listing = _StateList(chunk, L, jnp.asarray(index), jnp.asarray([len(row) for row in rows]))
 
-    listed = states.of(hidden)
-    expected = [
-        row * L + p for row, places in enumerate(rows) for p in set(places) for _ in range(0, places.count(p), 2)
-    ]
-    assert sorted(listed[: states.live, 0].tolist()) == sorted(expected)
-    for row, places in enumerate(rows):
-        found = states.back(listed)[row, : len(places), 0]
-        assert found.tolist() == [row * L + p for p in places]
+    states = listing.take(hidden)
+    expected = [n * L + i for n, row in enumerate(rows) for i in set(row) for _ in range(0, row.count(i), 2)]
+    assert sorted(states[: listing.live, 0].tolist()) == sorted(expected)
+    for n, row in enumerate(rows):
+        assert listing.to_targets(states)[n, : len(row), 0].tolist() == [n * L + i for i in row]
 
 
 def test_no_log_prob_is_positive() -> None:
-    # A target's own logit and the log-sum-exp it stands in are sums in different orders.
+    # A target's own logit and the one in the log-sum-exp are summed in different orders.
     hidden, head, index, token, _ = problem(3, 20)
     token = (hidden @ head.T).argmax(-1)[jnp.arange(B)[:, None], index]  # the likeliest
     assert float(target_logps(30 * hidden, head, index, token).max()) <= 0.0
@@ -183,7 +180,7 @@ def test_no_array_of_targets_by_vocabulary_is_allocated() -> None:
 
 
 def test_the_head_in_the_compute_dtype_is_not_made_float32_again() -> None:
-    """A CPU's blocks of a bfloat16 head are slices of it, in both passes; XLA would convert the whole of it."""
+    """In both passes a CPU slices the bfloat16 head. Left alone, XLA would convert all of it first."""
     vocabulary, width = 65536, 48
 
     def total(hidden, head, index, token):  # type: ignore[no-untyped-def]
@@ -194,5 +191,5 @@ def test_the_head_in_the_compute_dtype_is_not_made_float32_again() -> None:
         for shape, dtype in (((1, 128, width), jnp.bfloat16), ((vocabulary, width), jnp.float32))
     ] + [jax.ShapeDtypeStruct((1, 128), jnp.int32)] * 2
     for f in (total, jax.grad(total)):  # the one cast to the compute dtype takes 2 bytes a number
-        held = jax.jit(f).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
-        assert held < 3 * vocabulary * width
+        temporaries = jax.jit(f).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        assert temporaries < 3 * vocabulary * width
