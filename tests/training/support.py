@@ -126,7 +126,7 @@ def run_steps(
 
 
 def edited(pair: TokenizedPair, rank: int, rng: np.random.Generator) -> TokenizedPair:
-    """Redraws the unshared tokens of one response, except the first of them, so that the shared prefix stays the same."""
+    """Redraws the unshared tokens of one response but the first of them, so that the shared prefix stays the same."""
     other = pair.responses[1 - rank].ids
     response = pair.responses[rank]
     ids = response.ids.copy()

@@ -41,8 +41,8 @@ CALLERS: dict[Any, tuple[str, ...]] = {
 ONE_OPERATION = ("attention_cpu.py", "kernel_report.py", "layers_sides.py", "loss_head.py")
 # Parts of the step and of its forward pass: whoever puts them together has a copy.
 PARTS = {
-    "jax_simpo.training.optim": ("make_optimizer", "learning_rate_schedule", "count_warmup_steps"),
-    "jax_simpo.training.step": ("micro_batch_loss",),
+    optim.__name__: ("make_optimizer", "learning_rate_schedule", "count_warmup_steps"),
+    step.__name__: ("micro_batch_loss",),
     "jax_simpo.ops.attention": ("prepare_mask", "attention"),
     "jax_simpo.ops": ("logprobs",),
     "jax_simpo.ops.logprobs": ("target_logps",),
@@ -101,13 +101,14 @@ def test_every_caller_has_the_same_function_and_calls_it(function: Any, module: 
 
 def test_no_caller_puts_a_step_or_a_forward_pass_together_itself() -> None:
     files = [
-        *(ROOT / "jax_simpo" / "train").glob("*.py"),
+        *Path(str(step.__file__)).parent.glob("*.py"),
         *(ROOT / "parity").rglob("*.py"),
         *(path for path in (ROOT / "benchmarks").rglob("*.py") if path.name not in ONE_OPERATION),
-        ROOT / "tests" / "train" / "support.py",
+        Path(__file__).with_name("support.py"),
     ]
     files = [path for path in files if path not in (Path(str(step.__file__)), Path(str(optim.__file__)))]
     copied = {str(path.relative_to(ROOT)): copied_parts(path.read_text()) for path in files}
+    assert {"jax_simpo", "parity", "benchmarks", "tests"} == {Path(path).parts[0] for path in copied}
     assert len(copied) > 30
     assert not {path: lines for path, lines in copied.items() if lines}
 
