@@ -12,6 +12,7 @@ may change in any release. Importing the package is cheap: a name brings JAX alo
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,10 @@ def __getattr__(name: str) -> Any:
         return import_module("jax_simpo.objectives")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'jax_simpo' has no attribute {name!r}; its public names are {', '.join(__all__)}")
-    value = getattr(import_module(_MODULE_OF[name]), name)
+    with warnings.catch_warnings():
+        # transformers imports tqdm, which in a notebook asks for ipywidgets; the bars of this package need none.
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        value = getattr(import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 
