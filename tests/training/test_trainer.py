@@ -205,8 +205,9 @@ def test_the_figures_of_a_split_are_those_of_its_pairs_alone_to_the_bit() -> Non
 
 def test_a_split_whose_figures_would_have_the_names_of_others_is_refused(tmp_path: Path) -> None:
     changes = {"do_eval": True, "sft_weight": 1.0, "dataset_splits": ["train", "test", "sft"]}
+    pair = {"prompt": "Anna", "chosen": "One tea", "rejected": "One coffee"}
     for split in changes["dataset_splits"]:
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(pair) + "\n")
     with pytest.raises(ConfigError, match="`eval_sft_loss` of the split `sft` would have the name of another metric"):
         run(config_of(tmp_path, dataset_mixer={str(tmp_path): 1.0}, **changes))
     assert not (tmp_path / "run" / "config.yaml").exists()
