@@ -312,9 +312,8 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         def __init__(self, **settings: Any) -> None:
             values, notices, names = foreign.translate(settings, "TrainConfig({})".format)
             if "gamma" in values:
-                notices.append(
-                    foreign.read_gamma(values, values.get("beta", _default(type(self), "beta")), "TrainConfig")
-                )
+                beta = values.get("beta", type(self).model_fields["beta"].default)
+                notices.append(foreign.read_gamma(values, beta, "TrainConfig"))
             try:
                 super().__init__(**values)
             except ValidationError as error:
