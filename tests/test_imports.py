@@ -245,7 +245,7 @@ def test_a_forbidden_import_is_found(module, text, rooms, modules):
     ("module", "text"),
     [
         ("jax_simpo.data.rows", "from jaxtyping import Int\nfrom .pairs import TokenizedPair"),
-        ("jax_simpo.training.step", "import jax\nfrom jax_simpo import objectives\nfrom jax_simpo.models import policy"),
+        ("jax_simpo.training.step", "import jax\nfrom jax_simpo import hf\nfrom jax_simpo.models import policy"),
         ("torch_ref.model", "import torch\nfrom jax_simpo.data import rows\nfrom jax_simpo.run import files"),
     ],
 )

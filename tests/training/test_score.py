@@ -68,7 +68,6 @@ def score(model: Any, data: Path, split: str, out: Path, *overrides: str) -> lis
 
 def tokenized(model: Any, data: Path, split: str, cache: Path | None = None) -> list[TokenizedPair]:
     """The pairs as the model is fed them."""
-    from rich.console import Console
 
     from jax_simpo.training.setup import Setup
 
