@@ -1,4 +1,4 @@
-"""Which time does each rematerialisation policy cost, and which memory does it save?
+"""Measures the time that each rematerialisation policy costs, and the memory it saves.
 
 Runs the trainer's step under `remat: none`, `dots` and `full` and measures the memory of the compiled program of a
 micro-batch and the seconds of whole optimizer steps, in turns, on the same pairs and weights. A 1B model is compiled

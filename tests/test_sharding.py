@@ -1,4 +1,4 @@
-"""What the mesh says of the processes that hold its devices."""
+"""The mesh and the processes that hold its devices."""
 
 from __future__ import annotations
 

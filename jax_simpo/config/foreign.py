@@ -1,8 +1,8 @@
-"""What the keys of the original SimPO files and of the Hugging Face trainer mean here.
+"""Reads the keys of the original SimPO files and of the Hugging Face trainer.
 
-Three kinds: keys under another name, which act; keys without a meaning here, which are taken with a notice that says
-what replaces them; keys that would change the trained model and that we cannot honour, which are errors unless they
-ask for nothing.
+There are three kinds. Keys under another name act as ours do. Keys without a meaning here are accepted with a notice
+that says what replaces them. Keys that would change the trained model, and that this program cannot honour, are errors
+unless their value asks for nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from jax_simpo.errors import ConfigError
 
-# A value that asks for nothing is accepted without a word, whatever the key.
+# A value that asks for nothing is accepted without a notice, whatever its key.
 _NOTHING = (None, False, 0, 0.0, "", "no", "none", "None", "off")
 
 
@@ -138,12 +138,12 @@ _ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw")
 KEYS = frozenset(WITHOUT_MEANING) | frozenset(NOT_SUPPORTED) | frozenset(RENAMED) | {"optim", "gamma"}
 
 
-def translate(values: dict[str, Any], where: Callable[[str], str]) -> tuple[dict[str, Any], list[str], dict[str, str]]:
-    """Replaces the foreign keys of one file or of one override.
+def translate(values: dict[str, Any], place: Callable[[str], str]) -> tuple[dict[str, Any], list[str], dict[str, str]]:
+    """Replaces the foreign keys of one file, of one override or of one call.
 
     Args:
         values: keys and values as written.
-        where: names the place of a key for messages.
+        place: names the place of a key, for messages.
 
     Returns:
         The values under our keys (a `gamma` is left for the caller, who knows `beta`), the notices for the user, and
@@ -159,50 +159,50 @@ def translate(values: dict[str, Any], where: Callable[[str], str]) -> tuple[dict
         if key in RENAMED:
             ours, read = RENAMED[key]
             if read is not None and not isinstance(value, bool):
-                raise ConfigError(f"{where(key)}: `{key}` is {value!r}; expected true or false")
+                raise ConfigError(f"{place(key)}: `{key}` is {value!r}; expected true or false")
             translated = value if read is None else read(value)
             if values.get(ours, translated) != translated:
                 raise ConfigError(
-                    f"{where(key)}: `{key}: {_show(value)}` and `{ours}: {_show(values[ours])}` contradict each other; "
-                    f"keep `{ours}`"
+                    f"{place(key)}: `{key}: {_show(value)}` and `{ours}: {_show(values[ours])}` contradict each "
+                    f"other; keep `{ours}`"
                 )
             if read is not None:
-                notices.append(f"{where(key)}: `{key}: {_show(value)}` is read as `{ours}: {translated}`")
+                notices.append(f"{place(key)}: `{key}: {_show(value)}` is read as `{ours}: {translated}`")
             result[ours] = translated
             origin[ours] = key
         elif key in WITHOUT_MEANING:
             done = value in (None, _DONE_ANYWAY[key]) if key in _DONE_ANYWAY else _asks_for_nothing(value)
             if not done:
-                notices.append(f"{where(key)}: `{key}` has no effect here: {WITHOUT_MEANING[key]}")
+                notices.append(f"{place(key)}: `{key}` has no effect here: {WITHOUT_MEANING[key]}")
         elif key in NOT_SUPPORTED:
             if not _asks_for_nothing(value):
-                raise ConfigError(f"{where(key)}: `{key}: {_show(value)}` cannot be honoured: {NOT_SUPPORTED[key]}")
+                raise ConfigError(f"{place(key)}: `{key}: {_show(value)}` cannot be honoured: {NOT_SUPPORTED[key]}")
         elif key == "optim":
             if value not in _ADAMW:
                 raise ConfigError(
-                    f"{where(key)}: `optim: {_show(value)}` cannot be honoured: the optimizer is AdamW; "
+                    f"{place(key)}: `optim: {_show(value)}` cannot be honoured: the optimizer is AdamW; "
                     "remove the key or write `optim: adamw_torch`"
                 )
-            notices.append(f"{where(key)}: `optim` has no effect here: the optimizer is always AdamW")
+            notices.append(f"{place(key)}: `optim` has no effect here: the optimizer is always AdamW")
         else:
             result[key] = value
     return result, notices, origin
 
 
-def read_gamma(values: dict[str, Any], beta: Any, where: str) -> str:
-    """Turns `gamma` of the first published files into the ratio that replaced it: their code divides it by beta.
+def read_gamma(values: dict[str, Any], beta: Any, place: str) -> str:
+    """Turns `gamma` of the first published files into the ratio that replaced it, gamma / beta.
 
     Returns:
         The notice for the user.
     """
     gamma = values.pop("gamma")
     if "gamma_beta_ratio" in values:
-        raise ConfigError(f"{where}: `gamma` and `gamma_beta_ratio` are one setting; keep `gamma_beta_ratio`")
+        raise ConfigError(f"{place}: `gamma` and `gamma_beta_ratio` are one setting; keep `gamma_beta_ratio`")
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (gamma, beta))
     if not numbers or gamma < 0 or beta <= 0:
-        raise ConfigError(f"{where}: `gamma` ({gamma!r}) is read as gamma / beta ({beta!r}); both must be numbers > 0")
+        raise ConfigError(f"{place}: `gamma` ({gamma!r}) is read as gamma / beta ({beta!r}); both must be numbers > 0")
     values["gamma_beta_ratio"] = gamma / beta
-    return f"{where}: `gamma: {gamma}` is read as `gamma_beta_ratio: {gamma / beta:g}` (gamma / beta)"
+    return f"{place}: `gamma: {gamma}` is read as `gamma_beta_ratio: {gamma / beta:g}` (gamma / beta)"
 
 
 def _show(value: Any) -> str:

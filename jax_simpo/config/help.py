@@ -1,4 +1,4 @@
-"""Tells a user what a config key may be: the messages for wrong ones, and the reference page of all."""
+"""Writes the messages for wrong config keys and values, and the reference page of all keys."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SYMBOLS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The keys of a config as users write them."""
+    """Returns the keys of a config as users write them."""
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def members(annotation: Any) -> list[Any]:
-    """The types a key may have, without wrappers and without None."""
+    """Lists the types that a key takes, without wrappers and without None."""
     if get_origin(annotation) is Annotated:
         return members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
@@ -34,7 +34,7 @@ def members(annotation: Any) -> list[Any]:
 
 
 def nested(field: FieldInfo) -> type[BaseModel] | None:
-    """The config below a key, if it has one with keys of its own."""
+    """Returns the class of a nested config; None for a key that has no keys below it."""
     for member in members(field.annotation):
         if isinstance(member, type) and issubclass(member, BaseModel):
             return member
@@ -42,7 +42,7 @@ def nested(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def expected(field: FieldInfo) -> str:
-    """What a key may be, in a user's words."""
+    """Says in a user's words which values a key takes."""
     kinds = members(field.annotation)
     words = []
     for kind in kinds:
@@ -67,7 +67,7 @@ def expected(field: FieldInfo) -> str:
 
 
 def _items(kind: Any) -> str:
-    """What the entries of a list may be."""
+    """Says which entries a list takes."""
     (item,) = get_args(kind)
     return "text or null" if type(None) in get_args(item) else "text"
 
@@ -93,7 +93,7 @@ def explain(
     names: Mapping[str, str],
     path: str,
 ) -> str:
-    """One line for a user: where, which key, its value, what was expected, and the nearest valid key.
+    """Words one mistake in a line: the place, the key, its value, the values it takes, and the nearest valid key.
 
     Args:
         error: one of pydantic's.
@@ -131,7 +131,7 @@ def explain(
 
 
 def _hint(field: FieldInfo, key: str, value: Any, wanted: str, kinds: list[Any]) -> str:
-    """What to write instead, where it can be guessed."""
+    """Says what to write instead, where that can be guessed; otherwise an empty text."""
     if value is None and not field.is_required():
         return f". For the default ({show_default(field)}) leave the key out"
     if (meant := _meant(value, kinds)) is not None:
@@ -152,7 +152,7 @@ _TRUTH = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false
 
 
 def _meant(value: Any, kinds: list[Any]) -> str | None:
-    """How to write a number that was written as text, or a truth value in another reader's words."""
+    """Returns the YAML for a number in quotes, or for a truth value in another spelling; None for other values."""
     text = str(value).strip().lower()
     if bool in kinds:
         return text if text in ("true", "false") else _TRUTH.get(text)
@@ -163,13 +163,13 @@ def _meant(value: Any, kinds: list[Any]) -> str | None:
 
 
 def _place_of_check(reason: str, places: Mapping[str, str], path: str) -> str:
-    """Where a check of several keys failed: the override that took part, if one did, else the file."""
+    """Names the place where a check of several keys failed: the override that took part, if one did, else the file."""
     mentioned = [places.get(key, "") for key in re.findall(r"`([a-z_0-9]+)", reason)]
     return next((place for place in mentioned if place.startswith("--")), path)
 
 
 def did_you_mean(key: str, model: type[BaseModel]) -> str:
-    """The nearest valid key, as a sentence with a leading space."""
+    """Returns the nearest valid key, as a sentence with a leading space."""
     below = [f"{name}.{inner}" for name, f in keys_of(model).items() if (m := nested(f)) for inner in m.model_fields]
     plain = key.replace("-", "_").lower()
     for dotted in below:
@@ -186,7 +186,7 @@ def _show(value: Any) -> str:
 
 
 def show_default(field: FieldInfo) -> str:
-    """A key's default as it would be written in YAML."""
+    """Returns a key's default as it would be written in YAML."""
     default = field.get_default(call_default_factory=True, validated_data={})
     if isinstance(default, BaseModel):
         default = default.model_dump()
@@ -196,7 +196,7 @@ def show_default(field: FieldInfo) -> str:
 
 
 def reference_page(model: type[BaseModel]) -> str:
-    """The reference page of all keys, as Markdown."""
+    """Returns the reference page of all keys, as Markdown."""
     lines = [
         "# Config keys",
         "",
@@ -234,5 +234,5 @@ def reference_page(model: type[BaseModel]) -> str:
 
 
 def extras(field: FieldInfo) -> dict[str, Any]:
-    """What config.py notes of a key besides its type: `section` and `identity`."""
+    """Returns what the schema notes of a key besides its type: `section` and `identity`."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}

@@ -15,10 +15,10 @@ from jax_simpo.errors import ConfigError
 
 @dataclass
 class Values:
-    """The values of a run as they are gathered, before they are checked, and where each comes from.
+    """The values of a run before they are checked, and the place that each comes from.
 
-    `places` holds for each key the file and line, or the override, that set it; `names` the key the user wrote where it
-    is not ours.
+    `places` holds for each key the file and line, or the override, that set it; `names` holds the key that the user
+    wrote where it is not ours.
     """
 
     values: dict[str, Any]
@@ -28,7 +28,7 @@ class Values:
 
 
 def apply(overrides: Sequence[str], to: Values, model: type[BaseModel]) -> None:
-    """Applies overrides in their order, the later over the earlier.
+    """Applies overrides in order; a later one replaces an earlier one.
 
     Raises:
         ConfigError: an override is not of the form `--key=value`, or its dotted key leads nowhere.
@@ -72,7 +72,7 @@ def _apply(override: str, to: Values, model: type[BaseModel]) -> None:
 
 
 def _with(old: Any, path: list[str], value: Any, remove: bool) -> dict[str, Any]:
-    """A copy of a mapping in which one nested key is set, or removed."""
+    """Returns a copy of a mapping in which one nested key is set, or removed."""
     copy = dict(old) if isinstance(old, dict) else {}
     if len(path) > 1:
         copy[path[0]] = _with(copy.get(path[0]), path[1:], value, remove)
@@ -84,7 +84,7 @@ def _with(old: Any, path: list[str], value: Any, remove: bool) -> dict[str, Any]
 
 
 def _read_value(top: str, path: list[str], text: str, override: str, model: type[BaseModel]) -> Any:
-    """Reads a value as YAML; for a key that holds text, the text as it stands."""
+    """Reads a value as YAML; for a key that holds text, returns the text as it is."""
     key = help.keys_of(model).get(top)
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     if key is not None and not path and help.members(key.annotation) == [str] and not quoted:

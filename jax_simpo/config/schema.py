@@ -18,14 +18,14 @@ from jax_simpo.errors import ConfigError
 
 
 def _no_bool(value: Any) -> Any:
-    """Python takes true for 1; a config must not."""
+    """Refuses true and false, which Python would take for 1 and 0."""
     if isinstance(value, bool):
         raise ValueError("a number, not true or false")
     return value
 
 
 def _whole(value: Any) -> Any:
-    """Takes 1e6 and 12.0 for the whole numbers they are."""
+    """Reads 1e6 and 12.0 as the whole numbers they are."""
     value = _no_bool(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -35,7 +35,10 @@ Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 
 
 def _key(default: Any, description: str, *, section: str = "", identity: bool = False, **more: Any) -> Any:
-    """A config key. `identity` marks what defines the mathematics of a run; `section` opens a chapter of the page."""
+    """Declares a config key.
+
+    `identity` marks keys that define the mathematics of a run; `section` opens a chapter of the reference page.
+    """
     extra: JsonDict = {"section": section, "identity": identity}
     if callable(default):
         return Field(default_factory=default, description=description, json_schema_extra=extra, **more)
@@ -43,7 +46,7 @@ def _key(default: Any, description: str, *, section: str = "", identity: bool = 
 
 
 class MeshConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """How many devices lie on each axis of the mesh; one axis may be -1 and takes the devices that are left."""
+    """The number of devices on each axis of the mesh. One axis may be -1: it takes the devices that are left."""
 
     data: Whole = Field(1, description="Copies of the model that each train on their own rows.")
     fsdp: Whole = Field(-1, description="Devices over which parameters and optimizer state are split, and rows too.")
@@ -307,7 +310,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     _notices: tuple[str, ...] = PrivateAttr(default=())
 
-    if not TYPE_CHECKING:  # type checkers shall see the keys
+    if not TYPE_CHECKING:  # hidden from type checkers, which then check the keys
 
         def __init__(self, **settings: Any) -> None:
             values, notices, names = foreign.translate(settings, "TrainConfig({})".format)
@@ -323,7 +326,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     @model_validator(mode="before")
     @classmethod
     def _derive(cls, data: Any) -> Any:
-        """Fills the defaults that depend on other keys, so that the resolved config states them."""
+        """Fills in the defaults that depend on other keys, so that the resolved config states them."""
         if not isinstance(data, dict):
             return data
         data = dict(data)
@@ -389,30 +392,30 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return self
 
     def __eq__(self, other: object) -> bool:
-        """Equal settings; the notices are about the file they came from."""
+        """Return True for equal settings; the notices do not count."""
         return isinstance(other, TrainConfig) and self.model_dump() == other.model_dump()
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What the user should be told about the keys of the file, one sentence each."""
+        """Sentences that the user should read about the keys of the file."""
         return self._notices
 
     @property
     def train_splits(self) -> list[str]:
-        """Splits that are trained on."""
+        """The splits to train on."""
         return [split for split in self.dataset_splits if "train" in split]
 
     @property
     def eval_splits(self) -> list[str]:
-        """Splits that are evaluated."""
+        """The splits to evaluate on."""
         return [split for split in self.dataset_splits if "train" not in split]
 
     def to_yaml(self) -> str:
-        """The resolved config: reading it back gives an equal one."""
+        """Returns the resolved config as YAML; reading it back gives an equal config."""
         return yaml_files.dump(self.model_dump(by_alias=True))
 
     def run_identity(self) -> dict[str, Any]:
-        """The keys that define the mathematics of a run; a resume in which one differs is another run.
+        """Returns the keys that define the mathematics of a run. A run whose keys differ cannot be resumed.
 
         How rows are made, the mesh, attention, remat, and the cadence of logging, saving and evaluating may change. So
         may the keys of the batch: the batch size itself is stored with the checkpoint. With a learning rate that does
@@ -465,7 +468,7 @@ def with_notices(config: TrainConfig, notices: Sequence[str]) -> TrainConfig:
     return copy
 
 
-# What only the PyTorch reference can do, and why not.
+# Keys that only the PyTorch reference can honour, with the reason and the remedy.
 TORCH_ONLY = {
     "load_in_4bit": "weights are not quantised; use `mesh.fsdp` and `remat` to save memory, or `python -m torch_ref`",
     "load_in_8bit": "weights are not quantised; use `mesh.fsdp` and `remat` to save memory, or `python -m torch_ref`",
@@ -475,7 +478,7 @@ TORCH_ONLY = {
 
 
 def torch_only(config: TrainConfig) -> dict[str, str]:
-    """What a config asks for that only the PyTorch reference can do: key -> `key: value` and why not."""
+    """Returns the settings that only the PyTorch reference can honour: each key with a sentence that says why."""
     asked = {key: getattr(config, key) for key in TORCH_ONLY if key != "lora_dropout" or config.use_peft}
     shown = {key: str(value).lower() for key, value in asked.items() if value}
     return {key: f"`{key}: {value}` cannot be honoured: {TORCH_ONLY[key]}" for key, value in shown.items()}

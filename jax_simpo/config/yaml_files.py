@@ -65,7 +65,7 @@ for _tag, _pattern, _first in _SCALARS:
 
 
 def parse_value(text: str) -> Any:
-    """Reads one value as YAML. Raises `yaml.YAMLError` when it is none."""
+    """Reads one value as YAML. Raises `yaml.YAMLError` if it is not YAML."""
     return yaml.load(text, _Loader)
 
 
@@ -75,7 +75,7 @@ def dump(values: dict[str, Any]) -> str:
 
 
 def read_file(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Reads a config file: its keys and values, and the line in which each top-level key stands.
+    """Reads a config file; returns its keys and values, and the line of each top-level key.
 
     Raises:
         ConfigError: the file is missing, is not text, or is not a YAML mapping.

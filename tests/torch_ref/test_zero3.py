@@ -50,7 +50,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a single process computes and what the ranks do, from the same start."""
+    """Runs a single process and several ranks from the same start; returns the folder of their results."""
     folder = tmp_path_factory.mktemp("zero3")
     start = make_start(folder / "start")
     (folder / "deepspeed.json").write_text(json.dumps(DEEPSPEED))

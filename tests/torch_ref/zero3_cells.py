@@ -1,4 +1,4 @@
-"""What the ZeRO-3 tests look at, computed by all ranks in one start: `torchrun ... zero3_cells.py FOLDER`.
+"""Computes, by all ranks in one start, the results that the ZeRO-3 tests check: `torchrun ... zero3_cells.py FOLDER`.
 
 The start model lies in FOLDER/start; what was found is written to FOLDER/found.json, curves to the runs' folders.
 """

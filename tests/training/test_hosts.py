@@ -107,7 +107,7 @@ class Hosts:
             time.sleep(0.1)
 
     def said(self, number: int, name: str = "stderr") -> str:
-        """What a process printed."""
+        """Returns the output of a process."""
         return (self.folder / f"{name}.{number}").read_text()
 
 
@@ -118,7 +118,7 @@ def here(command: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Runs:
-    """What one process and two have written, under `one` and `two`."""
+    """The folders that one process and two processes have written, `one` and `two`."""
 
     folder: Path
     hosts: Hosts

@@ -96,7 +96,7 @@ def transformers_logps(model: Any, pairs: list[TokenizedPair]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def oracle(model: Any, data: Path) -> dict[str, np.ndarray]:
-    """What transformers says of the pairs of each split."""
+    """Scores the pairs of each split with transformers."""
     return {split: transformers_logps(model, tokenized(model, data, split)) for split in PAIRS}
 
 

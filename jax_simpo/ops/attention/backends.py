@@ -27,7 +27,7 @@ BACKENDS = {
 
 
 class ScoreRule(NamedTuple):
-    """How the products of queries and keys become scores; static.
+    """The static settings by which products of queries and keys become scores.
 
     A score is `scale * (q . k)`, then capped, `softcap * tanh(score / softcap)`, then masked.
 
