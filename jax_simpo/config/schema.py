@@ -259,7 +259,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     export_dtype: Literal["float32", "bfloat16"] | None = _key(None, "Type of the exported weights. Default: `dtype`.")
     attention: Literal["auto", "dense", "blockwise", "splash", "pallas", "cudnn"] = _key(
         "auto",
-        "Attention implementation; all compute the same. `blockwise` runs anywhere, `splash` on TPUs, `pallas` on "
+        "Attention backend; all compute the same. `blockwise` runs anywhere, `splash` on TPUs, `pallas` on "
         "Hopper GPUs, `cudnn` on NVIDIA GPUs without soft caps, `dense` for tiny rows. `auto` takes the best for the "
         "device; the log says which and why.",
     )

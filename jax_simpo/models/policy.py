@@ -22,7 +22,7 @@ class Forward:
 
     Attributes:
         model: the decoder.
-        attention: the name of the attention implementation.
+        attention: the name of the attention backend.
         logprob_chunk: most hidden states of a tile of logits; `auto` takes what is fastest on the device.
         logits_bytes: memory of a device, in bytes, that training may spend on keeping a micro-batch's logits.
     """

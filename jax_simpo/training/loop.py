@@ -99,7 +99,7 @@ class TrainingLoop:
         # Of several processes one may get SIGTERM, to which JAX listens: all processes stop after the same step.
         stop = reached_preemption_sync_point(done) and done < self.total_steps
         save |= stop
-        if not (log or evaluate or save):
+        if not (log or evaluate or save or self._stop_asked):
             self._progress.advance(done)
             return
         values = self._finite(done, metrics)  # before saving too: a diverged step must not replace a good checkpoint

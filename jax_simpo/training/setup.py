@@ -138,7 +138,7 @@ class Setup:
 
     @cached_property
     def attention_choice(self) -> tuple[str, str]:
-        """The attention implementation, and the reason for the choice."""
+        """The attention backend, and the reason for the choice."""
         model = self.model.config
         return resolve_backend(
             self.config.attention,
@@ -150,7 +150,7 @@ class Setup:
 
     @property
     def attention(self) -> str:
-        """The name of the attention implementation."""
+        """The name of the attention backend."""
         return self.attention_choice[0]
 
     @cached_property
