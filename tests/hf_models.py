@@ -1,14 +1,15 @@
-"""Small models of every family, as transformers makes and saves them: the oracle of this folder."""
+"""Small models of every family, as transformers makes and saves them: an oracle for `models` and `hf`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedModel
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
@@ -83,6 +84,8 @@ def hf_config() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def make_hf() -> Callable[..., PreTrainedModel]:
     """Makes a random model whose norms and biases are not trivial."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     def make(family: str = "llama3.1", seed: int = 0, **fields: Any) -> PreTrainedModel:
         values = {"model_type": "llama", **SIZES, **FAMILIES[family], **fields}
