@@ -24,7 +24,7 @@ from benchmarks.facts import machine_facts
 from benchmarks.lengths import PROFILES, profile_pairs
 from benchmarks.models import model_mapping
 from benchmarks.results import Result, Table, percent
-from benchmarks.steps import Trainee, device_name, make_plan, one_device
+from benchmarks.steps import Trainee, device_name, one_device, step_plan
 from benchmarks.timing import seconds_of
 from jax_simpo.data.loader import build_step, step_batches
 from jax_simpo.hf.config import read_model_config
@@ -75,7 +75,7 @@ def main(
 def _host(model: Model, profile: str, count: int, batch: int) -> dict[str, float]:
     pool = profile_pairs(PROFILES[profile], count, model.config.vocab_size)
     started = time.perf_counter()
-    plan = make_plan(model, pool, "shared+packed", batch=batch)
+    plan = step_plan(model, pool, "shared+packed", batch=batch)
     shape_seconds = time.perf_counter() - started
     steps = range(plan.steps_per_epoch)
     tokens = 0
@@ -96,7 +96,7 @@ def _idle(model: Model, profile: str, batch: int, steps: int) -> dict[str, float
     """Runs steps after one that compiles, with rows built ahead as in a training run, and measures the waiting."""
     pool = profile_pairs(PROFILES[profile], batch * (steps + 1), model.config.vocab_size)
     mesh = one_device()
-    plan = make_plan(model, pool, "shared+packed", batch=batch)
+    plan = step_plan(model, pool, "shared+packed", batch=batch)
     plan = replace(plan, seed=None)
     trainee = Trainee(model, plan, pool, mesh)
     with jax.set_mesh(mesh):

@@ -25,7 +25,7 @@ from benchmarks.facts import machine_facts
 from benchmarks.lengths import PROFILES, profile_pairs
 from benchmarks.models import model_mapping
 from benchmarks.results import Result, Table, gib, picture
-from benchmarks.steps import Trainee, device_name, make_plan, one_device
+from benchmarks.steps import Trainee, device_name, one_device, step_plan
 from benchmarks.timing import in_turns, speed_up
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.transformer import Model
@@ -56,7 +56,7 @@ def main(
         config = read_model_config(model_mapping(which, count))
         pairs = profile_pairs(PROFILES[profile], 8 * batch, config.vocab_size)
         models = [Model(config, compute, policy) for policy in POLICIES]  # type: ignore[arg-type]
-        plan = make_plan(models[0], pairs, "shared+packed", batch=batch, row_length=length)
+        plan = step_plan(models[0], pairs, "shared+packed", batch=batch, row_length=length)
         return {model.remat: Trainee(model, plan, pairs, mesh) for model in models}
 
     with jax.set_mesh(mesh):

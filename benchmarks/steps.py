@@ -54,7 +54,7 @@ def one_device() -> Mesh:
     return make_mesh(devices=jax.devices()[:1])
 
 
-def make_plan(
+def step_plan(
     model: Model, pairs: Pairs, variant: str, *, batch: int, rows: int = 1, row_length: int | None = None
 ) -> StepPlan:
     """Makes the step plan of a variant as the trainer does. `row_length` counts only for variants that pack."""

@@ -27,7 +27,7 @@ from benchmarks.flops import linear_ideal
 from benchmarks.lengths import PROFILES, Pairs, profile_pairs, read_pairs
 from benchmarks.models import model_mapping
 from benchmarks.results import Result, Table, gib, percent, picture
-from benchmarks.steps import VARIANTS, Trainee, device_name, make_plan, matmul_peak, one_device
+from benchmarks.steps import VARIANTS, Trainee, device_name, matmul_peak, one_device, step_plan
 from benchmarks.timing import in_turns, speed_up, total_speed_up
 from jax_simpo.data.packing import ROW_MULTIPLE, measure
 from jax_simpo.hf.config import read_model_config
@@ -75,7 +75,7 @@ def main(
             trainees = {
                 variant: Trainee(
                     policy,
-                    make_plan(policy, own_pairs, variant, batch=size, row_length=row_length),
+                    step_plan(policy, own_pairs, variant, batch=size, row_length=row_length),
                     own_pairs,
                     mesh,
                     attention,
@@ -159,7 +159,7 @@ def packing_fill(model: Model, profile: str, count: int) -> dict[str, float]:
     pool = profile_pairs(PROFILES[profile], count, model.config.vocab_size)
     row_length = _row_length(PROFILES[profile].length)
     plans = {
-        f"{variant}, {batch}": make_plan(model, pool, variant, batch=batch, row_length=row_length)
+        f"{variant}, {batch}": step_plan(model, pool, variant, batch=batch, row_length=row_length)
         for variant in PACKED
         for batch in FILL_BATCHES
     }

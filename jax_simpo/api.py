@@ -68,6 +68,8 @@ def train(
     """
     console = console or make_console(quiet=quiet)
     print_notices(config, console)
+    if eval_pairs is not None:  # the config that the run records says what was evaluated
+        config = config.model_copy(update={"dataset_splits": [*config.train_splits, "eval_pairs"], "do_eval": True})
     return trainer.train(
         config,
         console,

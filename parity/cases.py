@@ -238,7 +238,7 @@ def matrix(families: Iterable[str], dtypes: Iterable[str], backends: Iterable[st
     return [cell for cell in cells if cell.exists]
 
 
-def make_plan(job: Job, config: TrainConfig, lengths: PairLengths) -> StepPlan:
+def step_plan(job: Job, config: TrainConfig, lengths: PairLengths) -> StepPlan:
     """Makes the step plan of a cell.
 
     Rows and micro-batches have the same shape in all layouts and on all backends, so that a model is compiled once for

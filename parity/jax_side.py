@@ -38,7 +38,7 @@ from jax_simpo.training.step import (
     make_train_functions,
     run_step,
 )
-from parity.cases import JAX_GPU, MESHES, REFERENCE, Cell, Job, make_plan
+from parity.cases import JAX_GPU, MESHES, REFERENCE, Cell, Job, step_plan
 from parity.results import EXPORT, GRADIENTS, PYTORCH_IN_JAX, TokenTable, save_results
 from parity.variants import RIGHT, VARIANTS, Variant, VariantPairs
 
@@ -159,11 +159,11 @@ def run_cell(job: Job, runner: Runner, cell: Cell, folder: Path, steps: int, var
     """Runs one layout of a runner's model."""
     config = job.config(cell)
     pairs: Any = runner.setup.train_pairs()
-    plan = make_plan(job, config, pairs.lengths)
+    plan = step_plan(job, config, pairs.lengths)
     if variant.changes_pairs:
         pairs = VariantPairs(pairs, variant.pair)
         changed = PairLengths.of(pairs.pairs(np.arange(len(plan.lengths))))
-        plan = make_plan(job, config, changed)
+        plan = step_plan(job, config, changed)
     runner.run(folder, plan, pairs, steps, variant)
 
 
@@ -171,7 +171,7 @@ def score_export(runner: Runner, job: Job, cell: Cell) -> None:
     """Loads the reference's export and writes its log-probs of the first step's pairs."""
     export = job.results_folder(cell.on(REFERENCE)) / EXPORT
     pairs = runner.setup.train_pairs()
-    plan = make_plan(job, job.config(cell), pairs.lengths)
+    plan = step_plan(job, job.config(cell), pairs.lengths)
     with jax.set_mesh(runner.mesh):
         micro_batches = RIGHT.micro_batches(build_step(plan, pairs, 0))
         table = runner.table(runner.load(export), micro_batches, plan.lengths.of_pairs(plan.pairs(0)))
@@ -185,7 +185,7 @@ def try_variants(job: Job) -> None:
         variant, cell = VARIANTS[name], job.variant_cell(name)
         plain = runner_of(cell)
         pairs = plain.setup.train_pairs()
-        first = build_step(make_plan(job, job.config(cell), pairs.lengths), pairs, 0)
+        first = build_step(step_plan(job, job.config(cell), pairs.lengths), pairs, 0)
         if not variant.applies(plain.forward, plain.objective, first):
             continue
         print(f"wrong variant: {name}", flush=True)

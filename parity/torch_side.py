@@ -20,7 +20,7 @@ from torch import Tensor
 
 from jax_simpo.config import load_config
 from jax_simpo.data.chat import load_tokenizer
-from parity.cases import MESHES, SIZES, TORCH, TORCH_GPU, ZERO3, Cell, Job, make_plan
+from parity.cases import MESHES, SIZES, TORCH, TORCH_GPU, ZERO3, Cell, Job, step_plan
 from parity.results import EXPORT, GRADIENTS, JAX_IN_TRANSFORMERS, TokenTable, save_results
 from torch_ref.adapters import add_adapter, load_adapter
 from torch_ref.batches import Batch, RankStep, build_rank_step
@@ -111,7 +111,7 @@ class Run:
         config = job.config(cell)
         self.setup = Setup(config, Console(quiet=True), ranks)
         self.pairs = self.setup.train_pairs()
-        self.plan = make_plan(job, config, self.pairs.lengths)
+        self.plan = step_plan(job, config, self.pairs.lengths)
         self.engine = make_engine(self.setup, job.deepspeed_file if ranks.launched else None)
         if cell.family in job.adapters:
             start_from_adapter(self.engine, Path(job.adapters[cell.family]))
@@ -186,7 +186,7 @@ def crosswise(job: Job) -> None:
     for cell in (c for c in job.cells if c.backend in MESHES and c.dtype == "float32"):
         setup = Setup(job.config(cell), Console(quiet=True), Ranks(0, 1, torch.device("cpu"), launched=False))
         pairs = setup.train_pairs()
-        plan = make_plan(job, job.config(cell), pairs.lengths)
+        plan = step_plan(job, job.config(cell), pairs.lengths)
         export = job.results_folder(cell) / EXPORT
         if cell.family in job.adapters:
             model = load_adapter(_base_model(job, cell.family), str(export))

@@ -97,7 +97,7 @@ def test_a_run_returns_its_records_and_paths(run: js.TrainRun) -> None:
     assert [r["step"] for r in run.metrics if "step" in r] == [1, 2, 3, 4]
     assert run.metrics[-1]["eval_pairs"] == 4
     assert run.steps == 4 and not run.stopped_early
-    assert (run.model_path / "config.json").exists() and run.report_path.exists()
+    assert (run.model_path / "config.json").exists() and "Evaluation (eval_pairs)" in run.report_path.read_text()
 
 
 def test_pairs_in_memory_train_as_the_same_pairs_in_a_file(run: js.TrainRun, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def main(file: str, dtype: str) -> None:
     from benchmarks.contenders.job import MAX_LENGTH, Job
     from benchmarks.facts import peak_resident_bytes
     from benchmarks.lengths import Pairs
-    from benchmarks.steps import Trainee, make_plan, one_device
+    from benchmarks.steps import Trainee, one_device, step_plan
     from benchmarks.timing import seconds_of
     from jax_simpo import hf
     from jax_simpo.data import chat
@@ -37,7 +37,7 @@ def main(file: str, dtype: str) -> None:
     # Without checkpointing TRL and torch_ref keep all activations; `dots` recomputes the cheap ones and is faster.
     model = Model(config, dtype, "dots" if job.remat == "none" else job.remat)  # type: ignore[arg-type]
     mesh = one_device()
-    plan = make_plan(model, pairs, "shared+packed", batch=job.pairs)
+    plan = step_plan(model, pairs, "shared+packed", batch=job.pairs)
     trainee = Trainee(model, plan, pairs, mesh)
     print(f"rows: {plan.shape}, {plan.step(0).micro_batches} micro-batches, attention {trainee.attention_name}")
 

@@ -78,7 +78,7 @@ def train(
         config: the settings of the run.
         console: where progress and notes go.
         pairs: training pairs in memory, in place of the config's `dataset_mixer`.
-        eval_pairs: evaluation pairs in memory; the run evaluates where they are given.
+        eval_pairs: evaluation pairs in memory, in place of the config's evaluation splits.
         on_record: is given every record on the first process; True stops the run once its state is saved.
 
     Raises:
@@ -105,7 +105,7 @@ def train(
     packing = measure(plan)
     console.print(packing_line("training", plan, packing))
     print_notes(console, [idle_warning(plan, packing, setup.data_parallel)])
-    evaluation = _evaluation(setup, console) if config.do_eval or eval_pairs is not None else None
+    evaluation = _evaluation(setup, console) if config.do_eval else None
     console.print("attention: {} ({})".format(*setup.attention_choice))
 
     _check_weights(setup, resumes=bool(first_step))

@@ -22,7 +22,7 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from parity.__main__ import main
-from parity.cases import ADAPTED, FAMILIES, FULL_FAMILIES, LAYOUTS, MESHES, REFERENCE, ZERO3, Cell, Job, make_plan
+from parity.cases import ADAPTED, FAMILIES, FULL_FAMILIES, LAYOUTS, MESHES, REFERENCE, ZERO3, Cell, Job, step_plan
 from parity.compare import ALL_RUNS, Outcome, compare
 from parity.results import CellResults, read_results, read_tensors
 from parity.variants import VARIANTS
@@ -237,7 +237,7 @@ def trl_means(request: pytest.FixtureRequest, matrix: Matrix) -> tuple[str, np.n
     pairs = Setup(config, Console(quiet=True), Ranks(0, 1, torch.device("cpu"), launched=False)).train_pairs()
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path)
     means = []
-    for pair in pairs.pairs(make_plan(job, config, pairs.lengths).pairs(0)):
+    for pair in pairs.pairs(step_plan(job, config, pairs.lengths).pairs(0)):
         for response in pair.responses:
             ids = torch.from_numpy(response.ids.astype(np.int64))[None]
             labels = ids.clone()
