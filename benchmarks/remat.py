@@ -1,4 +1,4 @@
-"""Measures the time that each rematerialisation policy costs, and the memory it saves.
+"""Is a rematerialisation policy worth its time: how much does each cost, and how much memory does it save?
 
 Runs the trainer's step under `remat: none`, `dots` and `full` and measures the memory of the compiled program of a
 micro-batch and the seconds of whole optimizer steps, in turns, on the same pairs and weights. A 1B model is compiled
