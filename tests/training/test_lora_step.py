@@ -224,7 +224,8 @@ def held_again(model: Model) -> set[tuple[int, ...]]:
 def test_no_stack_of_frozen_weights_is_held_a_second_time(windows: tuple[int | None, ...], remat: Any) -> None:
     model = lora_in_bfloat16(windows, remat, **CHANGES)
     assert held_again(model) == set()
-    if remat == "full":
+    # XLA of jax 0.10 copies what is sliced as floats, which shows that this test can fail; that of jax 0.12 does not.
+    if remat == "full" and jax.__version_info__ < (0, 11):
         with pytest.MonkeyPatch.context() as patch:
             slice_as_floats(patch)
             # q, k (and v), o, gate (and up), down; and the head.
