@@ -28,7 +28,7 @@ test: lint ## lint, type check and the quick tests
 	$(TEST_ENV) $(BIN)/python -m pytest -rs -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.installed-dev ## the tests that take longer
-	$(TEST_ENV) $(BIN)/python -m pytest -rs -m slow
+	$(TEST_ENV) JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -rs -m slow
 
 lint: $(VENV)/.installed-dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -119,7 +119,9 @@ class Trainee:
     def functions(self) -> TrainFunctions:
         """The compiled functions of training."""
         _, optimizer = run_optimizer(CONFIG, _MANY_STEPS)
-        return make_train_functions(self.forward, OBJECTIVE, optimizer, self.mesh)
+        return make_train_functions(
+            self.forward, OBJECTIVE, optimizer, self.mesh, accumulates=self.plan.step(0).micro_batches > 1
+        )
 
     def fresh_weights(self, params: Any = None) -> Weights:
         """Returns weights to start from: these parameters, or random ones."""

@@ -25,7 +25,7 @@ from jax_simpo.hf import adapters
 from jax_simpo.models.policy import Forward, Rows
 from jax_simpo.models.transformer import Params
 from jax_simpo.objectives.simpo import Objective
-from jax_simpo.ops.responses import match_pairs
+from jax_simpo.ops.responses import ResponseLogps, match_pairs
 from jax_simpo.sharding import make_mesh, put_rows
 from jax_simpo.training import capacity
 from jax_simpo.training.optim import run_optimizer
@@ -34,7 +34,6 @@ from jax_simpo.training.step import (
     MicroBatch,
     TrainFunctions,
     accumulate_step,
-    make_score_function,
     make_train_functions,
     run_step,
 )
@@ -70,14 +69,14 @@ class Runner:
         return make_train_functions(self.forward, self.objective, optimizer, self.mesh)
 
     @cached_property
-    def score(self) -> Callable[[Params, Rows], Any]:
-        """The compiled function of scoring."""
-        return make_score_function(self.forward, self.mesh)
-
-    @cached_property
     def target_logps(self) -> Callable[[Params, Rows], Array]:
         """The compiled log-probs of single targets."""
         return jax.jit(self.forward.target_logps, out_shardings=NamedSharding(self.mesh, P()))
+
+    @cached_property
+    def sum_responses(self) -> Callable[[Array, Rows], ResponseLogps]:
+        """The compiled sums of the log-probs of responses."""
+        return jax.jit(self.forward.sum_responses, out_shardings=NamedSharding(self.mesh, P()))
 
     def load(self, folder: Path | None = None) -> Params:
         """Loads the weights of a folder, or those the run starts from; an adapter's folder on the run's base."""
@@ -98,28 +97,28 @@ class Runner:
             base = self.setup.config.model_name_or_path
             adapters.save(params, model, folder, "float32", base=base, tokenizer=tokenizer)
 
-    def table(self, params: Params, micro_batches: Iterable[MicroBatch], lengths: PairLengths) -> TokenTable:
-        """Computes the log-prob of every target of a step's rows."""
-        table = TokenTable(lengths)
+    def table(
+        self, params: Params, micro_batches: Iterable[MicroBatch], lengths: PairLengths
+    ) -> tuple[TokenTable, np.ndarray]:
+        """Computes the log-prob of every target of a step's rows, and the loss of every pair."""
+        table, losses = TokenTable(lengths), np.zeros(len(lengths))
         for batch in micro_batches:
             rows = put_rows(batch.rows.arrays(), self.mesh)
-            logps = np.asarray(self.target_logps(params, rows))
+            target_logps = self.target_logps(params, rows)
+            self._put_losses(losses, self.sum_responses(target_logps, rows), batch)
+            logps = np.asarray(target_logps)
             for row, slot in zip(*np.nonzero(batch.rows.response_pair >= 0), strict=True):
                 pair, rank = batch.rows.response_pair[row, slot], batch.rows.response_rank[row, slot]
                 table.put(pair, rank, logps[row][batch.rows.target_response[row] == slot])
-        return table
+        return table, losses
 
-    def losses(self, params: Params, micro_batches: Iterable[MicroBatch], count: int) -> np.ndarray:
-        """Computes the loss of each pair of a step with the function that scores pairs."""
-        losses = np.zeros(count)
-        for batch in micro_batches:
-            means = self.score(params, put_rows(batch.rows.arrays(), self.mesh)).mean
-            slots = (np.asarray(means), batch.rows.response_pair, batch.rows.response_rank)
-            pairs = match_pairs(*map(jnp.asarray, slots))
-            valid = np.asarray(pairs.valid)
-            slot_losses = np.asarray(self.objective.losses(pairs.chosen, pairs.rejected))
-            losses[batch.rows.response_pair[valid]] = slot_losses[valid]
-        return losses
+    def _put_losses(self, losses: np.ndarray, responses: ResponseLogps, batch: MicroBatch) -> None:
+        """Computes the losses of a micro-batch's pairs and puts each at its pair's place."""
+        slots = (np.asarray(responses.mean), batch.rows.response_pair, batch.rows.response_rank)
+        pairs = match_pairs(*map(jnp.asarray, slots))
+        valid = np.asarray(pairs.valid)
+        slot_losses = np.asarray(self.objective.losses(pairs.chosen, pairs.rejected))
+        losses[batch.rows.response_pair[valid]] = slot_losses[valid]
 
     def run(self, folder: Path, plan: StepPlan, pairs: PairSource, steps: int, variant: Variant = RIGHT) -> None:
         """Runs the steps of a cell and writes its results; with 0 steps, those of the first step alone."""
@@ -128,7 +127,7 @@ class Runner:
             params = self.load()
             first_step = build_step(plan, pairs, 0)
             first = variant.micro_batches(first_step)
-            table, losses = self.table(params, first, lengths), self.losses(params, first, len(lengths))
+            table, losses = self.table(params, first, lengths)
             self.save(
                 accumulate_step(self.functions, params, first_step, variant.micro_batches).gradients, folder / GRADIENTS
             )
@@ -138,7 +137,7 @@ class Runner:
                 params, state, metrics = run_step(self.functions, params, state, step, variant.micro_batches)
                 records.append({name: float(value) for name, value in jax.device_get(metrics).items()})
             if steps:
-                final = self.table(params, first, lengths)
+                final, _ = self.table(params, first, lengths)
                 self.save(params, folder / EXPORT)
         facts = {"attention": self.forward.attention, "jax": metadata.version("jax")}
         save_results(folder, table=table, losses=losses, steps=records, final=final, facts=facts)
@@ -174,7 +173,7 @@ def score_export(runner: Runner, job: Job, cell: Cell) -> None:
     plan = step_plan(job, job.config(cell), pairs.lengths)
     with jax.set_mesh(runner.mesh):
         micro_batches = RIGHT.micro_batches(build_step(plan, pairs, 0))
-        table = runner.table(runner.load(export), micro_batches, plan.lengths.of_pairs(plan.pairs(0)))
+        table, _ = runner.table(runner.load(export), micro_batches, plan.lengths.of_pairs(plan.pairs(0)))
     np.save(job.results_folder(cell) / PYTORCH_IN_JAX, table.logps)
 
 

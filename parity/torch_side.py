@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -109,7 +108,7 @@ class Run:
     def __init__(self, job: Job, cell: Cell, ranks: Ranks) -> None:
         self.job, self.ranks, self.folder = job, ranks, job.results_folder(cell)
         config = job.config(cell)
-        self.setup = Setup(config, Console(quiet=True), ranks)
+        self.setup = Setup(config, ranks)
         self.pairs = self.setup.train_pairs()
         self.plan = step_plan(job, config, self.pairs.lengths)
         self.engine = make_engine(self.setup, job.deepspeed_file if ranks.launched else None)
@@ -184,7 +183,7 @@ def crosswise(job: Job) -> None:
     from transformers import AutoModelForCausalLM
 
     for cell in (c for c in job.cells if c.backend in MESHES and c.dtype == "float32"):
-        setup = Setup(job.config(cell), Console(quiet=True), Ranks(0, 1, torch.device("cpu"), launched=False))
+        setup = Setup(job.config(cell), Ranks(0, 1, torch.device("cpu"), launched=False))
         pairs = setup.train_pairs()
         plan = step_plan(job, job.config(cell), pairs.lengths)
         export = job.results_folder(cell) / EXPORT

@@ -12,14 +12,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from jax_simpo.data.loader import PairSource, StepBatch
 from jax_simpo.data.pairs import Response, TokenizedPair, common_prefix_length
 from jax_simpo.data.rows import RowBatch
 from jax_simpo.models.config import Rope
 from jax_simpo.models.policy import Forward, Rows
-from jax_simpo.models.transformer import Params
 from jax_simpo.objectives.simpo import Objective
 from jax_simpo.ops.responses import ResponseLogps
 from jax_simpo.training.step import MicroBatch, split_step
@@ -131,8 +130,8 @@ def _shared_tokens_not_scored(pair: TokenizedPair) -> TokenizedPair:
 class _LengthAfterSharing(Forward):
     """Divides the sum over the whole response by the number of its tokens that are not shared."""
 
-    def response_logps(self, params: Params, rows: Rows) -> ResponseLogps:
-        responses = super().response_logps(params, rows)
+    def sum_responses(self, target_logps: Array, rows: Rows) -> ResponseLogps:
+        responses = super().sum_responses(target_logps, rows)
         slots = rows["response_pair"].shape[1]
         index, response = rows["target_index"], rows["target_response"]
         other = (index[:, :, None] == index[:, None, :]) & (response[:, :, None] != response[:, None, :])

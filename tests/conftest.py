@@ -1,10 +1,18 @@
 """Eight fake CPU devices for every test, so that each mesh of the design can be tried; jax must not be imported yet."""
 
 import os
+from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Tests compile many programs and run each a few times, so quick code costs more than it saves. This leaves out LLVM's
+# optimisations; XLA's own, which the tests of memory and copies look at, all stay. `make test-slow` leaves out none.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and metadata.version("jaxlib").startswith("0.10."):
+    # The older way to emit a fusion's code compiles twice as fast without optimisations. Later releases have only one.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 from pathlib import Path
 

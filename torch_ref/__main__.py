@@ -67,14 +67,17 @@ def score(
     settings = _load(config, context.args)
     from torch_ref.distributed import open_ranks
     from torch_ref.evaluate import PAIRS_PER_PLAN, pair_records, score_pairs
+    from torch_ref.notes import attention_note, split_notes
     from torch_ref.setup import Setup
     from torch_ref.trainer import make_forward
 
     with open_ranks() as ranks, writing(output if ranks.is_first else os.devnull) as file:
         console = _console(settings, ranks)
-        setup = Setup(settings, console, ranks, model)
+        setup = Setup(settings, ranks, model)
         pairs = setup.split_pairs(split)
-        plan = setup.step_plan(split, pairs, batch=PAIRS_PER_PLAN, seed=None)
+        plan = setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
+        for note in (attention_note(setup), *split_notes(setup, split, pairs, plan)):
+            console.print(note)
         scores = score_pairs(make_forward(setup, deepspeed), plan, pairs, ranks)
         for (_, row), record in zip(pairs.origins, pair_records(scores, setup.objective), strict=True):
             file.write(json.dumps({"row": row, **record}) + "\n")

@@ -148,9 +148,16 @@ def load_model_config(config: TrainConfig, choice: str | None, new_model: dict[s
 
 
 def count_parameters(model_config: Any) -> int:
-    """Returns the number of a model's parameters, without building it. A tied head counts once."""
-    from transformers import AutoModelForCausalLM
+    """Returns the number of a model's parameters, without building it. A tied head counts once.
 
+    Raises:
+        RuntimeError: models are made partitioned now, so that their parameters look empty.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        raise RuntimeError("count a model's parameters before a `Zero3Model` exists: partitioned ones look empty")
     with torch.device("meta"):
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters())
 

@@ -8,14 +8,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from jax_simpo.config import TrainConfig
 from jax_simpo.data import chat, sources
-from jax_simpo.data.packing import StepPlan, make_step_plan, measure
+from jax_simpo.data.packing import StepPlan, make_step_plan
 from jax_simpo.data.tokenize import PairDataset, tokenize_split
 from jax_simpo.errors import ConfigError, ModelError
-from torch_ref.attention_choice import AttentionChoice, choose_attention, uses_rows
+from torch_ref.attention_choice import AttentionChoice, choose_attention
 from torch_ref.distributed import Ranks
 from torch_ref.losses import Objective
 from torch_ref.model import DTYPES, Policy, count_parameters, load_model_config, load_policy
@@ -27,17 +26,15 @@ _BYTES_PER_TOKEN_AND_WIDTH = 200  # a rough upper bound for a layer's activation
 
 @dataclass(frozen=True)
 class Setup:
-    """The objects of a run, each built from the config when it is first used.
+    """The objects of a run, each built from the config when it is first used. It prints nothing.
 
     Attributes:
         config: the run's settings.
-        console: the console for notes to the user.
         ranks: the place of this process among the ranks.
         model_choice: the value of `--model`: a folder or hub id in place of the config's model.
     """
 
     config: TrainConfig
-    console: Console
     ranks: Ranks
     model_choice: str | None = None
 
@@ -80,16 +77,13 @@ class Setup:
 
     @cached_property
     def parameter_count(self) -> int:
-        """The number of the model's parameters."""
+        """The number of the model's parameters. Ask for it before a model is made partitioned."""
         return count_parameters(self.model_config)
 
     @cached_property
     def attention(self) -> AttentionChoice:
-        """The attention implementation; it is printed when it is chosen."""
-        choice = choose_attention(self.config, self.model_config, self.ranks.device)
-        form = "rows" if uses_rows(self.config) else "concatenated forward"
-        self.console.print(f"attention: {choice.name} ({choice.reason}; {form})")
-        return choice
+        """The attention implementation and the reason for it."""
+        return choose_attention(self.config, self.model_config, self.ranks.device)
 
     def load_policy(self, dtype: torch.dtype | None = None, *, trained: bool) -> Policy:
         """Builds the model and loads its weights, in `dtype` or else the compute dtype."""
@@ -152,7 +146,7 @@ class Setup:
 
     def _tokenize(self, raw: sources.RawSplit) -> PairDataset:
         config = self.config
-        pairs = tokenize_split(  # one rank of a machine tokenises; the others wait and read its cache
+        return tokenize_split(  # one rank of a machine tokenises; the others wait and read its cache
             raw,
             self.tokenizer,
             max_length=config.max_length,
@@ -164,15 +158,11 @@ class Setup:
             cache_dir=config.data_cache_dir,
             progress=None if self.ranks.is_first else False,
         )
-        if pairs.skipped:
-            self.console.print(pairs.skipped_summary(), style="yellow")
-        return pairs
 
-    def step_plan(self, name: str, pairs: PairDataset, *, batch: int, seed: int | None) -> StepPlan:
+    def step_plan(self, pairs: PairDataset, *, batch: int, seed: int | None) -> StepPlan:
         """Makes the step plan of a split and checks that every pair fits a row.
 
         Args:
-            name: the name of the split, for the log.
             pairs: the pairs of the split.
             batch: pairs per step.
             seed: the seed of the order; None keeps file order.
@@ -192,15 +182,6 @@ class Setup:
             max_row_length=self._longest_row(),
         )
         plan.check(pairs.origin)
-        text = f"{name}: {len(plan.lengths)} pairs"
-        if uses_rows(config):
-            cost = measure(plan)
-            saved = 1 - cost.input_tokens / cost.separate_tokens
-            text += (
-                f", rows of {plan.shape.length} tokens, fill {cost.fill:.3f}, "
-                f"prefix sharing saves {saved:.1%} of the tokens"
-            )
-        self.console.print(text)
         return plan
 
     def _longest_row(self) -> int:

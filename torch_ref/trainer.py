@@ -32,6 +32,7 @@ from torch_ref.evaluate import PAIRS_PER_PLAN, Evaluation, Forward
 from torch_ref.export import export_model
 from torch_ref.losses import Objective, StepPart, response_sums, step_part
 from torch_ref.model import DTYPES
+from torch_ref.notes import attention_note, split_notes
 from torch_ref.optim import Schedule, learning_rate_schedule
 from torch_ref.setup import Setup
 from torch_ref.start_weights import StartWeights
@@ -55,7 +56,7 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
     _check(config)
     output = Path(config.output_dir)
     ranks.first(lambda: check_output(config, output, writes=files.OF_TORCH_REF))
-    setup = Setup(config, console, ranks)
+    setup = Setup(config, ranks)
     console.print(f"torch_ref: {ranks.world} rank{'s' if ranks.world > 1 else ''} on {ranks.device.type}")
     if not _fits(config, ranks):
         console.print("note: `mesh` is not used here; ZeRO-3 splits over all ranks", style="yellow")
@@ -71,13 +72,16 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
     saved = ranks.first(lambda: checkpoints.run(resume)) if resume else {}
     batch = setup.global_batch_size(saved.get("global_batch_size"))
     pairs = setup.train_pairs()
-    plan = setup.step_plan("training", pairs, batch=batch, seed=config.seed)
+    plan = setup.step_plan(pairs, batch=batch, seed=config.seed)
+    console.print(attention_note(setup))
+    for note in split_notes(setup, "training", pairs, plan):
+        console.print(note)
     total_steps = count_steps(config, plan.steps_per_epoch)
     identity = ranks.first(lambda: run_identity(config, batch, pairs))
     if resume:
         check_same_run(saved, identity, output)
         ranks.first(lambda: check_not_finished(output, resume, total_steps))
-    evaluation = _evaluation(setup) if config.do_eval else None
+    evaluation = _evaluation(setup, console) if config.do_eval else None
     engine = make_engine(setup, deepspeed_file, resumes=bool(resume))
     console.print(f"engine: {engine.name}")
     ranks.first(lambda: prepare_output(config, output))
@@ -88,7 +92,9 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
         console.print(f"training {setup.parameter_count:,} parameters for {total_steps} steps")
     ranks.first(lambda: write_file(output, files.CONFIG, config.to_yaml()))
     schedule = learning_rate_schedule(config, total_steps)
-    run = Run(config, setup, plan, pairs, engine, schedule, evaluation, checkpoints, identity, total_steps, output)
+    run = Run(
+        config, setup, console, plan, pairs, engine, schedule, evaluation, checkpoints, identity, total_steps, output
+    )
     run.steps(resume)
     ranks.first(lambda: claim(output, files.MODEL))
     export_model(engine, output / files.MODEL, config.export_dtype or config.dtype, setup.tokenizer, ranks)
@@ -102,7 +108,6 @@ def make_engine(setup: Setup, deepspeed_file: Path | None = None, *, resumes: bo
     if not setup.ranks.launched:
         policy = setup.load_policy(torch.float32, trained=True)
         return PlainEngine(policy, setup.config)
-    _ = setup.attention, setup.parameter_count  # computed before models are made partitioned
     partition = Zero3Model(deepspeed_settings(setup.config, deepspeed_file))
     engine = Zero3Engine(setup.load_policy(trained=True), setup.config, setup.ranks, partition)
     config = setup.config
@@ -116,7 +121,6 @@ def make_forward(setup: Setup, deepspeed_file: Path | None = None) -> Forward:
     """Makes the function that scores batches without training; its model is partitioned if there are several ranks."""
     if setup.ranks.world == 1:
         return setup.load_policy(trained=False)
-    _ = setup.attention, setup.parameter_count
     partition = Zero3Model(deepspeed_settings(setup.config, deepspeed_file))
     return partitioned_forward(setup.load_policy(trained=False), partition)
 
@@ -134,9 +138,11 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError("`use_peft` adds to a model that exists; give `model_name_or_path`, not `model_config`")
 
 
-def _evaluation(setup: Setup) -> Evaluation:
+def _evaluation(setup: Setup, console: Console) -> Evaluation:
     pairs = setup.eval_pairs()
-    plan = setup.step_plan(pairs.name, pairs, batch=PAIRS_PER_PLAN, seed=None)
+    plan = setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
+    for note in split_notes(setup, pairs.name, pairs, plan):
+        console.print(note)
     return Evaluation(plan, pairs, setup.objective, setup.ranks)
 
 
@@ -162,6 +168,7 @@ class Run:
     Attributes:
         config: the settings of the run.
         setup: the objects built from the config.
+        console: where the lines about steps go.
         plan: the step plan of the training pairs.
         pairs: the training pairs.
         engine: the model with its optimizer.
@@ -175,6 +182,7 @@ class Run:
 
     config: TrainConfig
     setup: Setup
+    console: Console
     plan: StepPlan
     pairs: PairDataset
     engine: Engine
@@ -242,7 +250,7 @@ class Run:
         }
         self.clock.restart()
         self.log.write(record)
-        self.setup.console.print(
+        self.console.print(
             f"step {done}/{self.total_steps}  loss {metrics['loss']:.4f}  accuracy {metrics['rewards/accuracies']:.2f} "
             f"{record['pairs_per_second']:.1f} pairs/s"
         )
@@ -254,7 +262,7 @@ class Run:
         metrics = self.evaluation.run(self.engine.logps)
         policy.train()
         self.log.write({"eval_step": step, "eval_epoch": epoch, **metrics})
-        self.setup.console.print(evaluation_line(step, metrics, list(self.evaluation.source.splits)))
+        self.console.print(evaluation_line(step, metrics, list(self.evaluation.source.splits)))
 
     def _is_due(self, action: Literal["eval", "save"], done: int) -> bool:
         return is_due(

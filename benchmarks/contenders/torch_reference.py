@@ -16,7 +16,6 @@ def main(file: str, dtype: str, layout: str) -> None:
     requests = Requests()
 
     import torch
-    from rich.console import Console
 
     from benchmarks.contenders.job import BETA, GAMMA_BETA_RATIO, LEARNING_RATE, MAX_LENGTH, Job
     from benchmarks.facts import cores, peak_resident_bytes
@@ -50,9 +49,9 @@ def main(file: str, dtype: str, layout: str) -> None:
         auto_insert_empty_system_msg=False,
     )
     ranks = Ranks(0, 1, torch.device("cuda" if job.device == "gpu" else "cpu"), launched=False)
-    setup = Setup(config, Console(), ranks)
+    setup = Setup(config, ranks)
     pairs = setup.train_pairs()
-    plan = setup.step_plan("training", pairs, batch=job.pairs, seed=0)
+    plan = setup.step_plan(pairs, batch=job.pairs, seed=0)
     engine = make_engine(setup)
     engine.policy.train()
 

@@ -34,8 +34,11 @@ class Forward:
 
     def response_logps(self, params: Params, rows: Rows) -> ResponseLogps:
         """Returns the sum of log-probs and the length of every response slot, float32 [B, R]."""
-        slots = rows["response_pair"].shape[1]
-        return sum_responses(self.target_logps(params, rows), rows["target_response"], slots)
+        return self.sum_responses(self.target_logps(params, rows), rows)
+
+    def sum_responses(self, target_logps: Float[Array, "B T"], rows: Rows) -> ResponseLogps:
+        """Adds the log-probs of the targets up to those of their responses."""
+        return sum_responses(target_logps, rows["target_response"], rows["response_pair"].shape[1])
 
     def target_logps(self, params: Params, rows: Rows) -> Float[Array, "B T"]:
         """Returns the log-prob of every target, float32; padding targets get 0."""

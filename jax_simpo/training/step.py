@@ -1,9 +1,10 @@
 """The optimizer step: `run_step` takes the rows of a step and returns new parameters and metrics.
 
-A step is a number of micro-batches, all of one static shape, so a run compiles few programs: `accumulate` for the first
-micro-batch of a step, whose gradients start the sum, `accumulate` for the later ones, which add to that sum, and
-`update`, which applies it. Every term is divided by the whole step's denominator as it is added. The host knows the
-denominators before the step starts, so the number of micro-batches never shows in the result.
+A step is a number of micro-batches, all of one static shape, so a run compiles few programs: `accumulate`, which adds a
+micro-batch's gradients to those of the step so far, and `update`, which applies the sum. Where steps have a single
+micro-batch each there is no sum to add to, and an `accumulate` without it saves its memory. Every term is divided by
+the whole step's denominator as it is added. The host knows the denominators before the step starts, so the number of
+micro-batches never shows in the result.
 
 The trainer, the parity check, the benchmarks and the tests all call `run_step`: what they measure is what users run.
 """
@@ -83,8 +84,10 @@ class TrainFunctions:
 
     Attributes:
         mesh: the mesh that the functions are compiled for. Call them under `jax.set_mesh(mesh)`.
-        accumulate: `params, so far, rows, Denominators -> Accumulated`. It donates the sum so far, which is None for
-            the first micro-batch of a step.
+        accumulates: True if steps have several micro-batches as a rule.
+        start_sum: `() -> Accumulated`, zeros.
+        accumulate: `params, so far, rows, Denominators -> Accumulated`. It donates the sum so far. None for that sum
+            gives the micro-batch's own gradients and metrics.
         update: `params, optimizer state, gradients -> params, optimizer state, gradient norm before clipping`. It
             donates the first two.
         init_optimizer: `params -> optimizer state`.
@@ -92,6 +95,8 @@ class TrainFunctions:
     """
 
     mesh: Mesh
+    accumulates: bool
+    start_sum: Callable[[], Accumulated]
     accumulate: Callable[[Params, Accumulated | None, Rows, Denominators], Accumulated]
     update: Callable[[Params, Any, Params], tuple[Params, Any, Array]]
     init_optimizer: Callable[[Params], Any]
@@ -99,15 +104,34 @@ class TrainFunctions:
 
 
 def make_train_functions(
-    forward: Forward, objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh
+    forward: Forward,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    accumulates: bool = True,
 ) -> TrainFunctions:
-    """Builds the functions of a run for a mesh. Each of them is compiled at its first call."""
+    """Builds the functions of a run for a mesh. Each of them is compiled at its first call.
+
+    Args:
+        forward: the forward pass.
+        objective: the objective.
+        optimizer: the optimizer, with its schedule.
+        mesh: the mesh.
+        accumulates: True if steps have several micro-batches as a rule. A step that has one all the same then starts
+            from zeros too, so that the run compiles no second program for it.
+    """
     model = forward.model
     param_shardings = model.shardings(mesh)
     everywhere = NamedSharding(mesh, P())
     trained_shardings = model.split(param_shardings)[0]
-    optimizer_shardings = state_shardings(optimizer, model.split(model.abstract)[0], trained_shardings, everywhere)
+    abstract_trained = model.split(model.abstract)[0]
+    optimizer_shardings = state_shardings(optimizer, abstract_trained, trained_shardings, everywhere)
     accumulated = Accumulated(trained_shardings, dict.fromkeys(objective.metrics, everywhere))
+
+    def start_sum() -> Accumulated:
+        gradients = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), abstract_trained)
+        return Accumulated(gradients, {name: jnp.zeros((), jnp.float32) for name in objective.metrics})
 
     def accumulate(params: Params, so_far: Accumulated | None, rows: Rows, denominators: Denominators) -> Accumulated:
         trained, frozen = model.split(params)
@@ -128,6 +152,8 @@ def make_train_functions(
 
     return TrainFunctions(
         mesh=mesh,
+        accumulates=accumulates,
+        start_sum=jax.jit(start_sum, out_shardings=accumulated),
         accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=accumulated),
         update=jax.jit(update, donate_argnums=(0, 1), out_shardings=(param_shardings, optimizer_shardings, everywhere)),
         init_optimizer=jax.jit(init_optimizer, out_shardings=optimizer_shardings),
@@ -173,8 +199,11 @@ def accumulate_step(
         split: gives the micro-batches of the step. Only the parity check's wrong variants need another than the
             default.
     """
-    so_far = None
-    for batch in split(step):
+    micro_batches = list(split(step))
+    # Zeros to start from let one program serve every micro-batch of every step. The forward and backward pass are most
+    # of what a run compiles, and a program for a step's first micro-batch alone would compile them a second time.
+    so_far = functions.start_sum() if functions.accumulates or len(micro_batches) > 1 else None
+    for batch in micro_batches:
         rows = put_rows(batch.rows.arrays(), functions.mesh, batch.row_count)
         so_far = functions.accumulate(params, so_far, rows, batch.denominators)
     assert so_far is not None  # no step is without pairs

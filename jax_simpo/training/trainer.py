@@ -112,7 +112,10 @@ def train(
     distributed.on_first("output", lambda: prepare_output(config, output))
     with Checkpoints(output / files.CHECKPOINTS, keep=config.save_total_limit) as checkpoints, jax.set_mesh(mesh):
         schedule, optimizer = run_optimizer(config, total_steps)
-        functions = make_train_functions(setup.training_forward, setup.objective, optimizer, mesh)
+        accumulates = plan.step(0).micro_batches > 1
+        functions = make_train_functions(
+            setup.training_forward, setup.objective, optimizer, mesh, accumulates=accumulates
+        )
         if first_step:
             params = setup.restore_params(checkpoints, first_step)
             shapes = jax.eval_shape(functions.init_optimizer, setup.model.abstract)

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from parity.__main__ import main
@@ -47,7 +46,11 @@ class Matrix:
 
 
 def run(folder: Path, *arguments: str) -> Matrix:
-    status = main([*arguments, "--output", str(folder)])
+    with pytest.MonkeyPatch.context() as patch:
+        # Twenty steps a cell compute more than they compile, so the sides run with all optimisations, as a user's do.
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        patch.delenv("XLA_FLAGS", raising=False)
+        status = main([*arguments, "--output", str(folder)])
     job = Job.load(folder / "job.json")
     return Matrix(status, folder, job, compare(job))
 
@@ -234,7 +237,7 @@ def trl_means(request: pytest.FixtureRequest, matrix: Matrix) -> tuple[str, np.n
 
     job, cell = matrix.job, Cell(request.param, "separate", "float32", "torch, 1 process")
     config = job.config(cell)
-    pairs = Setup(config, Console(quiet=True), Ranks(0, 1, torch.device("cpu"), launched=False)).train_pairs()
+    pairs = Setup(config, Ranks(0, 1, torch.device("cpu"), launched=False)).train_pairs()
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path)
     means = []
     for pair in pairs.pairs(step_plan(job, config, pairs.lengths).pairs(0)):

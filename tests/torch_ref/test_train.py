@@ -206,14 +206,13 @@ def test_files_of_the_users_are_not_touched(start: Path, tmp_path: Path, monkeyp
 
 
 def test_a_checkpoint_holds_the_identity_that_both_trainers_use(start: Path, finished: Path) -> None:
-    from rich.console import Console
 
     from jax_simpo.config import load_config
     from jax_simpo.run.resume import run_identity
     from torch_ref.setup import Setup
 
     config = load_config(config_file(start, finished, steps=STEPS), ["--do_eval=true"], torch=True)
-    setup = Setup(config, Console(quiet=True), Ranks(0, 1, torch.device("cpu"), launched=False))
+    setup = Setup(config, Ranks(0, 1, torch.device("cpu"), launched=False))
     saved = json.loads((finished / "run/checkpoints/3/run.json").read_text())
     assert saved == {**run_identity(config, 6, setup.train_pairs()), "engine": "a single process"}
 
@@ -287,14 +286,13 @@ def test_a_checkpoint_that_lacks_tensors_is_told(start: Path, tmp_path: Path) ->
 
 
 def test_a_batch_that_the_ranks_cannot_share_out_is_refused() -> None:
-    from rich.console import Console
 
     from tests.torch_ref.support import settings
     from torch_ref.setup import Setup
 
     ranks = Ranks(0, 3, torch.device("cpu"), launched=True)
     with pytest.raises(ConfigError, match=r"16, which 3 ranks cannot share out equally.*such as 18"):
-        Setup(settings(global_batch_size=16), Console(quiet=True), ranks).global_batch_size()
+        Setup(settings(global_batch_size=16), ranks).global_batch_size()
 
 
 def test_quantised_weights_and_dropout_belong_to_this_side(start: Path, tmp_path: Path) -> None:

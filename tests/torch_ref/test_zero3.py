@@ -80,7 +80,6 @@ def test_five_steps_are_those_of_a_single_process(layout: str, folder: Path) -> 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_those_of_a_single_process(layout: str, folder: Path, tmp_path: Path) -> None:
-    from rich.console import Console
 
     from jax_simpo.config import load_config
     from torch_ref.batches import build_rank_step
@@ -89,9 +88,9 @@ def test_gradients_are_those_of_a_single_process(layout: str, folder: Path, tmp_
     from torch_ref.trainer import batch_part, make_engine
 
     config = load_config(config_file(folder / "start/model", tmp_path, steps=STEPS), LAYOUTS[layout])
-    setup = Setup(config, Console(quiet=True), Ranks(0, 1, torch.device("cpu"), launched=False))
+    setup = Setup(config, Ranks(0, 1, torch.device("cpu"), launched=False))
     pairs = setup.train_pairs()
-    step = build_rank_step(setup.step_plan("training", pairs, batch=6, seed=42), pairs, 0, 0, 1)
+    step = build_rank_step(setup.step_plan(pairs, batch=6, seed=42), pairs, 0, 0, 1)
     engine = make_engine(setup)
     for batch in step.micro_batches:
         engine.backward(batch_part(engine, setup.objective, batch, step).loss, last=False)

@@ -55,9 +55,9 @@ def settings(folder: Path, name: str, *overrides: str) -> TrainConfig:
 
 def look_at_one_step(folder: Path, ranks: Ranks, deepspeed: Path, layout: str) -> dict[str, Any]:
     """Gradients of the first step, what its forwards gathered, and what a rank holds."""
-    setup = Setup(settings(folder, f"step-{layout}", *LAYOUTS[layout]), Console(quiet=True), ranks)
+    setup = Setup(settings(folder, f"step-{layout}", *LAYOUTS[layout]), ranks)
     pairs = setup.train_pairs()
-    plan = setup.step_plan("training", pairs, batch=6, seed=42)
+    plan = setup.step_plan(pairs, batch=6, seed=42)
     engine = make_engine(setup, deepspeed)
     parameters = list(engine.policy.parameters())
     held = sum(p.ds_tensor.numel() for p in parameters)
@@ -109,14 +109,14 @@ def cells(folder: Path, ranks: Ranks) -> dict[str, Any]:
     gc.collect()
     train(settings(folder, "bfloat16", "--dtype=bfloat16", "--save_strategy=no"), quiet, ranks, deepspeed)
     gc.collect()
-    setup = Setup(settings(folder, "bfloat16-start", "--dtype=bfloat16"), quiet, ranks)
+    setup = Setup(settings(folder, "bfloat16-start", "--dtype=bfloat16"), ranks)
     weights = make_engine(setup, deepspeed).weights(torch.float32)
     if ranks.is_first:
         save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "start.safetensors")
     gc.collect()
-    setup = Setup(settings(folder, "score"), quiet, ranks)
+    setup = Setup(settings(folder, "score"), ranks)
     pairs = setup.split_pairs("test")
-    plan = setup.step_plan("test", pairs, batch=4, seed=None)
+    plan = setup.step_plan(pairs, batch=4, seed=None)
     found["scores"] = list(
         pair_records(score_pairs(make_forward(setup, deepspeed), plan, pairs, ranks), setup.objective)
     )

@@ -149,6 +149,7 @@ def test_parity_compiles_the_forward_pass_that_scoring_and_training_sum_up() -> 
     forward = Forward(tiny_model(), "dense", 64)
     runner: Any = Runner(None, None, mesh_of((1, 1, 1)), forward, OBJECTIVE)  # type: ignore[arg-type]
     assert runner.target_logps.__wrapped__ == forward.target_logps
+    assert runner.sum_responses.__wrapped__ == forward.sum_responses
 
     class Ones(Forward):
         def target_logps(self, params: Params, rows: Any) -> jax.Array:

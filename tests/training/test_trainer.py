@@ -478,8 +478,8 @@ def test_no_parameter_is_ever_unsharded(tmp_path: Path, monkeypatch: pytest.Monk
     seen: list[Any] = []
     init = trainer.make_train_functions
 
-    def spy(*args: Any) -> Any:
-        functions = init(*args)
+    def spy(*args: Any, **options: Any) -> Any:
+        functions = init(*args, **options)
 
         def update(params: Any, state: Any, gradients: Any) -> Any:
             result = functions.update(params, state, gradients)
