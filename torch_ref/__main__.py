@@ -67,7 +67,7 @@ def score(
     settings = _load(config, context.args)
     from torch_ref.distributed import open_ranks
     from torch_ref.evaluate import PAIRS_PER_PLAN, pair_records, score_pairs
-    from torch_ref.notes import attention_note, split_notes
+    from torch_ref.notes import print_attention, print_split
     from torch_ref.setup import Setup
     from torch_ref.trainer import make_forward
 
@@ -76,8 +76,8 @@ def score(
         setup = Setup(settings, ranks, model)
         pairs = setup.split_pairs(split)
         plan = setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
-        for note in (attention_note(setup), *split_notes(setup, split, pairs, plan)):
-            console.print(note)
+        print_attention(console, setup)
+        print_split(console, setup, split, pairs, plan)
         scores = score_pairs(make_forward(setup, deepspeed), plan, pairs, ranks)
         for (_, row), record in zip(pairs.origins, pair_records(scores, setup.objective), strict=True):
             file.write(json.dumps({"row": row, **record}) + "\n")

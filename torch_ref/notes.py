@@ -1,8 +1,8 @@
-"""Words the notes that a run prints about its data, its plan and its attention."""
+"""Prints the notes of a run about its data, its step plans and its attention."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from rich.console import Console
 
 from jax_simpo.data.packing import StepPlan, measure
 from jax_simpo.data.tokenize import PairDataset
@@ -10,23 +10,24 @@ from torch_ref.attention_choice import uses_rows
 from torch_ref.setup import Setup
 
 
-def attention_note(setup: Setup) -> str:
-    """Says which attention a run uses, and why."""
+def print_attention(console: Console, setup: Setup) -> None:
+    """Prints which attention a run uses, and why."""
     choice, form = setup.attention, "rows" if uses_rows(setup.config) else "concatenated forward"
-    return f"attention: {choice.name} ({choice.reason}; {form})"
+    console.print(f"attention: {choice.name} ({choice.reason}; {form})")
 
 
-def split_notes(setup: Setup, name: str, pairs: PairDataset, plan: StepPlan) -> Iterator[str]:
-    """Says how many pairs a split has, how its rows are filled, and which of its rows were skipped.
+def print_split(console: Console, setup: Setup, name: str, pairs: PairDataset, plan: StepPlan) -> None:
+    """Prints how many pairs a split has, how its rows are filled, and which of its rows were skipped.
 
     Args:
+        console: where to.
         setup: the setup of the run.
         name: the name of the split.
         pairs: its pairs.
         plan: its step plan.
     """
     if pairs.skipped:
-        yield pairs.skipped_summary()
+        console.print(pairs.skipped_summary(), style="yellow")
     text = f"{name}: {len(plan.lengths)} pairs"
     if uses_rows(setup.config):
         cost = measure(plan)
@@ -35,4 +36,4 @@ def split_notes(setup: Setup, name: str, pairs: PairDataset, plan: StepPlan) -> 
             f", rows of {plan.shape.length} tokens, fill {cost.fill:.3f}, prefix sharing saves {saved:.1%} of the "
             "tokens"
         )
-    yield text
+    console.print(text)

@@ -32,7 +32,7 @@ from torch_ref.evaluate import PAIRS_PER_PLAN, Evaluation, Forward
 from torch_ref.export import export_model
 from torch_ref.losses import Objective, StepPart, response_sums, step_part
 from torch_ref.model import DTYPES
-from torch_ref.notes import attention_note, split_notes
+from torch_ref.notes import print_attention, print_split
 from torch_ref.optim import Schedule, learning_rate_schedule
 from torch_ref.setup import Setup
 from torch_ref.start_weights import StartWeights
@@ -73,9 +73,8 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
     batch = setup.global_batch_size(saved.get("global_batch_size"))
     pairs = setup.train_pairs()
     plan = setup.step_plan(pairs, batch=batch, seed=config.seed)
-    console.print(attention_note(setup))
-    for note in split_notes(setup, "training", pairs, plan):
-        console.print(note)
+    print_attention(console, setup)
+    print_split(console, setup, "training", pairs, plan)
     total_steps = count_steps(config, plan.steps_per_epoch)
     identity = ranks.first(lambda: run_identity(config, batch, pairs))
     if resume:
@@ -141,8 +140,7 @@ def _check(config: TrainConfig) -> None:
 def _evaluation(setup: Setup, console: Console) -> Evaluation:
     pairs = setup.eval_pairs()
     plan = setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
-    for note in split_notes(setup, pairs.name, pairs, plan):
-        console.print(note)
+    print_split(console, setup, pairs.name, pairs, plan)
     return Evaluation(plan, pairs, setup.objective, setup.ranks)
 
 

@@ -47,7 +47,7 @@ class Matrix:
 
 def run(folder: Path, *arguments: str) -> Matrix:
     with pytest.MonkeyPatch.context() as patch:
-        # Twenty steps a cell compute more than they compile, so the sides run with all optimisations, as a user's do.
+        # Twenty steps a cell compute about as long as they compile, so nothing is gained by leaving out optimisations.
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
         patch.delenv("XLA_FLAGS", raising=False)
         status = main([*arguments, "--output", str(folder)])

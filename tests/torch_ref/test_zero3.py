@@ -171,3 +171,19 @@ def test_the_command_tells_a_mistake_once_and_ends_with_an_error(folder: Path, t
     assert done.returncode == 1
     assert done.stderr.count("error: `resume_from_checkpoint` is true") == 1
     assert "torch_ref/trainer.py" not in done.stderr  # no traceback of ours
+
+
+def test_parameters_are_counted_before_models_are_partitioned(folder: Path) -> None:
+    """Partitioned parameters look empty, and a count of zero would plan rows that are too long."""
+    from transformers import AutoConfig
+
+    from torch_ref.model import count_parameters
+    from torch_ref.zero3 import Zero3Model
+
+    config = AutoConfig.from_pretrained(folder / "start/model")
+    count = count_parameters(config)
+    partition = Zero3Model(DEEPSPEED | {"train_micro_batch_size_per_gpu": 1})
+    with pytest.raises(RuntimeError, match="before a `Zero3Model` exists"):
+        count_parameters(config)
+    del partition
+    assert count_parameters(config) == count > 0

@@ -17,7 +17,13 @@ from jax_simpo.objectives.simpo import Objective
 from jax_simpo.plan.hlo import Collective, collectives
 from jax_simpo.sharding import named
 from jax_simpo.training.evaluate import score_pairs
-from jax_simpo.training.step import Accumulated, Denominators, make_score_function, make_train_functions
+from jax_simpo.training.step import (
+    Accumulated,
+    Denominators,
+    accumulate_step,
+    make_score_function,
+    make_train_functions,
+)
 from tests.training.support import (
     MESHES,
     OBJECTIVE,
@@ -119,6 +125,20 @@ def test_a_run_of_varying_packs_compiles_two_programs(pairs: Pairs) -> None:
     assert len({len(step.micro_batches) for step in steps}) > 1 and len({len(step.pairs) for step in steps}) > 1
     history = run_steps(pairs, steps=len(steps), batch=7, mesh=mesh_of((1, 1, 1)))
     assert history.programs == 2  # a micro-batch, whether its step has one or several, and the update
+
+
+def test_a_step_of_one_micro_batch_gives_the_same_without_a_sum(pairs: Pairs) -> None:
+    mesh, model = mesh_of((1, 1, 1)), tiny_model()
+    step = build_step(plan_of(pairs, mesh, batch=2), pairs, 0)
+    assert len(step.micro_batches) == 1
+    with jax.set_mesh(mesh):
+        params = model.init(0, mesh)
+        settings = (Forward(model, "blockwise", 64), OBJECTIVE, optax.sgd(1.0), mesh)
+        ways = [make_train_functions(*settings, accumulates=accumulates) for accumulates in (False, True)]
+        alone, summed = (accumulate_step(functions, params, step) for functions in ways)
+    assert float(optax.tree.norm(alone.gradients)) > 0
+    # XLA fuses the two programs differently, so sums are rounded differently.
+    chex.assert_trees_all_close(alone, summed, atol=1e-6)
 
 
 def test_keeping_the_logits_changes_no_number(pairs: Pairs, reference: History) -> None:

@@ -105,12 +105,21 @@ def oracle(q, k, v, dout, key_end, positions, window=None, softcap=None):  # typ
     return out, *pull(dout)
 
 
-def agree(q, k, v, dout, key_end, positions, window=None, softcap=None) -> None:  # type: ignore[no-untyped-def]
-    """The kernels use 16 bits of float32 inputs: errors are 2**-16 of sums of a few dozen terms of size 1 to 3."""
+# The kernels use 16 bits of float32 inputs: errors are 2**-16 of sums of a few dozen terms of size 1 to 3.
+BOUND = 2e-4
+
+
+def distances(q, k, v, dout, key_end, positions, window=None, softcap=None) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    """Returns the largest distance from `dense` in the output and in each gradient; NaN if either side has one."""
     results = kernels(q, k, v, dout, key_end, positions, window, softcap)
     expected = oracle(q, k, v, dout, key_end, positions, window, softcap)
-    for name, a, b in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-4, rtol=0, err_msg=name)
+    names = ("out", "dq", "dk", "dv")
+    return {name: float(jnp.abs(a - b).max()) for name, a, b in zip(names, results, expected, strict=True)}
+
+
+def beyond(bound: float, distances: dict[str, float]) -> dict[str, float]:
+    """Returns the distances that are not within the bound, NaN among them."""
+    return {name: distance for name, distance in distances.items() if not distance <= bound}
 
 
 def one_row(*lengths: int, length: int = LENGTH) -> tuple[jax.Array, jax.Array]:
@@ -125,7 +134,7 @@ def one_row(*lengths: int, length: int = LENGTH) -> tuple[jax.Array, jax.Array]:
 @settings(max_examples=3)
 @given(layout=layouts(), seed=st.integers(0, 2**16))
 def test_values_and_gradients_equal_dense_on_random_layouts(layout: tuple[np.ndarray, np.ndarray], seed: int) -> None:
-    agree(*arrays(seed), *(jnp.asarray(x)[None] for x in layout))
+    assert not beyond(BOUND, distances(*arrays(seed), *(jnp.asarray(x)[None] for x in layout)))
 
 
 @settings(max_examples=2)
@@ -133,7 +142,8 @@ def test_values_and_gradients_equal_dense_on_random_layouts(layout: tuple[np.nda
 def test_values_and_gradients_equal_dense_with_window_and_softcap(
     layout: tuple[np.ndarray, np.ndarray], seed: int
 ) -> None:
-    agree(*arrays(seed), *(jnp.asarray(x)[None] for x in layout), window=9, softcap=2.0)
+    row = (jnp.asarray(x)[None] for x in layout)
+    assert not beyond(BOUND, distances(*arrays(seed), *row, window=9, softcap=2.0))
 
 
 @pytest.mark.slow
@@ -146,7 +156,8 @@ def test_values_and_gradients_equal_dense_with_window_and_softcap(
 )
 def test_values_and_gradients_equal_dense_on_many_layouts(layout, seed, window, softcap) -> None:  # type: ignore[no-untyped-def]
     key_end, positions = (jnp.asarray(np.stack(x)) for x in zip(*layout, strict=True))
-    agree(*arrays(seed, rows=2, heads=4, kv_heads=2), key_end, positions, window, softcap)
+    inputs = arrays(seed, rows=2, heads=4, kv_heads=2)
+    assert not beyond(BOUND, distances(*inputs, key_end, positions, window, softcap))
 
 
 @pytest.mark.slow
