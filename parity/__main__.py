@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jax_simpo.errors import UserError
 from parity import report
-from parity.cases import DTYPES, Job
+from parity.cases import Job
 from parity.compare import compare
 from parity.processes import PAIRS, built_in_job, run_sides, users_job
 from parity.variants import VARIANTS
@@ -34,7 +34,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "ones where SIMPO_SHARED names a folder of them); `curves` draws the picture of two runs",
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/parity"), help="folder to write to (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="float32 only")
+    parser.add_argument("--quick", action="store_true", help="float32 only, and one of the tiny Llamas on one mesh")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="how many of CONFIG's pairs to use (%(default)s)")
     parser.add_argument("--inject", choices=list(VARIANTS), help="put a mistake into JAX, to see the check fail")
     parser.add_argument("--report-only", action="store_true", help="compare again what an earlier call has computed")
@@ -47,7 +47,6 @@ def make_job(options: argparse.Namespace) -> Job:
     Raises:
         UserError: `--report-only` finds no earlier comparison, or the config cannot be compared.
     """
-    dtypes = DTYPES[:1] if options.quick else DTYPES
     work = options.output.resolve()
     variants = () if options.inject else tuple(VARIANTS)
     if options.report_only:
@@ -56,8 +55,8 @@ def make_job(options: argparse.Namespace) -> Job:
         except FileNotFoundError:
             raise UserError(f"{work} holds no comparison; call without --report-only first") from None
     if options.config is None:
-        return built_in_job(work, dtypes, variants, options.inject)
-    return users_job(work, Path(options.config), dtypes, options.pairs, variants, options.inject)
+        return built_in_job(work, variants, options.inject, quick=options.quick)
+    return users_job(work, Path(options.config), options.pairs, variants, options.inject, quick=options.quick)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -86,8 +86,9 @@ TORCH, ZERO3 = "torch, 1 process", "torch, ZeRO-3 on 2 ranks"
 REFERENCE = TORCH
 ROW_MULTIPLE = 128
 
-# Llama runs in the full matrix. Where the other families differ from it does not depend on mesh and dtype.
-FULL_FAMILIES = ("llama", "llama3")
+# Llama runs in the full matrix. Where the other families differ from it does not depend on mesh and dtype. The quick
+# matrix runs only the second Llama on all meshes, and the first one on the mesh of the others.
+FULL_FAMILIES, QUICK_FAMILY = ("llama", "llama3"), "llama3"
 PART_LAYOUTS, PART_DTYPES = ("separate", "shared + packed"), ("float32",)
 PART_BACKENDS = (TORCH, "jax, fsdp=4 x tensor=2")
 
@@ -139,12 +140,22 @@ class Cell:
     def exists(self) -> bool:
         """True if the cell is part of the matrix. Flash attention takes no masks of rows and computes in 16 bits."""
         if self.family in ADAPTED or (self.family in FAMILIES and self.family not in FULL_FAMILIES):
-            part = self.layout in PART_LAYOUTS and self.dtype in PART_DTYPES and self.backend in PART_BACKENDS
-            return part and not self.order
+            return self._in_every_family
         if self.order and (self.layout != ORDERS_LAYOUT or (self.dtype == "float32" and self.backend != REFERENCE)):
             return False
         flash = TORCH_GPU.get(self.backend) == "flash_attention_2"
         return not flash or (self.layout == "separate" and self.dtype == "bfloat16")
+
+    @property
+    def is_quick(self) -> bool:
+        """True if the cell is part of the quick matrix, provided that it exists."""
+        small_llama = self.family in FULL_FAMILIES and self.family != QUICK_FAMILY
+        return self.dtype == "float32" and (not small_llama or self._in_every_family or self.backend in GPU_BACKENDS)
+
+    @property
+    def _in_every_family(self) -> bool:
+        part = self.layout in PART_LAYOUTS and self.dtype in PART_DTYPES and self.backend in PART_BACKENDS
+        return part and not self.order
 
     @property
     def overrides(self) -> list[str]:
@@ -229,13 +240,11 @@ class Job:
         return Cell(family, VARIANTS_LAYOUT, "float32", VARIANTS_BACKEND)
 
 
-def matrix(families: Iterable[str], dtypes: Iterable[str], backends: Iterable[str]) -> list[Cell]:
+def matrix(families: Iterable[str], backends: Iterable[str], *, quick: bool = False) -> list[Cell]:
     """Lists the existing cells of all combinations with all layouts; bfloat16 also in other orders of the pairs."""
-    dtypes, backends = list(dtypes), list(backends)
-    orders = range(ORDERS if "bfloat16" in dtypes else 1)
-    combinations = product(families, dtypes, backends, orders, LAYOUTS)
+    combinations = product(families, DTYPES, list(backends), range(1 if quick else ORDERS), LAYOUTS)
     cells = [Cell(family, layout, dtype, backend, order) for family, dtype, backend, order, layout in combinations]
-    return [cell for cell in cells if cell.exists]
+    return [cell for cell in cells if cell.exists and (cell.is_quick or not quick)]
 
 
 def step_plan(job: Job, config: TrainConfig, lengths: PairLengths) -> StepPlan:

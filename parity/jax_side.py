@@ -121,24 +121,25 @@ class Runner:
         losses[batch.rows.response_pair[valid]] = slot_losses[valid]
 
     def run(self, folder: Path, plan: StepPlan, pairs: PairSource, steps: int, variant: Variant = RIGHT) -> None:
-        """Runs the steps of a cell and writes its results; with 0 steps, those of the first step alone."""
+        """Runs the steps of a cell and writes its results; with 0 steps, those of the first step before its update."""
         lengths = plan.lengths.of_pairs(plan.pairs(0))
         with jax.set_mesh(self.mesh):
             params = self.load()
             first_step = build_step(plan, pairs, 0)
             first = variant.micro_batches(first_step)
             table, losses = self.table(params, first, lengths)
-            self.save(
-                accumulate_step(self.functions, params, first_step, variant.micro_batches).gradients, folder / GRADIENTS
-            )
-            state, records, final = self.functions.init_optimizer(params), [], None
-            for k in range(max(1, steps)):
-                step = build_step(plan, pairs, k)
-                params, state, metrics = run_step(self.functions, params, state, step, variant.micro_batches)
-                records.append({name: float(value) for name, value in jax.device_get(metrics).items()})
+            accumulated = accumulate_step(self.functions, params, first_step, variant.micro_batches)
+            self.save(accumulated.gradients, folder / GRADIENTS)
+            records, final = [accumulated.metrics], None
             if steps:
+                records, state = [], self.functions.init_optimizer(params)
+                for k in range(steps):
+                    step = build_step(plan, pairs, k)
+                    params, state, metrics = run_step(self.functions, params, state, step, variant.micro_batches)
+                    records.append(metrics)
                 final, _ = self.table(params, first, lengths)
                 self.save(params, folder / EXPORT)
+            records = [{name: float(value) for name, value in record.items()} for record in jax.device_get(records)]
         facts = {"attention": self.forward.attention, "jax": metadata.version("jax")}
         save_results(folder, table=table, losses=losses, steps=records, final=final, facts=facts)
 

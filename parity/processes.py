@@ -60,7 +60,7 @@ class SideFailed(UserError):
     """A side's process ended with an error."""
 
 
-def built_in_job(work: Path, dtypes: Sequence[str], variants: Sequence[str], inject: str | None = None) -> Job:
+def built_in_job(work: Path, variants: Sequence[str], inject: str | None = None, *, quick: bool = False) -> Job:
     """Makes the job of the tiny random models, on the real pairs of the folder `SIMPO_SHARED` or on built-in ones."""
     shared = os.environ.get("SIMPO_SHARED")
     tokenizer = f"{shared}/tokenizers/bpe4k" if shared else "builtin:cafe"
@@ -86,7 +86,7 @@ def built_in_job(work: Path, dtypes: Sequence[str], variants: Sequence[str], inj
         work=str(work),
         configs=configs,
         new_models=FAMILIES,
-        cells=matrix([*FAMILIES, *ADAPTED], dtypes, [*backends(), *gpu_backends()]),
+        cells=matrix([*FAMILIES, *ADAPTED], [*backends(), *gpu_backends()], quick=quick),
         variants=list(variants),
         pairs=len(rows),
         batch=BATCH,
@@ -98,7 +98,13 @@ def built_in_job(work: Path, dtypes: Sequence[str], variants: Sequence[str], inj
 
 
 def users_job(
-    work: Path, config: Path, dtypes: Sequence[str], pairs: int, variants: Sequence[str], inject: str | None = None
+    work: Path,
+    config: Path,
+    pairs: int,
+    variants: Sequence[str],
+    inject: str | None = None,
+    *,
+    quick: bool = False,
 ) -> Job:
     """Makes the job of a user's own checkpoint and the first pairs of their data.
 
@@ -116,7 +122,7 @@ def users_job(
         work=str(work),
         configs={USER_FAMILY: str(config.resolve())},
         new_models={},
-        cells=matrix([USER_FAMILY], dtypes, backends(count_gpus())),
+        cells=matrix([USER_FAMILY], backends(count_gpus()), quick=quick),
         variants=list(variants),
         pairs=pairs,
         batch=min(BATCH, max(2, pairs // 2)),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,18 @@ def score(model: Any, data: Path, split: str, out: Path, *overrides: str) -> lis
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def scored(model: Any, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+    """Returns a function that scores a split of `data` in a layout, once for all tests."""
+
+    @functools.cache
+    def scored(split: str, sharing: bool = True, packing: bool = True) -> list[dict[str, Any]]:
+        layout = (f"--prefix_sharing={sharing}", f"--packing={packing}")
+        return score(model, data, split, tmp_path_factory.mktemp("scores"), *layout)
+
+    return scored
+
+
 def tokenized(model: Any, data: Path, split: str, cache: Path | None = None) -> list[TokenizedPair]:
     """The pairs as the model is fed them."""
 
@@ -105,10 +119,9 @@ def oracle(model: Any, data: Path) -> dict[str, np.ndarray]:
     [("dpo_en_demo", True, True), *(("hh_harmless.train", *layout) for layout in LAYOUTS)],
 )
 def test_mean_log_probs_are_those_of_transformers_on_separate_sequences(
-    split: str, sharing: bool, packing: bool, model: Any, data: Path, oracle: dict[str, np.ndarray], tmp_path: Path
+    split: str, sharing: bool, packing: bool, oracle: dict[str, np.ndarray], scored: Callable[..., Any]
 ) -> None:
-    layout = (f"--prefix_sharing={sharing}", f"--packing={packing}")
-    records = score(model, data, split, tmp_path, *layout)
+    records = scored(split, sharing, packing)
     assert [record["row"] for record in records] == list(range(PAIRS[split]))
     found = np.array([[record["chosen_logp"], record["rejected_logp"]] for record in records])
     np.testing.assert_allclose(found, oracle[split], atol=2e-5)
@@ -128,8 +141,8 @@ def test_every_real_pair_has_transformers_log_probs_in_all_layouts(
         np.testing.assert_allclose(found, oracle, atol=2e-5)
 
 
-def test_rewards_margin_and_loss_follow_from_the_log_probs(model: Any, data: Path, tmp_path: Path) -> None:
-    for record in score(model, data, "dpo_en_demo", tmp_path):
+def test_rewards_margin_and_loss_follow_from_the_log_probs(scored: Callable[..., Any]) -> None:
+    for record in scored("dpo_en_demo"):
         chosen, rejected = record["chosen_logp"], record["rejected_logp"]
         assert chosen == pytest.approx(record["chosen_logp_sum"] / record["chosen_length"], rel=1e-6)
         assert record["reward_chosen"] == pytest.approx(2.5 * chosen, rel=1e-6)
@@ -140,10 +153,10 @@ def test_rewards_margin_and_loss_follow_from_the_log_probs(model: Any, data: Pat
 
 @pytest.mark.parametrize("changed", ["chosen", "rejected"])
 def test_real_pairs_changing_one_answer_leaves_the_other_where_it_was(
-    changed: str, model: Any, data: Path, tmp_path: Path
+    changed: str, model: Any, data: Path, scored: Callable[..., Any], tmp_path: Path
 ) -> None:
     other = {"chosen": "rejected", "rejected": "chosen"}[changed]
-    before = score(model, data, "hh_harmless.train", tmp_path)
+    before = scored("hh_harmless.train")
     rows = [json.loads(line) for line in (data / "hh_harmless.train.jsonl").read_text().splitlines()]
     for row in rows:
         row[changed][-1]["content"] = "Something else altogether, of another length: " + row[changed][-1]["content"]
