@@ -19,7 +19,7 @@ from jax_simpo.data.packing import StepPlan, make_step_plan
 from jax_simpo.data.rows import RowBatch
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
-from jax_simpo.objectives.simpo import Objective
+from jax_simpo.objectives import SimPO
 from jax_simpo.ops.attention import resolve_backend
 from jax_simpo.sharding import make_mesh, put_rows
 from jax_simpo.training import capacity
@@ -37,7 +37,7 @@ CONFIG = TrainConfig(
     weight_decay=0.0,
     max_grad_norm=1.0,
 )
-OBJECTIVE = Objective(CONFIG.beta, CONFIG.gamma_beta_ratio)
+OBJECTIVE = SimPO(beta=BETA, gamma_beta_ratio=GAMMA_BETA_RATIO)
 _MANY_STEPS = 1_000_000  # the learning rate is constant, so the number does not matter
 _MATMUL = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # width of the square matrices of the peak
 # Variant -> prefix sharing, packing.

@@ -26,6 +26,7 @@ from jax_simpo.training import evaluate as evaluation
 from jax_simpo.training import trainer
 from jax_simpo.training.compilation import keep_compiled_programs
 from jax_simpo.training.pairs import notes_on, packing_line
+from jax_simpo.training.reference import Reference, ReferenceSums
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import make_score_function
 from jax_simpo.training.trainer import TrainRun
@@ -182,12 +183,22 @@ def load_setup(setup: Setup) -> LoadedModel:
         return LoadedModel(setup, setup.load_params())
 
 
-def score_records(model: LoadedModel, pairs: PairDataset, console: Console | None = None) -> list[dict[str, Any]]:
+def reference_sums(setup: Setup, pairs: PairDataset, console: Console) -> ReferenceSums | None:
+    """Returns the sums of log-probs under the reference, or None if the objective needs none.
+
+    The command line calls it before it loads the model, so that two models are never in memory together.
+    """
+    return Reference.of(setup).sums(pairs, console) if setup.objective.needs_reference else None
+
+
+def score_records(
+    model: LoadedModel, pairs: PairDataset, console: Console | None = None, reference: ReferenceSums | None = None
+) -> list[dict[str, Any]]:
     """Scores tokenised pairs; returns what `score` returns.
 
     Where the pairs are from several files, a record names its file beside its row.
     """
-    scores = score_dataset(model, pairs, console)
+    scores = score_dataset(model, pairs, console, reference)
     several = len({file for file, _ in pairs.origins}) > 1
     return [
         {**({"file": file} if several else {}), "row": row, **record}
@@ -202,16 +213,23 @@ def evaluate_dataset(model: LoadedModel, pairs: PairDataset, console: Console | 
     return evaluation.evaluation_metrics(score_dataset(model, pairs, console), model.setup.objective)
 
 
-def score_dataset(model: LoadedModel, pairs: PairDataset, console: Console | None = None) -> evaluation.PairScores:
-    """Computes the log-probs of tokenised pairs, and prints how they are packed if there is a console."""
+def score_dataset(
+    model: LoadedModel, pairs: PairDataset, console: Console | None = None, reference: ReferenceSums | None = None
+) -> evaluation.PairScores:
+    """Computes the log-probs of tokenised pairs, and prints how they are packed if there is a console.
+
+    Sums under the reference that are needed and not given are read from the cache, or computed beside the model.
+    """
     setup = model.setup
+    if reference is None:
+        reference = reference_sums(setup, pairs, console or make_console(quiet=True))
     plan = setup.step_plan(pairs, batch=evaluation.PAIRS_PER_PLAN, seed=None)
     if console is not None:
         console.print(packing_line(pairs.name, plan, measure(plan)))
         console.print("attention: {} ({})".format(*setup.attention_choice))
     with jax.set_mesh(setup.mesh):
         function = make_score_function(setup.forward, setup.mesh)
-        return evaluation.score_pairs(function, model.params, plan, pairs, setup.mesh)
+        return evaluation.score_pairs(function, model.params, plan, pairs, setup.mesh, reference)
 
 
 def print_notes(pairs: PairDataset, console: Console) -> None:

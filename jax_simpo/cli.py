@@ -152,7 +152,8 @@ def score(
         setup = _setup(settings, console, model)
         pairs = setup.split_pairs(split)
         api.print_notes(pairs, console)
-        for record in api.score_records(api.load_setup(setup), pairs, console):
+        reference = api.reference_sums(setup, pairs, console)
+        for record in api.score_records(api.load_setup(setup), pairs, console, reference):
             file.write(json.dumps(record) + "\n")
     console.print(f"{len(pairs)} pairs scored: {output}")
 
@@ -179,7 +180,8 @@ def evaluate(
     setup = _setup(settings, console, model)
     pairs = setup.eval_pairs() if split is None else setup.split_pairs(split)
     api.print_notes(pairs, console)
-    scores = api.score_dataset(api.load_setup(setup), pairs, console)
+    reference = api.reference_sums(setup, pairs, console)
+    scores = api.score_dataset(api.load_setup(setup), pairs, console, reference)
     metrics = split_metrics(scores, setup.objective, pairs.splits)
     if launch.is_first():
         print(json.dumps(metrics, indent=2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from importlib import metadata
@@ -24,7 +24,7 @@ from jax_simpo.data.pairs import PairLengths
 from jax_simpo.hf import adapters
 from jax_simpo.models.policy import Forward, Rows
 from jax_simpo.models.transformer import Params
-from jax_simpo.objectives.simpo import Objective
+from jax_simpo.objectives import Objective, Responses
 from jax_simpo.ops.responses import ResponseLogps, match_pairs
 from jax_simpo.sharding import make_mesh, put_rows
 from jax_simpo.training import capacity
@@ -114,8 +114,9 @@ class Runner:
 
     def _put_losses(self, losses: np.ndarray, responses: ResponseLogps, batch: MicroBatch) -> None:
         """Computes the losses of a micro-batch's pairs and puts each at its pair's place."""
-        slots = (np.asarray(responses.mean), batch.rows.response_pair, batch.rows.response_rank)
-        pairs = match_pairs(*map(jnp.asarray, slots))
+        reference = np.zeros_like(responses.sum) if batch.reference_sum is None else batch.reference_sum
+        slots = Responses(*map(jnp.asarray, (*jax.device_get(responses), reference)))
+        pairs = match_pairs(slots, jnp.asarray(batch.rows.response_pair), jnp.asarray(batch.rows.response_rank))
         valid = np.asarray(pairs.valid)
         slot_losses = np.asarray(self.objective.losses(pairs.chosen, pairs.rejected))
         losses[batch.rows.response_pair[valid]] = slot_losses[valid]
@@ -130,18 +131,23 @@ class Runner:
             table, losses = self.table(params, first, lengths)
             accumulated = accumulate_step(self.functions, params, first_step, variant.micro_batches)
             self.save(accumulated.gradients, folder / GRADIENTS)
-            records, final = [accumulated.metrics], None
+            records, final = [_numbers(accumulated.metrics)], None
             if steps:
                 records, state = [], self.functions.init_optimizer(params)
                 for k in range(steps):
                     step = build_step(plan, pairs, k)
                     params, state, metrics = run_step(self.functions, params, state, step, variant.micro_batches)
-                    records.append(metrics)
+                    # Waits for the step: on a CPU that stands for eight devices, the collectives of many programs in
+                    # flight can wait for each other forever.
+                    records.append(_numbers(metrics))
                 final, _ = self.table(params, first, lengths)
                 self.save(params, folder / EXPORT)
-            records = [{name: float(value) for name, value in record.items()} for record in jax.device_get(records)]
         facts = {"attention": self.forward.attention, "jax": metadata.version("jax")}
         save_results(folder, table=table, losses=losses, steps=records, final=final, facts=facts)
+
+
+def _numbers(metrics: Mapping[str, Array]) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
 def make_runner(job: Job, cell: Cell, variant: Variant = RIGHT) -> Runner:

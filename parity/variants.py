@@ -19,7 +19,7 @@ from jax_simpo.data.pairs import Response, TokenizedPair, common_prefix_length
 from jax_simpo.data.rows import RowBatch
 from jax_simpo.models.config import Rope
 from jax_simpo.models.policy import Forward, Rows
-from jax_simpo.objectives.simpo import Objective
+from jax_simpo.objectives import Objective, SimPO
 from jax_simpo.ops.responses import ResponseLogps
 from jax_simpo.training.step import MicroBatch, split_step
 
@@ -51,7 +51,7 @@ class Variant:
     pair: Callable[[TokenizedPair], TokenizedPair] = _same_pair
     rows: Callable[[RowBatch], RowBatch] = _same_rows
     batches: Callable[[StepBatch], list[MicroBatch]] = split_step
-    objective: Callable[[Objective], Objective] = lambda objective: objective
+    objective: Callable[[Any], Objective] = lambda objective: objective
     forward: Callable[[Forward], Forward] = lambda forward: forward
     changes_program: bool = False
     applies: Callable[[Forward, Objective, StepBatch], bool] = lambda forward, objective, step: True
@@ -188,7 +188,7 @@ def _shares_targets(_: Forward, __: Objective, step: StepBatch) -> bool:
 
 
 def _has_margin(_: Forward, objective: Objective, __: StepBatch) -> bool:
-    return objective.gamma_beta_ratio > 0 and objective.beta != 1.0
+    return isinstance(objective, SimPO) and objective.gamma_beta_ratio > 0 and objective.beta != 1.0
 
 
 def _scales_rope(forward: Forward, _: Objective, __: StepBatch) -> bool:

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jax_simpo.config import TrainConfig
+from jax_simpo.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,18 @@ class Objective:
 
     @classmethod
     def of(cls, config: TrainConfig) -> Objective:
-        """Returns the objective that a config describes."""
-        return cls(config.beta, config.gamma_beta_ratio, config.loss_type, config.label_smoothing, config.sft_weight)
+        """Returns the objective that a config describes.
+
+        Raises:
+            ConfigError: the config asks for another objective than SimPO.
+        """
+        beta, ratio, loss_type = config.beta, config.gamma_beta_ratio, config.loss_type
+        if config.objective != "simpo" or beta is None or ratio is None or loss_type is None:
+            raise ConfigError(
+                f"`objective: {config.objective}` cannot be trained with torch_ref, which has `simpo` alone; use "
+                "`jax-simpo train`"
+            )
+        return cls(beta, ratio, loss_type, config.label_smoothing or 0.0, config.sft_weight or 0.0)
 
     @property
     def metrics(self) -> tuple[str, ...]:

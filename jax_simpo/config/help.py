@@ -49,7 +49,7 @@ def expected(field: FieldInfo) -> str:
         if get_origin(kind) is Literal:
             words += [str(choice) for choice in get_args(kind)]
         elif get_origin(kind) is dict:
-            words.append("a mapping" if get_args(kind)[1] is Any else "a mapping from source to fraction")
+            words.append("a mapping" if get_args(kind)[1] is Any else f"a mapping from {extras(field)['entries']}")
         elif get_origin(kind) is list:
             words.append(f"a list of {_items(kind)}")
         elif issubclass(kind, BaseModel):

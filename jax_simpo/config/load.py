@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_simpo.config import foreign, yaml_files
+from jax_simpo.config import foreign, objectives, yaml_files
 from jax_simpo.config.builtin import find_config
 from jax_simpo.config.overrides import Values, apply
 from jax_simpo.config.schema import TrainConfig, checked_config, torch_only, with_notices
@@ -34,7 +34,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool 
     gathered = Values(values, notices, places, names=dict(origin))
     apply(overrides, gathered, TrainConfig)
     if "gamma" in values:
-        beta = values.get("beta", TrainConfig.model_fields["beta"].default)
+        beta = values.get("beta", objectives.default_beta(values.get("objective", "simpo")))
         notices.append(foreign.read_gamma(values, beta, places["gamma"]))
     values.setdefault("run_name", Path(path).stem)
     no_data = _check_data_is_named(values, places, path)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 from pydantic.config import JsonDict
 
-from jax_simpo.config import foreign, help, yaml_files
+from jax_simpo.config import foreign, help, objectives, yaml_files
 from jax_simpo.errors import ConfigError
 
 
@@ -34,12 +34,15 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 
 
-def _key(default: Any, description: str, *, section: str = "", identity: bool = False, **more: Any) -> Any:
+def _key(
+    default: Any, description: str, *, section: str = "", identity: bool = False, entries: str = "", **more: Any
+) -> Any:
     """Declares a config key.
 
-    `identity` marks keys that define the mathematics of a run; `section` opens a chapter of the reference page.
+    `identity` marks keys that define the mathematics of a run; `section` opens a chapter of the reference page;
+    `entries` says what a mapping maps from and to.
     """
-    extra: JsonDict = {"section": section, "identity": identity}
+    extra: JsonDict = {"section": section, "identity": identity, "entries": entries}
     if callable(default):
         return Field(default_factory=default, description=description, json_schema_extra=extra, **more)
     return Field(default, description=description, json_schema_extra=extra, **more)
@@ -114,6 +117,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         "may be handed over instead.",
         section="Data",
         identity=True,
+        entries="source to fraction",
     )
     dataset_splits: list[str] = _key(
         lambda: ["train", "test"],
@@ -180,17 +184,53 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         False, "Keeps the model's own weights in 8 bits. With `torch_ref` and a CUDA GPU only.", identity=True
     )
 
-    # --- loss
-    beta: Number = _key(2.0, "Scale of the reward (beta times mean log-prob).", section="Loss", identity=True, gt=0)
-    gamma_beta_ratio: Number = _key(
-        0.25, "Target margin as a fraction of beta: gamma / beta in the paper's terms.", identity=True, ge=0
+    # --- objective. The defaults of its keys depend on it: `_derive` fills them in. What it does not read stays null.
+    objective: str | dict[str, Number] = _key(
+        "simpo",
+        "What is minimised (docs/objectives.md lists all), or several objectives with weights: `{dpo: 1.0, sft: 0.1}`.",
+        section="Objective",
+        identity=True,
+        entries="objective to weight",
     )
-    loss_type: Literal["sigmoid", "hinge"] = _key("sigmoid", "Form of the preference loss.", identity=True)
-    label_smoothing: Number = _key(
-        0.0, "Share of preferences taken to be wrong; with `loss_type: sigmoid` only.", identity=True, ge=0, lt=0.5
+    ref_model_name_or_path: str | None = _key(
+        None,
+        "Reference model of objectives that have one: a hub id or a folder. Default: the model the run starts from.",
+        identity=True,
     )
-    sft_weight: Number = _key(
-        0.0, "Weight of the chosen responses' cross-entropy, added to the preference loss.", identity=True, ge=0
+    beta: Number | None = _key(
+        None, "Scale of the rewards. Default: 2.0 with `simpo`, 0.1 with `dpo`.", identity=True, gt=0
+    )
+    gamma_beta_ratio: Number | None = _key(
+        None,
+        "Target margin as a fraction of beta: gamma / beta in the paper's terms. With `simpo` and `alphapo`. Default: "
+        "0.25.",
+        identity=True,
+        ge=0,
+    )
+    loss_type: Literal["sigmoid", "hinge"] | None = _key(
+        None, "Form of the loss. With `simpo`, `cpo` and `dpo`. Default: sigmoid.", identity=True
+    )
+    label_smoothing: Number | None = _key(
+        None,
+        "Share of preferences taken to be wrong; not with `loss_type: hinge`. Default: 0 with `simpo` and `dpo`.",
+        identity=True,
+        ge=0,
+        lt=0.5,
+    )
+    alpha: Number | None = _key(None, "Shape of the reward with `alphapo`; 0 is SimPO's. Default: 0.25.", identity=True)
+    delta: Number | None = _key(None, "Margin with `slic`, in log-probs. Default: 1.0.", identity=True, ge=0)
+    dpop_lambda: Number | None = _key(
+        None,
+        "With `dpop`, weight of the penalty on chosen responses less likely than under the reference. Default: 50.",
+        identity=True,
+        ge=0,
+    )
+    sft_weight: Number | None = _key(
+        None,
+        "Weight of the chosen responses' cross-entropy, added to the loss. Default: 1 with `cpo` and `orpo`, 0.1 with "
+        "`slic`, otherwise 0.",
+        identity=True,
+        ge=0,
     )
 
     # --- optimiser
@@ -315,7 +355,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         def __init__(self, **settings: Any) -> None:
             values, notices, names = foreign.translate(settings, "TrainConfig({})".format)
             if "gamma" in values:
-                beta = values.get("beta", type(self).model_fields["beta"].default)
+                beta = values.get("beta", objectives.default_beta(values.get("objective", "simpo")))
                 notices.append(foreign.read_gamma(values, beta, "TrainConfig"))
             try:
                 super().__init__(**values)
@@ -335,6 +375,9 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         if number and float(length).is_integer() and "max_prompt_length" not in data:
             data["max_prompt_length"] = max(int(length) - 248, int(length) // 2, 1)
         data.setdefault("do_eval", data.get("eval_strategy", "no") != "no")
+        objective = data.get("objective", "simpo")
+        if isinstance(objective, str | dict) and not objectives.check(objective):
+            data |= {k: default for k, default in objectives.defaults(objective).items() if data.get(k) is None}
         if isinstance(data.get("run_name"), str):
             data.setdefault("output_dir", f"outputs/{data['run_name']}")
         return data
@@ -380,6 +423,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"`max_prompt_length` ({self.max_prompt_length}) leaves no room for a response within `max_length` "
                 f"({self.max_length}); lower the first or raise the second"
             )
+        self._check_objective()
         if self.label_smoothing and self.loss_type == "hinge":
             raise ValueError("`label_smoothing` has no effect with `loss_type: hinge`; remove one of them")
         if self.row_length != "auto" and (self.row_length < 128 or self.row_length % 128):
@@ -390,6 +434,19 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("`load_in_4bit` and `load_in_8bit` contradict each other; keep one of them")
         return self
+
+    def _check_objective(self) -> None:
+        if mistake := objectives.check(self.objective):
+            raise ValueError(mistake)
+        for key in objectives.keys_without_effect(self.objective, self.__dict__):
+            raise ValueError(
+                f"`{key}` has no effect with `objective: {objectives.described(self.objective)}`; remove it, or set "
+                "it to null"
+            )
+        if not isinstance(self.objective, str) and self.sft_weight != self.objective.get(objectives.SFT, 0.0):
+            raise ValueError("`sft_weight` beside an `objective` with weights; write `sft: WEIGHT` among them instead")
+        if "exo_pair" in objectives.parts(self.objective) and not self.label_smoothing:
+            raise ValueError("`label_smoothing` is 0; `objective: exo_pair` needs a number above 0, such as 0.001")
 
     def __eq__(self, other: object) -> bool:
         """Return True for equal settings; the notices do not count."""
@@ -426,6 +483,10 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             key: values[key] for key, field in help.keys_of(type(self)).items() if help.extras(field)["identity"]
         }
         identity["dataset_splits"] = self.train_splits
+        # Keys that the objective does not read are left out, and so a run of a version without them can be continued.
+        unread = {"objective", *objectives.ALL_KEYS, objectives.REFERENCE_KEY}
+        for key in [key for key in unread if identity[key] in (None, "simpo")]:
+            del identity[key]
         by_steps = self.lr_scheduler_type == "constant_with_warmup" and (self.warmup_steps or not self.warmup_ratio)
         if self.lr_scheduler_type == "constant" or by_steps:
             del identity["max_steps"], identity["num_train_epochs"]

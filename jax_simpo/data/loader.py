@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.pairs import TokenizedPair
@@ -34,6 +34,7 @@ class StepBatch:
         micro_batches: the rows that `build_step` was asked for, per micro-batch. All other fields describe every row.
         slots: the responses in each micro-batch's rows.
         chosen_tokens: target tokens of the chosen responses.
+        reference: for an objective with a reference, the sums of log-probs under it of each pair's responses, by rank.
         input_tokens: tokens in the rows, without padding.
         computed_tokens: tokens in the rows, padding and empty rows included.
         epoch: epochs done after this step.
@@ -47,9 +48,23 @@ class StepBatch:
     input_tokens: int
     computed_tokens: int
     epoch: float
+    reference: Float[np.ndarray, "P 2"] | None = None
+
+    def reference_sums(self, rows: RowBatch) -> Float[np.ndarray, "B R"] | None:
+        """Returns the sum under the reference of every response slot of a micro-batch; empty slots get 0."""
+        if self.reference is None:
+            return None
+        sums = self.reference[rows.response_pair, rows.response_rank]
+        return np.where(rows.response_pair >= 0, sums, np.float32(0))
 
 
-def build_step(plan: StepPlan, source: PairSource, step: int, rows: Sequence[int] | None = None) -> StepBatch:
+def build_step(
+    plan: StepPlan,
+    source: PairSource,
+    step: int,
+    rows: Sequence[int] | None = None,
+    reference: Float[np.ndarray, "N 2"] | None = None,
+) -> StepBatch:
     """Builds the rows of one step. Empty rows fill the last micro-batch.
 
     Args:
@@ -57,6 +72,7 @@ def build_step(plan: StepPlan, source: PairSource, step: int, rows: Sequence[int
         source: gives the pairs; only the pairs of the rows that are built are read.
         step: the step's number, from 0.
         rows: the rows of each micro-batch to build, such as those of this process's devices; None builds all.
+        reference: the sums of all pairs under the reference, chosen and rejected; None without one.
     """
     planned = plan.step(step)
     size = plan.rows_per_micro_batch
@@ -79,14 +95,21 @@ def build_step(plan: StepPlan, source: PairSource, step: int, rows: Sequence[int
         input_tokens=int(lengths.row_tokens(plan.prefix_sharing).sum()),
         computed_tokens=len(all_rows) * plan.shape.length,
         epoch=planned.epoch,
+        reference=None if reference is None else reference[planned.pairs],
     )
 
 
 def step_batches(
-    plan: StepPlan, source: PairSource, steps: range, *, ahead: int = 2, rows: Sequence[int] | None = None
+    plan: StepPlan,
+    source: PairSource,
+    steps: range,
+    *,
+    ahead: int = 2,
+    rows: Sequence[int] | None = None,
+    reference: Float[np.ndarray, "N 2"] | None = None,
 ) -> Generator[StepBatch]:
     """Yields the batches of these steps in order, and builds up to `ahead` of them in advance."""
-    return prefetch((build_step(plan, source, step, rows) for step in steps), ahead)
+    return prefetch((build_step(plan, source, step, rows, reference) for step in steps), ahead)
 
 
 def prefetch(items: Iterator[Item], ahead: int) -> Generator[Item]:

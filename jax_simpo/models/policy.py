@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jax_simpo.models.transformer import Model, Params
 from jax_simpo.ops import logprobs
 from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.ops.responses import ResponseLogps, sum_responses
 
-Rows = Mapping[str, Int[Array, "B _"]]  # the arrays of a RowBatch by name
+Rows = Mapping[str, Array]  # the arrays of a RowBatch by name, int32 [B, L], [B, T] or [B, R]
 
 
 @dataclass(frozen=True)

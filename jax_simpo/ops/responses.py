@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,25 +29,33 @@ def sum_responses(target_logps: Float[Array, "B T"], target_response: Int[Array,
     return ResponseLogps(total, belongs.sum(1))
 
 
-class PairLogps(NamedTuple):
-    """Pairs at the slot of their chosen response; `valid` says which slots hold one."""
+class MatchedPairs(NamedTuple):
+    """Pairs at the slot of their chosen response; `valid` says which slots hold one. All others hold zeros.
 
-    chosen: Float[Array, "B R"]
-    rejected: Float[Array, "B R"]
+    `chosen` and `rejected` have the type of what was matched: an array, or a tuple of arrays.
+    """
+
+    chosen: Any
+    rejected: Any
     valid: Bool[Array, "B R"]
 
 
-def match_pairs(
-    logps: Float[Array, "B R"], response_pair: Int[Array, "B R"], response_rank: Int[Array, "B R"]
-) -> PairLogps:
+def match_pairs(responses: Any, response_pair: Int[Array, "B R"], response_rank: Int[Array, "B R"]) -> MatchedPairs:
     """Brings each chosen response together with its rejected one, which is in the same row.
 
     Args:
-        logps: one number per response slot, such as the mean log-probability.
+        responses: arrays [B, R] with a number per response slot, such as a `ResponseLogps`.
         response_pair: pair number, -1 for an empty slot.
         response_rank: 0 chosen, 1 rejected.
     """
     valid = (response_pair >= 0) & (response_rank == 0)
     partner = (response_pair[:, :, None] == response_pair[:, None, :]) & (response_rank == 1)[:, None, :]
-    rejected = jnp.where(partner & valid[:, :, None], logps[:, None, :], 0.0).sum(-1)
-    return PairLogps(jnp.where(valid, logps, 0.0), rejected, valid)
+    partner &= valid[:, :, None]
+
+    def chosen(numbers: Array) -> Array:
+        return jnp.where(valid, numbers, 0.0)
+
+    def rejected(numbers: Array) -> Array:
+        return jnp.where(partner, numbers[:, None, :], 0.0).sum(-1)
+
+    return MatchedPairs(jax.tree.map(chosen, responses), jax.tree.map(rejected, responses), valid)

@@ -18,7 +18,7 @@ from jax_simpo.errors import CheckpointError, ConfigError, ModelError
 from jax_simpo.run import files
 from jax_simpo.run.whole import check_replaceable, write_text, writing
 
-CARD_SENTENCE = "with SimPO (simple preference optimization with a reference-free reward), using jax-simpo"
+CARD_SENTENCE = ", using jax-simpo."  # ends the first sentence of a model card
 REPORT_SENTENCE = "SimPO training run"
 _RESOLVED_KEYS = 40  # a config that a run wrote gives every key there is; nobody writes so many by hand
 

@@ -9,22 +9,22 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from jax_simpo.config import TrainConfig
+from jax_simpo.config import TrainConfig, objective_weights
+from jax_simpo.config.objectives import ALL_KEYS as OBJECTIVE_SETTINGS
 from jax_simpo.data.readers import FILE_TYPES
 from jax_simpo.data.sources import BUILTIN
 from jax_simpo.run import files
 from jax_simpo.run.facts import PACKAGES
 from jax_simpo.run.manifest import CARD_SENTENCE, claim
+from jax_simpo.run.objective_texts import texts_of
 from jax_simpo.run.report import MEASURES, Run, read_run
 from jax_simpo.run.whole import write_text
 
 # The settings by which runs are compared, in the order of the table.
 _HYPERPARAMETERS = (
-    "beta",
-    "gamma_beta_ratio",
-    "loss_type",
-    "label_smoothing",
-    "sft_weight",
+    "objective",
+    "ref_model_name_or_path",
+    *OBJECTIVE_SETTINGS,
     "learning_rate",
     "lr_scheduler_type",
     "warmup_ratio",
@@ -36,16 +36,6 @@ _HYPERPARAMETERS = (
     "seed",
 )
 _ADAPTER = ("lora_r", "lora_alpha", "lora_target_modules")
-
-_CITATION = """\
-```bibtex
-@inproceedings{meng2024simpo,
-  title     = {{SimPO}: Simple Preference Optimization with a Reference-Free Reward},
-  author    = {Meng, Yu and Xia, Mengzhou and Chen, Danqi},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2024}
-}
-```"""
 
 
 def write(output: Path, config: TrainConfig, *, global_batch_size: int | None = None) -> Path:
@@ -69,7 +59,7 @@ def write(output: Path, config: TrainConfig, *, global_batch_size: int | None = 
         datasets=[source for source in config.dataset_mixer if _is_hub_id(source)] or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["simpo", "jax", "preference-optimization", *(["lora"] if adapter else [])],
+        tags=[*objective_weights(config.objective), "jax", "preference-optimization", *(["lora"] if adapter else [])],
         model_name=run.name,
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(run, config, global_batch_size)}\n")
@@ -87,10 +77,12 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
         for source, fraction in config.dataset_mixer.items()
     )
     last = run.train[-1]
+    texts = texts_of(config.objective)
+    titles = " and ".join(text.title for text in texts)
     adapter = " These are the weights of a LoRA adapter, to be loaded on that model." if _is_adapter(config) else ""
     parts = [
         f"# {run.name}",
-        f"Trained from {start} on the preference pairs of {sources} {CARD_SENTENCE}.{adapter}",
+        f"Trained from {start} on the preference pairs of {sources} with {titles}{CARD_SENTENCE}{adapter}",
         run.outcome(),
         "## Training",
         f"{last['step']:,} steps, {run.pairs_seen:,} pairs ({last['epoch']:.3g} epochs).",
@@ -100,8 +92,8 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
         rows = [[str(r["eval_step"]), *(f"{r[f'eval_{key}']:.4f}" for key in MEASURES)] for r in run.evals]
         parts += [
             "## Evaluation",
-            f"On the {run.evals[-1]['eval_pairs']:,} {_evaluated(config)}. Rewards are beta times the mean "
-            "log-probability of a response; accuracy is the share of pairs whose chosen response has the higher one.",
+            f"On the {run.evals[-1]['eval_pairs']:,} {_evaluated(config)}. A reward is {texts[0].reward}; "
+            "accuracy is the share of pairs whose chosen response has the higher one.",
             _table(["step", *MEASURES.values()], rows),
         ]
         if by_split := run.last_by_split:
@@ -114,7 +106,8 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
     versions = {name: run.facts.get("versions", {}).get(name) for name in ("python", *PACKAGES)}
     if any(versions.values()):
         parts += ["## Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)]
-    return "\n\n".join([*parts, "## Citation", _CITATION])
+    citations = "\n\n".join(dict.fromkeys(text.citation for text in texts))
+    return "\n\n".join([*parts, "## Citation", f"```bibtex\n{citations}\n```"])
 
 
 def _evaluated(config: TrainConfig) -> str:
@@ -127,10 +120,11 @@ def _evaluated(config: TrainConfig) -> str:
 
 def _settings(config: TrainConfig, global_batch_size: int | None) -> list[list[str]]:
     rows = [] if global_batch_size is None else [["`global_batch_size`", str(global_batch_size)]]
-    defaults = {"label_smoothing": 0.0, "sft_weight": 0.0, "lora_target_modules": None}  # not worth a line
+    not_worth_a_line = {"label_smoothing": 0.0, "sft_weight": 0.0}
     keys = _HYPERPARAMETERS + (_ADAPTER if config.use_peft else ())
     values: dict[str, Any] = {key: getattr(config, key) for key in keys}
-    return rows + [[f"`{key}`", str(value)] for key, value in values.items() if value != defaults.get(key)]
+    shown = {key: value for key, value in values.items() if value not in (None, not_worth_a_line.get(key))}
+    return rows + [[f"`{key}`", str(value)] for key, value in shown.items()]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -18,7 +18,7 @@ from jax_simpo.data.loader import PairSource, step_batches
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.models.transformer import Params
-from jax_simpo.objectives.simpo import Objective
+from jax_simpo.objectives import Objective, Responses
 from jax_simpo.ops.responses import ResponseLogps
 from jax_simpo.run.metrics import check_split_names, evaluation_figures
 from jax_simpo.sharding import local_rows, put_rows
@@ -31,12 +31,29 @@ ScoreFunction = Callable[[Params, Any], ResponseLogps]
 
 @dataclass(frozen=True)
 class PairScores:
-    """Log-probs of P pairs in file order: sums over the response tokens (float32), and their number."""
+    """Log-probs of P pairs in file order: sums over the response tokens (float32), and their number.
+
+    `chosen_reference` and `rejected_reference` are the same sums under the reference, zeros for an objective without.
+    """
 
     chosen_sum: Float[np.ndarray, " P"]
     chosen_length: Int[np.ndarray, " P"]
     rejected_sum: Float[np.ndarray, " P"]
     rejected_length: Int[np.ndarray, " P"]
+    chosen_reference: Float[np.ndarray, " P"]
+    rejected_reference: Float[np.ndarray, " P"]
+
+    @classmethod
+    def of(
+        cls,
+        sums: Float[np.ndarray, "P 2"],
+        lengths: Int[np.ndarray, "P 2"],
+        reference: Float[np.ndarray, "P 2"] | None = None,
+    ) -> PairScores:
+        """Makes the scores from arrays whose columns are the chosen and the rejected responses."""
+        reference = np.zeros_like(sums) if reference is None else reference
+        (chosen, rejected), (chosen_length, rejected_length) = sums.T, lengths.T
+        return cls(chosen, chosen_length, rejected, rejected_length, *reference.T)
 
     @property
     def chosen_logps(self) -> Float[np.ndarray, " P"]:
@@ -48,12 +65,31 @@ class PairScores:
         """Mean log-prob of the rejected response."""
         return self.rejected_sum / self.rejected_length
 
+    @property
+    def responses(self) -> tuple[Responses, Responses]:
+        """The chosen and the rejected responses, as an objective reads them."""
+        return (
+            _responses(self.chosen_sum, self.chosen_length, self.chosen_reference),
+            _responses(self.rejected_sum, self.rejected_length, self.rejected_reference),
+        )
+
     def of_pairs(self, indices: Int[np.ndarray, " Q"]) -> PairScores:
         """The scores of some of the pairs."""
         return PairScores(*(column[indices] for column in vars(self).values()))
 
 
-def score_pairs(score: ScoreFunction, params: Params, plan: StepPlan, source: PairSource, mesh: Mesh) -> PairScores:
+def _responses(*columns: np.ndarray) -> Responses:
+    return Responses(*(jnp.asarray(column, jnp.float32) for column in columns))
+
+
+def score_pairs(
+    score: ScoreFunction,
+    params: Params,
+    plan: StepPlan,
+    source: PairSource,
+    mesh: Mesh,
+    reference: Float[np.ndarray, "P 2"] | None = None,
+) -> PairScores:
     """Computes the log-probs of every pair of a split.
 
     Args:
@@ -62,61 +98,73 @@ def score_pairs(score: ScoreFunction, params: Params, plan: StepPlan, source: Pa
         plan: the step plan of the split, in file order (`seed=None`).
         source: the pairs of the split.
         mesh: the mesh of the parameters, set by `jax.set_mesh`.
+        reference: the sums of the pairs' responses under the reference, for an objective that needs one.
     """
-    sums = np.zeros((2, len(plan.lengths)), np.float32)
-    lengths = np.zeros((2, len(plan.lengths)), np.int64)
-    for pair, rank, logp_sum, length in _scored_slots(score, params, plan, source, mesh):
-        sums[rank, pair] = logp_sum
-        lengths[rank, pair] = length
-    return PairScores(sums[0], lengths[0], sums[1], lengths[1])
+    steps = score_steps(score, params, plan, source, mesh, range(plan.steps_per_epoch))
+    pairs, sums, lengths = (np.concatenate(parts) for parts in zip(*steps, strict=True))
+    order = np.argsort(pairs)
+    return PairScores.of(sums[order], lengths[order], reference)
 
 
-def _scored_slots(
-    score: ScoreFunction, params: Params, plan: StepPlan, source: PairSource, mesh: Mesh
-) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yields per micro-batch the pair, rank, sum and length of every response slot that is filled."""
+def score_steps(
+    score: ScoreFunction, params: Params, plan: StepPlan, source: PairSource, mesh: Mesh, steps: range
+) -> Iterator[tuple[Int[np.ndarray, " P"], Float[np.ndarray, "P 2"], Int[np.ndarray, "P 2"]]]:
+    """Yields per step of the plan its pairs, and the sum of log-probs and the length of each of their responses.
+
+    The arguments are those of `score_pairs`, and the steps to compute.
+    """
     size = plan.rows_per_micro_batch
     own = local_rows(mesh, size).tolist()
-    with closing(step_batches(plan, source, range(plan.steps_per_epoch), rows=own)) as steps:
-        for step in steps:
+    with closing(step_batches(plan, source, steps, rows=own)) as batches:
+        for step in batches:
+            sums, lengths = np.zeros((len(step.pairs), 2), np.float32), np.zeros((len(step.pairs), 2), np.int64)
             scored = [score(params, put_rows(rows.arrays(), mesh, size)) for rows in step.micro_batches]
             for slots, logps in zip(step.slots, scored, strict=True):
-                logp_sum, length = jax.device_get((logps.sum, logps.length))
                 filled = slots.pair >= 0
-                yield step.pairs[slots.pair[filled]], slots.rank[filled], logp_sum[filled], length[filled]
+                place = slots.pair[filled], slots.rank[filled]
+                logp_sum, length = jax.device_get((logps.sum, logps.length))
+                sums[place], lengths[place] = logp_sum[filled], length[filled]
+            yield step.pairs, sums, lengths
 
 
 def pair_records(scores: PairScores, objective: Objective) -> Iterator[dict[str, Any]]:
     """Yields one object per pair, in file order, with the keys that `score` writes."""
-    losses = np.asarray(objective.losses(jnp.asarray(scores.chosen_logps), jnp.asarray(scores.rejected_logps)))
-    chosen, rejected = scores.chosen_logps, scores.rejected_logps
-    for i in range(len(losses)):
-        yield {
-            "chosen_logp_sum": float(scores.chosen_sum[i]),
-            "chosen_length": int(scores.chosen_length[i]),
-            "chosen_logp": float(chosen[i]),
-            "rejected_logp_sum": float(scores.rejected_sum[i]),
-            "rejected_length": int(scores.rejected_length[i]),
-            "rejected_logp": float(rejected[i]),
-            "reward_chosen": float(objective.beta * chosen[i]),
-            "reward_rejected": float(objective.beta * rejected[i]),
-            "margin": float(objective.beta * (chosen[i] - rejected[i])),
-            "loss": float(losses[i]),
-        }
+    losses = np.asarray(objective.losses(*scores.responses))
+    rewards = [objective.beta * np.asarray(objective.score(r), np.float64) for r in scores.responses]
+    columns = {
+        "chosen_logp_sum": scores.chosen_sum,
+        "chosen_length": scores.chosen_length,
+        "chosen_logp": scores.chosen_logps,
+        "rejected_logp_sum": scores.rejected_sum,
+        "rejected_length": scores.rejected_length,
+        "rejected_logp": scores.rejected_logps,
+    }
+    if objective.needs_reference:
+        columns["chosen_reference_logp_sum"] = scores.chosen_reference
+        columns["rejected_reference_logp_sum"] = scores.rejected_reference
+    columns |= {
+        "reward_chosen": rewards[0],
+        "reward_rejected": rewards[1],
+        "margin": rewards[0] - rewards[1],
+        "loss": losses,
+    }
+    for values in zip(*(column.tolist() for column in columns.values()), strict=True):
+        yield dict(zip(columns, values, strict=True))
 
 
 def evaluation_metrics(scores: PairScores, objective: Objective) -> dict[str, float]:
     """Computes means over all pairs, under the names of the training metrics."""
-    chosen, rejected = scores.chosen_logps.astype(np.float64), scores.rejected_logps.astype(np.float64)
-    losses = np.asarray(objective.losses(jnp.asarray(scores.chosen_logps), jnp.asarray(scores.rejected_logps)))
+    responses = scores.responses
+    chosen, rejected = (np.asarray(objective.score(r), np.float64) for r in responses)
+    chosen_logps, rejected_logps = (np.asarray(objective.logps(r), np.float64) for r in responses)
     metrics = {
-        "loss": losses.mean(dtype=np.float64),
+        "loss": np.asarray(objective.losses(*responses)).mean(dtype=np.float64),
         "rewards/chosen": objective.beta * chosen.mean(),
         "rewards/rejected": objective.beta * rejected.mean(),
         "rewards/accuracies": (chosen > rejected).mean(),
         "rewards/margins": objective.beta * (chosen - rejected).mean(),
-        "logps/chosen": chosen.mean(),
-        "logps/rejected": rejected.mean(),
+        "logps/chosen": chosen_logps.mean(),
+        "logps/rejected": rejected_logps.mean(),
     }
     if objective.sft_weight:
         metrics["sft_loss"] = -scores.chosen_sum.sum(dtype=np.float64) / scores.chosen_length.sum()
@@ -155,6 +203,7 @@ class Evaluation:
         source: the pairs of all evaluation splits.
         objective: the objective whose loss and rewards are reported.
         mesh: the mesh of the parameters.
+        reference: the sums of the pairs' responses under the reference, for an objective that needs one.
 
     Raises:
         ConfigError: a split's name would give two metrics the same key.
@@ -165,6 +214,7 @@ class Evaluation:
     source: PairDataset
     objective: Objective
     mesh: Mesh
+    reference: Float[np.ndarray, "P 2"] | None = None
 
     def __post_init__(self) -> None:
         check_split_names(list(self.source.splits), self.objective.metrics)
@@ -172,6 +222,6 @@ class Evaluation:
     def run(self, params: Params) -> dict[str, float]:
         """Computes the metrics, with the keys of an evaluation record, and `eval_runtime` in seconds."""
         started = time.perf_counter()
-        scores = score_pairs(self.score, params, self.plan, self.source, self.mesh)
+        scores = score_pairs(self.score, params, self.plan, self.source, self.mesh, self.reference)
         metrics = split_metrics(scores, self.objective, self.source.splits)
         return {**metrics, "eval_runtime": time.perf_counter() - started}

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import optax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
+from jaxtyping import Float
 from rich.console import Console
 
 from jax_simpo.data.loader import PairSource, StepBatch, step_batches
@@ -37,6 +39,7 @@ class TrainingLoop:
         setup: the objects built from the config.
         plan: the step plan of the training pairs.
         pairs: the training pairs.
+        reference: the sums of their responses under the reference, for an objective that needs one.
         functions: the compiled functions.
         schedule: gives the learning rate of a step.
         evaluation: evaluates the evaluation pairs; None where the run has none.
@@ -52,6 +55,7 @@ class TrainingLoop:
     setup: Setup
     plan: StepPlan
     pairs: PairSource
+    reference: Float[np.ndarray, "P 2"] | None
     functions: TrainFunctions
     schedule: optax.Schedule
     evaluation: Evaluation | None
@@ -73,7 +77,9 @@ class TrainingLoop:
         with (
             MetricsLog(self.output, first_step=first_step, write=distributed.is_first()) as self._log,
             TrainingProgress(self.console, self.total_steps, first_step) as self._progress,
-            closing(step_batches(self.plan, self.pairs, steps, rows=rows.tolist())) as batches,
+            closing(
+                step_batches(self.plan, self.pairs, steps, rows=rows.tolist(), reference=self.reference)
+            ) as batches,
         ):
             if self.evaluation is not None and not first_step:
                 self._evaluate(params, step=0, epoch=0.0)

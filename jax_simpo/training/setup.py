@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from jax_simpo import hf
-from jax_simpo.config import TrainConfig, torch_only
+from jax_simpo.config import TrainConfig, objective_weights, torch_only
 from jax_simpo.data import chat, sources
 from jax_simpo.data.packing import StepPlan, make_step_plan
+from jax_simpo.data.store import default_cache_dir
 from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.errors import CheckpointError, ConfigError, ModelError
 from jax_simpo.hf import adapters
@@ -25,7 +26,7 @@ from jax_simpo.models.config import ModelConfig
 from jax_simpo.models.lora import Lora
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model, Params
-from jax_simpo.objectives.simpo import Objective
+from jax_simpo.objectives import Objective, make_objective
 from jax_simpo.ops.attention import resolve_backend
 from jax_simpo.processes import distributed
 from jax_simpo.run.checkpoint import Checkpoints, abstract_state
@@ -46,6 +47,7 @@ class Setup:
         any_mesh: use the devices there are instead of the config's mesh (scoring needs no particular mesh).
         memory_pairs: training pairs handed over in Python; they stand in for the config's `dataset_mixer`.
         memory_eval_pairs: evaluation pairs handed over in Python.
+        given_mesh: the mesh to use, whatever the config says.
     """
 
     config: TrainConfig
@@ -53,6 +55,7 @@ class Setup:
     any_mesh: bool = False
     memory_pairs: sources.RawSplit | None = None
     memory_eval_pairs: sources.RawSplit | None = None
+    given_mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         for reason in torch_only(self.config).values():
@@ -60,6 +63,8 @@ class Setup:
 
     @cached_property
     def mesh(self) -> Mesh:
+        if self.given_mesh is not None:
+            return self.given_mesh
         if not self.any_mesh:
             return make_mesh(**self.config.mesh.model_dump())
         # Parameters over as many devices as divide the model's width, rows over all of them.
@@ -113,7 +118,7 @@ class Setup:
         if self.model_folder is not None:
             model_config, _ = hf.load_model_config(self.model_folder)
         else:
-            model_config = read_model_config(self._new_model_mapping(), source="model_config")
+            model_config = read_model_config(self.new_model_mapping(), source="model_config")
         if len(self.tokenizer) > model_config.vocab_size:
             raise ModelError(
                 f"the tokenizer has {len(self.tokenizer)} tokens, the model only {model_config.vocab_size}. Use the "
@@ -131,7 +136,7 @@ class Setup:
         targets = choose_targets(config.lora_target_modules, model_config.model_type)
         return Lora(config.lora_r, config.lora_alpha, targets)
 
-    def _new_model_mapping(self) -> dict[str, Any]:
+    def new_model_mapping(self) -> dict[str, Any]:
         """`model_config`, with the tokenizer's size and special tokens where it does not give its own."""
         ids = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return {"vocab_size": len(self.tokenizer), **ids, **(self.config.new_model_config or {})}
@@ -169,8 +174,26 @@ class Setup:
 
     @cached_property
     def objective(self) -> Objective:
-        c = self.config
-        return Objective(c.beta, c.gamma_beta_ratio, c.loss_type, c.label_smoothing, c.sft_weight)
+        """The objective that the config asks for."""
+        return make_objective(objective_weights(self.config.objective), vars(self.config))
+
+    @cached_property
+    def reference(self) -> Setup:
+        """The setup of the frozen reference, on the same mesh: `ref_model_name_or_path`, or what the run starts from.
+
+        A fresh adapter adds nothing to its base, so the start of a run that trains an adapter is its base.
+        """
+        name = self.config.ref_model_name_or_path
+        if name is None:
+            return Setup(self.config, given_mesh=self.mesh)
+        choice = f"./{name}" if name.isdecimal() else name  # a bare number is the step of a run
+        return Setup(self.config.model_copy(update={"use_peft": False}), choice, given_mesh=self.mesh)
+
+    @property
+    def cache_dir(self) -> Path:
+        """The folder that keeps tokens and reference log-probs between runs."""
+        own = self.config.data_cache_dir
+        return default_cache_dir() if own is None else Path(own).expanduser()
 
     def load_params(self) -> Params:
         """The parameters to start from, split over the mesh: of a step of the run, a folder, or new ones."""

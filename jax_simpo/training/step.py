@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -26,7 +27,7 @@ from jax_simpo.data.loader import StepBatch
 from jax_simpo.data.rows import RowBatch
 from jax_simpo.models.policy import Forward, Rows
 from jax_simpo.models.transformer import Params
-from jax_simpo.objectives.simpo import Objective
+from jax_simpo.objectives import Objective, Responses
 from jax_simpo.ops.responses import ResponseLogps, match_pairs
 from jax_simpo.sharding import put_rows
 from jax_simpo.training.optim import state_shardings
@@ -42,9 +43,13 @@ class Denominators(NamedTuple):
 def micro_batch_loss(
     forward: Forward, objective: Objective, params: Params, rows: Rows, denominators: Denominators
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Computes a micro-batch's part of the step's loss and metrics; the parts of a step add up to its means."""
-    responses = forward.response_logps(params, rows)
-    pairs = match_pairs(responses.mean, rows["response_pair"], rows["response_rank"])
+    """Computes a micro-batch's part of the step's loss and metrics; the parts of a step add up to its means.
+
+    `rows` holds `reference_sum`, float32 [B, R], if the objective needs a reference (`MicroBatch.arrays`).
+    """
+    logps = forward.response_logps(params, rows)
+    reference = rows["reference_sum"] if objective.needs_reference else jnp.zeros_like(logps.sum)
+    pairs = match_pairs(Responses(*logps, reference), rows["response_pair"], rows["response_rank"])
     losses = objective.losses(pairs.chosen, pairs.rejected)
 
     def mean(per_pair: Array) -> Array:
@@ -53,17 +58,17 @@ def micro_batch_loss(
     loss = mean(losses)
     metrics = {}
     if objective.sft_weight:
-        chosen_sum = jnp.where(pairs.valid, responses.sum, 0.0).sum()
-        metrics["sft_loss"] = -chosen_sum / denominators.chosen_tokens
+        metrics["sft_loss"] = -pairs.chosen.sum.sum() / denominators.chosen_tokens
         loss += objective.sft_weight * metrics["sft_loss"]
+    chosen, rejected = objective.score(pairs.chosen), objective.score(pairs.rejected)
     return loss, {
         "loss": loss,
-        "rewards/chosen": objective.beta * mean(pairs.chosen),
-        "rewards/rejected": objective.beta * mean(pairs.rejected),
-        "rewards/accuracies": mean((pairs.chosen > pairs.rejected).astype(jnp.float32)),
-        "rewards/margins": objective.beta * mean(pairs.chosen - pairs.rejected),
-        "logps/chosen": mean(pairs.chosen),
-        "logps/rejected": mean(pairs.rejected),
+        "rewards/chosen": objective.beta * mean(chosen),
+        "rewards/rejected": objective.beta * mean(rejected),
+        "rewards/accuracies": mean((chosen > rejected).astype(jnp.float32)),
+        "rewards/margins": objective.beta * mean(chosen - rejected),
+        "logps/chosen": mean(objective.logps(pairs.chosen)),
+        "logps/rejected": mean(objective.logps(pairs.rejected)),
         **metrics,
     }
 
@@ -168,18 +173,25 @@ class MicroBatch(NamedTuple):
         rows: the rows, or of several processes those that lie on this one's devices.
         row_count: the number of rows over all processes.
         denominators: the numbers that their sums are divided by.
+        reference_sum: the sum of log-probs of each response slot under the reference, if the objective needs one.
     """
 
     rows: RowBatch
     row_count: int
     denominators: Denominators
+    reference_sum: Float[np.ndarray, "B R"] | None = None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns the arrays of the rows by name, with `reference_sum` where there is one."""
+        reference = {} if self.reference_sum is None else {"reference_sum": self.reference_sum}
+        return {**self.rows.arrays(), **reference}
 
 
 def split_step(step: StepBatch) -> list[MicroBatch]:
     """Returns the micro-batches of a step, each with the denominators of the whole step."""
     denominators = Denominators(jnp.float32(len(step.pairs)), jnp.float32(step.chosen_tokens))
     return [
-        MicroBatch(rows, len(slots.pair), denominators)
+        MicroBatch(rows, len(slots.pair), denominators, step.reference_sums(rows))
         for rows, slots in zip(step.micro_batches, step.slots, strict=True)
     ]
 
@@ -204,7 +216,7 @@ def accumulate_step(
     # of what a run compiles, and a program for a step's first micro-batch alone would compile them a second time.
     so_far = functions.start_sum() if functions.accumulates or len(micro_batches) > 1 else None
     for batch in micro_batches:
-        rows = put_rows(batch.rows.arrays(), functions.mesh, batch.row_count)
+        rows = put_rows(batch.arrays(), functions.mesh, batch.row_count)
         so_far = functions.accumulate(params, so_far, rows, batch.denominators)
     assert so_far is not None  # no step is without pairs
     return so_far

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from jax_simpo.training.evaluate import PAIRS_PER_PLAN, Evaluation
 from jax_simpo.training.loop import TrainingLoop
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.pairs import idle_warning, notes_on, packing_line
+from jax_simpo.training.reference import Reference
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import make_score_function, make_train_functions
 
@@ -109,7 +110,16 @@ def train(
     console.print("attention: {} ({})".format(*setup.attention_choice))
 
     _check_weights(setup, resumes=bool(first_step))
+    reference = Reference.of(setup) if setup.objective.needs_reference else None
+    if reference is not None:
+        _check_weights(reference.setup, resumes=False)
     distributed.on_first("output", lambda: prepare_output(config, output))
+    sums, start = None, None
+    if reference is not None:
+        sums = reference.sums(training, console)
+        if evaluation is not None:
+            evaluation = replace(evaluation, reference=reference.sums(evaluation.source, console))
+        start = reference.take()  # before the policy is loaded: two models are never in memory together
     with Checkpoints(output / files.CHECKPOINTS, keep=config.save_total_limit) as checkpoints, jax.set_mesh(mesh):
         schedule, optimizer = run_optimizer(config, total_steps)
         accumulates = plan.step(0).micro_batches > 1
@@ -117,12 +127,14 @@ def train(
             setup.training_forward, setup.objective, optimizer, mesh, accumulates=accumulates
         )
         if first_step:
+            start = None
             params = setup.restore_params(checkpoints, first_step)
             shapes = jax.eval_shape(functions.init_optimizer, setup.model.abstract)
             state = checkpoints.optimizer(first_step, abstract_state(shapes, functions.optimizer_shardings))
             console.print(f"resuming at step {first_step} of {total_steps}")
         else:
-            params = setup.load_params()
+            params = setup.load_params() if start is None else start
+            start = None  # the first step gives its memory to the new parameters
             state = functions.init_optimizer(params)
             count, trained = setup.model.parameter_count, setup.model.trained_count
             frozen = f" (beside {count - trained:,} frozen ones)" if trained < count else ""
@@ -146,6 +158,7 @@ def train(
             setup=setup,
             plan=plan,
             pairs=training,
+            reference=sums,
             functions=functions,
             schedule=schedule,
             evaluation=evaluation,

@@ -270,7 +270,10 @@ def test_an_argument_of_another_form_is_answered_with_the_right_form(message, ar
         ("bf_16: true", "run.yaml, line 4: unknown key `bf_16` (value true). Did you mean `bf16`?"),
         ("beta: high", "run.yaml, line 4: `beta` is 'high'; expected a number > 0"),
         ("beta: 0", "run.yaml, line 4: `beta` is 0; expected a number > 0"),
-        ("beta: ~", "run.yaml, line 4: `beta` is null; expected a number > 0. For the default (2.0) leave the key out"),
+        (
+            "weight_decay: ~",
+            "run.yaml, line 4: `weight_decay` is null; expected a number >= 0. For the default (0.0) leave the key out",
+        ),
         ("remat: ful", "`remat` is 'ful'; expected one of none, dots, full. Did you mean `full`?"),
         ("dtype: bf16", "`dtype` is 'bf16'; expected one of float32, bfloat16. Did you mean `bfloat16`?"),
         ("loss_type: sigmiod", "expected one of sigmoid, hinge. Did you mean `sigmoid`?"),

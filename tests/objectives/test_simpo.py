@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_simpo.objectives.simpo import simpo_losses
+from jax_simpo.objectives import Responses, SimPO
 from jax_simpo.ops.responses import match_pairs, sum_responses
+from tests.objectives.support import of_means
 
 CHOSEN, REJECTED = jnp.array([-0.5, -1.0, -0.8]), jnp.array([-0.9, -0.7, -0.8])
 
@@ -24,7 +25,7 @@ CHOSEN, REJECTED = jnp.array([-0.5, -1.0, -0.8]), jnp.array([-0.9, -0.7, -0.8])
     ],
 )
 def test_losses_are_those_of_the_original_code(settings: dict, expected: list[float]) -> None:
-    losses = simpo_losses(CHOSEN, REJECTED, beta=2.5, gamma_beta_ratio=0.55, **settings)
+    losses = SimPO(beta=2.5, gamma_beta_ratio=0.55, **settings).losses(of_means(CHOSEN), of_means(REJECTED))
     np.testing.assert_allclose(losses, expected, atol=5e-7)
 
 
@@ -38,8 +39,10 @@ def test_losses_and_gradients_are_torchs_far_into_the_tails(logps: list[tuple[fl
     oracle = -(1 - smoothing) * F.logsigmoid(z) - smoothing * F.logsigmoid(-z)
     oracle.sum().backward()
 
+    objective = SimPO(beta=10.0, gamma_beta_ratio=0.3, label_smoothing=smoothing)
+
     def ours(c: jax.Array, r: jax.Array) -> jax.Array:
-        return simpo_losses(c, r, beta=10.0, gamma_beta_ratio=0.3, label_smoothing=smoothing).sum()
+        return objective.losses(of_means(c), of_means(r)).sum()
 
     inputs = [jnp.asarray(x.detach().numpy(), jnp.float32) for x in (chosen, rejected)]
     value, gradients = jax.value_and_grad(ours, (0, 1))(*inputs)
@@ -49,8 +52,9 @@ def test_losses_and_gradients_are_torchs_far_into_the_tails(logps: list[tuple[fl
 
 
 def test_an_unknown_loss_type_is_refused() -> None:
+    objective = SimPO(beta=2.0, gamma_beta_ratio=0.5, loss_type="ipo")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'ipo' is neither"):
-        simpo_losses(CHOSEN, REJECTED, beta=2.0, gamma_beta_ratio=0.5, loss_type="ipo")  # type: ignore[arg-type]
+        objective.losses(of_means(CHOSEN), of_means(REJECTED))
 
 
 def test_targets_are_added_up_by_response_and_padding_is_thrown_away() -> None:
@@ -74,8 +78,9 @@ def test_chosen_finds_its_rejected_in_whatever_slot_it_sits() -> None:
 def test_empty_slots_give_zeros_in_values_and_gradients() -> None:
     def total(logps: jax.Array) -> jax.Array:
         responses = sum_responses(logps, jnp.full((2, 4), 2), slots=2)
-        pairs = match_pairs(responses.mean, jnp.full((2, 2), -1), jnp.zeros((2, 2), jnp.int32))
-        losses = simpo_losses(pairs.chosen, pairs.rejected, beta=2.0, gamma_beta_ratio=0.5)
+        slots = Responses(*responses, jnp.zeros((2, 2)))
+        pairs = match_pairs(slots, jnp.full((2, 2), -1), jnp.zeros((2, 2), jnp.int32))
+        losses = SimPO(beta=2.0, gamma_beta_ratio=0.5).losses(pairs.chosen, pairs.rejected)
         return jnp.where(pairs.valid, losses, 0.0).sum() + responses.mean.sum()
 
     value, gradient = jax.value_and_grad(total)(jnp.full((2, 4), -3.0))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from jax_simpo.objectives.simpo import Objective as JaxObjective
+from jax_simpo.objectives import SimPO
+from tests.objectives.support import of_means
 from torch_ref.losses import Objective as TorchObjective
 
 BETA, RATIO = 2.5, 0.55
@@ -23,7 +24,8 @@ CHECK_VALUES = [
 
 @pytest.mark.parametrize(("loss_type", "smoothing", "values"), CHECK_VALUES)
 def test_losses_are_those_of_the_original_code(loss_type: Any, smoothing: float, values: list[float]) -> None:
-    jax_losses = JaxObjective(BETA, RATIO, loss_type, smoothing).losses(np.float32(CHOSEN), np.float32(REJECTED))
+    objective = SimPO(beta=BETA, gamma_beta_ratio=RATIO, loss_type=loss_type, label_smoothing=smoothing)
+    jax_losses = objective.losses(of_means(np.float32(CHOSEN)), of_means(np.float32(REJECTED)))
     torch_losses = TorchObjective(BETA, RATIO, loss_type, smoothing).losses(
         torch.tensor(CHOSEN), torch.tensor(REJECTED)
     )

@@ -16,7 +16,7 @@ from jax_simpo.data.pairs import PairLengths, TokenizedPair
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
-from jax_simpo.objectives.simpo import Objective
+from jax_simpo.objectives import Objective, SimPO
 from jax_simpo.sharding import make_mesh
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.step import make_train_functions, run_step
@@ -35,7 +35,7 @@ CONFIG = {
     "tie_word_embeddings": True,
     "initializer_range": 0.2,
 }
-OBJECTIVE = Objective(beta=2.5, gamma_beta_ratio=0.55)
+OBJECTIVE = SimPO(beta=2.5, gamma_beta_ratio=0.55)
 OPTIMIZER = TrainConfig(
     model_name_or_path="unused",
     dataset_mixer={"unused": 1.0},

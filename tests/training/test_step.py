@@ -13,7 +13,7 @@ import pytest
 
 from jax_simpo.data.loader import build_step
 from jax_simpo.models.policy import Forward
-from jax_simpo.objectives.simpo import Objective
+from jax_simpo.objectives import SimPO
 from jax_simpo.plan.hlo import Collective, collectives
 from jax_simpo.sharding import named
 from jax_simpo.training.evaluate import score_pairs
@@ -94,7 +94,7 @@ def test_no_log_prob_of_one_response_moves_when_the_other_changes(rank: int, sha
 
 
 def test_the_sft_term_is_divided_by_the_chosen_tokens_of_the_whole_step(pairs: Pairs) -> None:
-    objective = Objective(beta=2.0, gamma_beta_ratio=0.5, sft_weight=0.3)
+    objective = SimPO(beta=2.0, gamma_beta_ratio=0.5, sft_weight=0.3)
     mesh, model = mesh_of((1, 1, 1)), tiny_model()
     record = run_steps(pairs, steps=1, batch=BATCH, mesh=mesh, objective=objective).records[0]
     with jax.set_mesh(mesh):
@@ -103,7 +103,7 @@ def test_the_sft_term_is_divided_by_the_chosen_tokens_of_the_whole_step(pairs: P
         scores = score_pairs(make_score_function(Forward(model, "dense", 64), mesh), params, plan, pairs, mesh)
     step = plan.pairs(0)
     cross_entropy = -scores.chosen_sum[step].sum() / scores.chosen_length[step].sum()
-    preference = float(objective.losses(scores.chosen_logps[step], scores.rejected_logps[step]).mean())
+    preference = float(objective.losses(*scores.of_pairs(step).responses).mean())
     assert record["sft_loss"] == pytest.approx(cross_entropy, abs=1e-5)
     assert record["loss"] == pytest.approx(preference + 0.3 * cross_entropy, abs=1e-5)
 

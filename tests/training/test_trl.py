@@ -1,9 +1,10 @@
-"""Training against TRL's `CPOTrainer` in its SimPO form: the same pairs, the same start, ten AdamW steps."""
+"""Training against TRL's trainers: the same pairs, the same start, ten AdamW steps."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,47 @@ from jax_simpo.data.chat import load_tokenizer, render_pair
 from jax_simpo.data.synthetic import make_rows
 from jax_simpo.run.metrics import read_metrics
 
-BETA, RATIO, STEPS, PAIRS, RATE = 2.5, 0.55, 10, 16, 1e-3
+STEPS, PAIRS, RATE = 10, 16, 1e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of TRL and the same run of ours.
+
+    Attributes:
+        trainer: `cpo`, `dpo` or `orpo`.
+        theirs: keys of the trainer's config.
+        ours: keys of our config.
+        rewards: False where TRL logs other rewards than we do.
+    """
+
+    trainer: str
+    theirs: dict[str, Any]
+    ours: dict[str, Any]
+    rewards: bool = True
+
+
+SIMPO = {"beta": 2.5, "gamma_beta_ratio": 0.55}
+CPO_SIMPO = {"loss_type": "simpo", "beta": 2.5, "simpo_gamma": 2.5 * 0.55}
+CASES = {
+    "simpo": Case("cpo", {**CPO_SIMPO, "cpo_alpha": 0.0}, {"objective": "simpo", **SIMPO}),
+    "simpo + nll": Case("cpo", {**CPO_SIMPO, "cpo_alpha": 0.5}, {"objective": "simpo", **SIMPO, "sft_weight": 0.5}),
+    "alphapo": Case(
+        "cpo", {**CPO_SIMPO, "cpo_alpha": 0.0, "alpha": 0.25}, {"objective": "alphapo", **SIMPO, "alpha": 0.25}
+    ),
+    "cpo + nll": Case("cpo", {"loss_type": "sigmoid", "cpo_alpha": 1.0, "beta": 0.1}, {"objective": "cpo"}),
+    "dpo": Case("dpo", {"loss_type": "sigmoid"}, {"objective": "dpo"}),
+    "ipo": Case("dpo", {"loss_type": "ipo"}, {"objective": "ipo"}),
+    "robust": Case("dpo", {"loss_type": "robust", "label_smoothing": 0.1}, {"objective": "robust"}),
+    "sigmoid_norm": Case(
+        "dpo", {"loss_type": "sigmoid_norm", "beta": 5.0}, {"objective": "sigmoid_norm"}, rewards=False
+    ),
+    "apo_zero": Case("dpo", {"loss_type": "apo_zero"}, {"objective": "apo_zero"}),
+    "dpo + sft": Case(
+        "dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]}, {"objective": {"dpo": 1.0, "sft": 0.1}}
+    ),
+}
+QUICK = ("cpo + nll", "dpo")  # the losses themselves are compared in tests/objectives
 
 
 @pytest.fixture(scope="module")
@@ -45,22 +86,29 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trl_history(start: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def histories() -> dict[str, Any]:
+    """The records of the runs of TRL that were made already."""
+    return {}
+
+
+def trl_history(case: Case, start: Path, folder: Path) -> list[dict[str, Any]]:
     """The records that TRL logs for each step."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL and the Trainer warn about their own future
         from datasets import Dataset
         from transformers import AutoModelForCausalLM
-        from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+        if case.trainer == "dpo":
+            from trl import DPOConfig as Config
+            from trl import DPOTrainer as Trainer
+        else:
+            from trl.experimental.cpo import CPOConfig as Config
+            from trl.experimental.cpo import CPOTrainer as Trainer
 
         tokenizer = load_tokenizer(str(start))
         texts = [render_pair(row, tokenizer, False) for row in make_rows("cafe", "train")[:PAIRS]]
-        settings = CPOConfig(
-            output_dir=str(tmp_path_factory.mktemp("trl")),
-            loss_type="simpo",
-            cpo_alpha=0.0,
-            beta=BETA,
-            simpo_gamma=BETA * RATIO,
+        settings = Config(
+            output_dir=str(folder),
             max_length=128,
             per_device_train_batch_size=PAIRS,
             max_steps=STEPS,
@@ -73,8 +121,9 @@ def trl_history(start: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
             bf16=False,
             gradient_checkpointing=False,
             disable_tqdm=True,
+            **case.theirs,
         )
-        trainer = CPOTrainer(
+        trainer = Trainer(
             model=AutoModelForCausalLM.from_pretrained(start),
             args=settings,
             train_dataset=Dataset.from_list([vars(text) for text in texts]),
@@ -84,10 +133,19 @@ def trl_history(start: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
     return [record for record in trainer.state.log_history if "grad_norm" in record]
 
 
-@pytest.mark.parametrize("layout", ["shared and packed", "separate"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("simpo", "separate"),
+        *(pytest.param(name, "shared and packed", marks=[] if name in QUICK else pytest.mark.slow) for name in CASES),
+    ],
+)
 def test_ten_steps_follow_trls_losses_and_gradient_norms(
-    layout: str, start: Path, trl_history: list[dict[str, Any]], tmp_path: Path
+    name: str, layout: str, start: Path, histories: dict[str, Any], tmp_path: Path
 ) -> None:
+    case = CASES[name]
+    if name not in histories:
+        histories[name] = trl_history(case, start, tmp_path / "trl")
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in make_rows("cafe", "train")[:PAIRS]))
     config = {
@@ -95,8 +153,6 @@ def test_ten_steps_follow_trls_losses_and_gradient_norms(
         "dataset_mixer": {str(data): 1.0},
         "auto_insert_empty_system_msg": False,
         "max_length": 128,
-        "beta": BETA,
-        "gamma_beta_ratio": RATIO,
         "learning_rate": RATE,
         "lr_scheduler_type": "constant",
         "global_batch_size": PAIRS,
@@ -107,15 +163,25 @@ def test_ten_steps_follow_trls_losses_and_gradient_norms(
         "mesh": {"fsdp": 8},
         "prefix_sharing": layout != "separate",
         "packing": layout != "separate",
+        **case.ours,
     }
     file = tmp_path / "config.yaml"
     file.write_text(json.dumps(config))
     app(["train", str(file)], standalone_mode=False)
-    ours = read_metrics(tmp_path / "run")
-    assert len(ours) == len(trl_history) == STEPS
-    for name, bound in (("loss", {"atol": 1e-3}), ("grad_norm", {"rtol": 0.01}), ("rewards/margins", {"atol": 1e-3})):
-        values, oracle = (np.array([record[name] for record in records], float) for records in (ours, trl_history))
-        distance = np.abs(values - oracle)
-        print(f"{name}: largest distance {distance.max():.1e}, relative {(distance / np.abs(oracle)).max():.1e}")
-        np.testing.assert_allclose(values, oracle, **bound)
+    ours, theirs = read_metrics(tmp_path / "run"), histories[name]
+    assert len(ours) == len(theirs) == STEPS
+
+    def distances(key: str) -> np.ndarray:
+        values, oracle = (np.array([record[key] for record in records], float) for records in (ours, theirs))
+        # Relative where the value is above 1.
+        distance = np.abs(values - oracle) / np.maximum(1.0, np.abs(oracle))
+        print(f"{key}: largest distance {distance.max():.1e}")
+        return distance
+
+    assert distances("loss").max() < 1e-3
+    norms = [np.array([record["grad_norm"] for record in records], float) for records in (ours, theirs)]
+    print(f"grad_norm: largest relative distance {np.abs(norms[0] / norms[1] - 1).max():.1e}")
+    np.testing.assert_allclose(*norms, rtol=0.01)
+    if case.rewards:
+        assert distances("rewards/margins").max() < 1e-3
     assert ours[-1]["loss"] < ours[0]["loss"]

@@ -1,0 +1,94 @@
+"""The interface of an objective: what it is given of every pair, and what it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Responses(NamedTuple):
+    """One response of each of P pairs, float32 [P]: what an objective may know of it.
+
+    Attributes:
+        sum: the sum of the log-probs of its tokens under the model that is trained.
+        length: the number of these tokens, EOS included.
+        reference_sum: the same sum under the frozen reference; zeros for an objective that needs none.
+    """
+
+    sum: Float[Array, "*P"]
+    length: Float[Array, "*P"]
+    reference_sum: Float[Array, "*P"]
+
+    @property
+    def mean(self) -> Float[Array, "*P"]:
+        """The mean log-prob of a token. Empty slots, of length 0, give 0 and not 0/0, in values and gradients."""
+        return self.sum / jnp.maximum(self.length, 1.0)
+
+    @property
+    def ratio(self) -> Float[Array, "*P"]:
+        """The log-ratio `log pi(y|x) - log pi_ref(y|x)`."""
+        return self.sum - self.reference_sum
+
+    @property
+    def mean_ratio(self) -> Float[Array, "*P"]:
+        """The log-ratio divided by the number of tokens."""
+        return self.ratio / jnp.maximum(self.length, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """What a run minimises: the mean of `losses` over the pairs of a step, plus the weighted cross-entropy.
+
+    An objective of your own derives from this class, is a frozen dataclass, and defines `losses`.
+
+    Attributes:
+        beta: the scale of the rewards. Objectives that have no such factor leave it at 1.
+        sft_weight: the weight of the cross-entropy of the chosen responses, which is added to the loss.
+        needs_reference: True if `losses` reads `reference_sum`.
+    """
+
+    beta: float = 1.0
+    sft_weight: float = 0.0
+
+    needs_reference: ClassVar[bool] = False
+
+    @abstractmethod
+    def losses(self, chosen: Responses, rejected: Responses) -> Float[Array, "*P"]:
+        """Computes the preference loss of each pair, float32 [P]."""
+
+    def score(self, response: Responses) -> Float[Array, "*P"]:
+        """Returns the reward divided by beta. By default that is the log-ratio, or without a reference the mean."""
+        return response.ratio if self.needs_reference else response.mean
+
+    def logps(self, response: Responses) -> Float[Array, "*P"]:
+        """Returns the log-prob that is logged as `logps/*`: the sum with a reference, and the mean without one."""
+        return response.sum if self.needs_reference else response.mean
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of a step's metrics."""
+        rewards = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+        return ("loss", *rewards, "logps/chosen", "logps/rejected", *(("sft_loss",) if self.sft_weight else ()))
+
+    def pair_metrics(self, chosen: Responses, rejected: Responses) -> dict[str, Float[Array, "*P"]]:
+        """Computes those metrics of each pair whose mean over the pairs is the step's."""
+        better, worse = self.score(chosen), self.score(rejected)
+        return {
+            "rewards/chosen": self.beta * better,
+            "rewards/rejected": self.beta * worse,
+            "rewards/accuracies": (better > worse).astype(jnp.float32),
+            "rewards/margins": self.beta * (better - worse),
+            "logps/chosen": self.logps(chosen),
+            "logps/rejected": self.logps(rejected),
+        }
+
+
+def logistic_losses(logits: Float[Array, "*P"], label_smoothing: float = 0.0) -> Float[Array, "*P"]:
+    """Computes `-(1-s) logsigmoid(logits) - s logsigmoid(-logits)`, the logistic loss with the label smoothing `s`."""
+    log_sigmoid = jax.nn.log_sigmoid
+    return -(1.0 - label_smoothing) * log_sigmoid(logits) - label_smoothing * log_sigmoid(-logits)
