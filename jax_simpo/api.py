@@ -15,10 +15,12 @@ import numpy as np
 from rich.console import Console
 
 from jax_simpo.config import TrainConfig
+from jax_simpo.config.objectives import code_of
 from jax_simpo.config.yaml_files import read_file
 from jax_simpo.data import sources
 from jax_simpo.data.packing import measure
 from jax_simpo.data.tokenize import PairDataset
+from jax_simpo.errors import ConfigError
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import launch
 from jax_simpo.run import files
@@ -119,6 +121,11 @@ def load_model(path: str | Path, **settings: Any) -> LoadedModel:
     defaults = _run_settings(Path(path).expanduser())
     if defaults.get("model_name_or_path") is None and defaults.get("model_config") is None:
         defaults["model_name_or_path"] = str(path)
+    if code_of(defaults.get("objective")) and "objective" not in settings:
+        raise ConfigError(
+            f"{path}: its run had `objective: {defaults['objective']}`, and loading a model runs nobody's code. Give "
+            'an objective, such as `load_model(path, objective="simpo")`'
+        )
     keep_compiled_programs()
     choice = f"./{path}" if str(path).isdecimal() else str(path)  # a bare number is the step of a run
     setup = Setup(TrainConfig(**{**defaults, **settings}), choice, any_mesh=True)
@@ -228,7 +235,7 @@ def score_dataset(
         console.print(packing_line(pairs.name, plan, measure(plan)))
         console.print("attention: {} ({})".format(*setup.attention_choice))
     with jax.set_mesh(setup.mesh):
-        function = make_score_function(setup.forward, setup.mesh)
+        function = make_score_function(setup.forward, setup.mesh, prompts=setup.objective.reads_prompts)
         return evaluation.score_pairs(function, model.params, plan, pairs, setup.mesh, reference)
 
 

@@ -72,6 +72,17 @@ ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3 + LoRA": ("qwen3", {"use_peft": True, "lora_r": 2, "lora_alpha": 4}),
 }
+# Objectives other than SimPO: name -> the family whose start model is trained, the family whose start model is the
+# reference (None: its own), and the keys that its config adds.
+OBJECTIVES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "llama3 + DPO": ("llama3", "llama", {"objective": "dpo", "beta": 0.01, "gamma_beta_ratio": None}),
+    "llama3 + sigmoid_norm": ("llama3", None, {"objective": "sigmoid_norm", "beta": 5.0, "gamma_beta_ratio": None}),
+    "llama3 + ORPO": (
+        "llama3",
+        None,
+        {"objective": "orpo", "beta": 0.1, "gamma_beta_ratio": None, "sft_weight": 1.0},
+    ),
+}
 USER_FAMILY = "checkpoint"  # the name of a user's own model in reports
 
 LAYOUTS = {"separate": (False, False), "shared": (True, False), "shared + packed": (True, True)}  # sharing, packing
@@ -109,7 +120,16 @@ ORDERS, ORDERS_LAYOUT = 8, "shared + packed"
 
 # The cell that the wrong variants are tried in, and other families for the variants that this one cannot show.
 VARIANTS_FAMILY, VARIANTS_LAYOUT, VARIANTS_BACKEND = "llama3", "shared + packed", "jax, 1 device"
-FAMILY_OF_VARIANT = {"Gemma norm without the one": "gemma2", "sliding window dropped": "mistral"}
+FAMILY_OF_VARIANT = {
+    "Gemma norm without the one": "gemma2",
+    "sliding window dropped": "mistral",
+    "reference and policy swapped": "llama3 + DPO",
+    "reference sums of chosen and rejected swapped": "llama3 + DPO",
+    "means where sums belong": "llama3 + DPO",
+    "cross-entropy over prompts too": "llama3 + DPO",
+    "sums where means belong": "llama3 + sigmoid_norm",
+    "reference with another template": "llama3 + sigmoid_norm",
+}
 
 
 @dataclass(frozen=True)
@@ -139,7 +159,7 @@ class Cell:
     @property
     def exists(self) -> bool:
         """True if the cell is part of the matrix. Flash attention takes no masks of rows and computes in 16 bits."""
-        if self.family in ADAPTED or (self.family in FAMILIES and self.family not in FULL_FAMILIES):
+        if self.family in ({*FAMILIES, *ADAPTED, *OBJECTIVES} - set(FULL_FAMILIES)):
             return self._in_every_family
         if self.order and (self.layout != ORDERS_LAYOUT or (self.dtype == "float32" and self.backend != REFERENCE)):
             return False
@@ -256,7 +276,9 @@ def step_plan(job: Job, config: TrainConfig, lengths: PairLengths) -> StepPlan:
     lengths = first_pairs(lengths, job.pairs)
     longest, most_targets = int(lengths.row_tokens(False).max()), int(lengths.targets().max())
     shape = RowShape(_round_up(longest), max(_round_up(longest), _round_up(most_targets)), 2 * job.batch)
-    return StepPlan(lengths, shape, job.batch, job.rows, config.prefix_sharing, config.packing, seed=config.seed)
+    prompt_targets = bool(config.sft_weight) and config.sft_over == "prompt_and_response"
+    sharing, packing = config.prefix_sharing, config.packing
+    return StepPlan(lengths, shape, job.batch, job.rows, sharing, packing, config.seed, prompt_targets)
 
 
 def first_pairs(lengths: PairLengths, count: int) -> PairLengths:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
+from rich.console import Console
 
 from jax_simpo import hf
 from jax_simpo.data.loader import PairSource, build_step
@@ -29,6 +30,7 @@ from jax_simpo.ops.responses import ResponseLogps, match_pairs
 from jax_simpo.sharding import make_mesh, put_rows
 from jax_simpo.training import capacity
 from jax_simpo.training.optim import run_optimizer
+from jax_simpo.training.reference import Reference
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import (
     MicroBatch,
@@ -112,10 +114,28 @@ class Runner:
                 table.put(pair, rank, logps[row][batch.rows.target_response[row] == slot])
         return table, losses
 
+    def reference_sums(self, plan: StepPlan, variant: Variant) -> np.ndarray:
+        """Returns the reference's sums of all pairs: as the trainer computes them, or of a variant's pairs."""
+        pairs = self.setup.train_pairs()
+        if not variant.changes_reference_pairs:
+            return Reference(self.setup.reference).sums(pairs, Console(quiet=True))
+        # Here the reference is the start model, so its log-probs come from the program that is compiled already.
+        changed = VariantPairs(pairs, variant.reference_pair)
+        everything = replace(plan, lengths=PairLengths.of(changed.pairs(np.arange(len(plan.lengths)))), seed=None)
+        sums = []
+        with jax.set_mesh(self.mesh):
+            params = self.load()
+            for k in range(everything.steps_per_epoch):
+                lengths = everything.lengths.of_pairs(everything.pairs(k))
+                table, _ = self.table(params, RIGHT.micro_batches(build_step(everything, changed, k)), lengths)
+                ends = np.cumsum(table.lengths.ravel())
+                sums.append(np.add.reduceat(table.logps, [0, *ends[:-1]]).reshape(-1, 2))
+        return np.concatenate(sums).astype(np.float32)
+
     def _put_losses(self, losses: np.ndarray, responses: ResponseLogps, batch: MicroBatch) -> None:
         """Computes the losses of a micro-batch's pairs and puts each at its pair's place."""
         reference = np.zeros_like(responses.sum) if batch.reference_sum is None else batch.reference_sum
-        slots = Responses(*map(jnp.asarray, (*jax.device_get(responses), reference)))
+        slots = Responses(*map(jnp.asarray, (*jax.device_get((responses.sum, responses.length)), reference)))
         pairs = match_pairs(slots, jnp.asarray(batch.rows.response_pair), jnp.asarray(batch.rows.response_rank))
         valid = np.asarray(pairs.valid)
         slot_losses = np.asarray(self.objective.losses(pairs.chosen, pairs.rejected))
@@ -124,9 +144,12 @@ class Runner:
     def run(self, folder: Path, plan: StepPlan, pairs: PairSource, steps: int, variant: Variant = RIGHT) -> None:
         """Runs the steps of a cell and writes its results; with 0 steps, those of the first step before its update."""
         lengths = plan.lengths.of_pairs(plan.pairs(0))
+        reference = None
+        if self.objective.needs_reference:
+            reference = variant.reference(self.reference_sums(plan, variant))
         with jax.set_mesh(self.mesh):
             params = self.load()
-            first_step = build_step(plan, pairs, 0)
+            first_step = build_step(plan, pairs, 0, reference=reference)
             first = variant.micro_batches(first_step)
             table, losses = self.table(params, first, lengths)
             accumulated = accumulate_step(self.functions, params, first_step, variant.micro_batches)
@@ -135,7 +158,7 @@ class Runner:
             if steps:
                 records, state = [], self.functions.init_optimizer(params)
                 for k in range(steps):
-                    step = build_step(plan, pairs, k)
+                    step = build_step(plan, pairs, k, reference=reference)
                     params, state, metrics = run_step(self.functions, params, state, step, variant.micro_batches)
                     # Waits for the step: on a CPU that stands for eight devices, the collectives of many programs in
                     # flight can wait for each other forever.
@@ -170,6 +193,8 @@ def run_cell(job: Job, runner: Runner, cell: Cell, folder: Path, steps: int, var
         pairs = VariantPairs(pairs, variant.pair)
         changed = PairLengths.of(pairs.pairs(np.arange(len(plan.lengths))))
         plan = step_plan(job, config, changed)
+    if variant.prompt_targets:
+        plan = replace(plan, prompt_targets=True)
     runner.run(folder, plan, pairs, steps, variant)
 
 
@@ -196,6 +221,8 @@ def try_variants(job: Job) -> None:
             continue
         print(f"wrong variant: {name}", flush=True)
         runner = make_runner(job, cell, variant) if variant.changes_program else plain
+        if not variant.changes_forward:  # then the program of the log-probs is the same, and compiled already
+            runner.target_logps, runner.sum_responses = plain.target_logps, plain.sum_responses
         run_cell(job, runner, cell, job.variant_folder(name), 0, variant)
 
 

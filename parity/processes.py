@@ -26,6 +26,7 @@ from parity.cases import (
     GPU_BACKENDS,
     JAX_GPU,
     MESHES,
+    OBJECTIVES,
     TORCH,
     TORCH_GPU,
     USER_FAMILY,
@@ -70,7 +71,11 @@ def built_in_job(work: Path, variants: Sequence[str], inject: str | None = None,
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     configs = {}
     plain: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in FAMILIES}
-    for family, (model, extra_keys) in {**plain, **ADAPTED}.items():
+    others = {
+        name: (model, {**keys, **({"ref_model_name_or_path": str(work / of / "start")} if of else {})})
+        for name, (model, of, keys) in OBJECTIVES.items()
+    }
+    for family, (model, extra_keys) in {**plain, **ADAPTED, **others}.items():
         file = work / family / "config.yaml"
         values = {
             "model_name_or_path": str(work / model / "start"),
@@ -86,7 +91,7 @@ def built_in_job(work: Path, variants: Sequence[str], inject: str | None = None,
         work=str(work),
         configs=configs,
         new_models=FAMILIES,
-        cells=matrix([*FAMILIES, *ADAPTED], [*backends(), *gpu_backends()], quick=quick),
+        cells=matrix([*FAMILIES, *ADAPTED, *OBJECTIVES], [*backends(), *gpu_backends()], quick=quick),
         variants=list(variants),
         pairs=len(rows),
         batch=BATCH,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,7 +27,9 @@ from torch_ref.batches import Batch, RankStep, build_rank_step
 from torch_ref.distributed import Ranks, open_ranks
 from torch_ref.engine import Engine, hugging_face_names
 from torch_ref.export import export_model
+from torch_ref.objectives import Responses
 from torch_ref.optim import learning_rate_schedule
+from torch_ref.reference import reference_sums
 from torch_ref.setup import Setup
 from torch_ref.trainer import batch_part, make_engine
 
@@ -111,14 +114,18 @@ class Run:
         self.setup = Setup(config, ranks)
         self.pairs = self.setup.train_pairs()
         self.plan = step_plan(job, config, self.pairs.lengths)
-        self.engine = make_engine(self.setup, job.deepspeed_file if ranks.launched else None)
+        deepspeed_file = job.deepspeed_file if ranks.launched else None
+        self.reference = None
+        if self.setup.objective.needs_reference:
+            (self.reference,) = reference_sums(self.setup, [self.pairs], Console(quiet=True), deepspeed_file)
+        self.engine = make_engine(self.setup, deepspeed_file)
         if cell.family in job.adapters:
             start_from_adapter(self.engine, Path(job.adapters[cell.family]))
         self.schedule = learning_rate_schedule(config, job.steps)
 
     def step(self, number: int) -> RankStep:
         """Builds this rank's share of a step."""
-        return build_rank_step(self.plan, self.pairs, number, self.ranks.rank, self.ranks.world)
+        return build_rank_step(self.plan, self.pairs, number, self.ranks.rank, self.ranks.world, self.reference)
 
     def accumulate(self, step: RankStep) -> tuple[TokenTable, dict[str, float]]:
         """Adds up the gradients of a step. Returns its log-probs and metrics over all ranks."""
@@ -163,8 +170,11 @@ class Run:
         final = self.logps(first)
         export_model(self.engine, self.folder / EXPORT, "float32", self.setup.tokenizer, self.ranks)
         if self.ranks.is_first:
-            means = np.add.reduceat(table.logps, np.cumsum([0, *table.lengths.ravel()[:-1]])).reshape(-1, 2)
-            chosen, rejected = torch.from_numpy((means / table.lengths).astype(np.float32)).T
+            sums = np.add.reduceat(table.logps, np.cumsum([0, *table.lengths.ravel()[:-1]])).reshape(-1, 2)
+            reference = [None, None]
+            if self.reference is not None:
+                reference = list(torch.from_numpy(self.reference[first.pairs]).T)
+            chosen, rejected = map(Responses, torch.from_numpy(sums).T, torch.from_numpy(table.lengths).T, reference)
             losses = self.setup.objective.losses(chosen, rejected).numpy()
             facts = {"attention": self.setup.attention.name, "engine": self.engine.name, "torch": torch.__version__}
             save_results(self.folder, table=table, losses=losses, steps=records, final=final, facts=facts)

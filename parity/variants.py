@@ -19,7 +19,8 @@ from jax_simpo.data.pairs import Response, TokenizedPair, common_prefix_length
 from jax_simpo.data.rows import RowBatch
 from jax_simpo.models.config import Rope
 from jax_simpo.models.policy import Forward, Rows
-from jax_simpo.objectives import Objective, SimPO
+from jax_simpo.objectives import DPO, Objective, Responses, SimPO
+from jax_simpo.objectives.dpo import LengthNormalizedDPO
 from jax_simpo.ops.responses import ResponseLogps
 from jax_simpo.training.step import MicroBatch, split_step
 
@@ -32,6 +33,10 @@ def _same_rows(rows: RowBatch) -> RowBatch:
     return rows
 
 
+def _same_forward(forward: Forward) -> Forward:
+    return forward
+
+
 @dataclass(frozen=True)
 class Variant:
     """A mistake, as changes to the parts of a run. Every change defaults to none.
@@ -42,6 +47,9 @@ class Variant:
         rows: changes the rows that were built from the pairs.
         batches: splits a step into micro-batches with their denominators.
         objective: changes the objective.
+        reference: changes the reference's sums of all pairs, chosen and rejected.
+        reference_pair: changes the tokenised pairs that the reference is given.
+        prompt_targets: lists the tokens of prompts as targets too.
         forward: changes the forward pass.
         changes_program: True if the variant needs functions of its own to be compiled.
         applies: returns False where the mistake makes no difference to this model, objective and first step.
@@ -52,9 +60,20 @@ class Variant:
     rows: Callable[[RowBatch], RowBatch] = _same_rows
     batches: Callable[[StepBatch], list[MicroBatch]] = split_step
     objective: Callable[[Any], Objective] = lambda objective: objective
-    forward: Callable[[Forward], Forward] = lambda forward: forward
+    reference: Callable[[np.ndarray], np.ndarray] = lambda sums: sums
+    reference_pair: Callable[[TokenizedPair], TokenizedPair] = _same_pair
+    prompt_targets: bool = False
+    forward: Callable[[Forward], Forward] = _same_forward
     changes_program: bool = False
     applies: Callable[[Forward, Objective, StepBatch], bool] = lambda forward, objective, step: True
+
+    @property
+    def changes_forward(self) -> bool:
+        return self.forward is not _same_forward
+
+    @property
+    def changes_reference_pairs(self) -> bool:
+        return self.reference_pair is not _same_pair
 
     @property
     def changes_pairs(self) -> bool:
@@ -130,14 +149,23 @@ def _shared_tokens_not_scored(pair: TokenizedPair) -> TokenizedPair:
 class _LengthAfterSharing(Forward):
     """Divides the sum over the whole response by the number of its tokens that are not shared."""
 
-    def sum_responses(self, target_logps: Array, rows: Rows) -> ResponseLogps:
-        responses = super().sum_responses(target_logps, rows)
+    def sum_responses(self, target_logps: Array, rows: Rows, prompts: bool = False) -> ResponseLogps:
+        responses = super().sum_responses(target_logps, rows, prompts)
         slots = rows["response_pair"].shape[1]
         index, response = rows["target_index"], rows["target_response"]
         other = (index[:, :, None] == index[:, None, :]) & (response[:, :, None] != response[:, None, :])
         shared = (other & (response < slots)[:, None, :]).any(-1)
         count = (shared[..., None] & (response[..., None] == jnp.arange(slots))).sum(1)
-        return ResponseLogps(responses.sum, jnp.maximum(responses.length - count, 1.0))
+        return responses._replace(length=jnp.maximum(responses.length - count, 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Swapped(DPO):
+    """DPO whose reference is the model that is trained, and the reverse."""
+
+    def losses(self, chosen: Responses, rejected: Responses) -> Array:
+        swapped = (r._replace(sum=r.reference_sum, reference_sum=r.sum) for r in (chosen, rejected))
+        return super().losses(*swapped)
 
 
 def _with(**changes: Any) -> Callable[[Forward], Forward]:
@@ -189,6 +217,18 @@ def _shares_targets(_: Forward, __: Objective, step: StepBatch) -> bool:
 
 def _has_margin(_: Forward, objective: Objective, __: StepBatch) -> bool:
     return isinstance(objective, SimPO) and objective.gamma_beta_ratio > 0 and objective.beta != 1.0
+
+
+def _has_reference(_: Forward, objective: Objective, __: StepBatch) -> bool:
+    return objective.needs_reference
+
+
+def _is(kind: type[Objective]) -> Callable[[Forward, Objective, StepBatch], bool]:
+    return lambda _, objective, __: isinstance(objective, kind)
+
+
+def _has_sft_term(_: Forward, objective: Objective, __: StepBatch) -> bool:
+    return bool(objective.sft_weight) and not objective.reads_prompts
 
 
 def _scales_rope(forward: Forward, _: Objective, __: StepBatch) -> bool:
@@ -252,5 +292,40 @@ VARIANTS = {
     ),
     "first token not scored": Variant(
         "the response's first token is taken for the prompt", pair=_each_response(_without_first_token)
+    ),
+    "reference and policy swapped": Variant(
+        "the log-ratio is that of the reference to the policy",
+        objective=lambda o: _Swapped(**vars(o)),
+        changes_program=True,
+        applies=_is(DPO),
+    ),
+    "reference sums of chosen and rejected swapped": Variant(
+        "each response is compared with the reference's log-prob of the other",
+        reference=lambda sums: sums[:, ::-1],
+        applies=_has_reference,
+    ),
+    "means where sums belong": Variant(
+        "DPO divides log-ratios by the number of tokens",
+        objective=lambda o: LengthNormalizedDPO(beta=o.beta, sft_weight=o.sft_weight),
+        changes_program=True,
+        applies=_is(DPO),
+    ),
+    "sums where means belong": Variant(
+        "length-normalised DPO does not divide log-ratios",
+        objective=lambda o: DPO(beta=o.beta, sft_weight=o.sft_weight),
+        changes_program=True,
+        applies=_is(LengthNormalizedDPO),
+    ),
+    "reference with another template": Variant(
+        "the reference is given prompts with a token more",
+        reference_pair=_each_response(_double_bos),
+        applies=_has_reference,
+    ),
+    "cross-entropy over prompts too": Variant(
+        "the supervised term takes the tokens of prompts in",
+        objective=lambda o: replace(o, sft_over="prompt_and_response"),
+        prompt_targets=True,
+        changes_program=True,
+        applies=_has_sft_term,
     ),
 }

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, which `--help` and a misspel
     from torch_ref.distributed import Ranks
 
 app = typer.Typer(
-    help="SimPO in PyTorch, the reference of jax-simpo: the same config files, overrides and outputs. Under torchrun "
+    help="jax-simpo in PyTorch, its reference: the same config files, overrides and outputs. Under torchrun "
     "or deepspeed it trains with ZeRO-3 on all ranks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -66,10 +66,10 @@ def score(
     """Writes log-probs, rewards, margin and loss of every pair of a split, in file order."""
     settings = _load(config, context.args)
     from torch_ref.distributed import open_ranks
-    from torch_ref.evaluate import PAIRS_PER_PLAN, pair_records, score_pairs
+    from torch_ref.evaluate import PAIRS_PER_PLAN, open_model, pair_records, score_pairs
     from torch_ref.notes import print_attention, print_split
+    from torch_ref.reference import reference_sums
     from torch_ref.setup import Setup
-    from torch_ref.trainer import make_forward
 
     with open_ranks() as ranks, writing(output if ranks.is_first else os.devnull) as file:
         console = _console(settings, ranks)
@@ -78,7 +78,10 @@ def score(
         plan = setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
         print_attention(console, setup)
         print_split(console, setup, split, pairs, plan)
-        scores = score_pairs(make_forward(setup, deepspeed), plan, pairs, ranks)
+        needed = setup.objective.needs_reference
+        reference = reference_sums(setup, [pairs], console, deepspeed)[0] if needed else None
+        with open_model(setup, deepspeed) as forward:
+            scores = score_pairs(forward, plan, pairs, ranks, reference)
         for (_, row), record in zip(pairs.origins, pair_records(scores, setup.objective), strict=True):
             file.write(json.dumps({"row": row, **record}) + "\n")
         console.print(f"{len(pairs)} pairs scored: {output}")

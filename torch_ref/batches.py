@@ -12,13 +12,13 @@ micro-batches, as the collectives of ZeRO-3 require; a share without pairs is a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from jax_simpo.data.loader import PairSource, prefetch
@@ -39,11 +39,13 @@ class Batch:
         target_line: line of the hidden state that predicts each target.
         target_index: index of this hidden state in its line.
         target_token: the token that is predicted.
-        target_response: the response that each target belongs to.
+        target_response: the response that each target belongs to. Targets in the prompt of pair p's chosen response,
+            if the step plan has such targets, belong to S + p.
         response_length: number of targets of each response.
         chosen: the chosen response of each pair.
         rejected: the rejected response of each pair.
         pairs: the number of each pair in the step.
+        reference: sums of log-probs of each pair's chosen and rejected response under the reference; None without one.
     """
 
     tokens: Int[Tensor, "B L"]
@@ -58,6 +60,7 @@ class Batch:
     chosen: Int[Tensor, " P"]
     rejected: Int[Tensor, " P"]
     pairs: Int[Tensor, " P"]
+    reference: Float[Tensor, "P 2"] | None = None
 
     @property
     def input_tokens(self) -> int:
@@ -75,8 +78,11 @@ class Batch:
 NumberedPairs = Sequence[tuple[int, TokenizedPair]]
 
 
-def stack_pairs(pairs: NumberedPairs) -> Batch:
-    """Stacks the responses of these pairs along the batch: first all chosen, then all rejected, padded on the right."""
+def stack_pairs(pairs: NumberedPairs, *, prompt_targets: bool = False) -> Batch:
+    """Stacks the responses of these pairs along the batch: first all chosen, then all rejected, padded on the right.
+
+    `prompt_targets` lists the tokens of the chosen response's prompt, but the first, as targets too.
+    """
     count = len(pairs)
     responses = [p.chosen for _, p in pairs] + [p.rejected for _, p in pairs]
     length = max([len(r.inputs) for r in responses], default=1)
@@ -88,15 +94,24 @@ def stack_pairs(pairs: NumberedPairs) -> Batch:
     if not responses:
         mask[0, 0] = 1  # softmax needs at least one key
     lengths = np.array([len(r.targets) for r in responses], np.int64)
-    target_line = np.repeat(np.arange(2 * count), lengths)
+    line_of_target = [np.repeat(np.arange(2 * count), lengths)]
+    number = [*line_of_target]  # of the response, or of the prompt
     index = [np.arange(r.prompt_length - 1, len(r.inputs)) for r in responses]
+    token = [r.targets for r in responses]
+    if prompt_targets:
+        prompts = [r.ids[: r.prompt_length] for r in responses[:count]]
+        lines_of_prompts = np.repeat(np.arange(count), np.array([len(prompt) - 1 for prompt in prompts], np.int64))
+        line_of_target.append(lines_of_prompts)
+        number.append(2 * count + lines_of_prompts)
+        index += [np.arange(len(prompt) - 1) for prompt in prompts]
+        token += [prompt[1:] for prompt in prompts]
     return _batch(
         tokens=tokens,
         attention_mask=mask,
-        target_line=target_line,
+        target_line=_join(line_of_target),
         target_index=_join(index),
-        target_token=_join([r.targets for r in responses]),
-        target_response=target_line,
+        target_token=_join(token),
+        target_response=_join(number),
         response_length=lengths,
         chosen=np.arange(count),
         rejected=np.arange(count, 2 * count),
@@ -106,12 +121,15 @@ def stack_pairs(pairs: NumberedPairs) -> Batch:
 
 def row_batch(rows: Sequence[NumberedPairs], plan: StepPlan) -> Batch:
     """Builds a batch of rows, without the padding of targets and responses that arrays of a static shape have."""
-    arrays = build_rows(rows, plan.shape, prefix_sharing=plan.prefix_sharing)
+    arrays = build_rows(rows, plan.shape, prefix_sharing=plan.prefix_sharing, prompt_targets=plan.prompt_targets)
     slots = plan.shape.responses
     filled = arrays.response_pair >= 0
-    number = np.full(filled.shape, -1)  # (row, slot) -> response
-    number[filled] = np.arange(filled.sum())
-    line, column = np.nonzero(arrays.target_response < slots)
+    is_chosen = filled & (arrays.response_rank == 0)
+    # (row, value of `target_response`) -> response. The values are those of slots, of padding, and of slots' prompts.
+    number = np.full((len(filled), 2 * slots + 1), -1)
+    number[:, :slots][filled] = np.arange(filled.sum())
+    number[:, slots + 1 :][is_chosen] = filled.sum() + np.arange(is_chosen.sum())
+    line, column = np.nonzero(arrays.target_response != slots)
     response = number[line, arrays.target_response[line, column]]
     pair, rank = arrays.response_pair[filled], arrays.response_rank[filled]
     chosen = np.flatnonzero(rank == 0)
@@ -124,7 +142,7 @@ def row_batch(rows: Sequence[NumberedPairs], plan: StepPlan) -> Batch:
         target_index=arrays.target_index[line, column],
         target_token=arrays.target_token[line, column],
         target_response=response,
-        response_length=np.bincount(response, minlength=int(filled.sum())),
+        response_length=np.bincount(response, minlength=int(filled.sum()))[: filled.sum()],
         chosen=chosen,
         rejected=np.array([rejected_of[p] for p in pair[chosen].tolist()], np.int64),
         pairs=pair[chosen],
@@ -148,7 +166,7 @@ class RankStep:
     Attributes:
         step: the step's number, from 0.
         pairs: the whole step's pairs, as indices into the data.
-        chosen_tokens: tokens of all chosen responses of the step.
+        chosen_tokens: tokens of all chosen responses of the step, and of their prompts if those are targets.
         epoch: epochs that are done after the step.
         micro_batches: this rank's micro-batches; every rank has the same number.
     """
@@ -160,11 +178,26 @@ class RankStep:
     micro_batches: list[Batch]
 
 
-def build_rank_step(plan: StepPlan, source: PairSource, step: int, rank: int, world: int) -> RankStep:
+def build_rank_step(
+    plan: StepPlan,
+    source: PairSource,
+    step: int,
+    rank: int,
+    world: int,
+    reference: Float[np.ndarray, "N 2"] | None = None,
+) -> RankStep:
     """Builds a rank's share of a step. Only the tokens of its own pairs are read.
 
     Micro-batch m has the rows `m * size` to `(m + 1) * size` of the step plan. Each rank takes an equal part of them,
     in order.
+
+    Args:
+        plan: the step plan.
+        source: the pairs of the data.
+        step: the step's number, from 0.
+        rank: this rank.
+        world: the number of ranks.
+        reference: the sums of all pairs of the data under the reference, chosen and rejected; None without one.
     """
     planned = plan.step(step)
     size = plan.rows_per_micro_batch
@@ -172,8 +205,12 @@ def build_rank_step(plan: StepPlan, source: PairSource, step: int, rank: int, wo
     micro_batches = []
     for m in range(planned.micro_batches):
         start = m * size + rank * share
-        micro_batches.append(_build(plan, source, planned, range(start, start + share)))
-    chosen_tokens = int(plan.lengths.chosen_targets[planned.pairs].sum())
+        batch = _build(plan, source, planned, range(start, start + share))
+        if reference is not None:
+            batch = replace(batch, reference=torch.from_numpy(reference[planned.pairs[batch.pairs.numpy()]]))
+        micro_batches.append(batch)
+    lengths = plan.lengths.of_pairs(planned.pairs)
+    chosen_tokens = int((lengths.chosen_inputs if plan.prompt_targets else lengths.chosen_targets).sum())
     return RankStep(step, planned.pairs, chosen_tokens, planned.epoch, micro_batches)
 
 
@@ -185,11 +222,18 @@ def _build(plan: StepPlan, source: PairSource, planned: Step, rows: range) -> Ba
     numbered = [[(p, pairs[p]) for p in row] for row in numbers]
     if plan.prefix_sharing or plan.packing:
         return row_batch(numbered, plan)
-    return stack_pairs([pair for row in numbered for pair in row])
+    return stack_pairs([pair for row in numbered for pair in row], prompt_targets=plan.prompt_targets)
 
 
 def rank_steps(
-    plan: StepPlan, source: PairSource, steps: range, rank: int, world: int, *, ahead: int = 2
-) -> Iterator[RankStep]:
+    plan: StepPlan,
+    source: PairSource,
+    steps: range,
+    rank: int,
+    world: int,
+    *,
+    ahead: int = 2,
+    reference: Float[np.ndarray, "N 2"] | None = None,
+) -> Generator[RankStep]:
     """Yields a rank's shares of these steps in order. A thread builds up to `ahead` of them in advance."""
-    return prefetch((build_rank_step(plan, source, step, rank, world) for step in steps), ahead)
+    return prefetch((build_rank_step(plan, source, step, rank, world, reference) for step in steps), ahead)

@@ -68,6 +68,13 @@ def total_norm(gradients: Iterable[Tensor]) -> Float[Tensor, ""]:
     return torch.linalg.vector_norm(torch.stack(norms)).float()
 
 
+def round_parameters(policy: Policy, dtype: torch.dtype) -> None:
+    """Rounds a model's weights to `dtype`. Buffers, such as RoPE frequencies, stay as they are."""
+    for parameter in policy.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 class PlainEngine:
     """An engine of one process without DeepSpeed.
 
@@ -93,9 +100,7 @@ class PlainEngine:
         for parameter in self._trained.values():
             self._masters[parameter] = parameter.detach().float().clone()
             parameter.register_post_accumulate_grad_hook(self._take_gradient)
-        for parameter in self.policy.parameters():  # buffers such as RoPE frequencies stay as they are
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+        round_parameters(self.policy, dtype)
 
     def _take_gradient(self, parameter: nn.Parameter) -> None:
         """Adds a parameter's gradient to its master's."""

@@ -94,6 +94,18 @@ class Policy(nn.Module):
         hidden = self.decoder(input_ids=batch.tokens, use_cache=False, **mask).last_hidden_state
         return self.head(hidden[batch.target_line, batch.target_index], batch.target_token)
 
+    def free(self) -> None:
+        """Frees the memory of the weights; the policy cannot be used any more.
+
+        Letting go of a policy is not enough: DeepSpeed keeps partitioned modules in caches until the process ends.
+        """
+        for parameter in self.parameters():
+            partition = getattr(parameter, "ds_tensor", parameter)
+            partition.data = partition.new_empty(0)
+            parameter.data = parameter.new_empty(0)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Configuration and weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ import torch
 from jax_simpo.config import TrainConfig
 from jax_simpo.data import chat, sources
 from jax_simpo.data.packing import StepPlan, make_step_plan
+from jax_simpo.data.store import default_cache_dir
 from jax_simpo.data.tokenize import PairDataset, tokenize_split
 from jax_simpo.errors import ConfigError, ModelError
 from torch_ref.attention_choice import AttentionChoice, choose_attention
 from torch_ref.distributed import Ranks
-from torch_ref.losses import Objective
 from torch_ref.model import DTYPES, Policy, count_parameters, load_model_config, load_policy
+from torch_ref.objectives import Objective
 
 _LONGEST_ROW = 16384  # longer rows would not be filled better
 _LONGEST_DENSE_ROW = 2048  # attention that skips no blocks costs the square of the length
@@ -32,16 +34,38 @@ class Setup:
         config: the run's settings.
         ranks: the place of this process among the ranks.
         model_choice: the value of `--model`: a folder or hub id in place of the config's model.
+        given_tokenizer: the tokenizer to use, whatever the model says.
     """
 
     config: TrainConfig
     ranks: Ranks
     model_choice: str | None = None
+    given_tokenizer: Any = None
 
     @cached_property
     def objective(self) -> Objective:
         """The loss that the config describes."""
         return Objective.of(self.config)
+
+    @property
+    def start_name(self) -> str | None:
+        """The folder or hub id of the model; None for a new one with random weights."""
+        return self.model_choice or self.config.model_name_or_path
+
+    @cached_property
+    def reference(self) -> Setup:
+        """The setup of the frozen reference: `ref_model_name_or_path`, or the model that the run starts from.
+
+        A run's adapter adds nothing to its base at first, so the start of a run with one is the base. The reference
+        scores the tokens of the run, whatever its own tokenizer.
+        """
+        return Setup(self.config, self.ranks, self.config.ref_model_name_or_path, self.tokenizer)
+
+    @property
+    def cache_dir(self) -> Path:
+        """The folder that keeps tokens and reference log-probs between runs."""
+        own = self.config.data_cache_dir
+        return default_cache_dir() if own is None else Path(own).expanduser()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -50,6 +74,8 @@ class Setup:
         Raises:
             DataError: there is no such tokenizer, or its template cannot be used.
         """
+        if self.given_tokenizer is not None:
+            return self.given_tokenizer
         config = self.config
         return chat.load_tokenizer(
             config.tokenizer_name_or_path or self.model_choice or config.model_name_or_path or "",
@@ -65,15 +91,18 @@ class Setup:
         Raises:
             ModelError: there is no such model, it is not supported, or it has fewer tokens than the tokenizer.
         """
-        ids = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        new_model = {"vocab_size": len(self.tokenizer), **ids, **(self.config.new_model_config or {})}
-        model_config = load_model_config(self.config, self.model_choice, new_model)
+        model_config = load_model_config(self.config, self.model_choice, self.new_model_mapping())
         if len(self.tokenizer) > model_config.vocab_size:
             raise ModelError(
                 f"the tokenizer has {len(self.tokenizer)} tokens, the model only {model_config.vocab_size}. Use the "
                 "tokenizer the model was trained with (`tokenizer_name_or_path`), or raise `model_config.vocab_size`"
             )
         return model_config
+
+    def new_model_mapping(self) -> dict[str, Any]:
+        """Returns `model_config`, with the tokenizer's size and special tokens where it does not give its own."""
+        ids = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return {"vocab_size": len(self.tokenizer), **ids, **(self.config.new_model_config or {})}
 
     @cached_property
     def parameter_count(self) -> int:
@@ -180,6 +209,7 @@ class Setup:
             seed=seed,
             row_length=None if config.row_length == "auto" else config.row_length,
             max_row_length=self._longest_row(),
+            prompt_targets=self.objective.reads_prompts,
         )
         plan.check(pairs.origin)
         return plan

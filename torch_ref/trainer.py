@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,15 +28,17 @@ from torch_ref.checkpoint import Checkpoints
 from torch_ref.clock import Clock
 from torch_ref.distributed import Ranks
 from torch_ref.engine import Engine, PlainEngine
-from torch_ref.evaluate import PAIRS_PER_PLAN, Evaluation, Forward
+from torch_ref.evaluate import PAIRS_PER_PLAN, Evaluation
 from torch_ref.export import export_model
-from torch_ref.losses import Objective, StepPart, response_sums, step_part
+from torch_ref.losses import StepPart, response_sums, step_part
 from torch_ref.model import DTYPES
 from torch_ref.notes import print_attention, print_split
+from torch_ref.objectives import Objective, Responses
 from torch_ref.optim import Schedule, learning_rate_schedule
+from torch_ref.reference import ReferenceSums, reference_sums
 from torch_ref.setup import Setup
 from torch_ref.start_weights import StartWeights
-from torch_ref.zero3 import Zero3Engine, Zero3Model, deepspeed_settings, partitioned_forward
+from torch_ref.zero3 import Zero3Engine, Zero3Model, deepspeed_settings
 
 
 def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: Path | None = None) -> dict[str, Any]:
@@ -81,6 +83,12 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
         check_same_run(saved, identity, output)
         ranks.first(lambda: check_not_finished(output, resume, total_steps))
     evaluation = _evaluation(setup, console) if config.do_eval else None
+    reference = None
+    if setup.objective.needs_reference:
+        splits = [pairs] if evaluation is None else [pairs, evaluation.source]
+        reference, *of_evaluation = reference_sums(setup, splits, console, deepspeed_file)
+        if evaluation is not None:
+            evaluation = replace(evaluation, reference=of_evaluation[0])
     engine = make_engine(setup, deepspeed_file, resumes=bool(resume))
     console.print(f"engine: {engine.name}")
     ranks.first(lambda: prepare_output(config, output))
@@ -92,7 +100,19 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
     ranks.first(lambda: write_file(output, files.CONFIG, config.to_yaml()))
     schedule = learning_rate_schedule(config, total_steps)
     run = Run(
-        config, setup, console, plan, pairs, engine, schedule, evaluation, checkpoints, identity, total_steps, output
+        config=config,
+        setup=setup,
+        console=console,
+        plan=plan,
+        pairs=pairs,
+        reference=reference,
+        engine=engine,
+        schedule=schedule,
+        evaluation=evaluation,
+        checkpoints=checkpoints,
+        identity=identity,
+        total_steps=total_steps,
+        output=output,
     )
     run.steps(resume)
     ranks.first(lambda: claim(output, files.MODEL))
@@ -114,14 +134,6 @@ def make_engine(setup: Setup, deepspeed_file: Path | None = None, *, resumes: bo
         with StartWeights(config.model_name_or_path, config.model_revision) as start:
             engine.start_exactly(start, DTYPES[config.dtype])
     return engine
-
-
-def make_forward(setup: Setup, deepspeed_file: Path | None = None) -> Forward:
-    """Makes the function that scores batches without training; its model is partitioned if there are several ranks."""
-    if setup.ranks.world == 1:
-        return setup.load_policy(trained=False)
-    partition = Zero3Model(deepspeed_settings(setup.config, deepspeed_file))
-    return partitioned_forward(setup.load_policy(trained=False), partition)
 
 
 def _fits(config: TrainConfig, ranks: Ranks) -> bool:
@@ -146,14 +158,14 @@ def _evaluation(setup: Setup, console: Console) -> Evaluation:
 
 def batch_part(engine: Engine, objective: Objective, batch: Batch, step: RankStep) -> StepPart:
     """Computes a micro-batch's share of its step's loss and metrics, with one forward pass for both responses."""
-    logps = engine.logps(batch)
-    sums = response_sums(logps, batch.target_response, len(batch.response_length))
+    responses = len(batch.response_length)
+    sums = response_sums(engine.logps(batch), batch.target_response, responses + len(batch.pairs))
+    chosen_reference, rejected_reference = (None, None) if batch.reference is None else batch.reference.unbind(1)
     return step_part(
         objective,
-        chosen_sum=sums[batch.chosen],
-        rejected_sum=sums[batch.rejected],
-        chosen_length=batch.response_length[batch.chosen],
-        rejected_length=batch.response_length[batch.rejected],
+        chosen=Responses(sums[batch.chosen], batch.response_length[batch.chosen], chosen_reference),
+        rejected=Responses(sums[batch.rejected], batch.response_length[batch.rejected], rejected_reference),
+        prompt_sum=sums[responses:] if objective.reads_prompts else None,
         step_pairs=len(step.pairs),
         step_chosen_tokens=step.chosen_tokens,
     )
@@ -169,6 +181,7 @@ class Run:
         console: where the lines about steps go.
         plan: the step plan of the training pairs.
         pairs: the training pairs.
+        reference: the sums of their responses under the reference; None for an objective without one.
         engine: the model with its optimizer.
         schedule: gives the learning rate of a step.
         evaluation: evaluates the evaluation pairs; None where the run has none.
@@ -183,6 +196,7 @@ class Run:
     console: Console
     plan: StepPlan
     pairs: PairDataset
+    reference: ReferenceSums | None
     engine: Engine
     schedule: Schedule
     evaluation: Evaluation | None
@@ -204,7 +218,8 @@ class Run:
                 with self.clock.paused():
                     self._evaluate(0, 0.0)
             left = range(first_step, self.total_steps)
-            for step in rank_steps(self.plan, self.pairs, left, ranks.rank, ranks.world):
+            shares = rank_steps(self.plan, self.pairs, left, ranks.rank, ranks.world, reference=self.reference)
+            for step in shares:
                 self._write(step, self._step(step))
                 done = step.step + 1
                 with self.clock.paused():

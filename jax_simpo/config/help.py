@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from jax_simpo.config import foreign, yaml_files
+from jax_simpo.config.objectives import OwnObjective
 
 _SIGNS = {annotated_types.Gt: "gt", annotated_types.Ge: "ge", annotated_types.Lt: "lt", annotated_types.Le: "le"}
 _SYMBOLS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -52,6 +53,8 @@ def expected(field: FieldInfo) -> str:
             words.append("a mapping" if get_args(kind)[1] is Any else f"a mapping from {extras(field)['entries']}")
         elif get_origin(kind) is list:
             words.append(f"a list of {_items(kind)}")
+        elif kind is OwnObjective:
+            words.append("an objective of your own")
         elif issubclass(kind, BaseModel):
             words.append("a mapping with " + ", ".join(kind.model_fields))
         else:

@@ -12,6 +12,8 @@ from jax_simpo.config.overrides import Values, apply
 from jax_simpo.config.schema import TrainConfig, checked_config, torch_only, with_notices
 from jax_simpo.errors import ConfigError
 
+ALLOW_CODE = "--allow_code"
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool = False) -> TrainConfig:
     """Reads a config file and `--key=value` overrides.
@@ -21,6 +23,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool 
         overrides: arguments of the form `--key=value`. Dots lead into nested keys (`--mesh.fsdp=8`), values are YAML
             and may contain `=`. `--dataset_mixer.SOURCE=FRACTION` adds a source or changes its fraction (`null`
             removes it), `--dataset_mixer={SOURCE: FRACTION}` replaces them all. The last of two equal keys counts.
+            `--allow_code` lets the config name an objective in a file of Python code.
         torch: for the PyTorch reference, which can do more (`TORCH_ONLY`).
 
     Raises:
@@ -32,7 +35,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool 
     values, notices, origin = foreign.translate(written, lambda key: places.get(key, str(path)))
     places |= {ours: places[theirs] for ours, theirs in origin.items()}
     gathered = Values(values, notices, places, names=dict(origin))
-    apply(overrides, gathered, TrainConfig)
+    apply([override for override in overrides if override != ALLOW_CODE], gathered, TrainConfig)
+    if objectives.code_of(values.get("objective")) and ALLOW_CODE not in overrides:
+        raise ConfigError(
+            f"{places.get('objective', path)}: `objective: {values['objective']}` runs the code of that file. If you "
+            f"trust it, add `{ALLOW_CODE}` to the command line"
+        )
     if "gamma" in values:
         beta = values.get("beta", objectives.default_beta(values.get("objective", "simpo")))
         notices.append(foreign.read_gamma(values, beta, places["gamma"]))

@@ -6,8 +6,9 @@ Both trainers read this table; the mathematics is in `jax_simpo.objectives` and,
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 # Objective -> the keys that it reads, with the values that its paper or the field uses.
 REFERENCE_FREE: dict[str, dict[str, Any]] = {
@@ -16,7 +17,7 @@ REFERENCE_FREE: dict[str, dict[str, Any]] = {
     "simper": {},
     "cpo": {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "sft_weight": 1.0},
     "slic": {"delta": 1.0, "sft_weight": 0.1},
-    "orpo": {"beta": 0.1, "sft_weight": 1.0},
+    "orpo": {"beta": 0.1, "sft_weight": 1.0, "sft_over": "prompt_and_response"},
 }
 WITH_REFERENCE: dict[str, dict[str, Any]] = {
     "dpo": {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0},
@@ -33,43 +34,68 @@ WITH_REFERENCE: dict[str, dict[str, Any]] = {
 }
 OBJECTIVE_KEYS = {**REFERENCE_FREE, **WITH_REFERENCE}
 SFT = "sft"  # in a weighted sum, the cross-entropy of the chosen responses
-_EVERY_OBJECTIVE = {"sft_weight": 0.0}
+_EVERY_OBJECTIVE = {"sft_weight": 0.0, "sft_over": "response"}
 REFERENCE_KEY = "ref_model_name_or_path"
 ALL_KEYS = tuple(dict.fromkeys(key for keys in (*OBJECTIVE_KEYS.values(), _EVERY_OBJECTIVE) for key in keys))
 
 
-def parts(objective: str | Mapping[str, float]) -> dict[str, float]:
-    """Returns the objectives of a config's `objective` and their weights, without `sft`."""
-    weights = {objective: 1.0} if isinstance(objective, str) else objective
-    return {name: weight for name, weight in weights.items() if name != SFT}
+@runtime_checkable
+class OwnObjective(Protocol):
+    """An objective made in Python, such as one of your own (docs/objectives.md)."""
+
+    needs_reference: ClassVar[bool]
+
+    def losses(self, chosen: Any, rejected: Any) -> Any:
+        """Computes the loss of each pair."""
 
 
-def defaults(objective: str | Mapping[str, float]) -> dict[str, Any]:
+# A name, names with weights, a class of the user's as `FILE.py:CLASS`, or an object.
+ObjectiveValue = str | Mapping[str, float] | OwnObjective
+
+
+def code_of(objective: Any) -> tuple[str, str] | None:
+    """Returns the file and the class that an `objective` of the form `FILE.py:CLASS` names; None for other values."""
+    found = re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)", objective) if isinstance(objective, str) else None
+    return None if found is None else (found[1], found[2])
+
+
+def is_own(objective: Any) -> bool:
+    """Returns True for an objective that does not come with the program."""
+    return not isinstance(objective, str | Mapping) or code_of(objective) is not None
+
+
+def parts(objective: ObjectiveValue) -> dict[str, float]:
+    """Returns the objectives of a config's `objective` and their weights, without `sft`; empty for one's own."""
+    if isinstance(objective, Mapping):
+        return {name: weight for name, weight in objective.items() if name != SFT}
+    return {objective: 1.0} if isinstance(objective, str) and not is_own(objective) else {}
+
+
+def defaults(objective: ObjectiveValue) -> dict[str, Any]:
     """Returns the keys that an objective reads and their defaults; of a sum, those of the first that reads a key."""
     names = [name for name in parts(objective) if name in OBJECTIVE_KEYS]
     keys: dict[str, Any] = {}
     for name in names:
         keys = {**OBJECTIVE_KEYS[name], **keys}
-    if not isinstance(objective, str):
+    if isinstance(objective, Mapping):
         keys["sft_weight"] = objective.get(SFT, 0.0)  # a sum names all of its terms
     reference = {} if WITH_REFERENCE.keys().isdisjoint(names) else {REFERENCE_KEY: None}
-    return {**_EVERY_OBJECTIVE, **reference, **keys}
+    return {} if is_own(objective) else {**_EVERY_OBJECTIVE, **reference, **keys}
 
 
 def default_beta(objective: Any) -> float:
     """Returns the beta of a config that gives none."""
-    known = isinstance(objective, str | Mapping) and not check(objective)
-    return float(defaults(objective if known else "simpo").get("beta", 1.0))
+    return float(defaults("simpo" if check(objective) else objective).get("beta", 1.0))
 
 
-def check(objective: str | Mapping[str, float]) -> str:
+def check(objective: Any) -> str:
     """Returns what is wrong with the value of `objective`, or an empty text."""
+    if is_own(objective):
+        return ""
     weights = {objective: 1.0} if isinstance(objective, str) else objective
     for name, weight in weights.items():
         if name not in OBJECTIVE_KEYS and (name != SFT or isinstance(objective, str)):
-            near = difflib.get_close_matches(str(name).lower(), OBJECTIVE_KEYS, 1, 0.6)
-            hint = f"Did you mean `{near[0]}`?" if near else f"Expected one of {', '.join(OBJECTIVE_KEYS)}"
-            return f"`objective` {name} is not known. {hint}"
+            return f"`objective` {name} is not known. {_hint(str(name))}"
         if not isinstance(weight, int | float) or weight < 0:
             return f"`objective`: the weight of {name} is {weight!r}; expected a number >= 0"
     if not parts(objective):
@@ -79,14 +105,23 @@ def check(objective: str | Mapping[str, float]) -> str:
     return ""
 
 
-def keys_without_effect(objective: str | Mapping[str, float], values: Mapping[str, Any]) -> list[str]:
-    """Lists the keys that have a value but are not read by the objective."""
+def _hint(name: str) -> str:
+    if name.endswith(")"):
+        return "It was made in Python, so it cannot be read from a file; give it in Python again (`objective=...`)"
+    near = difflib.get_close_matches(name.lower(), OBJECTIVE_KEYS, 1, 0.6)
+    return f"Did you mean `{near[0]}`?" if near else f"Expected one of {', '.join(OBJECTIVE_KEYS)}, or FILE.py:CLASS"
+
+
+def keys_without_effect(objective: ObjectiveValue, values: Mapping[str, Any]) -> list[str]:
+    """Lists the keys that have a value but are not read by the objective. Of one's own only its class knows them."""
+    if is_own(objective):
+        return []
     read = defaults(objective)
     return [key for key in (*ALL_KEYS, REFERENCE_KEY) if values.get(key) is not None and key not in read]
 
 
-def described(objective: str | Mapping[str, float]) -> str:
+def described(objective: ObjectiveValue) -> str:
     """Returns the objective as one would write it in a sentence: `dpo`, or `dpo + 0.1 sft`."""
-    if isinstance(objective, str):
-        return objective
-    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in objective.items())
+    if isinstance(objective, Mapping):
+        return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in objective.items())
+    return objective if isinstance(objective, str) else repr(objective)

@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_serializer, model_validator
 from pydantic.config import JsonDict
 
 from jax_simpo.config import foreign, help, objectives, yaml_files
+from jax_simpo.config.objectives import OwnObjective
 from jax_simpo.errors import ConfigError
 
 
@@ -68,7 +69,7 @@ class MeshConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return self
 
 
-class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True):
     """All settings of a run.
 
     `load_config` reads one from a file. In Python you give the same keys as keyword arguments; the keys of the original
@@ -185,9 +186,10 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     )
 
     # --- objective. The defaults of its keys depend on it: `_derive` fills them in. What it does not read stays null.
-    objective: str | dict[str, Number] = _key(
+    objective: str | dict[str, Number] | OwnObjective = _key(
         "simpo",
-        "What is minimised (docs/objectives.md lists all), or several objectives with weights: `{dpo: 1.0, sft: 0.1}`.",
+        "What is minimised: an objective (docs/objectives.md lists all), several of them with weights "
+        "(`{dpo: 1.0, sft: 0.1}`), or a class of your own (`my_file.py:MyObjective`, with `--allow_code`).",
         section="Objective",
         identity=True,
         entries="objective to weight",
@@ -231,6 +233,11 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         "`slic`, otherwise 0.",
         identity=True,
         ge=0,
+    )
+    sft_over: Literal["response", "prompt_and_response"] | None = _key(
+        None,
+        "Tokens that the cross-entropy is the mean over. Default: prompt_and_response with `orpo`, otherwise response.",
+        identity=True,
     )
 
     # --- optimiser
@@ -376,7 +383,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             data["max_prompt_length"] = max(int(length) - 248, int(length) // 2, 1)
         data.setdefault("do_eval", data.get("eval_strategy", "no") != "no")
         objective = data.get("objective", "simpo")
-        if isinstance(objective, str | dict) and not objectives.check(objective):
+        if not objectives.check(objective):
             data |= {k: default for k, default in objectives.defaults(objective).items() if data.get(k) is None}
         if isinstance(data.get("run_name"), str):
             data.setdefault("output_dir", f"outputs/{data['run_name']}")
@@ -435,6 +442,10 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError("`load_in_4bit` and `load_in_8bit` contradict each other; keep one of them")
         return self
 
+    @field_serializer("objective")
+    def _dump_objective(self, value: Any) -> Any:
+        return value if isinstance(value, str | dict) else f"{type(value).__module__}.{value!r}"
+
     def _check_objective(self) -> None:
         if mistake := objectives.check(self.objective):
             raise ValueError(mistake)
@@ -443,7 +454,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"`{key}` has no effect with `objective: {objectives.described(self.objective)}`; remove it, or set "
                 "it to null"
             )
-        if not isinstance(self.objective, str) and self.sft_weight != self.objective.get(objectives.SFT, 0.0):
+        if isinstance(self.objective, dict) and self.sft_weight != self.objective.get(objectives.SFT, 0.0):
             raise ValueError("`sft_weight` beside an `objective` with weights; write `sft: WEIGHT` among them instead")
         if "exo_pair" in objectives.parts(self.objective) and not self.label_smoothing:
             raise ValueError("`label_smoothing` is 0; `objective: exo_pair` needs a number above 0, such as 0.001")
@@ -485,7 +496,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         identity["dataset_splits"] = self.train_splits
         # Keys that the objective does not read are left out, and so a run of a version without them can be continued.
         unread = {"objective", *objectives.ALL_KEYS, objectives.REFERENCE_KEY}
-        for key in [key for key in unread if identity[key] in (None, "simpo")]:
+        for key in [key for key in unread if identity[key] in (None, "simpo", "response")]:
             del identity[key]
         by_steps = self.lr_scheduler_type == "constant_with_warmup" and (self.warmup_steps or not self.warmup_ratio)
         if self.lr_scheduler_type == "constant" or by_steps:

@@ -33,7 +33,7 @@ class StepBatch:
         pairs: indices of the step's pairs in the data.
         micro_batches: the rows that `build_step` was asked for, per micro-batch. All other fields describe every row.
         slots: the responses in each micro-batch's rows.
-        chosen_tokens: target tokens of the chosen responses.
+        chosen_tokens: target tokens of the chosen responses, and of their prompts if those are targets.
         reference: for an objective with a reference, the sums of log-probs under it of each pair's responses, by rank.
         input_tokens: tokens in the rows, without padding.
         computed_tokens: tokens in the rows, padding and empty rows included.
@@ -84,14 +84,14 @@ def build_step(
     needed = np.array(sorted(p for row in own_rows for p in row), np.int64)
     pairs = dict(zip(needed.tolist(), source.pairs(planned.pairs[needed]), strict=True))
     numbered = [[(p, pairs[p]) for p in row] for row in own_rows]
-    batch = build_rows(numbered, plan.shape, prefix_sharing=plan.prefix_sharing)
+    batch = build_rows(numbered, plan.shape, prefix_sharing=plan.prefix_sharing, prompt_targets=plan.prompt_targets)
     lengths = plan.lengths.of_pairs(planned.pairs)
     return StepBatch(
         step=step,
         pairs=planned.pairs,
         micro_batches=[batch.rows(k * len(own), (k + 1) * len(own)) for k in range(len(starts))],
         slots=[response_slots(all_rows[start : start + size], plan.shape) for start in starts],
-        chosen_tokens=int(lengths.chosen_targets.sum()),
+        chosen_tokens=int((lengths.chosen_inputs if plan.prompt_targets else lengths.chosen_targets).sum()),
         input_tokens=int(lengths.row_tokens(plan.prefix_sharing).sum()),
         computed_tokens=len(all_rows) * plan.shape.length,
         epoch=planned.epoch,

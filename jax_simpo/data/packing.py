@@ -114,6 +114,7 @@ class StepPlan:
         prefix_sharing: True lays out a pair's common prefix once.
         packing: True lets a row hold several pairs.
         seed: shuffles the pairs, anew in each epoch; None keeps file order.
+        prompt_targets: True if the tokens of prompts are targets too, once a pair.
     """
 
     lengths: PairLengths
@@ -123,6 +124,7 @@ class StepPlan:
     prefix_sharing: bool = True
     packing: bool = True
     seed: int | None = None
+    prompt_targets: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -140,7 +142,7 @@ class StepPlan:
         pairs = self.pairs(step)
         if self.packing:
             lengths = self.lengths.of_pairs(pairs)
-            rows = pack(lengths.row_tokens(self.prefix_sharing), lengths.targets(), self.shape)
+            rows = pack(lengths.row_tokens(self.prefix_sharing), lengths.targets(self.prompt_targets), self.shape)
         else:
             rows = list(np.arange(len(pairs))[:, None])
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
@@ -201,7 +203,7 @@ class PackingReport:
 def measure(plan: StepPlan) -> PackingReport:
     """Simulates steps spread over the first epoch and averages what they compute."""
     tokens, separate = (plan.lengths.row_tokens(sharing) for sharing in (plan.prefix_sharing, False))
-    targets = plan.lengths.targets()
+    targets = plan.lengths.targets(plan.prompt_targets)
     sums = np.zeros(8)
     steps = _sampled_steps(plan)
     for k in steps:
@@ -230,6 +232,7 @@ def make_step_plan(
     prefix_sharing: bool = True,
     packing: bool = True,
     seed: int | None = None,
+    prompt_targets: bool = False,
 ) -> StepPlan:
     """Makes the step plan of a split, with the row shape that costs least.
 
@@ -239,13 +242,15 @@ def make_step_plan(
         rows_per_micro_batch: rows of a micro-batch over all devices.
         row_length: a fixed row length, or None to choose one.
         max_row_length: the longest row that memory allows; the longest pair always gets a row that holds it.
-        prefix_sharing, packing, seed: see `StepPlan`.
+        prefix_sharing, packing, seed, prompt_targets: see `StepPlan`.
     """
 
     def plan_with(shape: RowShape) -> StepPlan:
-        return StepPlan(lengths, shape, global_batch_size, rows_per_micro_batch, prefix_sharing, packing, seed)
+        return StepPlan(
+            lengths, shape, global_batch_size, rows_per_micro_batch, prefix_sharing, packing, seed, prompt_targets
+        )
 
-    tokens, targets = lengths.row_tokens(prefix_sharing), lengths.targets()
+    tokens, targets = lengths.row_tokens(prefix_sharing), lengths.targets(prompt_targets)
     shortest = _round_up(int(tokens.max()))
     if row_length is not None:
         candidates = np.array([row_length])

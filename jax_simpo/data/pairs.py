@@ -103,6 +103,10 @@ class PairLengths:
         separate = self.chosen_inputs + self.rejected_inputs
         return separate - self.shared_inputs if prefix_sharing else separate
 
-    def targets(self) -> Int[np.ndarray, " P"]:
-        """Counts the targets of each pair in a row. Shared targets are listed once for each response."""
-        return self.chosen_targets + self.rejected_targets
+    def targets(self, prompt: bool = False) -> Int[np.ndarray, " P"]:
+        """Counts the targets of each pair in a row. Shared targets are listed once for each response.
+
+        `prompt` adds the tokens of the chosen response's prompt but the first.
+        """
+        responses = self.chosen_targets + self.rejected_targets
+        return responses + self.chosen_inputs - self.chosen_targets if prompt else responses

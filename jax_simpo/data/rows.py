@@ -34,7 +34,8 @@ class RowBatch:
         key_end: key `k` is visible to query `q` iff `k <= q < key_end[k]`; padding 0.
         target_index: index in the row of the hidden state that predicts the target.
         target_token: the token predicted.
-        target_response: response slot of the target; padding targets point at slot R, which is thrown away.
+        target_response: response slot of the target; padding targets point at slot R, which is thrown away. Targets in
+            the prompt of the response in slot s, if the rows have such targets, point at slot R + 1 + s.
         response_pair: pair number in the step, -1 for an empty slot.
         response_rank: 0 chosen, 1 rejected, further ranks for longer lists.
     """
@@ -74,7 +75,11 @@ class RowBatch:
 
 
 def build_rows(
-    rows: Sequence[Sequence[tuple[int, TokenizedPair]]], shape: RowShape, *, prefix_sharing: bool
+    rows: Sequence[Sequence[tuple[int, TokenizedPair]]],
+    shape: RowShape,
+    *,
+    prefix_sharing: bool,
+    prompt_targets: bool = False,
 ) -> RowBatch:
     """Lays out each row's pairs one after the other; a row may be empty.
 
@@ -82,6 +87,7 @@ def build_rows(
         rows: per row, the pairs it holds, each with its number in the step.
         shape: the size of every row.
         prefix_sharing: lays out the common prefix of a pair's input sequences once; False shares nothing.
+        prompt_targets: lists the tokens of the chosen response's prompt, but the first, as targets too.
 
     Raises:
         ValueError: a row's pairs do not fit its shape (a bug in the step plan, which packs by the same lengths).
@@ -90,7 +96,7 @@ def build_rows(
     for b, pairs in enumerate(rows):
         writer = _RowWriter(batch.rows(b, b + 1), shape)
         for number, pair in pairs:
-            writer.add(number, pair, prefix_sharing)
+            writer.add(number, pair, prefix_sharing, prompt_targets)
     return batch
 
 
@@ -121,12 +127,14 @@ class _RowWriter:
         self.shape = shape
         self.length = self.targets = self.responses = 0
 
-    def add(self, number: int, pair: TokenizedPair, prefix_sharing: bool) -> None:
+    def add(self, number: int, pair: TokenizedPair, prefix_sharing: bool, prompt_targets: bool) -> None:
         inputs = [r.inputs for r in pair.responses]
         shared = min(common_prefix_length(inputs[0], other) for other in inputs[1:]) if prefix_sharing else 0
         start, branch = self.length, self.length + shared
         end = branch + sum(len(x) - shared for x in inputs)
-        self._check_room(end, sum(len(r.targets) for r in pair.responses), len(inputs))
+        targets = sum(len(r.targets) for r in pair.responses)
+        targets += pair.chosen.prompt_length - 1 if prompt_targets else 0
+        self._check_room(end, targets, len(inputs))
 
         self._write_tokens(start, inputs[0][:shared], first_position=0, key_end=end)
         for rank, response in enumerate(pair.responses):
@@ -135,9 +143,13 @@ class _RowWriter:
             self._write_tokens(branch, branch_tokens, first_position=shared, key_end=branch_end)
             # Input i of this response stands at start + i while shared, at branch + i - shared in its own branch; the
             # target x[j] is predicted at input j - 1.
-            predictors = np.arange(response.prompt_length - 1, len(response.inputs))
+            predictors = np.arange(len(response.inputs))
             target_index = predictors + np.where(predictors < shared, start, branch - shared)
-            self._write_response(number, rank, target_index, response.targets)
+            first = response.prompt_length - 1
+            if prompt_targets and rank == 0:
+                slot_of_prompt = self.shape.responses + 1 + self.responses
+                self._write_targets(target_index[:first], response.ids[1 : first + 1], slot_of_prompt)
+            self._write_response(number, rank, target_index[first:], response.targets)
             branch = branch_end
         self.length = end
 
@@ -159,11 +171,14 @@ class _RowWriter:
     def _write_response(
         self, number: int, rank: int, index: Int[np.ndarray, " N"], tokens: Int[np.ndarray, " N"]
     ) -> None:
+        self._write_targets(index, tokens, self.responses)
+        self.row["response_pair"][self.responses] = number
+        self.row["response_rank"][self.responses] = rank
+        self.responses += 1
+
+    def _write_targets(self, index: Int[np.ndarray, " N"], tokens: Int[np.ndarray, " N"], slot: int) -> None:
         stop = self.targets + len(tokens)
         self.row["target_index"][self.targets : stop] = index
         self.row["target_token"][self.targets : stop] = tokens
-        self.row["target_response"][self.targets : stop] = self.responses
-        self.row["response_pair"][self.responses] = number
-        self.row["response_rank"][self.responses] = rank
+        self.row["target_response"][self.targets : stop] = slot
         self.targets = stop
-        self.responses += 1

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +83,3 @@ def load_generation_config(folder: str | Path) -> dict[str, Any] | None:
         return json.loads(path.read_text()) if path.is_file() else None
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}: not valid JSON ({error})") from error
-
-
-def digest(folder: Path) -> str:
-    """Returns a hash of a model's weights and configuration, from the content of its files.
-
-    It reads every byte, several files at a time, and so takes about as long as loading the model.
-
-    Args:
-        folder: the folder of a model or of an adapter.
-    """
-    configs = [folder / name for name in ("config.json", "adapter_config.json")]
-    files = [*filter(Path.exists, configs), *sorted(folder.glob("*.safetensors"))]
-
-    def of_file(path: Path) -> str:
-        with path.open("rb") as file:
-            return f"{path.name} {hashlib.file_digest(file, 'blake2b').hexdigest()}"
-
-    with ThreadPoolExecutor(max_workers=min(8, max(1, len(files)))) as pool:
-        return hashlib.sha256("\n".join(pool.map(of_file, files)).encode()).hexdigest()

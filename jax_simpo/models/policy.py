@@ -32,13 +32,13 @@ class Forward:
     logprob_chunk: int | Literal["auto"] = "auto"
     logits_bytes: int = 0
 
-    def response_logps(self, params: Params, rows: Rows) -> ResponseLogps:
-        """Returns the sum of log-probs and the length of every response slot, float32 [B, R]."""
-        return self.sum_responses(self.target_logps(params, rows), rows)
+    def response_logps(self, params: Params, rows: Rows, prompts: bool = False) -> ResponseLogps:
+        """Returns the sum of log-probs and the length of every response slot, float32 [B, R]; of prompts if asked."""
+        return self.sum_responses(self.target_logps(params, rows), rows, prompts)
 
-    def sum_responses(self, target_logps: Float[Array, "B T"], rows: Rows) -> ResponseLogps:
-        """Adds the log-probs of the targets up to those of their responses."""
-        return sum_responses(target_logps, rows["target_response"], rows["response_pair"].shape[1])
+    def sum_responses(self, target_logps: Float[Array, "B T"], rows: Rows, prompts: bool = False) -> ResponseLogps:
+        """Adds the log-probs of the targets up to those of their responses, and of their prompts if asked."""
+        return sum_responses(target_logps, rows["target_response"], rows["response_pair"].shape[1], prompts)
 
     def target_logps(self, params: Params, rows: Rows) -> Float[Array, "B T"]:
         """Returns the log-prob of every target, float32; padding targets get 0."""
@@ -52,7 +52,7 @@ class Forward:
             self.model.head(params),
             rows["target_index"],
             rows["target_token"],
-            counts=(rows["target_response"] < slots).sum(1),
+            counts=(rows["target_response"] != slots).sum(1),
             softcap=self.model.config.logit_softcap,
             chunk=None if self.logprob_chunk == "auto" else self.logprob_chunk,
             keep_bytes=self.logits_bytes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +49,14 @@ class Objective(ABC):
     Attributes:
         beta: the scale of the rewards. Objectives that have no such factor leave it at 1.
         sft_weight: the weight of the cross-entropy of the chosen responses, which is added to the loss.
+        sft_over: the tokens that the cross-entropy is the mean over: those of the chosen responses, or of their prompts
+            too.
         needs_reference: True if `losses` reads `reference_sum`.
     """
 
     beta: float = 1.0
     sft_weight: float = 0.0
+    sft_over: Literal["response", "prompt_and_response"] = "response"
 
     needs_reference: ClassVar[bool] = False
 
@@ -70,22 +73,15 @@ class Objective(ABC):
         return response.sum if self.needs_reference else response.mean
 
     @property
+    def reads_prompts(self) -> bool:
+        """True if the log-probs of the tokens of prompts are needed."""
+        return bool(self.sft_weight) and self.sft_over == "prompt_and_response"
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """The names of a step's metrics."""
         rewards = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
         return ("loss", *rewards, "logps/chosen", "logps/rejected", *(("sft_loss",) if self.sft_weight else ()))
-
-    def pair_metrics(self, chosen: Responses, rejected: Responses) -> dict[str, Float[Array, "*P"]]:
-        """Computes those metrics of each pair whose mean over the pairs is the step's."""
-        better, worse = self.score(chosen), self.score(rejected)
-        return {
-            "rewards/chosen": self.beta * better,
-            "rewards/rejected": self.beta * worse,
-            "rewards/accuracies": (better > worse).astype(jnp.float32),
-            "rewards/margins": self.beta * (better - worse),
-            "logps/chosen": self.logps(chosen),
-            "logps/rejected": self.logps(rejected),
-        }
 
 
 def logistic_losses(logits: Float[Array, "*P"], label_smoothing: float = 0.0) -> Float[Array, "*P"]:

@@ -77,5 +77,6 @@ def make_objective(weights: Mapping[str, float], values: Mapping[str, Any]) -> O
 
     if list(weights.values()) == [1.0]:
         return make(next(iter(weights)))
-    terms = tuple((make(name, sft_weight=0.0), weight) for name, weight in weights.items())
-    return WeightedSum(terms=terms, beta=terms[0][0].beta, sft_weight=given.get("sft_weight", 0.0))
+    terms = tuple((make(name, sft_weight=0.0, sft_over="response"), weight) for name, weight in weights.items())
+    sft = {key: given[key] for key in ("sft_weight", "sft_over") if key in given}
+    return WeightedSum(terms=terms, beta=terms[0][0].beta, **sft)

@@ -106,8 +106,9 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
     versions = {name: run.facts.get("versions", {}).get(name) for name in ("python", *PACKAGES)}
     if any(versions.values()):
         parts += ["## Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)]
-    citations = "\n\n".join(dict.fromkeys(text.citation for text in texts))
-    return "\n\n".join([*parts, "## Citation", f"```bibtex\n{citations}\n```"])
+    if citations := "\n\n".join(dict.fromkeys(text.citation for text in texts if text.citation)):
+        parts += ["## Citation", f"```bibtex\n{citations}\n```"]
+    return "\n\n".join(parts)
 
 
 def _evaluated(config: TrainConfig) -> str:

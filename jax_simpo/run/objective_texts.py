@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jax_simpo.config import objective_weights
+from jax_simpo.config.objectives import ObjectiveValue, described, is_own
 
 
 @dataclass(frozen=True)
@@ -211,6 +211,8 @@ OBJECTIVE_TEXTS: dict[str, ObjectiveText] = {
 }
 
 
-def texts_of(objective: str | Mapping[str, float]) -> list[ObjectiveText]:
+def texts_of(objective: ObjectiveValue) -> list[ObjectiveText]:
     """Returns the words for the objectives of a config, in their order."""
+    if is_own(objective):
+        return [ObjectiveText(f"the objective `{described(objective)}`", "what that objective defines", "")]
     return [OBJECTIVE_TEXTS[name] for name in objective_weights(objective)]

@@ -52,7 +52,8 @@ def _has_model(output: Path) -> bool:
 
 def _check_nothing_needed_is_removed(config: TrainConfig, output: Path) -> None:
     """A second round that starts from the first one's model must not begin by deleting it."""
-    needed = {"model_name_or_path": config.model_name_or_path, "tokenizer_name_or_path": config.tokenizer_name_or_path}
+    keys = ("model_name_or_path", "ref_model_name_or_path", "tokenizer_name_or_path")
+    needed = {key: getattr(config, key) for key in keys}
     needed |= {f"dataset_mixer.{source}": source for source in config.dataset_mixer}
     removed = [(output / name).resolve() for name in read_manifest(output)]
     for key, name in needed.items():

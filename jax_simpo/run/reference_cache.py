@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -127,3 +128,22 @@ class ReferenceCache:
                 f"{file}: these reference log-probs are not those of this run ({values}). Remove the folder "
                 f"{self.folder}, or set `data_cache_dir` to another one"
             )
+
+
+def model_digest(folder: Path) -> str:
+    """Returns a hash of a model's weights and configuration, from the content of its files.
+
+    It reads every byte, several files at a time, and so takes about as long as loading the model.
+
+    Args:
+        folder: the folder of a model or of an adapter.
+    """
+    configs = [folder / name for name in ("config.json", "adapter_config.json")]
+    files = [*filter(Path.exists, configs), *sorted(folder.glob("*.safetensors"))]
+
+    def of_file(path: Path) -> str:
+        with path.open("rb") as file:
+            return f"{path.name} {hashlib.file_digest(file, 'blake2b').hexdigest()}"
+
+    with ThreadPoolExecutor(max_workers=min(8, max(1, len(files)))) as pool:
+        return hashlib.sha256("\n".join(pool.map(of_file, files)).encode()).hexdigest()

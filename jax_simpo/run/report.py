@@ -20,7 +20,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from jax_simpo.config import yaml_files
+from jax_simpo.config import objective_weights, yaml_files
+from jax_simpo.config.objectives import WITH_REFERENCE
 from jax_simpo.errors import CheckpointError
 from jax_simpo.run import files
 from jax_simpo.run.curves import Theme, draw_curves
@@ -75,6 +76,13 @@ class Run:
         return {split: values for split, values in figures.items() if "loss" in values}
 
     @property
+    def starts_as_reference(self) -> bool:
+        """True if the run starts from the reference of its objective, so that all rewards are 0 before it."""
+        objective = self.config.get("objective", "simpo")
+        named = objective_weights(objective) if isinstance(objective, str | dict) else {}
+        return not self.config.get("ref_model_name_or_path") and not WITH_REFERENCE.keys().isdisjoint(named)
+
+    @property
     def pairs_seen(self) -> int:
         """Pairs trained on."""
         return int(self.train[-1]["total_pairs"])
@@ -103,6 +111,8 @@ class Run:
         sentence = f"The model prefers the chosen answer in {after:.1%} of the {last['eval_pairs']:,} evaluation pairs"
         if len(self.evals) == 1:
             return f"{sentence} (at step {last['eval_step']})."
+        if first["eval_step"] == 0 and self.starts_as_reference:
+            return f"{sentence}. Before training every reward is 0, because the model is the reference."
         when = "before training" if first["eval_step"] == 0 else f"at step {first['eval_step']}"
         if f"{before:.1%}" == f"{after:.1%}":
             return f"{sentence}, the same as {when}."

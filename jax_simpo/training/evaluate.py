@@ -34,6 +34,8 @@ class PairScores:
     """Log-probs of P pairs in file order: sums over the response tokens (float32), and their number.
 
     `chosen_reference` and `rejected_reference` are the same sums under the reference, zeros for an objective without.
+    `prompt_sum` and `prompt_length` are those of the chosen responses' prompts, zeros for an objective that does not
+    read them.
     """
 
     chosen_sum: Float[np.ndarray, " P"]
@@ -42,18 +44,21 @@ class PairScores:
     rejected_length: Int[np.ndarray, " P"]
     chosen_reference: Float[np.ndarray, " P"]
     rejected_reference: Float[np.ndarray, " P"]
+    prompt_sum: Float[np.ndarray, " P"]
+    prompt_length: Int[np.ndarray, " P"]
 
     @classmethod
     def of(
         cls,
-        sums: Float[np.ndarray, "P 2"],
-        lengths: Int[np.ndarray, "P 2"],
+        sums: Float[np.ndarray, "P 3"],
+        lengths: Int[np.ndarray, "P 3"],
         reference: Float[np.ndarray, "P 2"] | None = None,
     ) -> PairScores:
-        """Makes the scores from arrays whose columns are the chosen and the rejected responses."""
-        reference = np.zeros_like(sums) if reference is None else reference
-        (chosen, rejected), (chosen_length, rejected_length) = sums.T, lengths.T
-        return cls(chosen, chosen_length, rejected, rejected_length, *reference.T)
+        """Makes the scores from arrays whose columns are the chosen and rejected responses and the chosen's prompts."""
+        reference = np.zeros((len(sums), 2), np.float32) if reference is None else reference
+        (chosen, rejected, prompt), (chosen_length, rejected_length, prompt_length) = sums.T, lengths.T
+        of_chosen, of_rejected = reference.T
+        return cls(chosen, chosen_length, rejected, rejected_length, of_chosen, of_rejected, prompt, prompt_length)
 
     @property
     def chosen_logps(self) -> Float[np.ndarray, " P"]:
@@ -108,8 +113,8 @@ def score_pairs(
 
 def score_steps(
     score: ScoreFunction, params: Params, plan: StepPlan, source: PairSource, mesh: Mesh, steps: range
-) -> Iterator[tuple[Int[np.ndarray, " P"], Float[np.ndarray, "P 2"], Int[np.ndarray, "P 2"]]]:
-    """Yields per step of the plan its pairs, and the sum of log-probs and the length of each of their responses.
+) -> Iterator[tuple[Int[np.ndarray, " P"], Float[np.ndarray, "P 3"], Int[np.ndarray, "P 3"]]]:
+    """Yields per step of the plan its pairs, and the sums of log-probs and the lengths that `PairScores.of` takes.
 
     The arguments are those of `score_pairs`, and the steps to compute.
     """
@@ -117,13 +122,17 @@ def score_steps(
     own = local_rows(mesh, size).tolist()
     with closing(step_batches(plan, source, steps, rows=own)) as batches:
         for step in batches:
-            sums, lengths = np.zeros((len(step.pairs), 2), np.float32), np.zeros((len(step.pairs), 2), np.int64)
+            sums, lengths = np.zeros((len(step.pairs), 3), np.float32), np.zeros((len(step.pairs), 3), np.int64)
             scored = [score(params, put_rows(rows.arrays(), mesh, size)) for rows in step.micro_batches]
             for slots, logps in zip(step.slots, scored, strict=True):
                 filled = slots.pair >= 0
                 place = slots.pair[filled], slots.rank[filled]
-                logp_sum, length = jax.device_get((logps.sum, logps.length))
-                sums[place], lengths[place] = logp_sum[filled], length[filled]
+                found = jax.device_get(logps)
+                sums[place], lengths[place] = found.sum[filled], found.length[filled]
+                if found.prompt_sum is not None:
+                    chosen = filled & (slots.rank == 0)
+                    of_prompt = slots.pair[chosen], 2
+                    sums[of_prompt], lengths[of_prompt] = found.prompt_sum[chosen], found.prompt_length[chosen]
             yield step.pairs, sums, lengths
 
 
@@ -167,7 +176,8 @@ def evaluation_metrics(scores: PairScores, objective: Objective) -> dict[str, fl
         "logps/rejected": rejected_logps.mean(),
     }
     if objective.sft_weight:
-        metrics["sft_loss"] = -scores.chosen_sum.sum(dtype=np.float64) / scores.chosen_length.sum()
+        target_sum = scores.chosen_sum.sum(dtype=np.float64) + scores.prompt_sum.sum(dtype=np.float64)
+        metrics["sft_loss"] = -target_sum / (scores.chosen_length.sum() + scores.prompt_length.sum())
         metrics["loss"] += objective.sft_weight * metrics["sft_loss"]
     return {name: float(value) for name, value in metrics.items()}
 

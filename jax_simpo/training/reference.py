@@ -6,7 +6,7 @@ Only two sums a pair are kept, in a cache (`run/reference_cache.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,11 +15,10 @@ import numpy as np
 from jaxtyping import Float
 from rich.console import Console
 
-from jax_simpo import hf
 from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
-from jax_simpo.run.reference_cache import ReferenceCache
+from jax_simpo.run.reference_cache import ReferenceCache, model_digest
 from jax_simpo.training.evaluate import PAIRS_PER_PLAN, score_steps
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import make_score_function
@@ -52,7 +51,7 @@ class Reference:
             weights: Any = {"model": setup.new_model_mapping(), "seed": setup.config.seed, "jax": jax.__version__}
         else:
             folders = [base, *([] if adapter is None else [adapter.folder])]
-            digests = [hf.digest(folder) for folder in folders] if distributed.is_first() else []
+            digests = [model_digest(folder) for folder in folders] if distributed.is_first() else []
             weights = distributed.collect("reference weights", digests)[0]
         return {"weights": weights, "dtype": setup.config.dtype}
 
@@ -65,7 +64,7 @@ class Reference:
             DataError: the cache is damaged, or belongs to another reference.
         """
         setup = self.setup
-        plan = setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
+        plan = replace(setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None), prompt_targets=False)
         cache = ReferenceCache(
             setup.cache_dir, {**self.identity, "tokens": pairs.fingerprint}, len(pairs), PAIRS_PER_PLAN
         )
@@ -82,9 +81,9 @@ class Reference:
             score = make_score_function(setup.forward, setup.mesh)
             scored = score_steps(score, self.params, plan, pairs, setup.mesh, steps)
             for step, (_, of_step, _) in zip(steps, scored, strict=True):
+                parts.append(of_step[:, :2])
                 if distributed.is_first():
-                    cache.write(step, of_step)
-                parts.append(of_step)
+                    cache.write(step, parts[-1])
         return np.concatenate(parts)
 
     @property

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from jax_simpo import hf
-from jax_simpo.config import TrainConfig, objective_weights, torch_only
+from jax_simpo.config import TrainConfig, torch_only
 from jax_simpo.data import chat, sources
 from jax_simpo.data.packing import StepPlan, make_step_plan
 from jax_simpo.data.store import default_cache_dir
@@ -26,13 +26,14 @@ from jax_simpo.models.config import ModelConfig
 from jax_simpo.models.lora import Lora
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model, Params
-from jax_simpo.objectives import Objective, make_objective
+from jax_simpo.objectives import Objective
 from jax_simpo.ops.attention import resolve_backend
 from jax_simpo.processes import distributed
 from jax_simpo.run.checkpoint import Checkpoints, abstract_state
 from jax_simpo.run.files import CHECKPOINTS
 from jax_simpo.sharding import make_mesh
 from jax_simpo.training import capacity
+from jax_simpo.training.objective import objective_of
 from jax_simpo.training.pairs import require_data, tokenize_on_first
 from jax_simpo.training.start import StartModel, find_start_model
 
@@ -175,7 +176,7 @@ class Setup:
     @cached_property
     def objective(self) -> Objective:
         """The objective that the config asks for."""
-        return make_objective(objective_weights(self.config.objective), vars(self.config))
+        return objective_of(self.config)
 
     @cached_property
     def reference(self) -> Setup:
@@ -320,6 +321,7 @@ class Setup:
             seed=seed,
             row_length=None if config.row_length == "auto" else config.row_length,
             max_row_length=capacity.longest_row(model, self.mesh, config.rows_per_device, self.device_memory),
+            prompt_targets=self.objective.reads_prompts,
         )
         plan.check(pairs.origin)
         return plan

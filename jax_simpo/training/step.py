@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +35,7 @@ from jax_simpo.training.optim import state_shardings
 
 
 class Denominators(NamedTuple):
-    """The numbers that a step's sums are divided by: its pairs, and the tokens of its chosen responses."""
+    """The numbers that a step's sums are divided by: its pairs, and the tokens that `sft_loss` is a mean over."""
 
     pairs: Float[Array, ""]
     chosen_tokens: Float[Array, ""]
@@ -47,9 +48,10 @@ def micro_batch_loss(
 
     `rows` holds `reference_sum`, float32 [B, R], if the objective needs a reference (`MicroBatch.arrays`).
     """
-    logps = forward.response_logps(params, rows)
+    logps = forward.response_logps(params, rows, objective.reads_prompts)
     reference = rows["reference_sum"] if objective.needs_reference else jnp.zeros_like(logps.sum)
-    pairs = match_pairs(Responses(*logps, reference), rows["response_pair"], rows["response_rank"])
+    responses = Responses(logps.sum, logps.length, reference)
+    pairs = match_pairs(responses, rows["response_pair"], rows["response_rank"])
     losses = objective.losses(pairs.chosen, pairs.rejected)
 
     def mean(per_pair: Array) -> Array:
@@ -58,7 +60,10 @@ def micro_batch_loss(
     loss = mean(losses)
     metrics = {}
     if objective.sft_weight:
-        metrics["sft_loss"] = -pairs.chosen.sum.sum() / denominators.chosen_tokens
+        target_sum = pairs.chosen.sum.sum()
+        if logps.prompt_sum is not None:  # only chosen responses have targets in their prompts
+            target_sum += logps.prompt_sum.sum()
+        metrics["sft_loss"] = -target_sum / denominators.chosen_tokens
         loss += objective.sft_weight * metrics["sft_loss"]
     chosen, rejected = objective.score(pairs.chosen), objective.score(pairs.rejected)
     return loss, {
@@ -247,6 +252,9 @@ def run_step(
     return params, state, {**accumulated.metrics, "grad_norm": norm}
 
 
-def make_score_function(forward: Forward, mesh: Mesh) -> Callable[[Params, Rows], ResponseLogps]:
-    """Builds the compiled `params, rows -> ResponseLogps` of evaluation and scoring."""
-    return jax.jit(forward.response_logps, out_shardings=NamedSharding(mesh, P()))
+def make_score_function(
+    forward: Forward, mesh: Mesh, *, prompts: bool = False
+) -> Callable[[Params, Rows], ResponseLogps]:
+    """Builds the compiled `params, rows -> ResponseLogps` of evaluation and scoring; of prompts too if asked."""
+    score = partial(forward.response_logps, prompts=prompts)
+    return jax.jit(score, out_shardings=NamedSharding(mesh, P()))

@@ -226,7 +226,8 @@ def _evaluation(setup: Setup, console: Console) -> Evaluation:
     pairs = setup.eval_pairs()
     print_notes(console, notes_on(pairs))
     plan = setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
-    return Evaluation(make_score_function(setup.forward, setup.mesh), plan, pairs, setup.objective, setup.mesh)
+    score = make_score_function(setup.forward, setup.mesh, prompts=setup.objective.reads_prompts)
+    return Evaluation(score, plan, pairs, setup.objective, setup.mesh)
 
 
 class _Sampler:

@@ -20,7 +20,7 @@ def config_of(**settings: Any) -> TrainConfig:
 @pytest.mark.parametrize("objective", OBJECTIVE_KEYS)
 def test_an_objective_has_its_own_defaults_and_leaves_other_keys_empty(objective: str, tmp_path: Path) -> None:
     config = config_of(objective=objective, dataset_mixer={"pairs.jsonl": 1.0})
-    own = {"sft_weight": 0.0, **OBJECTIVE_KEYS[objective]}
+    own = {"sft_weight": 0.0, "sft_over": "response", **OBJECTIVE_KEYS[objective]}
     assert {key: getattr(config, key) for key in ALL_KEYS} == {**dict.fromkeys(ALL_KEYS), **own}
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
@@ -31,7 +31,7 @@ def test_an_objective_has_its_own_defaults_and_leaves_other_keys_empty(objective
 def test_the_default_is_simpo_and_its_identity_has_no_other_key_than_before_there_were_objectives() -> None:
     config = config_of(beta=2.5)
     assert config.objective == "simpo" and (config.beta, config.gamma_beta_ratio) == (2.5, 0.25)
-    keys = ("objective", "alpha", "delta", "dpop_lambda", "ref_model_name_or_path")
+    keys = ("objective", "alpha", "delta", "dpop_lambda", "sft_over", "ref_model_name_or_path")
     assert not config.run_identity().keys() & set(keys)
     assert config_of(objective="dpo").run_identity()["objective"] == "dpo"
 
@@ -66,6 +66,14 @@ def test_what_makes_no_sense_is_refused(settings: dict[str, Any], message: str) 
     with pytest.raises(ConfigError) as caught:
         config_of(**settings)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVE_KEYS)
+def test_the_page_gives_the_defaults_of_every_objective(objective: str) -> None:
+    page = (Path(__file__).parents[2] / "docs/objectives.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{objective}` |")]
+    keys = ", ".join(f"`{key}: {value}`" for key, value in OBJECTIVE_KEYS[objective].items())
+    assert row.endswith(f"| {keys} |" if keys else "| |")
 
 
 @pytest.mark.parametrize("objective", WITH_REFERENCE)

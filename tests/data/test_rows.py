@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_simpo.data.pairs import TokenizedPair
+from jax_simpo.data.pairs import PairLengths, TokenizedPair
 from jax_simpo.data.rows import RowBatch, RowShape, build_rows
 from tests.pairs import make_pair, pairs
+
+PROMPT = -1  # stands for the rank of a chosen response's prompt
 
 
 def context(batch: RowBatch, row: int, query: int) -> list[tuple[int, int]]:
@@ -19,7 +21,7 @@ def context(batch: RowBatch, row: int, query: int) -> list[tuple[int, int]]:
 
 
 def predictions(batch: RowBatch, slots: int) -> dict[tuple[int, int], list[tuple[list[int], int]]]:
-    """Maps each (pair, rank) to the context and target of its predictions, in order."""
+    """Maps each (pair, rank) to the context and target of its predictions, in order. `PROMPT` is a rank too."""
     predicted: dict[tuple[int, int], list[tuple[list[int], int]]] = {}
     for row in range(len(batch.tokens)):
         for t in range(batch.target_token.shape[1]):
@@ -28,7 +30,9 @@ def predictions(batch: RowBatch, slots: int) -> dict[tuple[int, int], list[tuple
                 continue
             seen = context(batch, row, batch.target_index[row, t])
             assert [position for position, _ in seen] == list(range(len(seen)))
-            owner = (int(batch.response_pair[row, slot]), int(batch.response_rank[row, slot]))
+            of_prompt, slot = slot > slots, slot % (slots + 1)
+            rank = PROMPT if of_prompt else int(batch.response_rank[row, slot])
+            owner = (int(batch.response_pair[row, slot]), rank)
             predicted.setdefault(owner, []).append(([token for _, token in seen], int(batch.target_token[row, t])))
     return predicted
 
@@ -45,19 +49,39 @@ def expected(rows: list[list[TokenizedPair]]) -> dict[tuple[int, int], list[tupl
     }
 
 
-def lay_out(rows: list[list[TokenizedPair]], prefix_sharing: bool) -> tuple[RowBatch, RowShape]:
+def expected_in_prompts(rows: list[list[TokenizedPair]]) -> dict[tuple[int, int], list[tuple[list[int], int]]]:
+    """Computes the predictions within the prompts of chosen responses. The first token is not predicted."""
+    chosen = [pair.chosen for row in rows for pair in row]
+    return {
+        (number, PROMPT): [(r.ids[:j].tolist(), int(r.ids[j])) for j in range(1, r.prompt_length)]
+        for number, r in enumerate(chosen)
+        if r.prompt_length > 1
+    }
+
+
+def lay_out(
+    rows: list[list[TokenizedPair]], prefix_sharing: bool, prompt_targets: bool = False
+) -> tuple[RowBatch, RowShape]:
     numbers = iter(range(10**6))
     numbered = [[(next(numbers), pair) for pair in row] for row in rows]
     most = max(sum(len(r.ids) for pair in row for r in pair.responses) for row in rows)
     slots = max(sum(len(pair.responses) for pair in row) for row in rows)
     shape = RowShape(most + 3, most + 2, slots + 1)
-    return build_rows(numbered, shape, prefix_sharing=prefix_sharing), shape
+    return build_rows(numbered, shape, prefix_sharing=prefix_sharing, prompt_targets=prompt_targets), shape
 
 
 @given(st.lists(st.lists(pairs(), max_size=3), min_size=1, max_size=3), st.booleans())
 def test_every_target_is_predicted_from_its_own_past_alone(rows: list[list[TokenizedPair]], sharing: bool) -> None:
     batch, shape = lay_out(rows, sharing)
     assert predictions(batch, shape.responses) == expected(rows)
+
+
+@given(st.lists(st.lists(pairs(), max_size=3), min_size=1, max_size=3), st.booleans())
+def test_the_tokens_of_a_prompt_are_targets_once_if_asked(rows: list[list[TokenizedPair]], sharing: bool) -> None:
+    batch, shape = lay_out(rows, sharing, prompt_targets=True)
+    assert predictions(batch, shape.responses) == {**expected(rows), **expected_in_prompts(rows)}
+    counts = PairLengths.of([pair for row in rows for pair in row]).targets(prompt=True)
+    assert (batch.target_response != shape.responses).sum() == counts.sum()
 
 
 @given(st.lists(pairs(responses=4), min_size=1, max_size=2), st.booleans())
@@ -68,8 +92,6 @@ def test_more_than_two_responses_share_a_prompt(row: list[TokenizedPair], sharin
 
 @given(st.lists(pairs(), min_size=1, max_size=3))
 def test_a_shared_row_holds_each_pairs_common_prefix_once(row: list[TokenizedPair]) -> None:
-    from jax_simpo.data.pairs import PairLengths
-
     lengths = PairLengths.of(row)
     for sharing in (True, False):
         assert lay_out([row], sharing)[0].input_tokens == lengths.row_tokens(sharing).sum()

@@ -78,7 +78,7 @@ def test_chosen_finds_its_rejected_in_whatever_slot_it_sits() -> None:
 def test_empty_slots_give_zeros_in_values_and_gradients() -> None:
     def total(logps: jax.Array) -> jax.Array:
         responses = sum_responses(logps, jnp.full((2, 4), 2), slots=2)
-        slots = Responses(*responses, jnp.zeros((2, 2)))
+        slots = Responses(responses.sum, responses.length, jnp.zeros((2, 2)))
         pairs = match_pairs(slots, jnp.full((2, 2), -1), jnp.zeros((2, 2), jnp.int32))
         losses = SimPO(beta=2.0, gamma_beta_ratio=0.5).losses(pairs.chosen, pairs.rejected)
         return jnp.where(pairs.valid, losses, 0.0).sum() + responses.mean.sum()

@@ -26,6 +26,7 @@ from parity.cases import (
     FAMILIES,
     LAYOUTS,
     MESHES,
+    OBJECTIVES,
     PART_BACKENDS,
     QUICK_FAMILY,
     REFERENCE,
@@ -82,7 +83,9 @@ def test_every_family_layout_and_backend_is_compared(matrix: Matrix) -> None:
     part = {(f, layout, "jax, fsdp=4 x tensor=2") for f in others for layout in ("separate", "shared + packed")}
     assert others == {"llama", "mistral", "gemma2", "qwen2", "qwen3"}
     adapted = {(f, layout, "jax, fsdp=4 x tensor=2") for f in ADAPTED for layout in ("separate", "shared + packed")}
-    assert compared == full | part | adapted
+    trained = {(f, layout, "jax, fsdp=4 x tensor=2") for f in OBJECTIVES for layout in ("separate", "shared + packed")}
+    assert {"llama3 + DPO", "llama3 + ORPO", "llama3 + sigmoid_norm"} == OBJECTIVES.keys()
+    assert compared == full | part | adapted | trained
 
 
 def test_every_bound_holds(matrix: Matrix) -> None:

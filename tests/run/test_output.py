@@ -156,6 +156,7 @@ def test_a_file_of_the_users_in_the_model_folder_stops_a_run_from_replacing_it(t
     ("key", "value"),
     [
         ("model_name_or_path", "{output}/model"),
+        ("ref_model_name_or_path", "{output}/model"),
         ("tokenizer_name_or_path", "{output}/model"),
         ("dataset_mixer", "{output}/metrics.jsonl"),
     ],
@@ -163,7 +164,9 @@ def test_a_file_of_the_users_in_the_model_folder_stops_a_run_from_replacing_it(t
 def test_what_a_run_starts_from_is_never_removed(key: str, value: str, tmp_path: Path) -> None:
     make_run(tmp_path)
     start = value.format(output=tmp_path)
-    changes = {key: {start: 1.0} if key == "dataset_mixer" else start}
+    changes: dict[str, Any] = {key: {start: 1.0} if key == "dataset_mixer" else start}
+    if key == "ref_model_name_or_path":
+        changes["objective"] = "dpo"
     with pytest.raises(CheckpointError, match=rf"`{key}.*lies in `output_dir` .*, which `overwrite_output_dir` would"):
         check_output(config_of(tmp_path, overwrite_output_dir=True, **changes), tmp_path)
 

@@ -10,6 +10,8 @@ from jax_simpo.data.chat import load_tokenizer
 from jax_simpo.data.synthetic import make_rows
 
 PAIRS, TEST_PAIRS = 21, 8
+DPO = ("--objective=dpo", "--beta=0.1", "--gamma_beta_ratio=null", "--sft_weight=0")
+"""Overrides that make a run of `config_file` one with a reference."""
 
 
 def make_start(folder: Path, *, tied: bool = False) -> Path:

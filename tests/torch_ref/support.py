@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +14,14 @@ from torch import Tensor, nn
 from jax_simpo.config import TrainConfig
 from jax_simpo.data.packing import make_step_plan
 from jax_simpo.data.pairs import PairLengths, Response, TokenizedPair
+from tests.objectives.oracles import Numbers
 from tests.pairs import random_pairs
 from torch_ref.attention_choice import choose_attention
 from torch_ref.batches import RankStep, build_rank_step
 from torch_ref.losses import response_sums
 from torch_ref.model import Policy, load_model_config, load_policy
+from torch_ref.objectives import Objective, Responses, Settings
+from torch_ref.setup import Setup
 
 VOCABULARY = 96
 CPU = torch.device("cpu")
@@ -88,7 +93,9 @@ def make_policy(family: str, layout: str, **keys: Any) -> Policy:
     return load_policy(config, model_config, attention, CPU, dtype=torch.float32)
 
 
-def step_of(pairs: Pairs, layout: str, *, rank: int = 0, world: int = 1, rows: int = 2, step: int = 0) -> RankStep:
+def step_of(
+    pairs: Pairs, layout: str, *, rank: int = 0, world: int = 1, rows: int = 2, prompts: bool = False
+) -> RankStep:
     """One rank's share of a step with all pairs in file order."""
     sharing, packing = LAYOUTS[layout]
     lengths = PairLengths.of(pairs.all)
@@ -100,8 +107,9 @@ def step_of(pairs: Pairs, layout: str, *, rank: int = 0, world: int = 1, rows: i
         max_row_length=256,
         prefix_sharing=sharing,
         packing=packing,
+        prompt_targets=prompts,
     )
-    return build_rank_step(plan, pairs, step, rank, world)
+    return build_rank_step(plan, pairs, 0, rank, world)
 
 
 def sums_of(policy: Policy, step: RankStep) -> Tensor:
@@ -128,6 +136,14 @@ def oracle_sums(policy: Policy, pairs: Pairs) -> Tensor:
     return torch.stack([torch.stack([oracle_logps(causal_lm, r).sum() for r in p.responses]) for p in pairs.all])
 
 
+def oracle_prompt_sums(policy: Policy, pairs: Pairs) -> Tensor:
+    """Sum of log-probs of each chosen response's prompt, but its first token."""
+    causal_lm = policy.causal_lm
+    causal_lm.set_attn_implementation("eager")
+    prompts = [p.chosen.ids[: p.chosen.prompt_length] for p in pairs.all]
+    return torch.stack([oracle_logps(causal_lm, Response(ids, 1)).sum() for ids in prompts])
+
+
 def gradients(policy: nn.Module, value: Tensor) -> dict[str, Tensor]:
     policy.zero_grad()
     value.backward()
@@ -142,3 +158,49 @@ def edited(pair: TokenizedPair, rng: np.random.Generator) -> TokenizedPair:
     start = (int(differs[0]) if differs.size else n) + 1
     chosen[start:] = rng.integers(1, VOCABULARY, len(chosen) - start)
     return TokenizedPair((replace(pair.chosen, ids=chosen), pair.rejected))
+
+
+def objective_of(name: str, **settings: Any) -> Objective:
+    return Objective({name: 1.0}, Settings(**settings))
+
+
+def of_means(means: Any) -> Responses:
+    """Responses of one token, so that sums and means are the same."""
+    return Responses(torch.as_tensor(means), torch.ones(len(means), dtype=torch.long))
+
+
+def responses_of(n: Numbers) -> tuple[Responses, Responses]:
+    """The chosen and the rejected responses."""
+    columns = {name: torch.from_numpy(values) for name, values in n.items()}
+    chosen, rejected = (
+        Responses(columns[f"{side}_sum"], columns[f"{side}_length"].long(), columns[f"{side}_reference"])
+        for side in ("chosen", "rejected")
+    )
+    return chosen, rejected
+
+
+def losses_and_gradients(objective: Objective, n: Numbers) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Losses, and the gradients of their sum by the sums of chosen and rejected."""
+    sides = [replace(side, sum=side.sum.clone().requires_grad_()) for side in responses_of(n)]
+    losses = objective.losses(*sides)
+    gradients = torch.autograd.grad(losses.sum(), [side.sum for side in sides])
+    return losses.detach().numpy(), [g.numpy() for g in gradients]
+
+
+def tensor_bytes() -> int:
+    """The memory of all tensors of this process."""
+    gc.collect()
+    tensors = (thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter))
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def record_memory(loads: list[int]) -> Callable[..., Policy]:
+    """`Setup.load_policy`, which first notes the memory of all tensors."""
+    load = Setup.load_policy
+
+    def recorded(*arguments: Any, **keys: Any) -> Policy:
+        loads.append(tensor_bytes())
+        return load(*arguments, **keys)
+
+    return recorded

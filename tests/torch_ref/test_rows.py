@@ -15,12 +15,14 @@ from tests.torch_ref.support import (
     edited,
     gradients,
     make_policy,
+    oracle_prompt_sums,
     oracle_sums,
     some_pairs,
     step_of,
     sums_of,
 )
 from torch_ref.attention import RowMask, dense_attention, flex_attention, sdpa_attention
+from torch_ref.losses import response_sums
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -39,6 +41,22 @@ def test_log_probs_and_gradients_are_those_of_separate_sequences(family: str, la
     for name, oracle_gradient in oracle_gradients.items():
         distance = torch.linalg.norm(ours_gradients[name] - oracle_gradient) / torch.linalg.norm(oracle_gradient)
         assert distance < 1e-5, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prompts_count_for_the_chosen_response_alone_and_responses_stay_as_they_are(layout: str) -> None:
+    pairs = some_pairs(6)
+    policy = make_policy("llama", layout)
+    step = step_of(pairs, layout, prompts=True)
+    found = torch.zeros(6, 3)
+    with torch.no_grad():
+        for batch in step.micro_batches:
+            responses = len(batch.response_length)
+            sums = response_sums(policy(batch), batch.target_response, responses + len(batch.pairs))
+            found[batch.pairs] = torch.stack([sums[batch.chosen], sums[batch.rejected], sums[responses:]], dim=1)
+        oracle = torch.column_stack([oracle_sums(policy, pairs), oracle_prompt_sums(policy, pairs)])
+    torch.testing.assert_close(found, oracle, atol=1e-4, rtol=1e-5)
+    assert step.chosen_tokens == sum(len(p.chosen.inputs) for p in pairs.all)
 
 
 @pytest.mark.parametrize("layout", ["shared and packed", "packed", "stacked"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from jax_simpo.run.metrics import read_metrics
-from tests.torch_ref.start import config_file, make_start
+from tests.torch_ref.start import DPO, config_file, make_start
 from torch_ref.__main__ import app
 
 pytest.importorskip("deepspeed")
@@ -56,6 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "deepspeed.json").write_text(json.dumps(DEEPSPEED))
     file = config_file(start, folder / "plain", steps=STEPS)
     app(["train", str(file)], standalone_mode=False)
+    # In a cache of its own: the ranks are to compute the reference's log-probs, and not to find these.
+    own = [*DPO, f"--data_cache_dir={folder}/cache", "--save_strategy=no"]
+    app(["train", str(config_file(start, folder / "plain-dpo", steps=STEPS)), *own], standalone_mode=False)
     done = torchrun(str(ROOT / "tests/torch_ref/zero3_cells.py"), str(folder))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return folder
@@ -76,6 +80,19 @@ def curve(folder: Path, name: str, *keys: str) -> np.ndarray:
 def test_five_steps_are_those_of_a_single_process(layout: str, folder: Path) -> None:
     keys = ("loss", "grad_norm", "rewards/margins", "sft_loss", "rewards/accuracies")
     np.testing.assert_allclose(curve(folder, layout, *keys), curve(folder, "plain", *keys), atol=1e-5)
+
+
+def test_dpo_starts_at_log_2_and_has_the_curve_of_a_single_process(folder: Path) -> None:
+    keys = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies")
+    ours = curve(folder, "dpo", *keys)
+    np.testing.assert_allclose(ours, curve(folder, "plain-dpo", *keys), atol=1e-5)
+    assert ours[0, 0] == pytest.approx(math.log(2), abs=1e-6)
+    assert read_metrics(folder / "dpo/run")[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_nothing_of_the_reference_is_left_when_the_policy_is_made(found: dict[str, Any]) -> None:
+    before_reference, before_policy = found["memory"]
+    assert before_policy - before_reference < 1000 < found["rows"]["held"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

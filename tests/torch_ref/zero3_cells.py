@@ -21,12 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jax_simpo.config import TrainConfig, load_config
 from jax_simpo.errors import UserError
-from tests.torch_ref.start import config_file
+from tests.torch_ref.start import DPO, config_file
+from tests.torch_ref.support import record_memory
 from torch_ref.batches import build_rank_step
 from torch_ref.distributed import Ranks, open_ranks
-from torch_ref.evaluate import pair_records, score_pairs
+from torch_ref.evaluate import open_model, pair_records, score_pairs
 from torch_ref.setup import Setup
-from torch_ref.trainer import batch_part, make_engine, make_forward, train
+from torch_ref.trainer import batch_part, make_engine, train
 
 STEPS = 5
 LAYOUTS = {"rows": (), "stacked": ("--prefix_sharing=false", "--packing=false")}
@@ -81,6 +82,18 @@ def look_at_one_step(folder: Path, ranks: Ranks, deepspeed: Path, layout: str) -
     }
 
 
+def train_over_a_reference(folder: Path, ranks: Ranks, deepspeed: Path) -> list[int]:
+    """Trains DPO; returns the memory of all tensors before the reference is loaded, and before the policy is."""
+    loads: list[int] = []
+    load, Setup.load_policy = Setup.load_policy, record_memory(loads)  # type: ignore[method-assign]
+    try:
+        overrides = (*DPO, "--do_eval=true", "--save_strategy=no")
+        train(settings(folder, "dpo", *overrides), Console(quiet=True), ranks, deepspeed)
+    finally:
+        Setup.load_policy = load  # type: ignore[method-assign]
+    return loads
+
+
 def refused(work: Callable[[], Any]) -> str:
     try:
         work()
@@ -107,6 +120,8 @@ def cells(folder: Path, ranks: Ranks) -> dict[str, Any]:
     gc.collect()
     train(settings(folder, "adapter", "--use_peft=true", "--do_eval=true"), quiet, ranks, deepspeed)
     gc.collect()
+    found["memory"] = train_over_a_reference(folder, ranks, deepspeed)
+    gc.collect()
     train(settings(folder, "bfloat16", "--dtype=bfloat16", "--save_strategy=no"), quiet, ranks, deepspeed)
     gc.collect()
     setup = Setup(settings(folder, "bfloat16-start", "--dtype=bfloat16"), ranks)
@@ -117,9 +132,8 @@ def cells(folder: Path, ranks: Ranks) -> dict[str, Any]:
     setup = Setup(settings(folder, "score"), ranks)
     pairs = setup.split_pairs("test")
     plan = setup.step_plan(pairs, batch=4, seed=None)
-    found["scores"] = list(
-        pair_records(score_pairs(make_forward(setup, deepspeed), plan, pairs, ranks), setup.objective)
-    )
+    with open_model(setup, deepspeed) as forward:
+        found["scores"] = list(pair_records(score_pairs(forward, plan, pairs, ranks), setup.objective))
     gc.collect()
     found["another config"] = refused(lambda: train(settings(folder, "rows", "--beta=3.0"), quiet, ranks, deepspeed))
     found["uneven"] = refused(

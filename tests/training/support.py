@@ -69,7 +69,9 @@ def some_pairs(count: int, seed: int = 0) -> Pairs:
     return Pairs(random_pairs(np.random.default_rng(seed), count, VOCABULARY, prompt=(5, 60), response=(3, 40)))
 
 
-def plan_of(pairs: Pairs, mesh: Mesh, *, batch: int, sharing: bool = True, packing: bool = True) -> StepPlan:
+def plan_of(
+    pairs: Pairs, mesh: Mesh, *, batch: int, sharing: bool = True, packing: bool = True, prompt_targets: bool = False
+) -> StepPlan:
     return make_step_plan(
         PairLengths.of(pairs.all),
         global_batch_size=batch,
@@ -79,6 +81,7 @@ def plan_of(pairs: Pairs, mesh: Mesh, *, batch: int, sharing: bool = True, packi
         prefix_sharing=sharing,
         packing=packing,
         seed=0,
+        prompt_targets=prompt_targets,
     )
 
 

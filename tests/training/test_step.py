@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import chex
 import jax
@@ -12,11 +13,14 @@ import optax
 import pytest
 
 from jax_simpo.data.loader import build_step
+from jax_simpo.data.pairs import Response, TokenizedPair
 from jax_simpo.models.policy import Forward
-from jax_simpo.objectives import SimPO
+from jax_simpo.objectives import DPO, Objective, SimPO
+from jax_simpo.objectives.orpo import ORPO
 from jax_simpo.plan.hlo import Collective, collectives
 from jax_simpo.sharding import named
-from jax_simpo.training.evaluate import score_pairs
+from jax_simpo.training.evaluate import evaluation_metrics, score_pairs
+from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.step import (
     Accumulated,
     Denominators,
@@ -27,6 +31,7 @@ from jax_simpo.training.step import (
 from tests.training.support import (
     MESHES,
     OBJECTIVE,
+    OPTIMIZER,
     History,
     Pairs,
     edited,
@@ -108,6 +113,34 @@ def test_the_sft_term_is_divided_by_the_chosen_tokens_of_the_whole_step(pairs: P
     assert record["loss"] == pytest.approx(preference + 0.3 * cross_entropy, abs=1e-5)
 
 
+@pytest.mark.parametrize(("sharing", "packing"), [(True, True), (False, False)])
+def test_the_sft_term_may_be_over_prompts_too_in_steps_and_evaluations(
+    sharing: bool, packing: bool, pairs: Pairs
+) -> None:
+    objective = ORPO(beta=0.1, sft_weight=1.0, sft_over="prompt_and_response")
+    mesh, model = mesh_of((1, 1, 1)), tiny_model()
+    plan = plan_of(pairs, mesh, batch=BATCH, sharing=sharing, packing=packing, prompt_targets=True)
+    with jax.set_mesh(mesh):
+        params = model.init(0, mesh)
+        optimizer = run_optimizer(OPTIMIZER, 1)[1]
+        functions = make_train_functions(Forward(model, "dense", 64), objective, optimizer, mesh)
+        step = build_step(plan, pairs, 0)
+        record = accumulate_step(functions, params, step).metrics
+        score = make_score_function(Forward(model, "dense", 64), mesh, prompts=True)
+        scores = score_pairs(score, params, replace(plan, seed=None), pairs, mesh).of_pairs(step.pairs)
+    # The oracle: the chosen sequences alone, as rows of one response whose prompt is their first token.
+    whole = Pairs([TokenizedPair((Response(pair.chosen.ids, 1), Response(pair.rejected.ids, 1))) for pair in pairs.all])
+    with jax.set_mesh(mesh):
+        plain = make_score_function(Forward(model, "dense", 64), mesh)
+        oracle = score_pairs(plain, params, replace(plan_of(whole, mesh, batch=BATCH), seed=None), whole, mesh)
+    oracle = oracle.of_pairs(step.pairs)
+    expected = -oracle.chosen_sum.sum() / oracle.chosen_length.sum()
+    assert float(record["sft_loss"]) == pytest.approx(expected, rel=1e-6)
+    assert evaluation_metrics(scores, objective)["sft_loss"] == pytest.approx(expected, rel=1e-6)
+    assert evaluation_metrics(scores, objective)["loss"] == pytest.approx(float(record["loss"]), rel=1e-6)
+    assert scores.prompt_length.min() > 0
+
+
 def test_empty_rows_add_nothing(pairs: Pairs) -> None:
     mesh = mesh_of((1, 8, 1))
     plan = plan_of(pairs, mesh, batch=2)
@@ -167,6 +200,7 @@ def compiled_step(  # type: ignore[no-untyped-def]
     layers: int = LAYERS,
     vocabulary: int = BIG_VOCABULARY,
     chunk: int = 128,
+    objective: Objective = OBJECTIVE,
 ):
     """Compiles the gradient step of a small model with a large vocabulary for a mesh."""
     mesh = mesh_of(sizes)
@@ -178,13 +212,17 @@ def compiled_step(  # type: ignore[no-untyped-def]
         num_hidden_layers=layers,
         tie_word_embeddings=tied,
     )
-    functions = make_train_functions(Forward(model, "blockwise", chunk), OBJECTIVE, optax.adamw(1e-3), mesh)
+    functions = make_train_functions(Forward(model, "blockwise", chunk), objective, optax.adamw(1e-3), mesh)
     widths = {"tokens": LENGTH, "positions": LENGTH, "key_end": LENGTH, "response_pair": 8, "response_rank": 8}
     widths |= {f"target_{name}": TARGETS for name in ("index", "token", "response")}
     rows = {
         name: jax.ShapeDtypeStruct((sizes[0] * sizes[1], width), jnp.int32, sharding=named(mesh, "batch", None))
         for name, width in widths.items()
     }
+    if objective.needs_reference:
+        rows["reference_sum"] = jax.ShapeDtypeStruct(
+            (sizes[0] * sizes[1], 8), jnp.float32, sharding=named(mesh, "batch", None)
+        )
     with jax.set_mesh(mesh):
         params = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -192,7 +230,7 @@ def compiled_step(  # type: ignore[no-untyped-def]
             model.shardings(mesh),
         )
         scalar = jnp.ones(())
-        metrics = dict.fromkeys(OBJECTIVE.metrics, scalar)
+        metrics = dict.fromkeys(objective.metrics, scalar)
         lowered = functions.accumulate.lower(params, Accumulated(params, metrics), rows, Denominators(scalar, scalar))  # type: ignore[attr-defined]
         return lowered.compile()
 
@@ -251,6 +289,19 @@ def test_the_log_sum_exp_is_reduced_once_per_pass_and_only_over_several_devices(
 def test_no_array_of_targets_by_vocabulary_is_alive(compiled) -> None:  # type: ignore[no-untyped-def]
     program, _, (_, _, tensor) = compiled
     assert program.memory_analysis().temp_size_in_bytes < 4 * TARGETS * BIG_VOCABULARY // tensor
+
+
+def test_a_step_with_a_reference_takes_the_memory_of_one_without(compiled) -> None:  # type: ignore[no-untyped-def]
+    program, _, sizes = compiled
+    if sizes[2] == 1:
+        pytest.skip("one mesh is enough")
+    with_reference = compiled_step(sizes, False, objective=DPO(beta=0.1))
+    ours, plain = (
+        m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes
+        for m in (with_reference.memory_analysis(), program.memory_analysis())
+    )
+    print(f"{ours:,} bytes with a reference, {plain:,} without: {ours / plain:.4f}")
+    assert abs(ours / plain - 1) < 0.02
 
 
 def test_no_copy_of_the_layers_or_second_float32_copy_of_the_head_is_alive_in_bfloat16() -> None:

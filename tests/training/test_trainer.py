@@ -189,7 +189,7 @@ def test_several_evaluation_splits_have_figures_each_and_over_all_pairs(tmp_path
 
 def test_the_figures_of_a_split_are_those_of_its_pairs_alone_to_the_bit() -> None:
     rng = np.random.default_rng(0)
-    sums, lengths = -50 * rng.random((2, 30), np.float32), rng.integers(1, 40, (2, 30))
+    sums, lengths = -50 * rng.random((3, 30), np.float32), rng.integers(1, 40, (3, 30))
     scores = PairScores.of(sums.T, lengths.T)
     objective = trainer.Setup(config_of(Path("."), sft_weight=0.5)).objective
     splits = {"a": np.arange(0, 30, 2), "b": np.arange(1, 30, 2)}

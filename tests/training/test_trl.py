@@ -51,12 +51,13 @@ CASES = {
     "sigmoid_norm": Case(
         "dpo", {"loss_type": "sigmoid_norm", "beta": 5.0}, {"objective": "sigmoid_norm"}, rewards=False
     ),
+    "orpo": Case("orpo", {"beta": 0.1}, {"objective": "orpo"}),
     "apo_zero": Case("dpo", {"loss_type": "apo_zero"}, {"objective": "apo_zero"}),
     "dpo + sft": Case(
         "dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]}, {"objective": {"dpo": 1.0, "sft": 0.1}}
     ),
 }
-QUICK = ("cpo + nll", "dpo")  # the losses themselves are compared in tests/objectives
+QUICK = ("orpo", "dpo")  # the losses themselves are compared in tests/objectives
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,9 @@ def trl_history(case: Case, start: Path, folder: Path) -> list[dict[str, Any]]:
         if case.trainer == "dpo":
             from trl import DPOConfig as Config
             from trl import DPOTrainer as Trainer
+        elif case.trainer == "orpo":
+            from trl.experimental.orpo import ORPOConfig as Config
+            from trl.experimental.orpo import ORPOTrainer as Trainer
         else:
             from trl.experimental.cpo import CPOConfig as Config
             from trl.experimental.cpo import CPOTrainer as Trainer

@@ -1,0 +1,134 @@
+"""Computes the log-probs of all pairs under the frozen reference model, once and before training.
+
+The reference is loaded, used and freed before the policy is made, so that two models are never in memory together.
+Only two sums a pair are kept, in the cache that both trainers use (`jax_simpo.run.reference_cache`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from jaxtyping import Float
+from rich.console import Console
+
+from jax_simpo.data.packing import StepPlan
+from jax_simpo.data.tokenize import PairDataset
+from jax_simpo.run.reference_cache import ReferenceCache, model_digest
+from torch_ref.adapters import base_of_adapter
+from torch_ref.distributed import Ranks
+from torch_ref.evaluate import PAIRS_PER_PLAN, Forward, open_model, score_steps
+from torch_ref.setup import Setup
+from torch_ref.start_weights import weights_folder
+
+ReferenceSums = Float[np.ndarray, "P 2"]
+
+
+def reference_sums(
+    setup: Setup, splits: Sequence[PairDataset], console: Console, deepspeed_file: Path | None = None
+) -> list[ReferenceSums]:
+    """Returns the sums of log-probs of each pair's chosen and rejected response, from the cache or computed.
+
+    Every rank calls it, before it makes another model; the ranks share the work. The first rank alone reads and writes
+    the cache. It writes after every few hundred pairs, so that a pass that is interrupted can be continued.
+
+    Args:
+        setup: the setup of the run, of whose config the reference is.
+        splits: the pairs, split by split.
+        console: where notes go.
+        deepspeed_file: a DeepSpeed JSON file, as for training.
+
+    Raises:
+        ModelError: there is no such model, or it has fewer tokens than the tokenizer of the run.
+        DataError: the cache is damaged, or belongs to another reference.
+    """
+    reference, ranks = setup.reference, setup.ranks
+    plans = [reference.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None) for pairs in splits]
+    identity = _identity(reference)
+    passes = []
+    for pairs, plan in zip(splits, plans, strict=True):
+        tokens = {"tokens": pairs.fingerprint}
+        cache = ReferenceCache(setup.cache_dir, {**identity, **tokens}, len(pairs), PAIRS_PER_PLAN)
+        passes.append(_Pass(pairs, replace(plan, prompt_targets=False), cache, ranks, [ranks.first(cache.read)]))
+        console.print(passes[-1].note())
+    if any(p.steps_left for p in passes):
+        with open_model(reference, deepspeed_file) as forward:
+            for one in passes:
+                one.run(forward)
+    return [np.concatenate(one.parts) for one in passes]
+
+
+@dataclass
+class _Pass:
+    """The computation of one split's sums.
+
+    Attributes:
+        pairs: the pairs of the split.
+        plan: their step plan, in file order.
+        cache: the cache of their sums.
+        ranks: the ranks of the run.
+        parts: the sums that are known so far, in file order.
+    """
+
+    pairs: PairDataset
+    plan: StepPlan
+    cache: ReferenceCache
+    ranks: Ranks
+    parts: list[ReferenceSums]
+
+    @property
+    def steps_left(self) -> range:
+        """The steps of the plan whose sums are not known."""
+        known = sum(len(part) for part in self.parts)
+        return range(-(-known // PAIRS_PER_PLAN), self.plan.steps_per_epoch)
+
+    def note(self) -> str:
+        """Returns a line on what is found and what is to be computed."""
+        what = f"log-probs of {len(self.pairs)} pairs of {self.pairs.name}"
+        if not self.steps_left:
+            return f"reference: {what} found in {self.cache.folder}"
+        known = sum(len(part) for part in self.parts)
+        return f"reference: computing the {what}" + (f", {known} of them done" if known else "")
+
+    def run(self, forward: Forward) -> None:
+        """Computes the steps that are left, and writes each to the cache."""
+        steps = self.steps_left
+        scored = score_steps(forward, self.plan, self.pairs, self.ranks, steps)
+        for step, sums in zip(steps, scored, strict=True):
+            self.parts.append(sums[:, :2])
+            self.ranks.first(partial(self.cache.write, step, self.parts[-1]))
+
+
+def _identity(reference: Setup) -> dict[str, Any]:
+    """Returns everything about the reference that its log-probs depend on. Every rank calls it."""
+    config, ranks, name = reference.config, reference.ranks, reference.start_name
+    if name is None:
+        # What a seed gives depends on the libraries, on the device, and on whether models are made partitioned.
+        weights: Any = {
+            "model": reference.new_model_mapping(),
+            "seed": config.seed,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": ranks.device.type,
+            "partitioned": ranks.launched,
+        }
+    else:
+        weights = ranks.first(
+            partial(_digests, name, config.model_revision if reference.model_choice is None else None)
+        )
+    own = reference.model_choice is None  # another reference is never quantised
+    quantized = {key: own and getattr(config, key) for key in ("load_in_4bit", "load_in_8bit")}
+    return {"trainer": "torch_ref", "weights": weights, "dtype": config.dtype, **quantized}
+
+
+def _digests(name: str, revision: str | None) -> list[str]:
+    """Returns the digest of a model's folder; of an adapter, those of its base's folder and its own."""
+    base = base_of_adapter(name)
+    folders = [weights_folder(name, revision)] if base is None else [weights_folder(base, None), Path(name)]
+    return [model_digest(folder) for folder in folders]
