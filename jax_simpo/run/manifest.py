@@ -19,7 +19,7 @@ from jax_simpo.run import files
 from jax_simpo.run.whole import check_replaceable, write_text, writing
 
 CARD_SENTENCE = ", using jax-simpo."  # ends the first sentence of a model card
-REPORT_SENTENCE = "SimPO training run"
+REPORT_SENTENCE = " training run</p>"  # ends the line above the title of a report
 _RESOLVED_KEYS = 40  # a config that a run wrote gives every key there is; nobody writes so many by hand
 
 # A step folder of either trainer bears one of these, and the folder of all steps nothing but step folders and these.

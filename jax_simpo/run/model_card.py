@@ -121,7 +121,7 @@ def _evaluated(config: TrainConfig) -> str:
 
 def _settings(config: TrainConfig, global_batch_size: int | None) -> list[list[str]]:
     rows = [] if global_batch_size is None else [["`global_batch_size`", str(global_batch_size)]]
-    not_worth_a_line = {"label_smoothing": 0.0, "sft_weight": 0.0}
+    not_worth_a_line = {"label_smoothing": 0.0, "sft_weight": 0.0, "sft_over": "response"}
     keys = _HYPERPARAMETERS + (_ADAPTER if config.use_peft else ())
     values: dict[str, Any] = {key: getattr(config, key) for key in keys}
     shown = {key: value for key, value in values.items() if value not in (None, not_worth_a_line.get(key))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jax_simpo.config import objective_weights
-from jax_simpo.config.objectives import ObjectiveValue, described, is_own
+from jax_simpo.config.objectives import ObjectiveValue, described
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,7 @@ OBJECTIVE_TEXTS: dict[str, ObjectiveText] = {
 
 def texts_of(objective: ObjectiveValue) -> list[ObjectiveText]:
     """Returns the words for the objectives of a config, in their order."""
-    if is_own(objective):
+    names = objective_weights(objective)
+    if not names or not names.keys() <= OBJECTIVE_TEXTS.keys():  # one's own, perhaps as a config file describes it
         return [ObjectiveText(f"the objective `{described(objective)}`", "what that objective defines", "")]
-    return [OBJECTIVE_TEXTS[name] for name in objective_weights(objective)]
+    return [OBJECTIVE_TEXTS[name] for name in names]

@@ -28,6 +28,7 @@ from jax_simpo.run.curves import Theme, draw_curves
 from jax_simpo.run.facts import read_facts
 from jax_simpo.run.manifest import write_file
 from jax_simpo.run.metrics import read_metrics
+from jax_simpo.run.objective_texts import ObjectiveText, texts_of
 from jax_simpo.run.samples import Sample, read_samples
 
 MEASURES = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
@@ -74,6 +75,16 @@ class Run:
             for split, prefix in prefixes.items()
         }
         return {split: values for split, values in figures.items() if "loss" in values}
+
+    @property
+    def objective_texts(self) -> list[ObjectiveText]:
+        """The words for the run's objectives."""
+        return texts_of(self.config.get("objective", "simpo"))
+
+    @property
+    def objective_title(self) -> str:
+        """The names of the run's objectives, as their papers write them."""
+        return " + ".join(text.title.partition(" (")[0] for text in self.objective_texts)
 
     @property
     def starts_as_reference(self) -> bool:

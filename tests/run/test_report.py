@@ -250,3 +250,28 @@ def test_the_summary_shows_first_and_last_figures_samples_and_files(run_folder: 
     for part in ("97.3%", "50.7%", "step 64", "reward margin", "[bold]One tea[/bold] & milk.", "report.html"):
         assert part in text
     assert "│" in text
+
+
+@pytest.mark.parametrize(
+    ("objective", "title", "reward"),
+    [
+        ("simpo", "SimPO training run", "beta times the mean log-probability"),
+        ("{dpo: 1.0, ipo: 0.5}", "DPO + IPO training run", "the log-ratio of a response to the reference"),
+        ("mine.py:Mine", "the objective `mine.py:Mine` training run", "what that objective defines"),
+        ("mine.Mine(beta=2.0)", "the objective `mine.Mine(beta=2.0)` training run", "what that objective defines"),
+    ],
+)
+def test_the_report_names_the_objective_and_its_reward(objective: str, title: str, reward: str, tmp_path: Path) -> None:
+    make_run(tmp_path, training_record(1), evaluation_record(1, 0.6))
+    (tmp_path / "config.yaml").write_text(f"{CONFIG}objective: {objective}\n")
+    report.write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert title in page and reward in page
+
+
+def test_before_training_the_rewards_of_a_run_that_starts_as_the_reference_mean_nothing(tmp_path: Path) -> None:
+    make_run(tmp_path, training_record(1), evaluation_record(0, 0.0), evaluation_record(8, 0.6))
+    (tmp_path / "config.yaml").write_text(f"{CONFIG}objective: dpo\n")
+    assert "because the model is the reference" in report.read_run(tmp_path).outcome()
+    (tmp_path / "config.yaml").write_text(f"{CONFIG}objective: dpo\nref_model_name_or_path: other\n")
+    assert "up from 0.0% before training" in report.read_run(tmp_path).outcome()
