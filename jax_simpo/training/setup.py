@@ -49,6 +49,7 @@ class Setup:
         memory_pairs: training pairs handed over in Python; they stand in for the config's `dataset_mixer`.
         memory_eval_pairs: evaluation pairs handed over in Python.
         given_mesh: the mesh to use, whatever the config says.
+        given_tokenizer: the tokenizer to use, whatever the model says.
     """
 
     config: TrainConfig
@@ -57,6 +58,7 @@ class Setup:
     memory_pairs: sources.RawSplit | None = None
     memory_eval_pairs: sources.RawSplit | None = None
     given_mesh: Mesh | None = None
+    given_tokenizer: PreTrainedTokenizerBase | None = None
 
     def __post_init__(self) -> None:
         for reason in torch_only(self.config).values():
@@ -95,6 +97,8 @@ class Setup:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the config, of the adapter where one was saved with it, or of the model."""
+        if self.given_tokenizer is not None:
+            return self.given_tokenizer
         folder = self.model_folder
         if self.start.adapter is not None and (self.start.adapter.folder / "tokenizer_config.json").exists():
             folder = self.start.adapter.folder  # saved with it
@@ -182,13 +186,14 @@ class Setup:
     def reference(self) -> Setup:
         """The setup of the frozen reference, on the same mesh: `ref_model_name_or_path`, or what the run starts from.
 
-        A fresh adapter adds nothing to its base, so the start of a run that trains an adapter is its base.
+        A fresh adapter adds nothing to its base, so the start of a run that trains an adapter is its base. The
+        reference scores the tokens of the run, whatever its own tokenizer.
         """
-        name = self.config.ref_model_name_or_path
-        if name is None:
-            return Setup(self.config, given_mesh=self.mesh)
-        choice = f"./{name}" if name.isdecimal() else name  # a bare number is the step of a run
-        return Setup(self.config.model_copy(update={"use_peft": False}), choice, given_mesh=self.mesh)
+        config, name = self.config, self.config.ref_model_name_or_path
+        if name is not None:
+            config = config.model_copy(update={"use_peft": False})
+            name = f"./{name}" if name.isdecimal() else name  # a bare number is the step of a run
+        return Setup(config, name, given_mesh=self.mesh, given_tokenizer=self.tokenizer)
 
     @property
     def cache_dir(self) -> Path:
