@@ -247,10 +247,11 @@ def print_notes(pairs: PairDataset, console: Console) -> None:
 def make_console(*, stderr: bool = True, quiet: bool = False) -> Console:
     """Opens the console for notes and progress. Of several processes only the first prints.
 
-    What is printed holds paths and texts of users: nothing in it is markup, and the lines of stderr are left unwrapped.
+    What is printed holds paths and texts of users: nothing in it is markup or an emoji's name, and the lines of stderr
+    are left unwrapped.
     """
     quiet = quiet or not launch.is_first()
-    return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=stderr, quiet=quiet)
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=stderr, quiet=quiet)
 
 
 def print_notices(config: TrainConfig, console: Console) -> None:

@@ -313,9 +313,11 @@ def _begin(path: str, overrides: list[str]) -> tuple[TrainConfig, Console]:
 def _console(*, stderr: bool = True) -> Console:
     """Opens a console. Of several processes only the first prints.
 
-    What is printed holds paths and texts of users: nothing in it is markup, and the lines of stderr are left unwrapped.
+    What is printed holds paths and texts of users: nothing in it is markup or an emoji's name, and the lines of stderr
+    are left unwrapped.
     """
-    return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=stderr, quiet=not launch.is_first())
+    quiet = not launch.is_first()
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=stderr, quiet=quiet)
 
 
 def _setup(settings: TrainConfig, console: Console, model: str | None) -> Setup:

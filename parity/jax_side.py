@@ -219,6 +219,8 @@ def try_variants(job: Job) -> None:
         first = build_step(step_plan(job, job.config(cell), pairs.lengths), pairs, 0)
         if not variant.applies(plain.forward, plain.objective, first):
             continue
+        if variant.changes_reference_pairs and plain.setup.config.ref_model_name_or_path is not None:
+            continue  # its log-probs come from the runner's own model
         print(f"wrong variant: {name}", flush=True)
         runner = make_runner(job, cell, variant) if variant.changes_program else plain
         if not variant.changes_forward:  # then the program of the log-probs is the same, and compiled already

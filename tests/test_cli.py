@@ -259,6 +259,7 @@ SAME = '{"chosen": "b", "rejected": "b"}\n'
         (None, "--model_config.hidden_size=36", ["mesh axis `fsdp` has 8 devices", "hidden_size=36"]),
         (None, "--model_config.model_type=gpt2", ["model_config", "gpt2", "llama"]),
         (None, "'--dataset_mixer={{a.jsonl: 1}: 1}'", ["not valid YAML", "a key is text"]),
+        (None, "--objective=mine.py:M", ["--objective=mine.py:M: `objective: mine.py:M`", "--allow_code"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

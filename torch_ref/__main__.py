@@ -101,7 +101,7 @@ def _load(config: str, overrides: list[str]) -> TrainConfig:
 
 def _console(settings: TrainConfig, ranks: Ranks) -> Console:
     """Opens the console for notes: stderr, of the first rank only."""
-    console = Console(stderr=True, quiet=not ranks.is_first, markup=False)  # paths may hold brackets
+    console = Console(stderr=True, quiet=not ranks.is_first, markup=False, emoji=False)  # paths may hold both
     for notice in settings.notices:
         console.print(f"note: {notice}", style="yellow")
     return console
@@ -117,7 +117,8 @@ def main() -> None:
         app(arguments)
     except UserError as error:
         if rank in (None, "0"):
-            Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True, highlight=False)
+            console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+            console.print(f"error: {error}", style="red")
         status = 1
     except SystemExit as end:  # how typer ends, well or not
         status = end.code

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from rich.console import Console
 
 from jax_simpo.data.packing import StepPlan
+from jax_simpo.data.store import cache_root
 from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.run.reference_cache import ReferenceCache, model_digest
 from torch_ref.adapters import base_of_adapter
@@ -54,7 +55,9 @@ def reference_sums(
     passes = []
     for pairs, plan in zip(splits, plans, strict=True):
         tokens = {"tokens": pairs.fingerprint}
-        cache = ReferenceCache(setup.cache_dir, {**identity, **tokens}, len(pairs), PAIRS_PER_PLAN)
+        cache = ReferenceCache(
+            cache_root(setup.config.data_cache_dir), {**identity, **tokens}, len(pairs), PAIRS_PER_PLAN
+        )
         passes.append(_Pass(pairs, replace(plan, prompt_targets=False), cache, ranks, [ranks.first(cache.read)]))
         console.print(passes[-1].note())
     if any(p.steps_left for p in passes):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ import torch
 from jax_simpo.config import TrainConfig
 from jax_simpo.data import chat, sources
 from jax_simpo.data.packing import StepPlan, make_step_plan
-from jax_simpo.data.store import default_cache_dir
 from jax_simpo.data.tokenize import PairDataset, tokenize_split
 from jax_simpo.errors import ConfigError, ModelError
 from torch_ref.attention_choice import AttentionChoice, choose_attention
@@ -60,12 +58,6 @@ class Setup:
         scores the tokens of the run, whatever its own tokenizer.
         """
         return Setup(self.config, self.ranks, self.config.ref_model_name_or_path, self.tokenizer)
-
-    @property
-    def cache_dir(self) -> Path:
-        """The folder that keeps tokens and reference log-probs between runs."""
-        own = self.config.data_cache_dir
-        return default_cache_dir() if own is None else Path(own).expanduser()
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -112,12 +112,24 @@ def _hint(name: str) -> str:
     return f"Did you mean `{near[0]}`?" if near else f"Expected one of {', '.join(OBJECTIVE_KEYS)}, or FILE.py:CLASS"
 
 
-def keys_without_effect(objective: ObjectiveValue, values: Mapping[str, Any]) -> list[str]:
-    """Lists the keys that have a value but are not read by the objective. Of one's own only its class knows them."""
+def check_keys(objective: ObjectiveValue, values: Mapping[str, Any]) -> str:
+    """Returns what is wrong with the keys beside a known `objective`, or an empty text.
+
+    Which keys an objective of one's own reads, only its class knows.
+    """
     if is_own(objective):
-        return []
+        return ""
     read = defaults(objective)
-    return [key for key in (*ALL_KEYS, REFERENCE_KEY) if values.get(key) is not None and key not in read]
+    for key in (*ALL_KEYS, REFERENCE_KEY):
+        if values.get(key) is not None and key not in read:
+            return f"`{key}` has no effect with `objective: {described(objective)}`; remove it, or set it to null"
+    if isinstance(objective, Mapping) and values["sft_weight"] != objective.get(SFT, 0.0):
+        return "`sft_weight` beside an `objective` with weights; write `sft: WEIGHT` among them instead"
+    if values["label_smoothing"] and values["loss_type"] == "hinge":
+        return "`label_smoothing` has no effect with `loss_type: hinge`; remove one of them"
+    if "exo_pair" in parts(objective) and not values["label_smoothing"]:
+        return "`label_smoothing` is 0; `objective: exo_pair` needs a number above 0, such as 0.001"
+    return ""
 
 
 def described(objective: ObjectiveValue) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_serializer, model_validator
@@ -430,9 +432,8 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
                 f"`max_prompt_length` ({self.max_prompt_length}) leaves no room for a response within `max_length` "
                 f"({self.max_length}); lower the first or raise the second"
             )
-        self._check_objective()
-        if self.label_smoothing and self.loss_type == "hinge":
-            raise ValueError("`label_smoothing` has no effect with `loss_type: hinge`; remove one of them")
+        if mistake := objectives.check(self.objective) or objectives.check_keys(self.objective, self.__dict__):
+            raise ValueError(mistake)
         if self.row_length != "auto" and (self.row_length < 128 or self.row_length % 128):
             near = max(128, round(self.row_length / 128) * 128)
             raise ValueError(f"`row_length` is {self.row_length}; expected auto or a multiple of 128, such as {near}")
@@ -445,19 +446,6 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     @field_serializer("objective")
     def _dump_objective(self, value: Any) -> Any:
         return value if isinstance(value, str | dict) else f"{type(value).__module__}.{value!r}"
-
-    def _check_objective(self) -> None:
-        if mistake := objectives.check(self.objective):
-            raise ValueError(mistake)
-        for key in objectives.keys_without_effect(self.objective, self.__dict__):
-            raise ValueError(
-                f"`{key}` has no effect with `objective: {objectives.described(self.objective)}`; remove it, or set "
-                "it to null"
-            )
-        if isinstance(self.objective, dict) and self.sft_weight != self.objective.get(objectives.SFT, 0.0):
-            raise ValueError("`sft_weight` beside an `objective` with weights; write `sft: WEIGHT` among them instead")
-        if "exo_pair" in objectives.parts(self.objective) and not self.label_smoothing:
-            raise ValueError("`label_smoothing` is 0; `objective: exo_pair` needs a number above 0, such as 0.001")
 
     def __eq__(self, other: object) -> bool:
         """Return True for equal settings; the notices do not count."""
@@ -494,6 +482,10 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
             key: values[key] for key, field in help.keys_of(type(self)).items() if help.extras(field)["identity"]
         }
         identity["dataset_splits"] = self.train_splits
+        if code := objectives.code_of(self.objective):
+            file = Path(code[0]).expanduser()
+            digest = sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else "missing"
+            identity["objective"] = f"{self.objective}, file {digest}"
         # Keys that the objective does not read are left out, and so a run of a version without them can be continued.
         unread = {"objective", *objectives.ALL_KEYS, objectives.REFERENCE_KEY}
         for key in [key for key in unread if identity[key] in (None, "simpo", "response")]:

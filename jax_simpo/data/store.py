@@ -263,6 +263,11 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets") / "jax_simpo"
 
 
+def cache_root(cache_dir: str | Path | None) -> Path:
+    """Returns the folder of the cache: `cache_dir`, or else the default one."""
+    return default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+
+
 class Store:
     """One entry of the cache: a folder that is written completely or not at all.
 
@@ -271,7 +276,7 @@ class Store:
     """
 
     def __init__(self, cache_dir: str | Path | None, key: str) -> None:
-        self.root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+        self.root = cache_root(cache_dir)
         self.folder = self.root / key
         try:
             self.root.mkdir(parents=True, exist_ok=True)

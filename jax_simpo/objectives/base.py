@@ -42,7 +42,7 @@ class Responses(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
-    """What a run minimises: the mean of `losses` over the pairs of a step, plus the weighted cross-entropy.
+    """Defines what a run minimises: the mean of `losses` over the pairs of a step, plus the weighted cross-entropy.
 
     An objective of your own derives from this class, is a frozen dataclass, and defines `losses`.
 

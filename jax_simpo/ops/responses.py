@@ -20,11 +20,6 @@ class ResponseLogps(NamedTuple):
     prompt_sum: Float[Array, "B R"] | None = None
     prompt_length: Float[Array, "B R"] | None = None
 
-    @property
-    def mean(self) -> Float[Array, "B R"]:
-        """Mean log-prob, SimPO's reward over beta. Empty slots give 0, not 0/0, in values and gradients."""
-        return self.sum / jnp.maximum(self.length, 1.0)
-
 
 def sum_responses(
     target_logps: Float[Array, "B T"], target_response: Int[Array, "B T"], slots: int, prompts: bool = False

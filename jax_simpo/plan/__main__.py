@@ -20,7 +20,7 @@ def main(task: dict[str, Any]) -> None:
     stream = _only_python_writes_to_stderr(task["log"])
     from jax_simpo.plan.program import TopologySetup, measure_step  # imports jax, after the redirection
 
-    console = Console(file=stream, markup=False, highlight=False, soft_wrap=True)
+    console = Console(file=stream, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def write(result: dict[str, Any]) -> None:
         Path(task["result"]).write_text(json.dumps(result), encoding="utf-8")

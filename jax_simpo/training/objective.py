@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_simpo.config import TrainConfig, objective_weights
-from jax_simpo.config.objectives import ALL_KEYS, code_of
+from jax_simpo.config.objectives import ALL_KEYS, REFERENCE_KEY, code_of
 from jax_simpo.errors import ConfigError
 from jax_simpo.objectives import Objective, Responses, make_objective
 
@@ -28,8 +28,17 @@ def objective_of(config: TrainConfig) -> Objective:
         return make_objective(objective_weights(config.objective), vars(config))
     elif isinstance(config.objective, Objective):
         objective = config.objective
+        if ignored := [key for key in ALL_KEYS if getattr(config, key) is not None]:
+            raise ConfigError(
+                f"`{ignored[0]}` has no effect beside an `objective` made in Python; set it on the object"
+            )
     else:
         raise ConfigError(f"`objective` {config.objective!r} does not derive from jax_simpo.objectives.Objective")
+    if config.ref_model_name_or_path is not None and not objective.needs_reference:
+        name = type(objective).__name__
+        raise ConfigError(
+            f"`{REFERENCE_KEY}` has no effect with `objective` {name}, which needs no reference; remove it"
+        )
     _check_losses(objective)
     return objective
 

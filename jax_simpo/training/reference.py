@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from rich.console import Console
 
+from jax_simpo.data.store import cache_root
 from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
@@ -65,9 +66,8 @@ class Reference:
         """
         setup = self.setup
         plan = replace(setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None), prompt_targets=False)
-        cache = ReferenceCache(
-            setup.cache_dir, {**self.identity, "tokens": pairs.fingerprint}, len(pairs), PAIRS_PER_PLAN
-        )
+        identity = {**self.identity, "tokens": pairs.fingerprint}
+        cache = ReferenceCache(cache_root(setup.config.data_cache_dir), identity, len(pairs), PAIRS_PER_PLAN)
         sums = cache.read()
         first = min(distributed.collect("reference", -(-len(sums) // PAIRS_PER_PLAN)))
         steps = range(first, plan.steps_per_epoch)

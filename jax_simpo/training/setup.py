@@ -16,7 +16,6 @@ from jax_simpo import hf
 from jax_simpo.config import TrainConfig, torch_only
 from jax_simpo.data import chat, sources
 from jax_simpo.data.packing import StepPlan, make_step_plan
-from jax_simpo.data.store import default_cache_dir
 from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.errors import CheckpointError, ConfigError, ModelError
 from jax_simpo.hf import adapters
@@ -194,12 +193,6 @@ class Setup:
             config = config.model_copy(update={"use_peft": False})
             name = f"./{name}" if name.isdecimal() else name  # a bare number is the step of a run
         return Setup(config, name, given_mesh=self.mesh, given_tokenizer=self.tokenizer)
-
-    @property
-    def cache_dir(self) -> Path:
-        """The folder that keeps tokens and reference log-probs between runs."""
-        own = self.config.data_cache_dir
-        return default_cache_dir() if own is None else Path(own).expanduser()
 
     def load_params(self) -> Params:
         """The parameters to start from, split over the mesh: of a step of the run, a folder, or new ones."""

@@ -62,7 +62,8 @@ def test_targets_are_added_up_by_response_and_padding_is_thrown_away() -> None:
     responses = sum_responses(logps, jnp.array([[1, 0, 1, 3, 3]]), slots=3)
     np.testing.assert_array_equal(responses.sum, [[-2.0, -5.0, 0.0]])
     np.testing.assert_array_equal(responses.length, [[1, 2, 0]])
-    np.testing.assert_array_equal(responses.mean, [[-2.0, -2.5, 0.0]])
+    means = Responses(responses.sum, responses.length, jnp.zeros((1, 3))).mean
+    np.testing.assert_array_equal(means, [[-2.0, -2.5, 0.0]])
 
 
 def test_chosen_finds_its_rejected_in_whatever_slot_it_sits() -> None:
@@ -81,7 +82,7 @@ def test_empty_slots_give_zeros_in_values_and_gradients() -> None:
         slots = Responses(responses.sum, responses.length, jnp.zeros((2, 2)))
         pairs = match_pairs(slots, jnp.full((2, 2), -1), jnp.zeros((2, 2), jnp.int32))
         losses = SimPO(beta=2.0, gamma_beta_ratio=0.5).losses(pairs.chosen, pairs.rejected)
-        return jnp.where(pairs.valid, losses, 0.0).sum() + responses.mean.sum()
+        return jnp.where(pairs.valid, losses, 0.0).sum() + slots.mean.sum()
 
     value, gradient = jax.value_and_grad(total)(jnp.full((2, 4), -3.0))
     assert value == 0 and not gradient.any()

@@ -109,6 +109,14 @@ def test_an_objective_in_a_file_and_one_in_python_train_as_simpo_without_a_margi
     assert js.load_model(from_file.model_path, objective="simpo").setup.objective.beta == 2.0
 
 
+def test_a_run_is_another_one_when_the_code_of_its_objective_has_changed(config_file: Path) -> None:
+    config = load_config(config_file, ["--allow_code"])
+    before = config.run_identity()
+    assert config.run_identity() == before
+    (config_file.parent / "mine.py").write_text(FILE.replace("softplus(-self", "softplus(-2 * self"))
+    assert config.run_identity()["objective"] != before["objective"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -132,5 +140,11 @@ def test_keys_that_the_class_does_not_have_and_objects_that_are_no_objective_are
     config = load_config(config_file, ["--allow_code", "--alpha=0.5"])
     with pytest.raises(ConfigError, match=r"`alpha` has no effect with .*which has no such field"):
         objective_of(config)
+    beside = js.TrainConfig(objective=Own(beta=2.0), beta=5.0, **SETTINGS)
+    with pytest.raises(ConfigError, match="`beta` has no effect beside an `objective` made in Python"):
+        objective_of(beside)
+    unread = js.TrainConfig(objective=Own(beta=2.0), ref_model_name_or_path="x", **SETTINGS)
+    with pytest.raises(ConfigError, match="`ref_model_name_or_path` has no effect with `objective` Own"):
+        objective_of(unread)
     with pytest.raises(ConfigError, match="an objective of your own"):
         js.TrainConfig(objective=3, **SETTINGS)
