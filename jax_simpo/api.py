@@ -76,7 +76,7 @@ def train(
     return trainer.train(
         config,
         console,
-        pairs=None if pairs is None else sources.from_memory("pairs", pairs),
+        pairs=None if pairs is None else sources.from_memory("pairs", pairs, config.weight_column),
         eval_pairs=None if eval_pairs is None else sources.from_memory("eval_pairs", eval_pairs),
         on_record=_ask(callbacks) if callbacks else None,
     )

@@ -102,14 +102,12 @@ NOT_SUPPORTED: dict[str, str] = {
     "fp16": "float16 needs loss scaling and is not supported; use `dtype: bfloat16`",
     "fp16_full_eval": "float16 is not supported; use `dtype: bfloat16`",
     "label_smoothing_factor": "this is the cross-entropy's smoothing; SimPO's is `label_smoothing`",
-    "load_best_model_at_end": "the model of the last step is exported; `jax-simpo export` writes that of any kept step",
     "neftune_noise_alpha": "noise on embeddings is not supported",
     "dataloader_drop_last": "an epoch's last step trains on the pairs that are left; it cannot be dropped",
     "auto_find_batch_size": "a batch that shrinks silently is not supported; set `rows_per_device` or `row_length`",
     "group_by_length": "packing fills rows whatever the lengths; remove the key",
-    "lr_scheduler_kwargs": "the schedules take no further settings",
-    "optim_args": "AdamW takes adam_beta1, adam_beta2, adam_epsilon and weight_decay",
-    "optim_target_modules": "all weights are trained by AdamW",
+    "optim_args": "the optimizers take adam_beta1, adam_beta2, adam_epsilon, adam_mu_dtype and weight_decay",
+    "optim_target_modules": "one optimizer trains all weights",
     "lora_modules_to_save": "with `use_peft` only the adapter is trained; remove the key",
 }
 
@@ -132,10 +130,11 @@ RENAMED: dict[str, tuple[str, Callable[[Any], Any] | None]] = {
     "max_seq_length": ("max_length", None),
 }
 
-_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw")
+# The Hugging Face trainer's names of optimizers that exist here, some of them in several implementations.
+OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "lion_32bit": "lion"}
 
-# `optim` is read by `translate` itself, `gamma` by `read_gamma`.
-KEYS = frozenset(WITHOUT_MEANING) | frozenset(NOT_SUPPORTED) | frozenset(RENAMED) | {"optim", "gamma"}
+# `gamma` is read by `read_gamma`.
+KEYS = frozenset(WITHOUT_MEANING) | frozenset(NOT_SUPPORTED) | frozenset(RENAMED) | {"gamma"}
 
 
 def translate(values: dict[str, Any], place: Callable[[str], str]) -> tuple[dict[str, Any], list[str], dict[str, str]]:
@@ -178,12 +177,7 @@ def translate(values: dict[str, Any], place: Callable[[str], str]) -> tuple[dict
             if not _asks_for_nothing(value):
                 raise ConfigError(f"{place(key)}: `{key}: {_show(value)}` cannot be honoured: {NOT_SUPPORTED[key]}")
         elif key == "optim":
-            if value not in _ADAMW:
-                raise ConfigError(
-                    f"{place(key)}: `optim: {_show(value)}` cannot be honoured: the optimizer is AdamW; "
-                    "remove the key or write `optim: adamw_torch`"
-                )
-            notices.append(f"{place(key)}: `optim` has no effect here: the optimizer is always AdamW")
+            result[key] = OPTIMIZERS.get(value, value) if isinstance(value, str) else value
         else:
             result[key] = value
     return result, notices, origin

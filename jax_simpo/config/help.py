@@ -34,6 +34,11 @@ def members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
+def default_of(model: type[BaseModel], key: str) -> Any:
+    """Returns the default of a key."""
+    return keys_of(model)[key].get_default(call_default_factory=True, validated_data={})
+
+
 def nested(field: FieldInfo) -> type[BaseModel] | None:
     """Returns the class of a nested config; None for a key that has no keys below it."""
     for member in members(field.annotation):
@@ -225,11 +230,10 @@ def reference_page(model: type[BaseModel]) -> str:
         lines += [f"| `{name}.{n}` | `{show_default(f)}` | {f.description} |" for n, f in below.model_fields.items()]
     renamed = {k: f"`{ours}`" for k, (ours, _) in foreign.RENAMED.items()}
     renamed["gamma"] = "`gamma_beta_ratio`, which is gamma / beta"
-    without = {"optim": "always AdamW; another optimizer is an error", **foreign.WITHOUT_MEANING}
     lines += ["", "## Keys of the Hugging Face trainer and of the original SimPO files"]
     for title, column, table in (
         ("Read under another name:", "here", renamed),
-        ("Without effect here (a notice says so when they ask for something):", "instead", without),
+        ("Without effect here (a notice says so when they ask for something):", "instead", foreign.WITHOUT_MEANING),
         ("Errors, unless they ask for nothing (false, null, 0):", "why", foreign.NOT_SUPPORTED),
     ):
         lines += ["", title, "", f"| key | {column} |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in table.items())]

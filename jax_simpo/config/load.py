@@ -54,12 +54,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool 
         raise ConfigError(no_data)
     for key, why in ({} if torch else torch_only(config)).items():
         raise ConfigError(f"{places.get(key, path)}: {why}")
+    unused = _unused(config)
+    notices = [f"{places.get(key, path)}: `{key}` has no effect {unused[key]}" for key in values if key in unused]
+    return with_notices(config, notices)
+
+
+# Optimizer -> the keys that it does not read.
+_UNREAD = {
+    "adafactor": ("adam_beta1", "adam_beta2", "adam_epsilon"),
+    "lion": ("adam_epsilon",),
+}
+
+
+def _unused(config: TrainConfig) -> dict[str, str]:
+    """Returns the keys without effect beside the others that are not at their defaults, each with the reason."""
+    reasons = {key: f"with `optim: {config.optim}`" for key in _UNREAD.get(config.optim, ())}
     if not config.use_peft:
-        default = TrainConfig.model_fields
-        adapter = [k for k in values if k.startswith("lora_") and getattr(config, k) != default[k].default]
-        unused = [f"{places.get(key, path)}: `{key}` has no effect without `use_peft`" for key in adapter]
-        return with_notices(config, unused)
-    return config
+        reasons |= dict.fromkeys((k for k in TrainConfig.model_fields if k.startswith("lora_")), "without `use_peft`")
+    if config.early_stopping_patience is None:
+        reasons["early_stopping_threshold"] = "without `early_stopping_patience`"
+        if not config.load_best_model_at_end:
+            neither = "without `load_best_model_at_end` or `early_stopping_patience`"
+            reasons |= dict.fromkeys(("metric_for_best_model", "greater_is_better"), neither)
+    default = TrainConfig.model_fields
+    return {key: why for key, why in reasons.items() if getattr(config, key) != default[key].default}
 
 
 def _check_data_is_named(values: Mapping[str, Any], places: Mapping[str, str], path: Path) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_serializer, model_validator
 from pydantic.config import JsonDict
 
-from jax_simpo.config import foreign, help, objectives, yaml_files
+from jax_simpo.config import foreign, help, objectives, schedules, yaml_files
 from jax_simpo.config.objectives import OwnObjective
 from jax_simpo.errors import ConfigError
 
@@ -150,6 +150,12 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     truncation_mode: Literal["keep_end", "keep_start"] = _key(
         "keep_end", "Which end of a prompt that is too long stays.", identity=True
     )
+    weight_column: str | None = _key(
+        None,
+        "Column with a weight for each training pair, a number >= 0 by which its part of the loss is multiplied. The "
+        "loss stays divided by the number of pairs; evaluation counts every pair once. Default: all weights are 1.",
+        identity=True,
+    )
     on_bad_row: Literal["error", "skip"] = _key(
         "error", "What a row that cannot be trained on does: stop the run, or be skipped and counted.", identity=True
     )
@@ -243,16 +249,37 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     )
 
     # --- optimiser
+    optim: Literal["adamw", "adafactor", "lion", "muon"] = _key(
+        "adamw",
+        "Optimizer. `adafactor` keeps factored second moments and no first ones, `lion` one moment. `muon` "
+        "orthogonalises the updates of the layers' matrices, scaled to the size of AdamW's, and leaves all else to "
+        "AdamW. `torch_ref` has `adamw` only.",
+        section="Optimizer and schedule",
+        identity=True,
+    )
     learning_rate: Number = _key(
         5e-5,
-        "Peak learning rate of AdamW. Published SimPO runs use 3e-7 to 1e-6; the default is the Hugging Face trainer's "
-        "and is too high for most pretrained models.",
-        section="Optimizer and schedule",
+        "Peak learning rate. Published SimPO runs use 3e-7 to 1e-6 with AdamW; the default is the Hugging Face "
+        "trainer's and is too high for most pretrained models. Lion wants a third to a tenth of AdamW's.",
         identity=True,
         gt=0,
     )
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = _key(
-        "linear", "Course of the learning rate after warm-up. `constant` has no warm-up.", identity=True
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_min_lr",
+        "polynomial",
+        "warmup_stable_decay",
+        "constant",
+        "constant_with_warmup",
+    ] = _key("linear", "Course of the learning rate after warm-up. `constant` has no warm-up.", identity=True)
+    lr_scheduler_kwargs: dict[str, Any] = _key(
+        dict,
+        "Settings of the schedule, named as in transformers: `min_lr` or `min_lr_rate` with `cosine_with_min_lr`; "
+        "`lr_end` (1e-7) and `power` (1) with `polynomial`; `num_decay_steps` (a tenth of all steps), `min_lr_ratio` "
+        "(0) and `decay_type` (`cosine`, `linear` or `1-sqrt`) with `warmup_stable_decay`.",
+        identity=True,
+        entries="setting to value",
     )
     warmup_ratio: Number = _key(0.0, "Share of all steps spent on warm-up.", identity=True, ge=0, le=1)
     warmup_steps: Whole = _key(0, "Warm-up steps; when not 0 it overrides `warmup_ratio`.", identity=True, ge=0)
@@ -266,10 +293,22 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         ge=-1,
     )
     max_grad_norm: Number = _key(1.0, "Gradients are scaled down to this norm; 0 leaves them.", identity=True, ge=0)
-    weight_decay: Number = _key(0.0, "AdamW weight decay, not on norms and biases.", identity=True, ge=0)
-    adam_beta1: Number = _key(0.9, "AdamW decay of the gradient mean.", identity=True, ge=0, lt=1)
-    adam_beta2: Number = _key(0.999, "AdamW decay of the squared gradient mean.", identity=True, ge=0, lt=1)
-    adam_epsilon: Number = _key(1e-8, "AdamW epsilon.", identity=True, gt=0)
+    weight_decay: Number = _key(0.0, "Decoupled weight decay, not on norms and biases.", identity=True, ge=0)
+    adam_beta1: Number = _key(0.9, "Decay of the gradient mean, of AdamW and Lion.", identity=True, ge=0, lt=1)
+    adam_beta2: Number = _key(
+        0.999,
+        "AdamW's decay of the squared gradient mean; Lion's second decay of the mean, by default 0.99.",
+        identity=True,
+        ge=0,
+        lt=1,
+    )
+    adam_epsilon: Number = _key(1e-8, "AdamW's epsilon.", identity=True, gt=0)
+    adam_mu_dtype: Literal["float32", "bfloat16"] = _key(
+        "float32",
+        "Type in which the gradient mean (with `muon`, the momentum) is kept. bfloat16 saves two bytes a parameter. "
+        "Not with `adafactor`, which has none, nor in `torch_ref`.",
+        identity=True,
+    )
     seed: Whole = _key(42, "Seed of the pairs' order and of a new model's weights.", identity=True, ge=0)
 
     # --- batch and rows
@@ -340,7 +379,28 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         "steps", "When to write checkpoints during training. The last step is always exported."
     )
     save_steps: Whole = _key(500, "Steps between checkpoints, with `save_strategy: steps`.", ge=1)
-    save_total_limit: Whole | None = _key(None, "Checkpoints to keep, newest first. Default: all.", ge=1)
+    save_total_limit: Whole | None = _key(
+        None, "Checkpoints to keep, newest first; the best one is kept besides. Default: all.", ge=1
+    )
+    load_best_model_at_end: bool = _key(
+        False,
+        "Exports the model of the best evaluation instead of the last step's. Every new best step is saved, besides "
+        "those that `save_strategy` saves. The evaluation before the first step does not count.",
+    )
+    metric_for_best_model: str = _key(
+        "eval_loss",
+        "The evaluation's metric that says which model is best, with or without `eval_`, such as "
+        "`eval_rewards/accuracies`.",
+    )
+    greater_is_better: bool | None = _key(
+        None, "Whether the greater metric is the better one. Default: not where its name ends in `loss`."
+    )
+    early_stopping_patience: Whole | None = _key(
+        None, "Ends the run after so many evaluations in a row without a better metric. Default: never.", ge=1
+    )
+    early_stopping_threshold: Number = _key(
+        0.0, "By how much the metric must improve to count, with `early_stopping_patience`.", ge=0
+    )
     output_dir: str = _key("outputs/run", "Folder for everything a run writes. Default: `outputs/` + `run_name`.")
     overwrite_output_dir: bool = _key(False, "Starts afresh in a folder that holds another run, removing it.")
     resume_from_checkpoint: bool | Whole | str | None = _key(
@@ -384,6 +444,10 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         if number and float(length).is_integer() and "max_prompt_length" not in data:
             data["max_prompt_length"] = max(int(length) - 248, int(length) // 2, 1)
         data.setdefault("do_eval", data.get("eval_strategy", "no") != "no")
+        if data.get("optim") == "lion":
+            data.setdefault("adam_beta2", 0.99)
+        if data.get("lr_scheduler_kwargs", {}) is None:
+            data["lr_scheduler_kwargs"] = {}
         objective = data.get("objective", "simpo")
         if not objectives.check(objective):
             data |= {k: default for k, default in objectives.defaults(objective).items() if data.get(k) is None}
@@ -437,11 +501,33 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         if self.row_length != "auto" and (self.row_length < 128 or self.row_length % 128):
             near = max(128, round(self.row_length / 128) * 128)
             raise ValueError(f"`row_length` is {self.row_length}; expected auto or a multiple of 128, such as {near}")
+        if mistake := schedules.check(self.lr_scheduler_type, self.lr_scheduler_kwargs, self.learning_rate):
+            raise ValueError(mistake)
+        if self.optim == "adafactor" and self.adam_mu_dtype != "float32":
+            raise ValueError("`adam_mu_dtype` has no effect with `optim: adafactor`, which keeps no mean; remove it")
+        if self.optim == "muon" and self.use_peft:
+            raise ValueError(
+                "`optim: muon` is for whole weight matrices, of which `use_peft` trains none; use `optim: adamw`"
+            )
+        self._check_best()
         if self.max_steps == 0:
             raise ValueError("`max_steps` is 0; expected a positive number, or -1 for `num_train_epochs`")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("`load_in_4bit` and `load_in_8bit` contradict each other; keep one of them")
         return self
+
+    def _check_best(self) -> None:
+        """Checks the keys that choose the best of the evaluations."""
+        asked = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
+        if not self.load_best_model_at_end and self.early_stopping_patience is None:
+            return
+        if self.eval_strategy == "no" or not self.do_eval:
+            raise ValueError(f"`{asked}` needs evaluations to compare; set `eval_strategy: steps` or `epoch`")
+        if self.load_best_model_at_end and self.save_strategy == "no":
+            raise ValueError(
+                "`load_best_model_at_end` reads the best step from its checkpoint, and `save_strategy` is no; set it "
+                "to steps or epoch"
+            )
 
     @field_serializer("objective")
     def _dump_objective(self, value: Any) -> Any:
@@ -486,7 +572,10 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
             file = Path(code[0]).expanduser()
             digest = sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else "missing"
             identity["objective"] = f"{self.objective}, file {digest}"
-        # Keys that the objective does not read are left out, and so a run of a version without them can be continued.
+        # Keys that ask for nothing are left out, so that a run of a version without them can be continued.
+        for key in ("optim", "adam_mu_dtype", "lr_scheduler_kwargs", "weight_column"):
+            if values[key] == help.default_of(type(self), key):
+                del identity[key]
         unread = {"objective", *objectives.ALL_KEYS, objectives.REFERENCE_KEY}
         for key in [key for key in unread if identity[key] in (None, "simpo", "response")]:
             del identity[key]
@@ -530,6 +619,23 @@ def with_notices(config: TrainConfig, notices: Sequence[str]) -> TrainConfig:
     copy = config.model_copy()
     _set_notices(copy, [*config.notices, *notices])
     return copy
+
+
+# Keys with values that the PyTorch reference does not have, with the reason and the remedy.
+_JAX_ONLY = {
+    "optim": "it trains with AdamW only; remove the key",
+    "adam_mu_dtype": "it keeps AdamW's moments in float32; remove the key",
+}
+
+
+def jax_only(config: TrainConfig) -> dict[str, str]:
+    """Returns the settings that the PyTorch reference cannot honour: each key with a sentence that says why."""
+    fields = TrainConfig.model_fields
+    asked = {key: value for key in _JAX_ONLY if (value := getattr(config, key)) != fields[key].default}
+    return {
+        key: f"`{key}: {value}` cannot be honoured by `python -m torch_ref`: {_JAX_ONLY[key]}, or use `jax-simpo train`"
+        for key, value in asked.items()
+    }
 
 
 # Keys that only the PyTorch reference can honour, with the reason and the remedy.

@@ -38,6 +38,7 @@ class StepBatch:
         input_tokens: tokens in the rows, without padding.
         computed_tokens: tokens in the rows, padding and empty rows included.
         epoch: epochs done after this step.
+        weights: the weight of each pair, for pairs that have weights.
     """
 
     step: int
@@ -49,6 +50,7 @@ class StepBatch:
     computed_tokens: int
     epoch: float
     reference: Float[np.ndarray, "P 2"] | None = None
+    weights: Float[np.ndarray, " P"] | None = None
 
     def reference_sums(self, rows: RowBatch) -> Float[np.ndarray, "B R"] | None:
         """Returns the sum under the reference of every response slot of a micro-batch; empty slots get 0."""
@@ -57,6 +59,12 @@ class StepBatch:
         sums = self.reference[rows.response_pair, rows.response_rank]
         return np.where(rows.response_pair >= 0, sums, np.float32(0))
 
+    def pair_weights(self, rows: RowBatch) -> Float[np.ndarray, "B R"] | None:
+        """Returns the weight of the pair of every response slot of a micro-batch; empty slots get 0."""
+        if self.weights is None:
+            return None
+        return np.where(rows.response_pair >= 0, self.weights[rows.response_pair], np.float32(0))
+
 
 def build_step(
     plan: StepPlan,
@@ -64,6 +72,7 @@ def build_step(
     step: int,
     rows: Sequence[int] | None = None,
     reference: Float[np.ndarray, "N 2"] | None = None,
+    weights: Float[np.ndarray, " N"] | None = None,
 ) -> StepBatch:
     """Builds the rows of one step. Empty rows fill the last micro-batch.
 
@@ -73,6 +82,7 @@ def build_step(
         step: the step's number, from 0.
         rows: the rows of each micro-batch to build, such as those of this process's devices; None builds all.
         reference: the sums of all pairs under the reference, chosen and rejected; None without one.
+        weights: the weights of all pairs; None if they have none.
     """
     planned = plan.step(step)
     size = plan.rows_per_micro_batch
@@ -96,6 +106,7 @@ def build_step(
         computed_tokens=len(all_rows) * plan.shape.length,
         epoch=planned.epoch,
         reference=None if reference is None else reference[planned.pairs],
+        weights=None if weights is None else weights[planned.pairs],
     )
 
 
@@ -107,9 +118,10 @@ def step_batches(
     ahead: int = 2,
     rows: Sequence[int] | None = None,
     reference: Float[np.ndarray, "N 2"] | None = None,
+    weights: Float[np.ndarray, " N"] | None = None,
 ) -> Generator[StepBatch]:
     """Yields the batches of these steps in order, and builds up to `ahead` of them in advance."""
-    return prefetch((build_step(plan, source, step, rows, reference) for step in steps), ahead)
+    return prefetch((build_step(plan, source, step, rows, reference, weights) for step in steps), ahead)
 
 
 def prefetch(items: Iterator[Item], ahead: int) -> Generator[Item]:

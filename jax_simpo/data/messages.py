@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,6 +62,18 @@ def read_conversation(row: Mapping[str, Any]) -> Conversation:
         turns = _read_without_prompt_turns(prompt, chosen, rejected)
     _check_turns(turns)
     return turns
+
+
+def read_weight(value: Any, column: str) -> float:
+    """Reads the weight of a pair.
+
+    Raises:
+        BadRow: it is no number >= 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        shown = "missing" if value is None else _short(value)
+        raise BadRow("wrong weight", f"`{column}` is {shown}; expected a number >= 0")
+    return float(value)
 
 
 def _read_without_prompt_turns(

@@ -1,7 +1,8 @@
 """Reads preference pairs from files, saved datasets and the hub into tables of one schema.
 
-Every pair becomes three columns of JSON text. So message lists and plain strings, with or without a `prompt`, fit one
-table, and other columns of the source are dropped. In every function here, `label` is the source's name in messages.
+Every pair becomes three columns of JSON text, and a fourth if the pairs have weights. So message lists and plain
+strings, with or without a `prompt`, fit one table, and other columns of the source are dropped. In every function here,
+`label` is the source's name in messages, and `weights` names the column of the weights, if there is one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("chosen", pa.string()),
         ("rejected", pa.string()),
+        ("weight", pa.string()),
         ("file", pa.dictionary(pa.int32(), pa.string())),
         ("row", pa.int64()),
         ("line", pa.int64()),
@@ -32,24 +34,24 @@ _SCHEMA = pa.schema(
 )
 
 
-def from_rows(label: str, rows: Iterable[Any]) -> pa.Table:
+def from_rows(label: str, rows: Iterable[Any], weights: str | None = None) -> pa.Table:
     """Makes a table of rows that are Python objects. Raises `DataError` for rows without `chosen` and `rejected`."""
-    builder = _TableBuilder(label)
+    builder = _TableBuilder(label, weights)
     for row in rows:
         builder.add(row, None)
     return builder.table()
 
 
-def read_file(label: str, path: Path) -> pa.Table:
+def read_file(label: str, path: Path, weights: str | None = None) -> pa.Table:
     """Reads a file by its extension. Raises `DataError` if it is empty, broken or has no pairs."""
     if path.stat().st_size == 0:
         raise DataError(f"{label}: the file is empty")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return _read_parquet(label, path)
+        return _read_parquet(label, path, weights)
     if suffix == ".json" and not _is_jsonl(path):
-        return _read_json(label, path)
-    return _read_jsonl(label, path)
+        return _read_json(label, path, weights)
+    return _read_jsonl(label, path, weights)
 
 
 def _is_jsonl(path: Path) -> bool:
@@ -65,9 +67,9 @@ def _is_jsonl(path: Path) -> bool:
     return True
 
 
-def _read_jsonl(label: str, path: Path) -> pa.Table:
+def _read_jsonl(label: str, path: Path, weights: str | None) -> pa.Table:
     """Reads one JSON object per line, line by line, so that an error names the line."""
-    builder = _TableBuilder(label)
+    builder = _TableBuilder(label, weights)
     with path.open("rb") as stream:
         for line, data in enumerate(stream, start=1):
             if data.isspace():
@@ -82,7 +84,7 @@ def _read_jsonl(label: str, path: Path) -> pa.Table:
     return builder.table()
 
 
-def _read_json(label: str, path: Path) -> pa.Table:
+def _read_json(label: str, path: Path, weights: str | None) -> pa.Table:
     """Reads one JSON list of objects."""
     data = path.read_bytes()
     if not data.strip():
@@ -103,21 +105,21 @@ def _read_json(label: str, path: Path) -> pa.Table:
         raise DataError(
             f"{label}: holds {_type_name(values)}: a .json file must be one list of objects, or one object per line"
         )
-    return from_rows(label, values)
+    return from_rows(label, values, weights)
 
 
-def _read_parquet(label: str, path: Path) -> pa.Table:
+def _read_parquet(label: str, path: Path, weights: str | None) -> pa.Table:
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            _check_columns(label, names)
-            table = file.read(columns=[name for name in PAIR_COLUMNS if name in names])
+            _check_columns(label, names, weights)
+            table = file.read(columns=[name for name in (*PAIR_COLUMNS, weights) if name in names])
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{label}: not a readable parquet file ({error})") from error
-    return _from_arrow(label, [table])
+    return _from_arrow(label, [table], weights)
 
 
-def read_saved(label: str, folder: Path) -> pa.Table:
+def read_saved(label: str, folder: Path, weights: str | None = None) -> pa.Table:
     """Reads a `Dataset` that was written with `save_to_disk`. Raises `DataError` if it cannot be loaded."""
     import datasets  # takes half a second, and runs on JSONL do not need it
 
@@ -125,10 +127,10 @@ def read_saved(label: str, folder: Path) -> pa.Table:
         dataset = datasets.load_from_disk(str(folder))
     except Exception as error:
         raise DataError(f"{label}: cannot load the saved dataset ({_first_line(error)}): save it again") from error
-    return _from_dataset(label, dataset)
+    return _from_dataset(label, dataset, weights)
 
 
-def read_hub(name: str, split: str, config: str | None) -> pa.Table:
+def read_hub(name: str, split: str, config: str | None, weights: str | None = None) -> pa.Table:
     """Reads a split of a dataset on the hub. Raises `DataError` if the dataset or the split cannot be reached."""
     import datasets
 
@@ -145,29 +147,29 @@ def read_hub(name: str, split: str, config: str | None) -> pa.Table:
             f"{name}: neither a file or folder here nor a dataset that could be reached on the hub "
             f"({type(error).__name__}: {reason}): check the name, the network, or give a file"
         ) from error
-    return _from_dataset(f"{name}/{split}", dataset)
+    return _from_dataset(f"{name}/{split}", dataset, weights)
 
 
-def _from_dataset(label: str, dataset: Any) -> pa.Table:
-    _check_columns(label, dataset.column_names)
-    pairs = dataset.select_columns([name for name in PAIR_COLUMNS if name in dataset.column_names])
-    return _from_arrow(label, pairs.with_format("arrow").iter(batch_size=1000))
+def _from_dataset(label: str, dataset: Any, weights: str | None) -> pa.Table:
+    _check_columns(label, dataset.column_names, weights)
+    pairs = dataset.select_columns([name for name in (*PAIR_COLUMNS, weights) if name in dataset.column_names])
+    return _from_arrow(label, pairs.with_format("arrow").iter(batch_size=1000), weights)
 
 
-def _from_arrow(label: str, tables: Iterable[pa.Table]) -> pa.Table:
-    return from_rows(
-        label,
-        (row for table in tables for batch in table.to_batches(max_chunksize=1000) for row in batch.to_pylist()),
-    )
+def _from_arrow(label: str, tables: Iterable[pa.Table], weights: str | None) -> pa.Table:
+    batches = (batch for table in tables for batch in table.to_batches(max_chunksize=1000))
+    return from_rows(label, (row for batch in batches for row in batch.to_pylist()), weights)
 
 
 class _TableBuilder:
     """Collects rows and makes the table of a `RawSplit` from them."""
 
-    def __init__(self, label: str) -> None:
-        self.label = label
+    def __init__(self, label: str, weights: str | None) -> None:
+        self.label, self.weights = label, weights
         self.keys: set[str] = set()
-        self.texts: dict[str, list[str | None]] = {name: [] for name in PAIR_COLUMNS}
+        # By our column, its name in the source and its values.
+        self.texts: dict[str, tuple[str | None, list[str | None]]] = {name: (name, []) for name in PAIR_COLUMNS}
+        self.texts["weight"] = weights, []
         self.lines: list[int | None] = []
 
     def add(self, value: Any, line: int | None) -> None:
@@ -175,8 +177,8 @@ class _TableBuilder:
             place = f"line {line}" if line is not None else f"row {len(self.lines)}"
             raise DataError(f"{self.label}, {place}: {_type_name(value)}, not an object with `chosen` and `rejected`")
         self.keys.update(value)
-        for name, texts in self.texts.items():
-            item = value.get(name)
+        for name, texts in self.texts.values():
+            item = None if name is None else value.get(name)
             texts.append(None if item is None else json.dumps(item, default=str))
         self.lines.append(line)
 
@@ -185,15 +187,15 @@ class _TableBuilder:
         if rows == 0:
             raise DataError(f"{self.label}: there are no rows in it")
         # Some rows without a column are bad rows; a column that no row has is a mistake in the whole file.
-        _check_columns(self.label, self.keys)
+        _check_columns(self.label, self.keys, self.weights)
         file = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([self.label]))
-        arrays = [pa.array(self.texts[name], pa.string()) for name in PAIR_COLUMNS]
+        arrays = [pa.array(texts, pa.string()) for _, texts in self.texts.values()]
         return pa.Table.from_arrays(
             [*arrays, file, pa.array(range(rows), pa.int64()), pa.array(self.lines, pa.int64())], schema=_SCHEMA
         )
 
 
-def _check_columns(label: str, names: Iterable[str]) -> None:
+def _check_columns(label: str, names: Iterable[str], weights: str | None) -> None:
     names = sorted(names)
     missing = [name for name in ("chosen", "rejected") if name not in names]
     if missing:
@@ -201,6 +203,8 @@ def _check_columns(label: str, names: Iterable[str]) -> None:
             f"{label}: has the columns {', '.join(names) or '(none)'} but not {' and '.join(missing)}: "
             "rename them; needed are `chosen` and `rejected`, and `prompt` if the answers stand alone"
         )
+    if weights is not None and weights not in names:
+        raise DataError(f"{label}: has no column `{weights}`, which `weight_column` names; it has {', '.join(names)}")
 
 
 def _json_fault(error: ValueError | RecursionError) -> str:

@@ -30,14 +30,16 @@ SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # train-00000-of-00002.parquet, as i
 class RawSplit:
     """The pairs of one split as the sources give them, in file order, with the origin of each.
 
-    `table` has the columns `prompt`, `chosen`, `rejected` (JSON text, null where absent), `file` (as shown to users),
-    `row` (from 0 within the file or hub split) and `line` (from 1, null where the source has no lines). Where several
-    splits were read as one, `parts` gives the name and the number of rows of each, in the order of the table.
+    `table` has the columns `prompt`, `chosen`, `rejected`, `weight` (JSON text, null where absent), `file` (as shown to
+    users), `row` (from 0 within the file or hub split) and `line` (from 1, null where the source has no lines). Where
+    several splits were read as one, `parts` gives the name and the number of rows of each, in the order of the table.
+    `weight_column` is the name that the column of the weights has in the sources; None if the pairs have none.
     """
 
     name: str
     table: pa.Table
     parts: tuple[tuple[str, int], ...] = ()
+    weight_column: str | None = None
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -63,7 +65,7 @@ class RawSplit:
     def fingerprint(self) -> str:
         """A hash of the pairs' content. It does not change when a file is moved or renamed."""
         digest = hashlib.blake2b(digest_size=20)
-        for column in PAIR_COLUMNS:
+        for column in (*PAIR_COLUMNS, *(() if self.weight_column is None else ("weight",))):
             for text in self.table[column].to_pylist():
                 data = b"" if text is None else text.encode()
                 digest.update(b"%d:" % (-1 if text is None else len(data)) + data)
@@ -72,8 +74,9 @@ class RawSplit:
 
 def decode_rows(table: pa.Table) -> list[dict[str, Any]]:
     """Converts rows of a `RawSplit.table` to Python values."""
-    columns = [[None if t is None else json.loads(t) for t in table[name].to_pylist()] for name in PAIR_COLUMNS]
-    return [dict(zip(PAIR_COLUMNS, values, strict=True)) for values in zip(*columns, strict=True)]
+    names = (*PAIR_COLUMNS, "weight")
+    columns = [[None if t is None else json.loads(t) for t in table[name].to_pylist()] for name in names]
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -96,12 +99,22 @@ def load_split(
 
 
 def load_train(
-    dataset_mixer: Mapping[str, float], splits: Sequence[str], *, dataset_configs: Sequence[str | None] | None = None
+    dataset_mixer: Mapping[str, float],
+    splits: Sequence[str],
+    *,
+    dataset_configs: Sequence[str | None] | None = None,
+    weight_column: str | None = None,
 ) -> RawSplit:
     """Loads the training pairs: the first `int(fraction * rows)` rows of every train split of every source.
 
+    Args:
+        dataset_mixer: the sources, and the fraction to take of each.
+        splits: the names of the splits.
+        dataset_configs: the configuration of each source that is a data set on the hub.
+        weight_column: the column of the pairs' weights; None if they have none.
+
     Raises:
-        DataError: as `load_split`, or a fraction leaves a source without a pair.
+        DataError: as `load_split`, or a fraction leaves a source without a pair, or a source lacks the weights.
     """
     _check_mixer(dataset_mixer)
     if not splits:
@@ -110,7 +123,7 @@ def load_train(
     configs = _source_configs(dataset_mixer, dataset_configs)
     # A source has one fraction, which applies to each of its splits.
     for (source, fraction), config in zip(dataset_mixer.items(), configs, strict=True):
-        splits_of_source = [_read_source(source, split, config) for split in splits]
+        splits_of_source = [_read_source(source, split, config, weight_column) for split in splits]
         cut = [table.slice(0, int(fraction * table.num_rows)) for table in splits_of_source]
         if fraction > 0 and not any(table.num_rows for table in cut):
             rows = " + ".join(str(table.num_rows) for table in splits_of_source)
@@ -123,7 +136,7 @@ def load_train(
     table = pa.concat_tables(tables).unify_dictionaries()
     if table.num_rows == 0:
         raise DataError(f"dataset_mixer: the fractions leave no training pairs ({dict(dataset_mixer)}): raise them")
-    return RawSplit("+".join(splits), table, tuple(parts))
+    return RawSplit("+".join(splits), table, tuple(parts), weight_column)
 
 
 def load_eval(
@@ -137,22 +150,23 @@ def load_eval(
     return load_train(dict.fromkeys(dataset_mixer, 1.0), splits, dataset_configs=dataset_configs)
 
 
-def from_memory(name: str, pairs: Any) -> RawSplit:
+def from_memory(name: str, pairs: Any, weight_column: str | None = None) -> RawSplit:
     """The split of pairs that are in memory already.
 
     Args:
         name: names the pairs in messages.
         pairs: an iterable of dicts in any form that a row of a file may have, or a `datasets.Dataset`.
+        weight_column: the key of the pairs' weights; None if they have none.
 
     Raises:
-        DataError: there are no pairs, or they lack `chosen` or `rejected`.
+        DataError: there are no pairs, or they lack `chosen` or `rejected`, or the weights.
     """
     if isinstance(pairs, str | Path | Mapping) or not isinstance(pairs, Iterable):
         raise DataError(
             f"{name}: {type(pairs).__name__} is no list of pairs; give a list of dicts with `chosen` and `rejected`, "
             "or a `datasets.Dataset`. Files are named in `dataset_mixer`"
         )
-    return RawSplit(name, from_rows(name, pairs))
+    return RawSplit(name, from_rows(name, pairs, weight_column), weight_column=weight_column)
 
 
 def _check_mixer(dataset_mixer: Mapping[str, float]) -> None:
@@ -179,43 +193,44 @@ def _source_configs(dataset_mixer: Mapping[str, float], configs: Sequence[str | 
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _read_source(source: str, split: str, config: str | None) -> pa.Table:
+def _read_source(source: str, split: str, config: str | None, weights: str | None = None) -> pa.Table:
     path = Path(source).expanduser()
     if source.startswith(BUILTIN):
-        table = from_rows(f"{source}/{split}", synthetic.make_rows(source.removeprefix(BUILTIN), split))
+        table = from_rows(f"{source}/{split}", synthetic.make_rows(source.removeprefix(BUILTIN), split), weights)
     elif path.is_dir():
-        table = _read_folder(source, path, split)
+        table = _read_folder(source, path, split, weights)
     elif path.exists():
         if path.suffix.lower() not in FILE_TYPES:
             raise DataError(f"{source}: cannot read {path.suffix or 'a file without extension'}; use {_file_types()}")
         _check_split(source, split, ["train"], "a single data file is the split `train`; put test pairs beside it")
-        table = read_file(source, path)
+        table = read_file(source, path, weights)
     elif path.suffix.lower() in FILE_TYPES or source.startswith(("/", ".", "~")) or source.count("/") > 1:
         # Not a hub id, which has at most one slash.
         raise DataError(f"{source}: no such file or folder{_suggest_neighbour(path)}")
     else:
-        table = read_hub(source, split, config)
+        table = read_hub(source, split, config, weights)
     if table.num_rows == 0:
         raise DataError(f"{source}: the split {split!r} has no rows")
     return table
 
 
-def _read_folder(source: str, folder: Path, split: str) -> pa.Table:
+def _read_folder(source: str, folder: Path, split: str, weights: str | None) -> pa.Table:
     if (folder / "dataset_dict.json").exists():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
         _check_split(source, split, splits)
-        return read_saved(f"{source}/{split}", folder / split)
+        return read_saved(f"{source}/{split}", folder / split, weights)
     if _is_saved_dataset(folder):
         _check_split(source, split, ["train"], "a saved dataset without splits is the split `train`")
-        return read_saved(source, folder)
+        return read_saved(source, folder, weights)
     files = _folder_files(source, folder)
     saved = {child.name: child for child in sorted(folder.iterdir()) if child.is_dir() and _is_saved_dataset(child)}
     if not files and not saved:
         raise DataError(f"{source}: the folder holds neither {_file_types()} files nor a dataset of `save_to_disk`")
     _check_split(source, split, [*saved, *files], "a folder's splits are its file names without the extension")
     if split in saved:
-        return read_saved(f"{source}/{split}", saved[split])
-    return pa.concat_tables([read_file(str(Path(source) / file.relative_to(folder)), file) for file in files[split]])
+        return read_saved(f"{source}/{split}", saved[split], weights)
+    named = [(str(Path(source) / file.relative_to(folder)), file) for file in files[split]]
+    return pa.concat_tables([read_file(label, file, weights) for label, file in named])
 
 
 def _folder_files(source: str, folder: Path) -> dict[str, list[Path]]:

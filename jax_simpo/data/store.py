@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jax_simpo.data.chat import PairText
 from jax_simpo.data.pairs import PairLengths, Response, TokenizedPair, common_prefix_length
@@ -29,8 +29,8 @@ from jax_simpo.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENISATION_VERSION = 1
-"""Raise this number with every change to messages, chat or tokenize that can change a token: it ends old caches."""
+TOKENISATION_VERSION = 2
+"""Raise this number with every change that can change a token or the stored columns: it ends old caches."""
 
 SHOWN_SKIPPED = 10
 
@@ -42,6 +42,7 @@ _SCHEMA = pa.schema(
         ("rejected_ids", pa.list_(pa.int32())),
         ("rejected_prompt_length", pa.int32()),
         ("shared_inputs", pa.int32()),
+        ("weight", pa.float32()),
         ("text_prompt", pa.string()),
         ("text_chosen", pa.string()),
         ("text_rejected", pa.string()),
@@ -98,6 +99,11 @@ class PairDataset:
             chosen_targets=chosen - self._prompt_lengths[0],
             rejected_targets=rejected - self._prompt_lengths[1],
         )
+
+    @cached_property
+    def weights(self) -> Float[np.ndarray, " P"]:
+        """The weight of each pair, float32: 1 for all where the split has no column of weights."""
+        return np.asarray(self._table["weight"].to_numpy(), np.float32)
 
     def pair(self, index: int) -> TokenizedPair:
         """Returns one pair; see `pairs`."""
@@ -329,7 +335,12 @@ class Writer:
         self.skipped: list[Skipped] = []
 
     def write(
-        self, indices: list[int], texts: list[PairText], pairs: list[TokenizedPair], skipped: list[Skipped]
+        self,
+        indices: list[int],
+        texts: list[PairText],
+        pairs: list[TokenizedPair],
+        weights: list[float],
+        skipped: list[Skipped],
     ) -> None:
         """Writes the rows of a chunk that became pairs, and notes those that were skipped."""
         self.skipped += skipped
@@ -342,6 +353,7 @@ class Writer:
             _list_array([pair.rejected.ids for pair in pairs]),
             pa.array([pair.rejected.prompt_length for pair in pairs], pa.int32()),
             pa.array([common_prefix_length(p.chosen.inputs, p.rejected.inputs) for p in pairs], pa.int32()),
+            pa.array(weights, pa.float32()),
             pa.array([text.prompt for text in texts], pa.string()),
             pa.array([text.chosen for text in texts], pa.string()),
             pa.array([text.rejected for text in texts], pa.string()),

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jax_simpo.data.chat import PairText, render_pair
-from jax_simpo.data.messages import BadRow
+from jax_simpo.data.messages import BadRow, read_weight
 from jax_simpo.data.pairs import Response, TokenizedPair
 from jax_simpo.data.sources import RawSplit, decode_rows
 from jax_simpo.data.store import PairDataset, Skipped, Store, cache_key
@@ -184,10 +184,19 @@ def tokenize_split(
         raise DataError("\n".join([first, *dataset.skipped_lines(), last]))
     if len(dataset) == 0:
         raise DataError(f"no row of {raw.name} can be used: {dataset.skipped_summary()}")
+    if not dataset.weights.any():
+        raise DataError(f"every pair of {raw.name} has the weight 0 (`{raw.weight_column}`): there is nothing to train")
     return dataset
 
 
-Chunk = tuple[list[int], list[PairText], list[TokenizedPair], list[Skipped]]
+class Chunk(NamedTuple):
+    """Some rows of a split: of those that became pairs the number, text, tokens and weight, and those that did not."""
+
+    indices: list[int]
+    texts: list[PairText]
+    pairs: list[TokenizedPair]
+    weights: list[float]
+    skipped: list[Skipped]
 
 
 def _tokenize_chunks(
@@ -197,39 +206,42 @@ def _tokenize_chunks(
         task = bar.add_task(f"tokenise {raw.name}", total=len(raw))
         for start in range(0, len(raw), CHUNK_ROWS):
             rows = decode_rows(raw.table.slice(start, CHUNK_ROWS))
-            yield _tokenize_chunk(start, rows, tokenizer, settings)
+            yield _tokenize_chunk(start, rows, tokenizer, settings, raw.weight_column)
             bar.advance(task, len(rows))
 
 
 def _tokenize_chunk(
-    start: int, rows: list[dict[str, object]], tokenizer: PreTrainedTokenizerBase, settings: TokenSettings
+    start: int,
+    rows: list[dict[str, object]],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TokenSettings,
+    weight_column: str | None,
 ) -> Chunk:
-    skipped: list[Skipped] = []
-    rendered: list[tuple[int, PairText]] = []
+    chunk = Chunk([], [], [], [], [])
+    rendered: list[tuple[int, PairText, float]] = []
     for index, row in enumerate(rows, start):
         try:
-            rendered.append((index, render_pair(row, tokenizer, settings.auto_insert_empty_system_msg)))
+            weight = 1.0 if weight_column is None else read_weight(row["weight"], weight_column)
+            rendered.append((index, render_pair(row, tokenizer, settings.auto_insert_empty_system_msg), weight))
         except BadRow as bad:
-            skipped.append(Skipped(index, bad.kind, bad.detail))
+            chunk.skipped.append(Skipped(index, bad.kind, bad.detail))
 
     # One call encodes the chunk in the tokenizer's own Rust threads. Worker processes would be slower: 1300 pairs
     # (0.6 M tokens, Llama-3 vocabulary) take 0.33 s to encode on two cores and 0.25 s for the rest, and a spawned
     # worker takes 2 s to import transformers. Forked workers (as in `datasets`) may deadlock beside JAX's threads.
-    encoded = _encode(tokenizer, [t for _, text in rendered for t in _texts_to_encode(text)]) if rendered else []
+    encoded = _encode(tokenizer, [t for _, text, _ in rendered for t in _texts_to_encode(text)]) if rendered else []
 
-    indices: list[int] = []
-    texts: list[PairText] = []
-    pairs: list[TokenizedPair] = []
-    for number, (index, text) in enumerate(rendered):
+    for number, (index, text, weight) in enumerate(rendered):
         try:
             pair = _make_pair(encoded[3 * number : 3 * number + 3], tokenizer, settings)
         except BadRow as bad:
-            skipped.append(Skipped(index, bad.kind, bad.detail))
+            chunk.skipped.append(Skipped(index, bad.kind, bad.detail))
             continue
-        indices.append(index)
-        texts.append(text)
-        pairs.append(pair)
-    return indices, texts, pairs, skipped
+        chunk.indices.append(index)
+        chunk.texts.append(text)
+        chunk.pairs.append(pair)
+        chunk.weights.append(weight)
+    return chunk
 
 
 @contextmanager

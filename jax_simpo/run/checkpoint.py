@@ -27,14 +27,13 @@ class Checkpoints:
 
     Args:
         directory: the folder of the steps; made if it is missing and `read_only` is false.
-        keep: how many to keep, the newest; None keeps all.
+        keep: how many to keep, the newest, besides a step that `save` is told to keep; None keeps all.
         read_only: promise not to write.
     """
 
     def __init__(self, directory: Path, *, keep: int | None = None, read_only: bool = False) -> None:
-        self.directory = directory.absolute()
+        self.directory, self._keep = directory.absolute(), keep
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
             # The rest of a killed save is no checkpoint; it is removed, never restored.
             cleanup_tmp_directories=not read_only,
             create=not read_only,
@@ -67,14 +66,17 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory} holds no checkpoint")
         return steps[-1]
 
-    def save(self, step: int, params: Any, optimizer: Any, run: Mapping[str, Any]) -> None:
-        """Writes a step whole or not at all. A step of the same number is removed first.
+    def save(
+        self, step: int, params: Any, optimizer: Any, run: Mapping[str, Any], *, keep_step: int | None = None
+    ) -> None:
+        """Writes a step whole or not at all, and then removes the oldest ones. One of the same number goes first.
 
         Args:
             step: optimizer steps done.
             params: the trained parameters.
             optimizer: the optimizer state.
             run: the run's identity.
+            keep_step: a step that is not to be removed, however old it is.
         """
         if step in self._manager.all_steps():
             self._manager.delete(step)
@@ -88,6 +90,9 @@ class Checkpoints:
             ),
         )
         self._manager.wait_until_finished()
+        for old in self.steps()[: -self._keep] if self._keep else []:
+            if old not in (step, keep_step):
+                self._manager.delete(old)
 
     def run(self, step: int) -> dict[str, Any]:
         """The identity of the run that saved a step."""

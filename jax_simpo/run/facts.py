@@ -56,9 +56,17 @@ def write_facts(
     )
 
 
-def note_export(output: Path, step: int) -> None:
-    """Notes that the exported model is that of this step."""
-    _write(output, {**read_facts(output), "exported_step": step})
+def note_export(output: Path, step: int, *, model_step: int | None = None, ended_early: bool = False) -> None:
+    """Notes that a run has exported its model.
+
+    Args:
+        output: the output directory.
+        step: optimizer steps done.
+        model_step: the step whose model it is, if that is another one (`load_best_model_at_end`).
+        ended_early: early stopping has ended the run.
+    """
+    notes: dict[str, Any] = {"exported_step": step, "ended_early": ended_early}
+    _write(output, {**read_facts(output), **notes, "model_step": step if model_step is None else model_step})
 
 
 def versions() -> dict[str, str]:

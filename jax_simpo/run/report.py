@@ -108,8 +108,26 @@ class Run:
         """Time in training steps, compilation included, evaluation and saving not."""
         return float(self.train[-1]["total_seconds"])
 
+    @property
+    def exported_eval(self) -> Mapping[str, Any]:
+        """The evaluation of the exported model: the last one, unless an earlier step was the best."""
+        step = self.facts.get("model_step")
+        return next((record for record in self.evals if record["eval_step"] == step), self.evals[-1])
+
+    @property
+    def choice(self) -> str:
+        """Says which step's model was exported, if it is not the last one's; otherwise an empty text."""
+        step, steps = self.facts.get("model_step"), self.facts.get("exported_step")
+        if step == steps:
+            return ""
+        metric = self.config.get("metric_for_best_model")
+        return f" The exported model is that of step {step:,} of {steps:,}, the best by {metric}."
+
     def outcome(self) -> str:
-        """Sums up in a sentence how often the model prefers the chosen answer."""
+        """Sums up in a sentence how often the model prefers the chosen answer, and which model it is."""
+        return self._outcome() + self.choice
+
+    def _outcome(self) -> str:
         key = "rewards/accuracies"
         if not self.evals:
             start, end = (f"{self.train[i][key]:.1%}" for i in (0, -1))
@@ -117,7 +135,7 @@ class Run:
                 f"In the last training step the model preferred the chosen answer in {end} of the pairs; in the first "
                 f"it was {start}. The run was not evaluated."
             )
-        first, last = self.evals[0], self.evals[-1]
+        first, last = self.evals[0], self.exported_eval
         before, after = first[f"eval_{key}"], last[f"eval_{key}"]
         sentence = f"The model prefers the chosen answer in {after:.1%} of the {last['eval_pairs']:,} evaluation pairs"
         if len(self.evals) == 1:

@@ -34,6 +34,8 @@ def run_identity(config: TrainConfig, global_batch_size: int, pairs: PairDataset
     for pair in pairs.pairs(range(len(pairs))):
         for response in pair.responses:
             digest.update(b"%d:%d:" % (len(response.ids), response.prompt_length) + response.ids.tobytes())
+    if config.weight_column is not None:
+        digest.update(pairs.weights.tobytes())
     identity = {
         **config.run_identity(),
         "global_batch_size": global_batch_size,
@@ -139,11 +141,13 @@ def check_not_finished(output: Path, step: int, total_steps: int) -> None:
         total_steps: optimizer steps of the whole run.
 
     Raises:
-        CheckpointError: all steps are done and the model of the last one is exported.
+        CheckpointError: all steps are done, or early stopping has ended the run, and the model is exported.
     """
-    exported = read_facts(output).get("exported_step") if (output / files.MODEL).exists() else None
-    if step >= total_steps and exported == step:
+    facts = read_facts(output) if (output / files.MODEL).exists() else {}
+    early = bool(facts.get("ended_early"))
+    if facts.get("exported_step") == step and (step >= total_steps or early):
+        by = " by early stopping" if early else ""
         raise CheckpointError(
-            f"{output} holds this run, finished at step {step}: nothing is left to train. Give another `output_dir`, "
-            "or set `overwrite_output_dir: true` to train it again"
+            f"{output} holds this run, finished{by} at step {step}: nothing is left to train. Give another "
+            "`output_dir`, or set `overwrite_output_dir: true` to train it again"
         )

@@ -21,6 +21,7 @@ from jax_simpo.data.packing import StepPlan
 from jax_simpo.errors import TrainingError
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
+from jax_simpo.run.best import BestRule, evaluations
 from jax_simpo.run.cadence import is_due
 from jax_simpo.run.checkpoint import Checkpoints
 from jax_simpo.run.metrics import MetricsLog, check_finite, evaluation_line, read_metrics
@@ -40,9 +41,11 @@ class TrainingLoop:
         plan: the step plan of the training pairs.
         pairs: the training pairs.
         reference: the sums of their responses under the reference, for an objective that needs one.
+        weights: their weights; None if they have none.
         functions: the compiled functions.
         schedule: gives the learning rate of a step.
         evaluation: evaluates the evaluation pairs; None where the run has none.
+        best_rule: chooses among the evaluations; None where the config asks for no choice.
         checkpoints: the checkpoints of the output directory.
         identity: the run's identity, saved with every step.
         total_steps: optimizer steps of the whole run.
@@ -56,9 +59,11 @@ class TrainingLoop:
     plan: StepPlan
     pairs: PairSource
     reference: Float[np.ndarray, "P 2"] | None
+    weights: Float[np.ndarray, " P"] | None
     functions: TrainFunctions
     schedule: optax.Schedule
     evaluation: Evaluation | None
+    best_rule: BestRule | None
     checkpoints: Checkpoints
     identity: Mapping[str, Any]
     total_steps: int
@@ -69,16 +74,23 @@ class TrainingLoop:
     def run(self, params: Params, state: Any, first_step: int) -> tuple[Params, int]:
         """Runs the steps from `first_step` on; returns the trained parameters and the number of steps they have had.
 
+        Afterwards `ended_early` says whether early stopping has ended the run.
+
         Raises:
             TrainingError: the loss or the gradient is no longer finite, or a process was told to end (SIGTERM).
         """
         self._stop_asked, done = False, first_step
-        steps, rows = range(first_step, self.total_steps), local_rows(self.setup.mesh, self.plan.rows_per_micro_batch)
+        self._evaluated = evaluations(self.output, first_step) if first_step else []
+        self.ended_early = self._ends(first_step)  # a run that was killed before its export has nothing else to do
+        steps = range(first_step, first_step if self.ended_early else self.total_steps)
+        rows = local_rows(self.setup.mesh, self.plan.rows_per_micro_batch)
         with (
             MetricsLog(self.output, first_step=first_step, write=distributed.is_first()) as self._log,
             TrainingProgress(self.console, self.total_steps, first_step) as self._progress,
             closing(
-                step_batches(self.plan, self.pairs, steps, rows=rows.tolist(), reference=self.reference)
+                step_batches(
+                    self.plan, self.pairs, steps, rows=rows.tolist(), reference=self.reference, weights=self.weights
+                )
             ) as batches,
         ):
             if self.evaluation is not None and not first_step:
@@ -89,13 +101,19 @@ class TrainingLoop:
                 self._clock.count(len(batch.pairs), batch.input_tokens)
                 self._after(batch, params, state, metrics)
                 done = batch.step + 1
-                if self._stop_asked:
+                if self._stop_asked or self.ended_early:
                     break
         counted = self._clock.total
         if counted.seconds:
             share = counted.waited / counted.seconds
             self.console.print(f"the host's row building kept the device waiting {share:.1%} of the time at most")
         return params, done
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best evaluation so far, if its model is the one to export."""
+        rule = self.best_rule
+        return rule.best_step(self._evaluated) if rule is not None and rule.keep else None
 
     def _after(self, batch: StepBatch, params: Params, state: Any, metrics: Mapping[str, Any]) -> None:
         """Logs, evaluates and saves where it is due. Otherwise it does not wait for the device."""
@@ -114,8 +132,11 @@ class TrainingLoop:
         with self._clock.paused():
             if evaluate:
                 self._evaluate(params, done, batch.epoch)
+                self.ended_early = self._ends(done)
+                save |= self.best_step == done or (self.ended_early and self.setup.config.save_strategy != "no")
             if save or self._stop_asked:
-                self.checkpoints.save(done, self.setup.model.split(params)[0], state, self.identity)
+                best = self.best_step
+                self.checkpoints.save(done, self.setup.model.split(params)[0], state, self.identity, keep_step=best)
         if stop:
             raise TrainingError(
                 f"ended by SIGTERM after step {done} of {self.total_steps}, which is saved. Start the same command "
@@ -169,8 +190,20 @@ class TrainingLoop:
     def _evaluate(self, params: Params, step: int, epoch: float) -> None:
         assert self.evaluation is not None
         metrics = self.evaluation.run(params)
-        self._record({"eval_step": step, "eval_epoch": epoch, **metrics})
+        self._evaluated.append({"eval_step": step, "eval_epoch": epoch, **metrics})
+        self._record(self._evaluated[-1])
         self.console.print(evaluation_line(step, metrics, list(self.evaluation.source.splits)))
+
+    def _ends(self, done: int) -> bool:
+        """Returns True, and says so, if early stopping ends the run after this step."""
+        rule = self.best_rule
+        if rule is None or done == self.total_steps or not rule.ends(self._evaluated):
+            return False
+        self.console.print(
+            f"early stopping: {rule.patience} evaluations without a better {rule.metric}; the run ends at step {done} "
+            f"of {self.total_steps}"
+        )
+        return True
 
 
 @dataclass

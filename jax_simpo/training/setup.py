@@ -266,7 +266,12 @@ class Setup:
         if self.memory_pairs is not None:
             return self.tokenize(self.memory_pairs)
         require_data(config)
-        raw = sources.load_train(config.dataset_mixer, config.train_splits, dataset_configs=config.dataset_configs)
+        raw = sources.load_train(
+            config.dataset_mixer,
+            config.train_splits,
+            dataset_configs=config.dataset_configs,
+            weight_column=config.weight_column,
+        )
         return self.tokenize(raw)
 
     def eval_pairs(self) -> PairDataset:

@@ -46,23 +46,27 @@ def micro_batch_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Computes a micro-batch's part of the step's loss and metrics; the parts of a step add up to its means.
 
-    `rows` holds `reference_sum`, float32 [B, R], if the objective needs a reference (`MicroBatch.arrays`).
+    `rows` holds `reference_sum`, float32 [B, R], if the objective needs a reference, and `pair_weight`, float32 [B, R],
+    if the pairs have weights (`MicroBatch.arrays`). A weight multiplies what its pair adds to the loss.
     """
     logps = forward.response_logps(params, rows, objective.reads_prompts)
     reference = rows["reference_sum"] if objective.needs_reference else jnp.zeros_like(logps.sum)
     responses = Responses(logps.sum, logps.length, reference)
     pairs = match_pairs(responses, rows["response_pair"], rows["response_rank"])
-    losses = objective.losses(pairs.chosen, pairs.rejected)
+    losses, weight = objective.losses(pairs.chosen, pairs.rejected), rows.get("pair_weight")
 
     def mean(per_pair: Array) -> Array:
         return jnp.where(pairs.valid, per_pair, 0.0).sum() / denominators.pairs
 
-    loss = mean(losses)
+    def weighted(per_pair: Array) -> Array:
+        return per_pair if weight is None else weight * per_pair
+
+    loss = mean(weighted(losses))
     metrics = {}
     if objective.sft_weight:
-        target_sum = pairs.chosen.sum.sum()
+        target_sum = weighted(pairs.chosen.sum).sum()
         if logps.prompt_sum is not None:  # only chosen responses have targets in their prompts
-            target_sum += logps.prompt_sum.sum()
+            target_sum += weighted(logps.prompt_sum).sum()
         metrics["sft_loss"] = -target_sum / denominators.chosen_tokens
         loss += objective.sft_weight * metrics["sft_loss"]
     chosen, rejected = objective.score(pairs.chosen), objective.score(pairs.rejected)
@@ -179,24 +183,26 @@ class MicroBatch(NamedTuple):
         row_count: the number of rows over all processes.
         denominators: the numbers that their sums are divided by.
         reference_sum: the sum of log-probs of each response slot under the reference, if the objective needs one.
+        pair_weight: the weight of the pair of each response slot, if the pairs have weights.
     """
 
     rows: RowBatch
     row_count: int
     denominators: Denominators
     reference_sum: Float[np.ndarray, "B R"] | None = None
+    pair_weight: Float[np.ndarray, "B R"] | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays of the rows by name, with `reference_sum` where there is one."""
-        reference = {} if self.reference_sum is None else {"reference_sum": self.reference_sum}
-        return {**self.rows.arrays(), **reference}
+        """Returns the arrays of the rows by name, with `reference_sum` and `pair_weight` where there are such."""
+        more = {"reference_sum": self.reference_sum, "pair_weight": self.pair_weight}
+        return {**self.rows.arrays(), **{name: array for name, array in more.items() if array is not None}}
 
 
 def split_step(step: StepBatch) -> list[MicroBatch]:
     """Returns the micro-batches of a step, each with the denominators of the whole step."""
     denominators = Denominators(jnp.float32(len(step.pairs)), jnp.float32(step.chosen_tokens))
     return [
-        MicroBatch(rows, len(slots.pair), denominators, step.reference_sums(rows))
+        MicroBatch(rows, len(slots.pair), denominators, step.reference_sums(rows), step.pair_weights(rows))
         for rows, slots in zip(step.micro_batches, step.slots, strict=True)
     ]
 

@@ -19,6 +19,7 @@ from jax_simpo.models.generate import generate
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
 from jax_simpo.run import files, model_card, report
+from jax_simpo.run.best import BestRule
 from jax_simpo.run.cadence import count_steps
 from jax_simpo.run.checkpoint import Checkpoints, abstract_state, starting_point
 from jax_simpo.run.facts import note_export, write_facts
@@ -46,8 +47,10 @@ class TrainRun:
         output_dir: the folder of the run.
         model_path: the exported model, or adapter, in Hugging Face's format.
         report_path: the HTML report.
-        steps: optimizer steps that the model has had.
+        steps: optimizer steps of the run.
         stopped_early: a callback stopped the run; starting it again continues it.
+        model_step: optimizer steps that the exported model has had: `steps`, or with `load_best_model_at_end` those of
+            the best evaluation.
     """
 
     output_dir: Path
@@ -55,6 +58,7 @@ class TrainRun:
     report_path: Path
     steps: int
     stopped_early: bool
+    model_step: int
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -107,6 +111,10 @@ def train(
     console.print(packing_line("training", plan, packing))
     print_notes(console, [idle_warning(plan, packing, setup.data_parallel)])
     evaluation = _evaluation(setup, console) if config.do_eval else None
+    best_rule = BestRule.of(config)
+    if best_rule is not None:
+        assert evaluation is not None  # the config is refused without
+        best_rule.check([*setup.objective.metrics, "pairs"], list(evaluation.source.splits))
     console.print("attention: {} ({})".format(*setup.attention_choice))
 
     _check_weights(setup, resumes=bool(first_step))
@@ -159,9 +167,11 @@ def train(
             plan=plan,
             pairs=training,
             reference=sums,
+            weights=None if config.weight_column is None else training.weights,
             functions=functions,
             schedule=schedule,
             evaluation=evaluation,
+            best_rule=best_rule,
             checkpoints=checkpoints,
             identity=identity,
             total_steps=total_steps,
@@ -170,18 +180,26 @@ def train(
             on_record=on_record,
         )
         params, done = loop.run(params, state, first_step)
+        del state
+        exported, finished = done, done == total_steps or loop.ended_early
+        if finished and (best := loop.best_step) is not None and best_rule is not None:
+            console.print(f"the best model by {best_rule.metric} is that of step {best}; it is exported")
+            exported = best
+            if best != done:
+                del params  # two models are never in memory together
+                params = setup.restore_params(checkpoints, best)
         if distributed.is_first():
             claim(output, files.MODEL)
         setup.export(params, output / files.MODEL)
         if distributed.is_first():
-            note_export(output, done)
+            note_export(output, done, model_step=exported, ended_early=loop.ended_early)
         sampler.answer(params, "after")
     if distributed.is_first():
         report.write_report(output)
         model_card.write(output, config, global_batch_size=plan.global_batch_size)
         report.print_summary(console, output)
     distributed.barrier("report")
-    return TrainRun(output, output / files.MODEL, output / files.REPORT, done, done < total_steps)
+    return TrainRun(output, output / files.MODEL, output / files.REPORT, done, not finished, exported)
 
 
 def _check_weights(setup: Setup, *, resumes: bool) -> None:

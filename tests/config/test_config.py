@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_simpo.config import TrainConfig, help, load_config
+from jax_simpo.config import TrainConfig, help, jax_only, load_config
 from jax_simpo.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -57,14 +57,15 @@ def test_a_published_file_parses_and_its_values_arrive(path):
     kept = set(help.keys_of(TrainConfig)) & set(raw)
     assert len(kept) > 20
     values = config.model_dump(by_alias=True)
-    assert {key: values[key] for key in kept} == {key: raw[key] for key in kept}
+    assert {key: values[key] for key in kept} == {key: raw[key] for key in kept} | {"optim": "adamw"}
+    assert raw["optim"] == "adamw_torch"
     assert (config.dtype, config.remat, config.eval_strategy) == ("bfloat16", "full", "steps")
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
 def test_each_key_of_a_published_file_that_does_nothing_is_noticed_once(path):
     notices = load_config(path).notices
-    for key in ("gradient_checkpointing_kwargs", "hub_model_id", "log_level", "report_to", "optim"):
+    for key in ("gradient_checkpointing_kwargs", "hub_model_id", "log_level", "report_to"):
         assert len([n for n in notices if f"`{key}`" in n]) == 1
     assert not [n for n in notices if "torch_dtype" in n or "push_to_hub" in n]  # null and false ask for nothing
 
@@ -177,9 +178,7 @@ def test_two_names_of_one_setting_that_disagree_are_an_error(message):
     assert "`bf16: true` and `dtype: float32` contradict each other" in message("bf16: true\ndtype: float32\n")
 
 
-@pytest.mark.parametrize(
-    "line", ["fp16: true", "optim: adafactor", "load_in_4bit: true", "load_best_model_at_end: true"]
-)
+@pytest.mark.parametrize("line", ["fp16: true", "load_in_4bit: true", "neftune_noise_alpha: 5"])
 def test_a_key_that_cannot_be_honoured_is_an_error(message, line):
     assert f"`{line}` cannot be honoured" in message(line)
 
@@ -489,3 +488,59 @@ def test_the_module_prints_the_reference_page():
         [sys.executable, "-W", "error", "-m", "jax_simpo.config"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.stdout == (ROOT / "docs/config.md").read_text(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("optim: adamw_8bit", "`optim` is 'adamw_8bit'; expected one of adamw, adafactor, lion, muon"),
+        ("optim: adafactor\nadam_mu_dtype: bfloat16", "`adam_mu_dtype` has no effect with `optim: adafactor`"),
+        ("optim: muon\nuse_peft: true", "`optim: muon` is for whole weight matrices"),
+        ("lr_scheduler_type: cosine_with_min_lr", "needs either `min_lr`, the lowest learning rate, or `min_lr_rate`"),
+        ("lr_scheduler_kwargs: {power: 2}", "`lr_scheduler_type: linear` has no setting `power`; it takes no settings"),
+        ("lr_scheduler_type: polynomial\nlr_scheduler_kwargs: {lr_end: 1}", "`lr_end` is 1; expected less than"),
+        ("lr_scheduler_type: polynomial\nlr_scheduler_kwargs: {power: -1}", "`power` is -1; expected a number >= 0"),
+        (
+            "lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {decay_type: wavy}",
+            "`decay_type` is 'wavy'; expected one of linear, cosine, 1-sqrt",
+        ),
+        (
+            "lr_scheduler_type: warmup_stable_decay\nlr_scheduler_kwargs: {num_decay_steps: 0.5}",
+            "`num_decay_steps` is 0.5; expected a whole number >= 1",
+        ),
+        ("load_best_model_at_end: true", "`load_best_model_at_end` needs evaluations to compare"),
+        ("early_stopping_patience: 3", "`early_stopping_patience` needs evaluations to compare"),
+        (
+            "load_best_model_at_end: true\neval_strategy: steps\nsave_strategy: 'no'",
+            "`load_best_model_at_end` reads the best step from its checkpoint",
+        ),
+    ],
+)
+def test_a_setting_of_the_optimizer_or_of_the_best_model_that_cannot_work_is_an_error(message, line, told):
+    assert told in message(line)
+
+
+def test_a_key_that_the_optimizer_does_not_read_is_noticed(load):
+    (notice,) = load("optim: adafactor\nadam_beta1: 0.8").notices
+    assert "`adam_beta1` has no effect with `optim: adafactor`" in notice
+    (notice,) = load("metric_for_best_model: loss").notices
+    assert "has no effect without `load_best_model_at_end` or `early_stopping_patience`" in notice
+
+
+def test_lion_has_the_second_decay_of_its_paper_unless_another_is_given(load):
+    assert load("optim: lion_32bit").adam_beta2 == 0.99
+    assert load("optim: lion\nadam_beta2: 0.95").adam_beta2 == 0.95
+    assert load("").adam_beta2 == 0.999
+
+
+def test_new_keys_at_their_defaults_are_no_part_of_a_runs_identity(load):
+    identity = load("").run_identity()
+    assert not {"optim", "adam_mu_dtype", "lr_scheduler_kwargs", "weight_column"} & set(identity)
+    assert load("optim: lion").run_identity()["optim"] == "lion"
+
+
+def test_the_pytorch_reference_names_what_it_cannot_honour(load):
+    assert jax_only(load("")) == {}
+    reasons = jax_only(load("optim: lion\nadam_mu_dtype: bfloat16"))
+    assert "`optim: lion` cannot be honoured by `python -m torch_ref`: it trains with AdamW only" in reasons["optim"]
+    assert list(reasons) == ["optim", "adam_mu_dtype"]

@@ -16,7 +16,7 @@ from jax_simpo.data.loader import build_step
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Params
 from jax_simpo.sharding import put_rows
-from jax_simpo.training import capacity, optim, step
+from jax_simpo.training import capacity, optim, schedules, step
 from parity.jax_side import Runner
 from parity.variants import RIGHT
 from tests.training.support import OBJECTIVE, mesh_of, plan_of, some_pairs, tiny_model
@@ -41,7 +41,8 @@ CALLERS: dict[Any, tuple[str, ...]] = {
 ONE_OPERATION = ("attention_cpu.py", "kernel_report.py", "layers_sides.py", "loss_head.py")
 # Parts of the step and of its forward pass: whoever puts them together has a copy.
 PARTS = {
-    optim.__name__: ("make_optimizer", "learning_rate_schedule", "count_warmup_steps"),
+    optim.__name__: ("make_optimizer",),
+    schedules.__name__: ("learning_rate_schedule", "count_warmup_steps"),
     step.__name__: ("micro_batch_loss",),
     "jax_simpo.ops.attention": ("prepare_mask", "attention"),
     "jax_simpo.ops": ("logprobs",),
