@@ -18,7 +18,17 @@ from jax_simpo.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 PUBLISHED = sorted((ROOT / "tests/fixtures/simpo_configs").glob("*.yaml"))
 OURS = sorted((ROOT / "configs").glob("*.yaml"))
-NO_SIMPO = ("quickstart", "zephyr-7b-dpo")
+# The data sets of the prefix-sharing paper -> model, longest pair and prompt, beta, learning rate, batch.
+LLAMA = "meta-llama/Meta-Llama-3.1-8B-Instruct"
+PREFIX_SHARING = {
+    "capybara": (LLAMA, 2842, 2180, 0.1, 1e-6, 16),
+    "hh-rlhf": (LLAMA, 1024, 768, 0.1, 1e-6, 16),
+    "metamath": (LLAMA, 2048, 1536, 0.1, 1e-6, 16),
+    "tldr": (LLAMA, 1024, 896, 0.1, 1e-6, 16),
+    "tulu-helpsteer": (LLAMA, 2048, 1536, 0.1, 1e-6, 16),
+    "ultrafeedback": ("alignment-handbook/zephyr-7b-sft-full", 1024, 512, 0.01, 5e-7, 32),
+}
+NO_SIMPO = ("quickstart", "zephyr-7b-dpo", *(f"dpo-{name}" for name in PREFIX_SHARING))
 
 MINIMAL = "model_name_or_path: some/model\ndataset_mixer: {pairs.jsonl: 1.0}\nlearning_rate: 1e-6\n"
 
@@ -95,6 +105,16 @@ def test_the_dpo_recipe_of_zephyr_is_the_published_one():
     assert (config.max_length, config.max_prompt_length, config.global_batch_size) == (1024, 512, 128)
     assert (config.lr_scheduler_type, config.warmup_ratio, config.num_train_epochs) == ("cosine", 0.1, 1)
     assert config.gamma_beta_ratio is None and config.ref_model_name_or_path is None and config.notices == ()
+
+
+@pytest.mark.parametrize("name", PREFIX_SHARING)
+def test_there_is_a_dpo_config_for_every_data_set_of_the_prefix_sharing_paper(name):
+    config = load_config(ROOT / f"configs/dpo-{name}.yaml")
+    lengths = config.max_length, config.max_prompt_length
+    measured = (config.model_name_or_path, *lengths, config.beta, config.learning_rate, config.global_batch_size)
+    assert measured == PREFIX_SHARING[name]
+    assert (config.objective, config.lr_scheduler_type, config.warmup_ratio) == ("dpo", "linear", 0.1)
+    assert config.do_eval == bool(config.eval_splits) and config.notices == ()
 
 
 def test_the_quickstart_needs_no_network():
