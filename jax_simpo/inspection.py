@@ -7,13 +7,13 @@ response's last hidden state may attend to it. So a mistake in the layout would 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from rich import box
 from rich.console import Console
 from rich.rule import Rule
@@ -21,6 +21,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from jax_simpo.config.objectives import ALL_KEYS, described
 from jax_simpo.data.loader import build_step
 from jax_simpo.data.packing import StepPlan, measure
 from jax_simpo.data.rows import RowBatch
@@ -56,7 +57,8 @@ def show(setup: Setup, split: str | None, rows: int, console: Console) -> None:
     plan = setup.step_plan(pairs, batch=setup.global_batch_size(), seed=config.seed if training else None)
     for number, row in enumerate(_first_rows(plan, pairs, rows)):
         _print_row(console, number, row, pairs, setup.tokenizer)
-    _print_split(console, split or " + ".join(config.train_splits), pairs, plan)
+    facts = _training_facts(setup, pairs.weights if training and config.weight_column else None)
+    _print_split(console, split or " + ".join(config.train_splits), pairs, plan, facts)
 
 
 def write_json(setup: Setup, split: str | None, file: IO[str]) -> None:
@@ -300,7 +302,9 @@ def mask_cells(key_end: Int[np.ndarray, " L"], columns: int) -> Bool[np.ndarray,
 # --- the whole split
 
 
-def _print_split(console: Console, name: str, pairs: PairDataset, plan: StepPlan) -> None:
+def _print_split(
+    console: Console, name: str, pairs: PairDataset, plan: StepPlan, training_facts: Mapping[str, str]
+) -> None:
     lengths = pairs.lengths
     console.print(Rule(Text(f"{name}: {_count(len(pairs), 'pair')}", style="bold"), align="left", style="dim"))
     table = _table("tokens", "min", "median", "mean", "95 %", "max", "sum")
@@ -331,11 +335,31 @@ def _print_split(console: Console, name: str, pairs: PairDataset, plan: StepPlan
         "padding": f"{1 - report.fill:.1%} of the computed tokens",
         "saved by prefix sharing": f"{saved:.1%} of the tokens{sharing_note}",
         "skipped rows": pairs.skipped_summary() or "none",
+        **training_facts,
     }
     grid = Table.grid(padding=(0, 2))
     for label, value in facts.items():
         grid.add_row(Text(label, style="dim"), Text(value))
     console.print(grid)
+
+
+def _training_facts(setup: Setup, weights: Float[np.ndarray, " P"] | None) -> dict[str, str]:
+    """Returns what training makes of the pairs: its objective with its keys, the reference, and the pairs' weights."""
+    config = setup.config
+    keys = {key: value for key in ALL_KEYS if (value := getattr(config, key)) is not None}
+    shown = ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in keys.items()
+    )
+    objective = described(config.objective)
+    facts = {"objective": f"{objective} ({shown})" if shown else objective}
+    if setup.objective.needs_reference:
+        facts["reference"] = config.ref_model_name_or_path or "the model that the run starts from"
+    if weights is not None:
+        low, middle, high = np.quantile(weights, (0, 0.5, 1))
+        facts["weights"] = (
+            f"{low:g} to {high:g}, median {middle:g}, mean {weights.mean():.3g} (`{config.weight_column}`)"
+        )
+    return facts
 
 
 def _table(*columns: str) -> Table:

@@ -115,6 +115,21 @@ def test_rows_and_figures_are_readable_without_color(setup: Setup) -> None:
     for part in ("mask: queries down", "█", "test: 512 pairs", "packing fill", "padding", "saved by prefix sharing"):
         assert part in text
     assert "row 2 (" not in text
+    assert "simpo (beta 2.5, gamma_beta_ratio 0.5, loss_type sigmoid" in text and "reference" not in text
+
+
+def test_the_objective_its_reference_and_the_weights_are_shown(tmp_path: Path) -> None:
+    row = {"prompt": "a tea for Anna", "chosen": "one tea", "rejected": "one coffee"}
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps({**row, "trust": weight}) + "\n" for weight in (0.5, 1, 3)))
+    changes = [f"--dataset_mixer={{{file}: 1.0}}", "--weight_column=trust", "--objective=dpo", "--beta=0.1"]
+    config = load_config(QUICKSTART, [*changes, "--gamma_beta_ratio=null", "--sft_weight=0"])
+    out = io.StringIO()
+    inspection.show(Setup(config), None, 0, Console(file=out, width=200))
+    text = out.getvalue()
+    assert "dpo (beta 0.1, loss_type sigmoid, label_smoothing 0" in text
+    assert "the model that the run starts from" in text
+    assert "0.5 to 3, median 1, mean 1.5 (`trust`)" in text
 
 
 def test_the_training_pairs_are_shown_in_the_order_of_training(setup: Setup) -> None:

@@ -64,6 +64,27 @@ class TrainingProgress:
         self._bar.update(self._task, completed=step)
 
 
+class PairLines:
+    """Prints now and then how many pairs are done, and how long the rest will take: on a terminal and elsewhere."""
+
+    _SECONDS_BETWEEN_LINES = 30.0
+
+    def __init__(self, console: Console, name: str, total: int, done: int) -> None:
+        self._console, self._name, self._total, self._first = console, name, total, done
+        self._started = time.monotonic()
+        self._next_line = self._started + self._SECONDS_BETWEEN_LINES
+
+    def show(self, done: int) -> None:
+        """Prints a line if the last one is a while ago and pairs are left."""
+        now = time.monotonic()
+        if now < self._next_line or done == self._total:
+            return
+        left = (now - self._started) / (done - self._first) * (self._total - done)
+        minutes = "less than a minute" if left < 60 else f"about {left / 60:.0f} min"
+        self._console.print(f"{self._name}: {done} of {self._total} pairs, {minutes} left")
+        self._next_line = now + self._SECONDS_BETWEEN_LINES
+
+
 class _NotebookBar:
     """A bar in the output of a notebook's cell, redrawn in place. (rich draws none there without ipywidgets.)"""
 

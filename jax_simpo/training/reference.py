@@ -21,6 +21,7 @@ from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
 from jax_simpo.run.reference_cache import ReferenceCache, model_digest
 from jax_simpo.training.evaluate import PAIRS_PER_PLAN, score_steps
+from jax_simpo.training.progress import PairLines
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import make_score_function
 
@@ -77,6 +78,7 @@ class Reference:
         done = f", {first * PAIRS_PER_PLAN} of them done" if first else ""
         console.print(f"reference: computing the log-probs of {len(pairs)} pairs of {pairs.name}{done}")
         parts = [sums[: first * PAIRS_PER_PLAN]]
+        lines = PairLines(console, "reference", len(pairs), len(parts[0]))
         with jax.set_mesh(setup.mesh):
             score = make_score_function(setup.forward, setup.mesh)
             scored = score_steps(score, self.params, plan, pairs, setup.mesh, steps)
@@ -84,6 +86,7 @@ class Reference:
                 parts.append(of_step[:, :2])
                 if distributed.is_first():
                     cache.write(step, parts[-1])
+                lines.show(sum(map(len, parts)))
         return np.concatenate(parts)
 
     @property

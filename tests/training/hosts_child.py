@@ -35,10 +35,10 @@ def _fail_at(step: int) -> None:
 
     build = loader.build_step
 
-    def broken(plan: Any, source: Any, k: int, rows: Any) -> Any:
+    def broken(plan: Any, source: Any, k: int, *more: Any) -> Any:
         if k == step:
             raise OSError("the disk is gone")
-        return build(plan, source, k, rows)
+        return build(plan, source, k, *more)
 
     loader.build_step = broken
 

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 
 from jax_simpo import cli
 from jax_simpo.data.synthetic import make_rows
+from jax_simpo.run.facts import read_facts
 from jax_simpo.run.metrics import read_metrics
 from jax_simpo.run.samples import read_samples
 
@@ -166,7 +167,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     from io import StringIO
 
     train = ["train", str(config)]
+
+    def with_reference(name: str) -> list[str]:
+        """A run whose processes share the reference's pass, a factored optimizer state and the choice of a step."""
+        settings = ["objective=dpo", "max_steps=2", "eval_steps=1", "load_best_model_at_end=true", "optim=adafactor"]
+        settings += ["sample_prompts=0", f"output_dir={folder}/dpo-{name}", f"data_cache_dir={folder}/cache-{name}"]
+        return [*train, *(f"--{setting}" for setting in settings)]
+
     here([*train, f"--output_dir={folder}/one", f"--data_cache_dir={folder}/cache-one"])
+    here(with_reference("one"))
     with redirect_stdout(StringIO()) as printed:
         for command in commands("one"):
             here(command)
@@ -177,6 +186,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         [
             [*train, f"--output_dir={folder}/two", "--mesh.fsdp=4", "--mesh.tensor=2", cache],
             [*train, resumed, "--mesh.fsdp=4", "--mesh.tensor=2", cache],
+            [*with_reference("two"), "--mesh.fsdp=4", "--mesh.tensor=2"],
             *commands("two"),
         ],
     )
@@ -230,6 +240,17 @@ def test_two_processes_score_evaluate_and_export_as_one_does(runs: Runs) -> None
     assert all(np.array_equal(one_export[name], two_export[name]) for name in one_export)
     assert len(list((runs.folder / "export-two").glob("*.safetensors"))) > 1
     assert (runs.folder / "export-two" / "model.safetensors.index.json").exists()
+
+
+def test_two_processes_share_the_work_of_the_reference_and_choose_the_same_step(runs: Runs) -> None:
+    np.testing.assert_allclose(runs.losses("dpo-two"), runs.losses("dpo-one"), rtol=0, atol=1e-5)
+    assert runs.losses("dpo-two")[0] == pytest.approx(np.log(2), abs=1e-6)
+    assert runs.hosts.said(0).count("reference: computing") == 2  # the training pairs and the evaluation pairs
+    caches = [sorted(p.name for p in (runs.folder / f"cache-{name}").glob("reference-*/*")) for name in ("one", "two")]
+    assert caches[0] == caches[1] == ["identity.json"] * 2 + ["sums-000000.bin"] * 2
+    assert read_facts(runs.folder / "dpo-two")["model_step"] == read_facts(runs.folder / "dpo-one")["model_step"]
+    for name, tensor in runs.tensors("dpo-one/model").items():
+        np.testing.assert_allclose(runs.tensors("dpo-two/model")[name], tensor, atol=1e-5)
 
 
 def test_only_the_first_process_prints(runs: Runs) -> None:
