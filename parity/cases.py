@@ -73,10 +73,14 @@ ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 + LoRA": ("qwen3", {"use_peft": True, "lora_r": 2, "lora_alpha": 4}),
 }
 # Objectives other than SimPO: name -> the family whose start model is trained, the family whose start model is the
-# reference (None: its own), and the keys that its config adds.
+# reference (None: its own), and the keys that its config adds. One of them also gives the pairs weights.
 OBJECTIVES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "llama3 + DPO": ("llama3", "llama", {"objective": "dpo", "beta": 0.01, "gamma_beta_ratio": None}),
-    "llama3 + sigmoid_norm": ("llama3", None, {"objective": "sigmoid_norm", "beta": 5.0, "gamma_beta_ratio": None}),
+    "llama3 + sigmoid_norm, weighted": (
+        "llama3",
+        None,
+        {"objective": "sigmoid_norm", "beta": 5.0, "gamma_beta_ratio": None, "weight_column": "weight"},
+    ),
     "llama3 + ORPO": (
         "llama3",
         None,
@@ -127,8 +131,9 @@ FAMILY_OF_VARIANT = {
     "reference sums of chosen and rejected swapped": "llama3 + DPO",
     "means where sums belong": "llama3 + DPO",
     "cross-entropy over prompts too": "llama3 + DPO",
-    "sums where means belong": "llama3 + sigmoid_norm",
-    "reference with another template": "llama3 + sigmoid_norm",
+    "sums where means belong": "llama3 + sigmoid_norm, weighted",
+    "reference with another template": "llama3 + sigmoid_norm, weighted",
+    "weights divided by their sum": "llama3 + sigmoid_norm, weighted",
 }
 
 

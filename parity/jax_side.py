@@ -114,6 +114,10 @@ class Runner:
                 table.put(pair, rank, logps[row][batch.rows.target_response[row] == slot])
         return table, losses
 
+    def weights(self) -> np.ndarray | None:
+        """Returns the weights of all training pairs; None if the config names no column of weights."""
+        return None if self.setup.config.weight_column is None else self.setup.train_pairs().weights
+
     def reference_sums(self, plan: StepPlan, variant: Variant) -> np.ndarray:
         """Returns the reference's sums of all pairs: as the trainer computes them, or of a variant's pairs."""
         pairs = self.setup.train_pairs()
@@ -147,9 +151,10 @@ class Runner:
         reference = None
         if self.objective.needs_reference:
             reference = variant.reference(self.reference_sums(plan, variant))
+        build = partial(build_step, plan, pairs, reference=reference, weights=self.weights())
         with jax.set_mesh(self.mesh):
             params = self.load()
-            first_step = build_step(plan, pairs, 0, reference=reference)
+            first_step = build(0)
             first = variant.micro_batches(first_step)
             table, losses = self.table(params, first, lengths)
             accumulated = accumulate_step(self.functions, params, first_step, variant.micro_batches)
@@ -158,8 +163,7 @@ class Runner:
             if steps:
                 records, state = [], self.functions.init_optimizer(params)
                 for k in range(steps):
-                    step = build_step(plan, pairs, k, reference=reference)
-                    params, state, metrics = run_step(self.functions, params, state, step, variant.micro_batches)
+                    params, state, metrics = run_step(self.functions, params, state, build(k), variant.micro_batches)
                     # Waits for the step: on a CPU that stands for eight devices, the collectives of many programs in
                     # flight can wait for each other forever.
                     records.append(_numbers(metrics))
@@ -216,7 +220,7 @@ def try_variants(job: Job) -> None:
         variant, cell = VARIANTS[name], job.variant_cell(name)
         plain = runner_of(cell)
         pairs = plain.setup.train_pairs()
-        first = build_step(step_plan(job, job.config(cell), pairs.lengths), pairs, 0)
+        first = build_step(step_plan(job, job.config(cell), pairs.lengths), pairs, 0, weights=plain.weights())
         if not variant.applies(plain.forward, plain.objective, first):
             continue
         if variant.changes_reference_pairs and plain.setup.config.ref_model_name_or_path is not None:

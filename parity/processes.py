@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jax_simpo.config import load_config
+from jax_simpo.config import jax_only, load_config
 from jax_simpo.data import chat, synthetic
 from jax_simpo.data.messages import BadRow
 from jax_simpo.data.pairs import PairLengths
@@ -113,10 +113,15 @@ def users_job(
 ) -> Job:
     """Makes the job of a user's own checkpoint and the first pairs of their data.
 
+    Only steps are compared: evaluation, the choice of the best model and early stopping have no part in it.
+
     Raises:
-        UserError: the config starts from no checkpoint, or does not train all of its weights.
+        UserError: the config starts from no checkpoint, does not train all of its weights, or has settings that only
+            one side can honour.
     """
     settings = load_config(config, torch=True)
+    if one_sided := jax_only(settings):
+        raise UserError("\n".join(f"{config}: {why}" for why in one_sided.values()))
     if settings.model_name_or_path is None or settings.use_peft or settings.load_in_4bit or settings.load_in_8bit:
         raise UserError(
             f"{config}: both sides must start from the same weights and train all of them. Give "
@@ -163,7 +168,7 @@ def count_gpus() -> int:
 
 
 def _short_pairs(shared: str | None, tokenizer_name: str) -> list[dict[str, Any]]:
-    """Returns the first pairs that fit a row even when nothing is shared."""
+    """Returns the first pairs that fit a row even when nothing is shared, with a weight each."""
     tokenizer = chat.load_tokenizer(tokenizer_name)
     if shared:
         with open(f"{shared}/data/hh_harmless.train.jsonl", encoding="utf-8") as file:
@@ -171,7 +176,8 @@ def _short_pairs(shared: str | None, tokenizer_name: str) -> list[dict[str, Any]
     else:
         rows = synthetic.make_rows("cafe", "train")
     short = (row for row in rows if _row_tokens(row, tokenizer) <= ROW_TOKENS)
-    return list(islice(short, PAIRS))
+    # Weights are read only where a config names their column. Some are 0, and they are not 1 on average.
+    return [{**row, "weight": number % 4 * 0.7} for number, row in enumerate(islice(short, PAIRS))]
 
 
 def _row_tokens(row: dict[str, Any], tokenizer: Any) -> int:

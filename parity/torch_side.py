@@ -118,6 +118,7 @@ class Run:
         self.reference = None
         if self.setup.objective.needs_reference:
             (self.reference,) = reference_sums(self.setup, [self.pairs], Console(quiet=True), deepspeed_file)
+        self.weights = self.setup.weights(self.pairs)
         self.engine = make_engine(self.setup, deepspeed_file)
         if cell.family in job.adapters:
             start_from_adapter(self.engine, Path(job.adapters[cell.family]))
@@ -125,7 +126,8 @@ class Run:
 
     def step(self, number: int) -> RankStep:
         """Builds this rank's share of a step."""
-        return build_rank_step(self.plan, self.pairs, number, self.ranks.rank, self.ranks.world, self.reference)
+        ranks = self.ranks
+        return build_rank_step(self.plan, self.pairs, number, ranks.rank, ranks.world, self.reference, self.weights)
 
     def accumulate(self, step: RankStep) -> tuple[TokenTable, dict[str, float]]:
         """Adds up the gradients of a step. Returns its log-probs and metrics over all ranks."""

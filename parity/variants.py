@@ -191,6 +191,14 @@ def _mean_of_device_means(step: StepBatch) -> list[MicroBatch]:
     ]
 
 
+def _relative_weights(step: StepBatch) -> list[MicroBatch]:
+    """Scales the weights so that the number of pairs, by which the loss is divided, is also their sum."""
+    if step.weights is None:
+        return split_step(step)
+    relative = step.weights * np.float32(len(step.weights) / step.weights.sum())
+    return split_step(replace(step, weights=relative))
+
+
 def _only_row(batch: RowBatch, row: int) -> RowBatch:
     """Empties all rows but one."""
     arrays = {name: array.copy() for name, array in batch.arrays().items()}
@@ -231,6 +239,11 @@ def _has_sft_term(_: Forward, objective: Objective, __: StepBatch) -> bool:
     return bool(objective.sft_weight) and not objective.reads_prompts
 
 
+def _has_uneven_weights(_: Forward, __: Objective, step: StepBatch) -> bool:
+    """Returns True if the pairs have weights whose sum is not the number of pairs."""
+    return step.weights is not None and float(step.weights.sum()) not in (0.0, float(len(step.pairs)))
+
+
 def _scales_rope(forward: Forward, _: Objective, __: StepBatch) -> bool:
     return forward.model.config.rope.scaling is not None
 
@@ -267,6 +280,11 @@ VARIANTS = {
     ),
     "mean of device means": Variant(
         "devices with different numbers of pairs count the same", batches=_mean_of_device_means, applies=_uneven
+    ),
+    "weights divided by their sum": Variant(
+        "the loss is divided by the sum of the weights instead of the number of pairs",
+        batches=_relative_weights,
+        applies=_has_uneven_weights,
     ),
     "double BOS": Variant("the sequence begins with BOS twice", pair=_each_response(_double_bos)),
     "RoPE scaling dropped": Variant(

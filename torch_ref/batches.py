@@ -46,6 +46,7 @@ class Batch:
         rejected: the rejected response of each pair.
         pairs: the number of each pair in the step.
         reference: sums of log-probs of each pair's chosen and rejected response under the reference; None without one.
+        weights: the weight of each pair; None if pairs have none.
     """
 
     tokens: Int[Tensor, "B L"]
@@ -61,6 +62,7 @@ class Batch:
     rejected: Int[Tensor, " P"]
     pairs: Int[Tensor, " P"]
     reference: Float[Tensor, "P 2"] | None = None
+    weights: Float[Tensor, " P"] | None = None
 
     @property
     def input_tokens(self) -> int:
@@ -185,6 +187,7 @@ def build_rank_step(
     rank: int,
     world: int,
     reference: Float[np.ndarray, "N 2"] | None = None,
+    weights: Float[np.ndarray, " N"] | None = None,
 ) -> RankStep:
     """Builds a rank's share of a step. Only the tokens of its own pairs are read.
 
@@ -198,6 +201,7 @@ def build_rank_step(
         rank: this rank.
         world: the number of ranks.
         reference: the sums of all pairs of the data under the reference, chosen and rejected; None without one.
+        weights: the weights of all pairs of the data; None if they have none.
     """
     planned = plan.step(step)
     size = plan.rows_per_micro_batch
@@ -206,9 +210,10 @@ def build_rank_step(
     for m in range(planned.micro_batches):
         start = m * size + rank * share
         batch = _build(plan, source, planned, range(start, start + share))
-        if reference is not None:
-            batch = replace(batch, reference=torch.from_numpy(reference[planned.pairs[batch.pairs.numpy()]]))
-        micro_batches.append(batch)
+        own = planned.pairs[batch.pairs.numpy()]
+        of_pairs = {"reference": reference, "weights": weights}
+        known = {name: torch.from_numpy(values[own]) for name, values in of_pairs.items() if values is not None}
+        micro_batches.append(replace(batch, **known))
     lengths = plan.lengths.of_pairs(planned.pairs)
     chosen_tokens = int((lengths.chosen_inputs if plan.prompt_targets else lengths.chosen_targets).sum())
     return RankStep(step, planned.pairs, chosen_tokens, planned.epoch, micro_batches)
@@ -234,6 +239,8 @@ def rank_steps(
     *,
     ahead: int = 2,
     reference: Float[np.ndarray, "N 2"] | None = None,
+    weights: Float[np.ndarray, " N"] | None = None,
 ) -> Generator[RankStep]:
     """Yields a rank's shares of these steps in order. A thread builds up to `ahead` of them in advance."""
-    return prefetch((build_rank_step(plan, source, step, rank, world, reference) for step in steps), ahead)
+    built = (build_rank_step(plan, source, step, rank, world, reference, weights) for step in steps)
+    return prefetch(built, ahead)

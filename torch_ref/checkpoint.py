@@ -7,7 +7,7 @@ Engines unpickle what they read (DeepSpeed's checkpoints are pickles): resume fr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class Checkpoints:
     Args:
         output: the output directory.
         ranks: the ranks of the run.
-        keep: number of checkpoints to keep, the newest; None keeps all.
+        keep: number of checkpoints to keep, the newest, besides one that `save` is told to keep; None keeps all.
     """
 
     def __init__(self, output: Path, ranks: Ranks, *, keep: int | None = None) -> None:
@@ -48,21 +48,29 @@ class Checkpoints:
         """Returns the identity of the run that saved a step, and the name of its engine."""
         return dict(json.loads((self.folder / str(step) / files.STEP_RUN).read_text(encoding="utf-8")))
 
-    def save(self, step: int, engine: Engine, run: Mapping[str, Any]) -> None:
-        """Writes a step, with the run's identity. All ranks call it."""
+    def save(self, step: int, engine: Engine, run: Mapping[str, Any], *, keep_step: int | None = None) -> None:
+        """Writes a step, with the run's identity, and then removes the oldest ones. All ranks call it.
+
+        Args:
+            step: optimizer steps done.
+            engine: the model with its optimizer.
+            run: the run's identity.
+            keep_step: a step that is not removed, however old it is.
+        """
         folder = self.folder / str(step)
         self._ranks.first(lambda: self._clear(folder))
         engine.save(folder)
         self._ranks.wait()
         self._ranks.first(lambda: self._finish(folder, {**run, ENGINE: engine.name}))
+        self._ranks.first(lambda: self._remove_old((step, keep_step)))
 
     def load(self, step: int, engine: Engine) -> None:
         """Restores a step into an engine. All ranks call it.
 
         Raises:
-            CheckpointError: another engine wrote it, or it is damaged.
+            CheckpointError: there is no such step, another engine wrote it, or it is damaged.
         """
-        writer = self.run(step)[ENGINE]
+        writer = self._ranks.first(lambda: self._writer(step))
         if writer != engine.name:
             raise CheckpointError(
                 f"{self.folder / str(step)} was written by {writer}, this is {engine.name}. Continue the run as it was "
@@ -76,5 +84,17 @@ class Checkpoints:
 
     def _finish(self, folder: Path, run: Mapping[str, Any]) -> None:
         write_text(folder / files.STEP_RUN, json.dumps(run, indent=2))
+
+    def _remove_old(self, kept: Collection[int | None]) -> None:
+        """Removes all steps but the newest and these."""
         for step in self.steps()[: -self._keep] if self._keep else []:
-            remove(self.folder / str(step))
+            if step not in kept:
+                remove(self.folder / str(step))
+
+    def _writer(self, step: int) -> str:
+        """Returns the name of the engine that wrote a step."""
+        steps = self.steps()
+        if step not in steps:
+            there_are = ", ".join(map(str, steps)) or "none"
+            raise CheckpointError(f"{self.folder}: there is no checkpoint of step {step}; there are: {there_are}")
+        return str(self.run(step)[ENGINE])

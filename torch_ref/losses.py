@@ -35,10 +35,14 @@ def step_part(
     chosen: Responses,
     rejected: Responses,
     prompt_sum: Float[Tensor, " P"] | None = None,
+    weights: Float[Tensor, " P"] | None = None,
     step_pairs: int,
     step_chosen_tokens: int,
 ) -> StepPart:
     """Returns the contribution of these pairs to a step of `step_pairs` pairs.
+
+    A weight multiplies what its pair adds to the loss, preference loss and cross-entropy alike. Denominators stay the
+    numbers of pairs and tokens, and the metrics of rewards and log-probabilities count every pair once.
 
     This is the only place that divides, by the denominators of the whole step. So the sum over parts does not depend on
     how the step is split into micro-batches and over ranks. P may be 0: then all values are zero, but the graph exists,
@@ -49,13 +53,18 @@ def step_part(
         chosen: the chosen response of each pair.
         rejected: the rejected response of each pair.
         prompt_sum: the sum of the log-probabilities of each chosen response's prompt, if the cross-entropy includes it.
+        weights: the weight of each pair; None gives every pair the weight 1.
         step_pairs: pairs of the whole step, over all ranks and micro-batches.
         step_chosen_tokens: tokens of the cross-entropy in the whole step.
     """
-    loss = objective.losses(chosen, rejected).sum() / step_pairs
+
+    def total(per_pair: Float[Tensor, " P"]) -> Float[Tensor, ""]:
+        return per_pair.sum() if weights is None else (weights * per_pair).sum()
+
+    loss = total(objective.losses(chosen, rejected)) / step_pairs
     sft = []
     if objective.sft_weight:
-        target_sum = chosen.sum.sum() if prompt_sum is None else chosen.sum.sum() + prompt_sum.sum()
+        target_sum = total(chosen.sum) if prompt_sum is None else total(chosen.sum) + total(prompt_sum)
         cross_entropy = -target_sum / step_chosen_tokens
         loss = loss + objective.sft_weight * cross_entropy
         sft = [cross_entropy]

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
 
 from jax_simpo.config import TrainConfig
 from jax_simpo.data import chat, sources
@@ -142,8 +144,17 @@ class Setup:
     def train_pairs(self) -> PairDataset:
         """Reads and tokenises the training pairs."""
         config = self.config
-        raw = sources.load_train(config.dataset_mixer, config.train_splits, dataset_configs=config.dataset_configs)
+        raw = sources.load_train(
+            config.dataset_mixer,
+            config.train_splits,
+            dataset_configs=config.dataset_configs,
+            weight_column=config.weight_column,
+        )
         return self._tokenize(raw)
+
+    def weights(self, pairs: PairDataset) -> Float[np.ndarray, " P"] | None:
+        """Returns the weights of the training pairs; None if the config names no column of weights."""
+        return None if self.config.weight_column is None else pairs.weights
 
     def eval_pairs(self) -> PairDataset:
         """The pairs of all evaluation splits, uncut.

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from rich.console import Console
 
-from jax_simpo.config import TrainConfig
+from jax_simpo.config import TrainConfig, jax_only
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.tokenize import PairDataset
 from jax_simpo.errors import ConfigError
 from jax_simpo.run import files
+from jax_simpo.run.best import BestRule
 from jax_simpo.run.cadence import count_steps, is_due
 from jax_simpo.run.facts import note_export
 from jax_simpo.run.manifest import claim, write_file
@@ -24,6 +27,7 @@ from jax_simpo.run.metrics import MetricsLog, check_finite, evaluation_line, rea
 from jax_simpo.run.output import check_output, prepare_output
 from jax_simpo.run.resume import check_not_finished, check_same_run, choose_step, run_identity
 from torch_ref.batches import Batch, RankStep, rank_steps
+from torch_ref.best import Choice
 from torch_ref.checkpoint import Checkpoints
 from torch_ref.clock import Clock
 from torch_ref.distributed import Ranks
@@ -82,7 +86,8 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
     if resume:
         check_same_run(saved, identity, output)
         ranks.first(lambda: check_not_finished(output, resume, total_steps))
-    evaluation = _evaluation(setup, console) if config.do_eval else None
+    best_rule = BestRule.of(config)
+    evaluation = _evaluation(setup, console, best_rule) if config.do_eval else None
     reference = None
     if setup.objective.needs_reference:
         splits = [pairs] if evaluation is None else [pairs, evaluation.source]
@@ -106,18 +111,22 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
         plan=plan,
         pairs=pairs,
         reference=reference,
+        weights=setup.weights(pairs),
         engine=engine,
         schedule=schedule,
         evaluation=evaluation,
+        choice=Choice(best_rule, ranks),
         checkpoints=checkpoints,
         identity=identity,
         total_steps=total_steps,
         output=output,
     )
-    run.steps(resume)
+    done = run.steps(resume)
+    model_step = run.take_best(done)
     ranks.first(lambda: claim(output, files.MODEL))
     export_model(engine, output / files.MODEL, config.export_dtype or config.dtype, setup.tokenizer, ranks)
-    ranks.first(lambda: note_export(output, total_steps))
+    # Only early stopping ends a run before its last step.
+    ranks.first(lambda: note_export(output, done, model_step=model_step, ended_early=done < total_steps))
     console.print(f"trained: {output / files.MODEL}")
     return ranks.first(lambda: read_metrics(output)[-1])
 
@@ -143,14 +152,18 @@ def _fits(config: TrainConfig, ranks: Ranks) -> bool:
 
 
 def _check(config: TrainConfig) -> None:
+    if not_here := jax_only(config):
+        raise ConfigError("\n".join(not_here.values()))
     if (config.load_in_4bit or config.load_in_8bit) and not config.use_peft:
         raise ConfigError("quantised weights cannot be trained; add an adapter to them with `use_peft: true`")
     if config.use_peft and config.model_name_or_path is None:
         raise ConfigError("`use_peft` adds to a model that exists; give `model_name_or_path`, not `model_config`")
 
 
-def _evaluation(setup: Setup, console: Console) -> Evaluation:
+def _evaluation(setup: Setup, console: Console, best_rule: BestRule | None) -> Evaluation:
     pairs = setup.eval_pairs()
+    if best_rule is not None:
+        best_rule.check((*setup.objective.metrics, "pairs"), list(pairs.splits))
     plan = setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
     print_split(console, setup, pairs.name, pairs, plan)
     return Evaluation(plan, pairs, setup.objective, setup.ranks)
@@ -166,6 +179,7 @@ def batch_part(engine: Engine, objective: Objective, batch: Batch, step: RankSte
         chosen=Responses(sums[batch.chosen], batch.response_length[batch.chosen], chosen_reference),
         rejected=Responses(sums[batch.rejected], batch.response_length[batch.rejected], rejected_reference),
         prompt_sum=sums[responses:] if objective.reads_prompts else None,
+        weights=batch.weights,
         step_pairs=len(step.pairs),
         step_chosen_tokens=step.chosen_tokens,
     )
@@ -182,9 +196,11 @@ class Run:
         plan: the step plan of the training pairs.
         pairs: the training pairs.
         reference: the sums of their responses under the reference; None for an objective without one.
+        weights: their weights; None if they have none.
         engine: the model with its optimizer.
         schedule: gives the learning rate of a step.
         evaluation: evaluates the evaluation pairs; None where the run has none.
+        choice: chooses among the evaluations.
         checkpoints: the checkpoints of the output directory.
         identity: the run's identity, saved with every step.
         total_steps: optimizer steps of the whole run.
@@ -197,36 +213,58 @@ class Run:
     plan: StepPlan
     pairs: PairDataset
     reference: ReferenceSums | None
+    weights: Float[np.ndarray, " P"] | None
     engine: Engine
     schedule: Schedule
     evaluation: Evaluation | None
+    choice: Choice
     checkpoints: Checkpoints
     identity: Mapping[str, Any]
     total_steps: int
     output: Path
 
-    def steps(self, first_step: int) -> None:
-        """Runs the steps that are left.
+    def steps(self, first_step: int) -> int:
+        """Runs the steps that are left, and returns the number of steps done; early stopping may leave some out.
 
         Raises:
             TrainingError: the loss or the gradient is no longer finite.
         """
         ranks = self.setup.ranks
         self.clock = Clock()
-        with MetricsLog(self.output, first_step=first_step, write=ranks.is_first) as self.log:
+        if first_step:
+            self.choice.resume(self.output, first_step, self.checkpoints.steps())
+        # A run that early stopping has ended, but that was killed before its export, takes no further step.
+        left = range(first_step, first_step if self.choice.ends else self.total_steps)
+        done = first_step
+        shares = rank_steps(
+            self.plan, self.pairs, left, ranks.rank, ranks.world, reference=self.reference, weights=self.weights
+        )
+        with MetricsLog(self.output, first_step=first_step, write=ranks.is_first) as self.log, closing(shares):
             if self.evaluation is not None and not first_step:
                 with self.clock.paused():
                     self._evaluate(0, 0.0)
-            left = range(first_step, self.total_steps)
-            shares = rank_steps(self.plan, self.pairs, left, ranks.rank, ranks.world, reference=self.reference)
             for step in shares:
                 self._write(step, self._step(step))
                 done = step.step + 1
                 with self.clock.paused():
-                    if self.evaluation is not None and self._is_due("eval", done):
-                        self._evaluate(done, step.epoch)
-                    if self._is_due("save", done):
-                        self.checkpoints.save(done, self.engine, self.identity)
+                    self._evaluate_and_save(done, step.epoch)
+                if self.choice.ends:
+                    break
+        if done < self.total_steps and self.choice.rule is not None:
+            self.console.print(
+                f"early stopping: {self.choice.rule.patience} evaluations without a better {self.choice.rule.metric}; "
+                f"the run ends at step {done} of {self.total_steps}"
+            )
+        return done
+
+    def take_best(self, done: int) -> int | None:
+        """Puts the model of the best evaluation into the engine, if it is the one to export, and returns its step."""
+        rule, best = self.choice.rule, self.choice.best_step
+        if rule is not None and best is not None:
+            self.console.print(f"the best model by {rule.metric} is that of step {best}; it is exported")
+            if best != done:
+                self.checkpoints.load(best, self.engine)
+        return best
 
     def _step(self, step: RankStep) -> dict[str, float]:
         """Runs one optimizer step and returns its metrics over all ranks."""
@@ -268,13 +306,24 @@ class Run:
             f"{record['pairs_per_second']:.1f} pairs/s"
         )
 
+    def _evaluate_and_save(self, done: int, epoch: float) -> None:
+        """Evaluates after a step if that is due, and saves it if that is due, or if the evaluation wants it saved."""
+        if self.evaluation is not None and self._is_due("eval", done):
+            self._evaluate(done, epoch)
+        best = self.choice.best_step
+        wanted = best == done or (self.choice.ends and self.config.save_strategy != "no")
+        if wanted or self._is_due("save", done):
+            self.checkpoints.save(done, self.engine, self.identity, keep_step=best)
+
     def _evaluate(self, step: int, epoch: float) -> None:
         assert self.evaluation is not None
         policy = self.engine.policy
         policy.eval()
         metrics = self.evaluation.run(self.engine.logps)
         policy.train()
-        self.log.write({"eval_step": step, "eval_epoch": epoch, **metrics})
+        record = {"eval_step": step, "eval_epoch": epoch, **metrics}
+        self.log.write(record)
+        self.choice.add([record])
         self.console.print(evaluation_line(step, metrics, list(self.evaluation.source.splits)))
 
     def _is_due(self, action: Literal["eval", "save"], done: int) -> bool:

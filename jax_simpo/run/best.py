@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from jax_simpo.config import TrainConfig
-from jax_simpo.errors import ConfigError
+from jax_simpo.errors import CheckpointError, ConfigError
 from jax_simpo.run.metrics import read_metrics
 
 
@@ -68,6 +68,24 @@ class BestRule:
                 f"`metric_for_best_model`: the evaluations have no `{self.metric}`; they have {', '.join(known)}"
             )
 
+    def check_saved(self, records: Sequence[Mapping[str, Any]], steps: Sequence[int], output: Path) -> None:
+        """Makes sure that a resumed run can still export its best model.
+
+        Args:
+            records: the evaluation records so far, oldest first.
+            steps: the steps that have a checkpoint.
+            output: the output directory.
+
+        Raises:
+            CheckpointError: the best step so far has none, because the run did not keep the best model before.
+        """
+        best = self.best_step(records) if self.keep else None
+        if best is not None and best not in steps:
+            raise CheckpointError(
+                f"`load_best_model_at_end`: the best evaluation of {output} by {self.metric} is that of step {best}, "
+                f"which has no checkpoint; there are {list(steps)}. Set `load_best_model_at_end: false` to go on"
+            )
+
     def best_step(self, records: Sequence[Mapping[str, Any]]) -> int | None:
         """Returns the step of the best evaluation, the first of equals; None where no evaluation counts.
 
@@ -97,10 +115,12 @@ class BestRule:
     def _counted(self, records: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
         """Returns the step and the metric of each evaluation that counts, turned so that greater is better.
 
-        A metric that is no number is worse than any other.
+        A metric that is no number is worse than any other. Records without the metric are those of a run whose
+        evaluation splits were others.
         """
         sign = 1.0 if self.greater else -1.0
-        values = [(record["eval_step"], sign * record[self.metric]) for record in records if record["eval_step"] > 0]
+        counted = [record for record in records if record["eval_step"] > 0 and self.metric in record]
+        values = [(record["eval_step"], sign * record[self.metric]) for record in counted]
         return [(step, -math.inf if math.isnan(value) else value) for step, value in values]
 
 

@@ -78,9 +78,14 @@ class TrainingLoop:
 
         Raises:
             TrainingError: the loss or the gradient is no longer finite, or a process was told to end (SIGTERM).
+            CheckpointError: the best step of a resumed run has no checkpoint.
         """
         self._stop_asked, done = False, first_step
-        self._evaluated = evaluations(self.output, first_step) if first_step else []
+        # Process 0 writes the records, and what it reads counts for all.
+        before = evaluations(self.output, first_step) if first_step else []
+        self._evaluated: list[dict[str, Any]] = distributed.collect("evaluations", before)[0]
+        if self.best_rule is not None:
+            self.best_rule.check_saved(self._evaluated, self.checkpoints.steps(), self.output)
         self.ended_early = self._ends(first_step)  # a run that was killed before its export has nothing else to do
         steps = range(first_step, first_step if self.ended_early else self.total_steps)
         rows = local_rows(self.setup.mesh, self.plan.rows_per_micro_batch)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jax_simpo.data.pairs import PairLengths
+from jax_simpo.errors import UserError
 from parity.cases import Cell, Job
 from parity.compare import Comparison, Figure, Outcome, relative_distances, token_figure, worst_tensor
-from parity.processes import SideFailed, run_process
+from parity.processes import SideFailed, run_process, users_job
 from parity.results import TokenTable
 from tests.pairs import make_pair
+from tests.torch_ref.start import config_file
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1.1e-5])
@@ -64,6 +67,13 @@ def test_tokens_are_kept_response_after_response() -> None:
     table.put(1, 1, np.array([5.0, 6.0, 7.0]))
     table.put(0, 0, np.array([1.0, 2.0]))
     assert table.logps.tolist() == [1, 2, 0, 0, 5, 6, 7]
+
+
+def test_a_config_that_one_side_alone_can_honour_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    file = config_file(tmp_path / "model", tmp_path, steps=1, optim="lion", adam_mu_dtype="bfloat16")
+    with pytest.raises(UserError, match=r"`optim: lion` cannot be honoured(.|\n)*`adam_mu_dtype: bfloat16` cannot"):
+        users_job(tmp_path / "work", file, 4, [])
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_failed_side_says_where_its_output_is(tmp_path) -> None:

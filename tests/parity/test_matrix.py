@@ -84,7 +84,7 @@ def test_every_family_layout_and_backend_is_compared(matrix: Matrix) -> None:
     assert others == {"llama", "mistral", "gemma2", "qwen2", "qwen3"}
     adapted = {(f, layout, "jax, fsdp=4 x tensor=2") for f in ADAPTED for layout in ("separate", "shared + packed")}
     trained = {(f, layout, "jax, fsdp=4 x tensor=2") for f in OBJECTIVES for layout in ("separate", "shared + packed")}
-    assert {"llama3 + DPO", "llama3 + ORPO", "llama3 + sigmoid_norm"} == OBJECTIVES.keys()
+    assert {"llama3 + DPO", "llama3 + ORPO", "llama3 + sigmoid_norm, weighted"} == OBJECTIVES.keys()
     assert compared == full | part | adapted | trained
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jax_simpo.config import TrainConfig
-from jax_simpo.errors import ConfigError
+from jax_simpo.errors import CheckpointError, ConfigError
 from jax_simpo.run import files
 from jax_simpo.run.best import BestRule, evaluations
 from jax_simpo.run.metrics import MetricsLog
@@ -67,6 +67,17 @@ def test_an_improvement_below_the_threshold_is_none_but_moves_the_mark() -> None
     strict = BestRule("eval_loss", greater=False, patience=2, threshold=0.1)
     assert strict.ends(records(0.9, 0.8, 0.75, 0.7))
     assert not strict.ends(records(0.9, 0.8, 0.75, 0.6))
+
+
+def test_records_without_the_metric_do_not_count() -> None:
+    assert LOSS.best_step([{"eval_step": 10, "eval_a_loss": 0.1}, *records(0.9, 0.8, 0.7)]) == 20
+
+
+def test_a_best_step_without_a_checkpoint_is_found_before_training_goes_on() -> None:
+    LOSS.check_saved(records(0.9, 0.5, 0.8), [10, 20], Path("run"))
+    BestRule("eval_loss", greater=False, keep=False).check_saved(records(0.9, 0.5, 0.8), [20], Path("run"))
+    with pytest.raises(CheckpointError, match=r"of run by eval_loss is that of step 10, which has no checkpoint; ther"):
+        LOSS.check_saved(records(0.9, 0.5, 0.8), [20], Path("run"))
 
 
 def test_an_unknown_metric_is_refused_with_those_there_are() -> None:

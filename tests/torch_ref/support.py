@@ -94,7 +94,14 @@ def make_policy(family: str, layout: str, **keys: Any) -> Policy:
 
 
 def step_of(
-    pairs: Pairs, layout: str, *, rank: int = 0, world: int = 1, rows: int = 2, prompts: bool = False
+    pairs: Pairs,
+    layout: str,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    rows: int = 2,
+    prompts: bool = False,
+    weights: np.ndarray | None = None,
 ) -> RankStep:
     """One rank's share of a step with all pairs in file order."""
     sharing, packing = LAYOUTS[layout]
@@ -109,7 +116,7 @@ def step_of(
         packing=packing,
         prompt_targets=prompts,
     )
-    return build_rank_step(plan, pairs, 0, rank, world)
+    return build_rank_step(plan, pairs, 0, rank, world, weights=weights)
 
 
 def sums_of(policy: Policy, step: RankStep) -> Tensor:

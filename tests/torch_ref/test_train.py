@@ -13,7 +13,7 @@ import torch
 
 from jax_simpo.errors import CheckpointError, ConfigError, ModelError, UserError
 from jax_simpo.run.metrics import read_metrics
-from tests.torch_ref.start import config_file, make_start
+from tests.torch_ref.start import TEST_PAIRS, config_file, make_start
 from torch_ref.__main__ import app
 from torch_ref.attention_choice import choose_attention
 from torch_ref.distributed import Ranks
@@ -128,7 +128,21 @@ def test_a_new_model_is_made_from_a_mapping(start: Path, tmp_path: Path) -> None
     assert [r["loss"] for r in first] == [r["loss"] for r in second]
 
 
+def test_a_model_that_another_optimizer_trains_can_be_scored(finished: Path) -> None:
+    file = finished / "other-optimizer.jsonl"
+    options = ["--split", "test", "--output", str(file), "--optim=lion", "--adam_mu_dtype=bfloat16"]
+    app(["score", str(finished / "config.yaml"), *options], standalone_mode=False)
+    assert len(file.read_text().splitlines()) == TEST_PAIRS
+
+
 # --- what is refused
+
+
+def test_optimizers_of_the_other_side_are_refused_before_anything_is_written(start: Path, tmp_path: Path) -> None:
+    message = refused(start, tmp_path, "--optim=lion", "--adam_mu_dtype=bfloat16")
+    for setting in ("optim: lion", "adam_mu_dtype: bfloat16"):
+        assert f"`{setting}` cannot be honoured by `python -m torch_ref`" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_of_another_config_is_refused(start: Path, finished: Path) -> None:

@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from jax_simpo.run.facts import read_facts
 from jax_simpo.run.metrics import read_metrics
-from tests.torch_ref.start import DPO, config_file, make_start
+from tests.torch_ref.start import BEST, DPO, config_file, make_start
 from torch_ref.__main__ import app
 
 pytest.importorskip("deepspeed")
@@ -60,6 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # In a cache of its own: the ranks are to compute the reference's log-probs, and not to find these.
     own = [*DPO, f"--data_cache_dir={folder}/cache", "--save_strategy=no"]
     app(["train", str(config_file(start, folder / "plain-dpo", steps=STEPS)), *own], standalone_mode=False)
+    app(["train", str(config_file(start, folder / "plain-best", steps=STEPS)), *BEST], standalone_mode=False)
     done = torchrun(str(ROOT / "tests/torch_ref/zero3_cells.py"), str(folder))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return folder
@@ -147,6 +149,19 @@ def test_the_exported_model_is_that_of_a_single_process(folder: Path) -> None:
     for name in oracle:
         torch.testing.assert_close(ours[name], oracle[name], atol=1e-4, rtol=0)
     assert (folder / "rows/run/model/tokenizer.json").exists()
+
+
+def test_all_ranks_end_a_run_early_and_export_the_best_model_as_a_single_process_does(folder: Path) -> None:
+    """The learning rate of the first step is 0, so its model, which is the best here, is that of the start."""
+    for name in ("best", "plain-best"):
+        facts = read_facts(folder / name / "run")
+        assert (facts["exported_step"], facts["model_step"], facts["ended_early"]) == (3, 1, True)
+        weights, start = (load_file(folder / of / "model.safetensors") for of in (f"{name}/run/model", "start/model"))
+        assert weights.keys() == start.keys() and all(torch.equal(weights[n], start[n]) for n in start)
+    ours, theirs = (read_metrics(folder / name / "run") for name in ("best", "plain-best"))
+    assert [r["loss"] for r in ours if "step" in r] == pytest.approx(
+        [r["loss"] for r in theirs if "step" in r], abs=1e-5
+    )
 
 
 def test_an_adapter_trains(folder: Path) -> None:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jax_simpo.config import TrainConfig, load_config
 from jax_simpo.errors import UserError
-from tests.torch_ref.start import DPO, config_file
+from tests.torch_ref.start import BEST, DPO, config_file
 from tests.torch_ref.support import record_memory
 from torch_ref.batches import build_rank_step
 from torch_ref.distributed import Ranks, open_ranks
@@ -119,6 +119,8 @@ def cells(folder: Path, ranks: Ranks) -> dict[str, Any]:
     train(settings(folder, "resumed"), quiet, ranks, deepspeed)
     gc.collect()
     train(settings(folder, "adapter", "--use_peft=true", "--do_eval=true"), quiet, ranks, deepspeed)
+    gc.collect()
+    train(settings(folder, "best", *BEST), quiet, ranks, deepspeed)
     gc.collect()
     found["memory"] = train_over_a_reference(folder, ranks, deepspeed)
     gc.collect()
