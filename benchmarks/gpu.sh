@@ -76,11 +76,11 @@ part attention_tests 60 env JAX_PLATFORMS="${JAX_PLATFORMS:-cuda}" "$python" -m 
   --noconftest -o addopts=--import-mode=importlib -o filterwarnings=default tests/ops/attention/test_pallas_on_gpu.py
 part layers 100 "$python" -m benchmarks.layers --output "$out" --rounds 3 --response 128 --response 1024 "${tiny[@]}"
 part throughput_1b 120 "$python" -m benchmarks.throughput --output "$out" --name throughput_1b --model llama-3.2-1b \
-  --dtype bfloat16 --remat full --unpacked-batch 0 --rounds 3 "${tiny[@]}"
+  --dtype bfloat16 --remat full --unpacked-batch 0 --rounds 3 --dpo-rounds 0 "${tiny[@]}"
 part peers 100 "$python" -m benchmarks.peers --output "$out" --device "$device" --model llama-3.2-1b --profile tldr \
   --remat full --only bfloat16 --rounds 3 "${tiny[@]}"
 part loss_head 40 "$python" -m benchmarks.loss_head --output "$out" --width 2048 --targets 8192 --dtype bfloat16 "${tiny[@]}"
 part throughput_8b 50 "$python" -m benchmarks.throughput --output "$out" --name throughput_8b --model llama-3-8b --layers 8 \
-  --dtype bfloat16 --remat full --unpacked-batch 0 --rounds 2 --profiles capybara "${tiny[@]}"
+  --dtype bfloat16 --remat full --unpacked-batch 0 --rounds 2 --dpo-rounds 0 --profiles capybara "${tiny[@]}"
 part parity 540 bash -c 'parity "$@"' parity "${tiny[@]}"
 part profiles 540 bash -c 'profiles "$@"' profiles "${tiny[@]}"

@@ -1,15 +1,19 @@
-"""Is a SimPO step faster than TRL's and than the PyTorch reference's, and in less memory?
+"""Is a step of SimPO or DPO faster than TRL's and than the PyTorch reference's, and in less memory?
 
-All contenders make the same step, on the same pairs from the same start model: TRL's `CPOTrainer` (SimPO loss; float32
-and bfloat16), `torch_ref` with the concatenated forward of the original and with prefix sharing and packing
-(FlexAttention on a GPU, SDPA on a CPU), and jax-simpo. Each runs in a process of its own; rounds go in turns. Equal
-first losses show that all do the same work.
+All contenders make the same step, on the same pairs from the same start model: TRL (`CPOTrainer` with the SimPO loss,
+or `DPOTrainer`; float32 and bfloat16), `torch_ref` with the concatenated forward of the original and with prefix
+sharing and packing (FlexAttention on a GPU, SDPA on a CPU), and jax-simpo. Each runs in a process of its own; rounds go
+in turns. Equal first losses show that all do the same work.
+
+With `--objective dpo` every contender computes the log-probs of the reference first, by its own code, which neither the
+times nor the memory count. The reference is another model than the start, under which all first losses would be log 2.
 
 Expected on a CPU, HH-RLHF, 155 M parameters with Llama-3's vocabulary: 8 times TRL in float32 and 4.5 times TRL in
-bfloat16, in less than half of TRL's memory. Measured on two cores of an EPYC: 9.0 times in float32 (9.5 and 8.5 in the
-two rounds) and 10.6 times in bfloat16, in 0.41 and 0.34 of its memory.
+bfloat16, in less than half of TRL's memory; with DPO 6 times TRL in float32, in less than half of its memory. Measured
+with SimPO on two cores of an EPYC: 9.0 times in float32 (9.5 and 8.5 in the two rounds) and 10.6 times in bfloat16, in
+0.41 and 0.34 of its memory.
 
-Takes about 16 minutes on two CPU cores with `--rounds 2` (`--quick`: two minutes).
+Takes about 16 minutes on two CPU cores with `--rounds 2`, half an hour with DPO (`--quick`: two minutes).
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.contenders.job import Job, first_pairs, spoken_pairs
+from benchmarks.contenders.job import OBJECTIVES, Job, first_pairs, spoken_pairs
 from benchmarks.facts import ROOT, machine_facts
 from benchmarks.lengths import PROFILES
 from benchmarks.models import model_mapping
@@ -37,8 +41,8 @@ from benchmarks.timing import in_turns, speed_up
 from benchmarks.workers import Worker, WorkerFailed
 
 CONTENDERS = {
-    "TRL, float32": ("trl_cpo", "float32"),
-    "TRL, bfloat16": ("trl_cpo", "bfloat16"),
+    "TRL, float32": ("trl_trainer", "float32"),
+    "TRL, bfloat16": ("trl_trainer", "bfloat16"),
     "torch_ref concatenated, float32": ("torch_reference", "float32", "separate"),
     "torch_ref concatenated, bfloat16": ("torch_reference", "bfloat16", "separate"),
     "torch_ref shared+packed, float32": ("torch_reference", "float32", "shared+packed"),
@@ -46,11 +50,13 @@ CONTENDERS = {
     "jax-simpo, float32": ("ours", "float32"),
     "jax-simpo, bfloat16": ("ours", "bfloat16"),
 }
+TITLES = {"simpo": "SimPO", "dpo": "DPO"}
 OURS = [name for name in CONTENDERS if name.startswith("jax-simpo")]
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
+    objective: Annotated[str, typer.Option(help="simpo or dpo.")] = "simpo",
     model: Annotated[str, typer.Option(help="One of benchmarks/models.py.")] = "hh-155m",
     layers: Annotated[int | None, typer.Option(help="Fewer layers than the model has.")] = None,
     device: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
@@ -65,12 +71,15 @@ def main(
     resident: Annotated[
         bool | None, typer.Option(help="Keep all processes through all rounds. Default: on a GPU, not on a CPU.")
     ] = None,
-    name: Annotated[str, typer.Option(help="Stem of the files.")] = "peers",
+    name: Annotated[str | None, typer.Option(help="Stem of the files. Default: peers, peers-dpo.")] = None,
     quick: Annotated[bool, typer.Option(help="A tiny model on short pairs, to see that it runs.")] = False,
 ) -> None:
     """Times the same step of all contenders."""
     if quick:
         model, batch, stacked_batch, rounds, profile = "tiny", 8, 4, 1, profile or "hh-rlhf"
+    if objective not in OBJECTIVES:
+        raise typer.BadParameter(f"--objective {objective} is not one of {', '.join(OBJECTIVES)}")
+    name = name or ("peers" if objective == "simpo" else f"peers-{objective}")
     shared = os.environ.get("SIMPO_SHARED")
     if profile is None and pairs is None and not shared:
         raise typer.BadParameter("no real pairs: give --pairs and --tokenizer, or --profile, or set SIMPO_SHARED")
@@ -78,7 +87,7 @@ def main(
     known = "builtin:cafe" if profile else tokenizer or f"{shared}/tokenizers/llama3"
     chosen = {n: c for n, c in CONTENDERS.items() if not only or any(part in n for part in only)}
     with tempfile.TemporaryDirectory() as work:
-        job = Job(work, model_mapping(model, layers), known, batch, device, stacked_batch, remat)
+        job = Job(work, model_mapping(model, layers), known, batch, device, objective, stacked_batch, remat)
         job.save()
         rows = spoken_pairs(PROFILES[profile], batch) if profile else first_pairs(file, batch)
         job.rows.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
@@ -87,14 +96,14 @@ def main(
         measured, failed = _compare(job, chosen, rounds, device == "gpu" if resident is None else resident)
     recompute = "none (jax-simpo: dots)" if remat == "none" else remat
     about = (
-        f"{model}{'' if layers is None else f', {layers} layers'}, {batch} pairs of {profile or file.name} a step, "
-        f"micro-batches of {stacked_batch} where not packed, remat {recompute}; {rounds} rounds in turns, each "
-        "contender in its own process. Medians."
+        f"{model}{'' if layers is None else f', {layers} layers'}, {batch} pairs of {profile or file.name} a step of "
+        f"{TITLES[objective]}, micro-batches of {stacked_batch} where not packed, remat {recompute}; {rounds} rounds "
+        "in turns, each contender in its own process. Medians."
     )
     tables = [_table(measured, batch), _ratios(measured), *_failures(failed)]
     _draw(output, name, measured, batch)
     Result(
-        *(name, "Beside TRL and PyTorch", about, machine_facts(device), tables),
+        *(name, f"{TITLES[objective]} beside TRL and PyTorch", about, machine_facts(device), tables),
         {"batch": batch, "measured": measured, "failed": failed},
         [f"{name}.png"],
     ).write(output)
@@ -154,9 +163,9 @@ def _table(measured: Mapping[str, Any], batch: int) -> Table:
         peak = max(answer["peak_bytes"] for answer in answers)
         rows.append((contender, rate, gib(peak), f"{answers[0]['loss']:.5f}"))
     note = (
-        "Peak memory: on a CPU the process's largest resident size from its start to the end of the step, compilation "
-        "included; on a GPU the memory its framework allocated. Loss: that of the first step; all start from the same "
-        "weights."
+        "Peak memory: on a CPU the process's largest resident size to the end of the step, compilation included, from "
+        "its start or from the end of its reference pass; on a GPU the memory its framework allocated. Loss: that of "
+        "the first step; all have the same start model and the same reference."
     )
     return Table("A step of each", ("contender", "pairs/s", "peak memory", "first loss"), rows, note)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +24,8 @@ from benchmarks.facts import machine_facts
 from benchmarks.lengths import PROFILES, profile_pairs
 from benchmarks.models import model_mapping
 from benchmarks.results import Result, Table, gib, picture
-from benchmarks.steps import Trainee, device_name, one_device, step_plan
-from benchmarks.timing import in_turns, speed_up
+from benchmarks.steps import Trainee, device_name, one_device, step_plan, steps_in_turns
+from benchmarks.timing import speed_up
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.transformer import Model
 
@@ -63,9 +62,7 @@ def main(
         run = trainees(model, layers, dtype, row_length)
         step_bytes = {policy: trainee.compiled_bytes() for policy, trainee in run.items()}
         weights = run["none"].fresh_weights()
-        for trainee in run.values():
-            trainee.warm(weights)
-        seconds = in_turns({policy: partial(trainee.seconds, weights) for policy, trainee in run.items()}, rounds)
+        seconds = steps_in_turns(run, weights, rounds)
         del weights
         compiled = {}
         if compile_only:

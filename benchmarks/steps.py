@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 
-from benchmarks.contenders.job import BETA, GAMMA_BETA_RATIO, LEARNING_RATE
+from benchmarks.contenders.job import LEARNING_RATE, OBJECTIVES
 from benchmarks.lengths import Pairs
-from benchmarks.timing import seconds_of
+from benchmarks.timing import in_turns, seconds_of
 from jax_simpo.config import TrainConfig
 from jax_simpo.data.loader import StepBatch, build_step
 from jax_simpo.data.packing import StepPlan, make_step_plan
-from jax_simpo.data.rows import RowBatch
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
-from jax_simpo.objectives import SimPO
+from jax_simpo.objectives import Objective, make_objective
 from jax_simpo.ops.attention import resolve_backend
 from jax_simpo.sharding import make_mesh, put_rows
 from jax_simpo.training import capacity
+from jax_simpo.training.evaluate import PAIRS_PER_PLAN, ScoreFunction, score_pairs
 from jax_simpo.training.optim import run_optimizer
-from jax_simpo.training.step import Denominators, TrainFunctions, make_train_functions, run_step
+from jax_simpo.training.step import (
+    TrainFunctions,
+    make_score_function,
+    make_train_functions,
+    run_step,
+    split_step,
+)
 
-# The settings of the objective and the optimizer. The model and the pairs are those of a `Trainee`.
+# The settings of the optimizer. The objective, the model and the pairs are those of a `Trainee`.
 CONFIG = TrainConfig(
     model_name_or_path="unused",
     dataset_mixer={"unused": 1.0},
-    beta=BETA,
-    gamma_beta_ratio=GAMMA_BETA_RATIO,
     learning_rate=LEARNING_RATE,
     lr_scheduler_type="constant",
     weight_decay=0.0,
     max_grad_norm=1.0,
 )
-OBJECTIVE = SimPO(beta=BETA, gamma_beta_ratio=GAMMA_BETA_RATIO)
+SIMPO = make_objective({"simpo": 1.0}, OBJECTIVES["simpo"])
+DPO = make_objective({"dpo": 1.0}, OBJECTIVES["dpo"])
 _MANY_STEPS = 1_000_000  # the learning rate is constant, so the number does not matter
 _MATMUL = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # width of the square matrices of the peak
 # Variant -> prefix sharing, packing.
@@ -55,7 +63,14 @@ def one_device() -> Mesh:
 
 
 def step_plan(
-    model: Model, pairs: Pairs, variant: str, *, batch: int, rows: int = 1, row_length: int | None = None
+    model: Model,
+    pairs: Pairs,
+    variant: str,
+    *,
+    batch: int,
+    rows: int = 1,
+    row_length: int | None = None,
+    seed: int | None = 0,
 ) -> StepPlan:
     """Makes the step plan of a variant as the trainer does. `row_length` counts only for variants that pack."""
     sharing, packing = VARIANTS[variant]
@@ -68,7 +83,7 @@ def step_plan(
         max_row_length=capacity.longest_row(model, mesh, rows, capacity.device_memory(mesh)),
         prefix_sharing=sharing,
         packing=packing,
-        seed=0,
+        seed=seed,
     )
     plan.check()
     return plan
@@ -93,6 +108,8 @@ class Trainee:
         mesh: a mesh of one device.
         attention: the config key `attention`; `auto` takes the implementation that a run would take.
         chunk: the config key `logprob_chunk`.
+        objective: the objective.
+        reference: the sums of all pairs under the reference (`ReferencePass.sums`), for an objective that needs one.
     """
 
     model: Model
@@ -101,6 +118,8 @@ class Trainee:
     mesh: Mesh
     attention: str = "auto"
     chunk: int | Literal["auto"] = "auto"
+    objective: Objective = SIMPO
+    reference: Float[np.ndarray, "N 2"] | None = None
 
     @cached_property
     def attention_name(self) -> str:
@@ -110,17 +129,21 @@ class Trainee:
         return resolve_backend(self.attention, self.mesh.devices.flat[0], **settings)[0]
 
     @property
+    def scoring_forward(self) -> Forward:
+        """The forward pass of scoring."""
+        return Forward(self.model, self.attention_name, self.chunk)
+
+    @property
     def forward(self) -> Forward:
         """The forward pass of training."""
-        forward = Forward(self.model, self.attention_name, self.chunk)
-        return capacity.training_forward(forward, self.mesh, capacity.device_memory(self.mesh))
+        return capacity.training_forward(self.scoring_forward, self.mesh, capacity.device_memory(self.mesh))
 
     @cached_property
     def functions(self) -> TrainFunctions:
         """The compiled functions of training."""
         _, optimizer = run_optimizer(CONFIG, _MANY_STEPS)
         return make_train_functions(
-            self.forward, OBJECTIVE, optimizer, self.mesh, accumulates=self.plan.step(0).micro_batches > 1
+            self.forward, self.objective, optimizer, self.mesh, accumulates=self.plan.step(0).micro_batches > 1
         )
 
     def fresh_weights(self, params: Any = None) -> Weights:
@@ -130,7 +153,7 @@ class Trainee:
 
     def build(self, step: int) -> StepBatch:
         """Builds the rows of a step; steps go round the pairs as often as needed."""
-        return build_step(self.plan, self.pairs, step)
+        return build_step(self.plan, self.pairs, step, reference=self.reference)
 
     def compute(self, weights: Weights, batch: StepBatch) -> dict[str, float]:
         """Makes an optimizer step, waits for it and returns its metrics."""
@@ -155,10 +178,54 @@ class Trainee:
             self.model.abstract,
             self.model.shardings(self.mesh),
         )
-        rows = put_rows(RowBatch.empty(self.plan.rows_per_micro_batch, self.plan.shape).arrays(), self.mesh)
-        ones = Denominators(jnp.float32(1), jnp.float32(1))
-        so_far = jax.eval_shape(self.functions.accumulate, params, None, rows, ones)
-        return memory_of(self.functions.accumulate.lower(params, so_far, rows, ones).compile())  # type: ignore[attr-defined]
+        batch = split_step(self.build(0))[0]
+        rows = put_rows(batch.arrays(), self.mesh)
+        so_far = jax.eval_shape(self.functions.accumulate, params, None, rows, batch.denominators)
+        lowered = self.functions.accumulate.lower(params, so_far, rows, batch.denominators)  # type: ignore[attr-defined]
+        return memory_of(lowered.compile())
+
+
+def steps_in_turns(trainees: Mapping[str, Trainee], weights: Weights, rounds: int) -> dict[str, list[float]]:
+    """Times steps of all trainees in turns, on the same weights, after the micro-batches that compile."""
+    for trainee in trainees.values():
+        trainee.warm(weights)
+    return in_turns({name: partial(trainee.seconds, weights) for name, trainee in trainees.items()}, rounds)
+
+
+@dataclass(frozen=True)
+class ReferencePass:
+    """Scores all pairs once, as a run does before it trains with a reference (`jax_simpo.training.reference`).
+
+    Used under `jax.set_mesh(mesh)` of the trainee's mesh.
+
+    Attributes:
+        trainee: the model, the pairs and the settings.
+        row_length: the length of the rows; None leaves it to the program.
+    """
+
+    trainee: Trainee
+    row_length: int | None = None
+
+    @cached_property
+    def plan(self) -> StepPlan:
+        """The step plan of all pairs in file order, shared and packed."""
+        model, pairs = self.trainee.model, self.trainee.pairs
+        return step_plan(model, pairs, "shared+packed", batch=PAIRS_PER_PLAN, row_length=self.row_length, seed=None)
+
+    @cached_property
+    def score(self) -> ScoreFunction:
+        """The compiled function that scores a micro-batch."""
+        return make_score_function(self.trainee.scoring_forward, self.trainee.mesh)
+
+    def warm(self, params: Any) -> None:
+        """Compiles the pass by scoring one micro-batch."""
+        rows = build_step(self.plan, self.trainee.pairs, 0).micro_batches[0]
+        jax.block_until_ready(self.score(params, put_rows(rows.arrays(), self.trainee.mesh)))
+
+    def sums(self, params: Any) -> Float[np.ndarray, "N 2"]:
+        """Returns the sums of log-probs of the chosen and the rejected response of every pair."""
+        scores = score_pairs(self.score, params, self.plan, self.trainee.pairs, self.trainee.mesh)
+        return np.stack([scores.chosen_sum, scores.rejected_sum], axis=1)
 
 
 def memory_of(compiled: Any) -> int:

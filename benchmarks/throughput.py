@@ -4,17 +4,21 @@ Repeats Tables 1 and 2 of the prefix-sharing paper: six length profiles, and rea
 in the layouts separate, shared, separate+packed and shared+packed. All layouts make optimizer steps on the same pairs
 in turns; the times include planning, building and sending rows.
 
-Expected: sharing speeds packed steps up by the ratio of tokens computed, within 5 %; packed rows of eight medians are
-filled to 95 % at 128 pairs a step and to 97 % at 512.
+A second part (`benchmarks/dpo.py`) sets steps of DPO beside steps of SimPO, with the reference pass counted and not
+counted. It takes few of the profiles and more rounds, because it looks for a difference of per cents. `--rounds 0` or
+`--dpo-rounds 0` leaves one of the parts out.
 
-Takes about 20 minutes on two CPU cores (`--quick`: one minute), 3 to 5 minutes on a GPU.
+Expected: sharing speeds packed steps up by the ratio of tokens computed, within 5 %; packed rows of eight medians are
+filled to 95 % at 128 pairs a step and to 97 % at 512. A step of DPO is as fast as one of SimPO within 3 % and takes as
+much memory within 2 %; the reference pass adds a third of an epoch's time.
+
+Takes about 25 minutes on two CPU cores, 5 of them for DPO (`--quick`: one minute), 3 to 5 minutes on a GPU.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,13 +26,14 @@ import jax
 import numpy as np
 import typer
 
+from benchmarks.dpo import compare_dpo, dpo_table
 from benchmarks.facts import machine_facts
 from benchmarks.flops import linear_ideal
 from benchmarks.lengths import PROFILES, Pairs, profile_pairs, read_pairs
 from benchmarks.models import model_mapping
 from benchmarks.results import Result, Table, gib, percent, picture
-from benchmarks.steps import VARIANTS, Trainee, device_name, matmul_peak, one_device, step_plan
-from benchmarks.timing import in_turns, speed_up, total_speed_up
+from benchmarks.steps import VARIANTS, Trainee, device_name, matmul_peak, one_device, step_plan, steps_in_turns
+from benchmarks.timing import speed_up, total_speed_up
 from jax_simpo.data.packing import ROW_MULTIPLE, measure
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.transformer import Model
@@ -40,6 +45,7 @@ FILL_BATCHES = (128, 512)
 FILL_POOLS = 4  # the fill is planned and not computed, so it takes as many times the pairs
 PACKED = ("separate+packed", "shared+packed")
 HH = "hh (real)"
+DPO_PROFILES = ["hh-rlhf"]
 
 
 def main(
@@ -51,52 +57,63 @@ def main(
     attention: Annotated[str, typer.Option(help="As the config key.")] = "auto",
     batch: Annotated[int, typer.Option(help="Pairs a step when packed.")] = 64,
     unpacked_batch: Annotated[int, typer.Option(help="Pairs a step when not packed; 0 leaves those variants out.")] = 4,
-    rounds: Annotated[int, typer.Option(help="Steps of each variant.")] = 2,
-    profiles: Annotated[list[str] | None, typer.Option(help="Profiles to run (repeatable). Default: all.")] = None,
+    rounds: Annotated[int, typer.Option(help="Steps of each layout; 0 leaves the layouts out.")] = 2,
+    dpo_rounds: Annotated[int, typer.Option(help="Steps of SimPO and of DPO; 0 leaves DPO out.")] = 6,
+    profiles: Annotated[
+        list[str] | None, typer.Option(help="Profiles of the layouts (repeatable). Default: all.")
+    ] = None,
+    dpo_profiles: Annotated[list[str], typer.Option(help="Profiles of DPO (repeatable).")] = DPO_PROFILES,
     pairs: Annotated[Path | None, typer.Option(help="JSONL of real pairs. Default: where SIMPO_SHARED says.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="For `--pairs`. Default: Llama-3's of SIMPO_SHARED.")] = None,
     name: Annotated[str, typer.Option(help="Stem of the files.")] = "throughput",
     quick: Annotated[bool, typer.Option(help="A tiny model on two profiles, to see that it runs.")] = False,
 ) -> None:
-    """Times optimizer steps of four layouts on each length profile."""
+    """Times optimizer steps of four layouts on each length profile, and of DPO beside SimPO."""
     if quick:
-        model, batch, unpacked_batch, rounds, profiles = "tiny", 16, 4, 2, profiles or ["hh-rlhf"]
+        model, batch, unpacked_batch, profiles = "tiny", 16, 4, profiles or ["hh-rlhf"]
+        rounds, dpo_rounds = min(rounds, 2), min(dpo_rounds, 2)
     pool = 128 if quick else POOL
     policy = Model(read_model_config(model_mapping(model, layers)), dtype, remat)  # type: ignore[arg-type]
     mesh = one_device()
-    data = _data(profiles or list(PROFILES), pool, policy.config.vocab_size, pairs, tokenizer)
+    of_layouts = (profiles or list(PROFILES)) if rounds else []
+    of_dpo = dpo_profiles if dpo_rounds else []
+    data = _data(list(dict.fromkeys([*of_layouts, *of_dpo])), pool, policy.config.vocab_size, pairs, tokenizer)
+    batches = dict.fromkeys(VARIANTS, unpacked_batch) if unpacked_batch else {}
+    batches |= dict.fromkeys(PACKED, batch)
+
+    def trainee(label: str, variant: str) -> Trainee:
+        own_pairs, row_length = data[label]
+        plan = step_plan(policy, own_pairs, variant, batch=batches[variant], row_length=row_length)
+        return Trainee(policy, plan, own_pairs, mesh, attention)
+
+    measured, compared = {}, {}
     with jax.set_mesh(mesh):
         peak = matmul_peak(dtype)
-        measured = {}
         for label, (own_pairs, row_length) in data.items():
             print(f"{label}: {len(own_pairs)} pairs", flush=True)
-            batches = dict.fromkeys(VARIANTS, unpacked_batch) if unpacked_batch else {}
-            batches |= dict.fromkeys(PACKED, batch)
-            trainees = {
-                variant: Trainee(
-                    policy,
-                    step_plan(policy, own_pairs, variant, batch=size, row_length=row_length),
-                    own_pairs,
-                    mesh,
-                    attention,
-                )
-                for variant, size in batches.items()
-            }
-            measured[label] = measure_steps(trainees, rounds)
-    fills = {label: packing_fill(policy, label, FILL_POOLS * pool) for label in data if label in PROFILES}
+            if rounds and label in (*of_layouts, HH):
+                measured[label] = measure_steps({variant: trainee(label, variant) for variant in batches}, rounds)
+            if dpo_rounds and label in (*of_dpo, HH):
+                compared[label] = compare_dpo(trainee(label, PACKED[1]), row_length, dpo_rounds)
+    fills = {label: packing_fill(policy, label, FILL_POOLS * pool) for label in measured if label in PROFILES}
     facts = machine_facts(device_name())
     model_text = (
         f"{model}{'' if layers is None else f', {layers} layers'}: {policy.parameter_count / 1e6:.1f} M parameters"
     )
     about = (
         f"{model_text}, {dtype}, remat {remat}, attention {attention}; {batch} pairs a step when packed, in rows of "
-        f"{MEDIANS_A_ROW} medians, {unpacked_batch} when not; {rounds} steps each, in turns. Matrix products reach "
-        f"{peak / 1e12:.3g} TFLOP/s in this run. {__doc__.split(chr(10) * 2)[1]}"
+        f"{MEDIANS_A_ROW} medians, {unpacked_batch} when not. Matrix products reach {peak / 1e12:.3g} TFLOP/s in this "
+        "run."
     )
-    tables = [_table(measured, peak), _speed_ups(measured), _fills(fills)]
-    _draw(output, name, measured)
-    everything = {"matmul_flops_per_second": peak, "measured": measured, "fill": fills}
-    Result(name, "Throughput", about, facts, tables, everything, [f"{name}.png"]).write(output)
+    tables, pictures = [], []
+    if measured:
+        about += f" {__doc__.split(chr(10) * 2)[1]} Each layout makes {rounds} steps."
+        tables = [_table(measured, peak), _speed_ups(measured), *([_fills(fills)] if fills else [])]
+        pictures = [_draw(output, f"{name}.png", measured)]
+    if compared:
+        tables.append(dpo_table(compared))
+    everything = {"matmul_flops_per_second": peak, "measured": measured, "fill": fills, "dpo": compared}
+    Result(name, "Throughput", about, facts, tables, everything, pictures).write(output)
 
 
 def _data(
@@ -129,11 +146,8 @@ def _round_up(tokens: int) -> int:
 def measure_steps(trainees: Mapping[str, Trainee], rounds: int) -> dict[str, Any]:
     """Times steps of all variants in turns, on the same weights, after a step that compiles."""
     weights = next(iter(trainees.values())).fresh_weights()
-    compiled_bytes = {}
-    for variant, trainee in trainees.items():
-        compiled_bytes[variant] = trainee.compiled_bytes()
-        trainee.warm(weights)
-    seconds = in_turns({variant: partial(trainee.seconds, weights) for variant, trainee in trainees.items()}, rounds)
+    compiled_bytes = {variant: trainee.compiled_bytes() for variant, trainee in trainees.items()}
+    seconds = steps_in_turns(trainees, weights, rounds)
     return {
         variant: {**_counts(trainee, rounds), "seconds": seconds[variant], "bytes": compiled_bytes[variant]}
         for variant, trainee in trainees.items()
@@ -223,8 +237,9 @@ def _fills(fills: Mapping[str, Mapping[str, float]]) -> Table:
     )
 
 
-def _draw(output: Path, name: str, measured: Mapping[str, Any]) -> None:
-    with picture(output, f"{name}.png") as axes:
+def _draw(output: Path, file: str, measured: Mapping[str, Any]) -> str:
+    """Draws the speed-ups of sharing, and returns the name of the file."""
+    with picture(output, file) as axes:
         for x, (label, variants) in enumerate(measured.items()):
             times = [variants[variant]["seconds"] for variant in PACKED]
             tokens = variants[PACKED[0]]["computed_tokens"] / variants[PACKED[1]]["computed_tokens"]
@@ -237,6 +252,7 @@ def _draw(output: Path, name: str, measured: Mapping[str, Any]) -> None:
         axes.set_ylabel("speed-up of sharing, packed")
         axes.axhline(1.0, color="grey", linewidth=0.5)
         axes.legend(loc="lower right", framealpha=1)
+    return file
 
 
 if __name__ == "__main__":

@@ -5,13 +5,21 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def timed(run: Callable[[], T]) -> tuple[T, float]:
+    """Returns the result of a call and its seconds. The call must wait for its device."""
+    started = time.perf_counter()
+    result = run()
+    return result, time.perf_counter() - started
 
 
 def seconds_of(run: Callable[[], object]) -> float:
     """Returns the seconds of a call. The call must wait for its device."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    return timed(run)[1]
 
 
 def in_turns(contenders: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:

@@ -12,7 +12,11 @@ from typing import Any
 from benchmarks.lengths import Profile, draw_lengths
 from jax_simpo.data import chat, synthetic
 
-BETA, GAMMA_BETA_RATIO = 2.5, 0.55
+# The objectives that are compared, with their config keys: those of a published SimPO run, and the default of DPO.
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "simpo": {"beta": 2.5, "gamma_beta_ratio": 0.55},
+    "dpo": {"beta": 0.1},
+}
 LEARNING_RATE = 1e-6
 MAX_LENGTH = 8192  # so long that no pair is cut
 
@@ -27,6 +31,7 @@ class Job:
         tokenizer: a folder, hub id or `builtin:NAME`.
         pairs: number of pairs; every step takes all of them.
         device: `cpu` or `gpu`.
+        objective: one of `OBJECTIVES`.
         stacked_batch: pairs a micro-batch of the contenders that stack chosen and rejected along the batch.
         remat: `none` or `full`. With `none` jax-simpo takes `dots`, its fastest setting.
     """
@@ -36,6 +41,7 @@ class Job:
     tokenizer: str
     pairs: int
     device: str
+    objective: str = "simpo"
     stacked_batch: int = 8
     remat: str = "none"
 
@@ -43,6 +49,14 @@ class Job:
     def start(self) -> Path:
         """The folder of the start model."""
         return Path(self.work) / "start"
+
+    @property
+    def reference(self) -> Path | None:
+        """The folder of the reference model, if the objective needs one.
+
+        It is not the start model, under which every loss of a first step would be log 2.
+        """
+        return Path(self.work) / "reference" if self.objective == "dpo" else None
 
     @property
     def rows(self) -> Path:

@@ -1,8 +1,14 @@
-"""Runs jax-simpo's step, prefix shared and packed: `python -m benchmarks.contenders.ours JOB.json DTYPE`."""
+"""Runs jax-simpo's step, prefix shared and packed: `python -m benchmarks.contenders.ours JOB.json DTYPE`.
+
+For an objective with a reference the program's own scoring computes the log-probs under it first, and its weights are
+freed.
+"""
 
 from __future__ import annotations
 
+import gc
 import sys
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.workers import Requests
@@ -13,15 +19,16 @@ def main(file: str, dtype: str) -> None:
 
     import jax
 
-    from benchmarks.contenders.job import MAX_LENGTH, Job
-    from benchmarks.facts import peak_resident_bytes
+    from benchmarks.contenders.job import MAX_LENGTH, OBJECTIVES, Job
+    from benchmarks.facts import forget_peak, peak_resident_bytes
     from benchmarks.lengths import Pairs
-    from benchmarks.steps import Trainee, one_device, step_plan
-    from benchmarks.timing import seconds_of
+    from benchmarks.steps import ReferencePass, Trainee, one_device, step_plan
+    from benchmarks.timing import timed
     from jax_simpo import hf
     from jax_simpo.data import chat
     from jax_simpo.data.tokenize import tokenize_pair
     from jax_simpo.models.transformer import Model
+    from jax_simpo.objectives import make_objective
 
     job = Job.load(file)
     tokenizer = chat.load_tokenizer(job.tokenizer)
@@ -38,13 +45,19 @@ def main(file: str, dtype: str) -> None:
     model = Model(config, dtype, "dots" if job.remat == "none" else job.remat)  # type: ignore[arg-type]
     mesh = one_device()
     plan = step_plan(model, pairs, "shared+packed", batch=job.pairs)
-    trainee = Trainee(model, plan, pairs, mesh)
+    objective = make_objective({job.objective: 1.0}, OBJECTIVES[job.objective])
+    trainee = Trainee(model, plan, pairs, mesh, objective=objective)
     print(f"rows: {plan.shape}, {plan.step(0).micro_batches} micro-batches, attention {trainee.attention_name}")
 
     def peak() -> int:
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or peak_resident_bytes()
 
     with jax.set_mesh(mesh):
+        if job.reference is not None:
+            sums = ReferencePass(trainee).sums(hf.load_params(job.reference, model, mesh))
+            trainee = replace(trainee, reference=sums)
+            gc.collect()
+            forget_peak()  # the peak of a GPU cannot be forgotten, but the pass takes less than a step
         weights = trainee.fresh_weights(hf.load_params(job.start, model, mesh))
 
         def handle(request: dict[str, Any]) -> dict[str, Any]:
@@ -54,8 +67,7 @@ def main(file: str, dtype: str) -> None:
                 fresh = trainee.fresh_weights(hf.load_params(job.start, model, mesh))
                 weights.params, weights.state = fresh.params, fresh.state
                 return {}
-            metrics: dict[str, float] = {}
-            seconds = seconds_of(lambda: metrics.update(trainee.compute(weights, trainee.build(request["step"]))))
+            metrics, seconds = timed(lambda: trainee.compute(weights, trainee.build(request["step"])))
             return {"seconds": seconds, "loss": metrics["loss"], "peak_bytes": peak()}
 
         requests.serve(handle)

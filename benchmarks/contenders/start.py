@@ -1,4 +1,7 @@
-"""Writes the model that every contender starts from, with random float32 weights as transformers draws them."""
+"""Writes the model that every contender starts from, and the reference if there is one.
+
+Their weights are random, float32, as transformers draws them, from different seeds.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ from benchmarks.contenders.job import Job
 
 def main(file: str) -> None:
     job = Job.load(file)
-    torch.manual_seed(0)
     config = LlamaConfig(**{key: value for key, value in job.model.items() if key != "model_type"})
-    with torch.device("cuda" if job.device == "gpu" else "cpu"):
-        LlamaForCausalLM(config).save_pretrained(job.start)
+    folders = [job.start, *([] if job.reference is None else [job.reference])]
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        with torch.device("cuda" if job.device == "gpu" else "cpu"):
+            LlamaForCausalLM(config).save_pretrained(folder)
 
 
 if __name__ == "__main__":

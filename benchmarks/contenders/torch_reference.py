@@ -1,7 +1,8 @@
 """Runs torch_ref's step: `python -m benchmarks.contenders.torch_reference JOB.json DTYPE LAYOUT`.
 
 LAYOUT `separate` stacks chosen and rejected along the batch, as the original SimPO code does. `shared+packed` lays them
-out in rows, with FlexAttention on a GPU and SDPA with a dense mask on a CPU.
+out in rows, with FlexAttention on a GPU and SDPA with a dense mask on a CPU. For an objective with a reference the
+trainer's own pass computes the log-probs under it first, and frees its weights.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ def main(file: str, dtype: str, layout: str) -> None:
     requests = Requests()
 
     import torch
+    from rich.console import Console
 
-    from benchmarks.contenders.job import BETA, GAMMA_BETA_RATIO, LEARNING_RATE, MAX_LENGTH, Job
-    from benchmarks.facts import cores, peak_resident_bytes
-    from benchmarks.timing import seconds_of
+    from benchmarks.contenders.job import LEARNING_RATE, MAX_LENGTH, OBJECTIVES, Job
+    from benchmarks.contenders.torch_memory import forget_peak, peak_bytes
+    from benchmarks.facts import cores
+    from benchmarks.timing import timed
     from jax_simpo.config import TrainConfig
     from torch_ref.batches import RankStep, build_rank_step
     from torch_ref.distributed import Ranks
+    from torch_ref.reference import reference_sums
     from torch_ref.setup import Setup
     from torch_ref.trainer import batch_part, make_engine
 
@@ -41,8 +45,9 @@ def main(file: str, dtype: str, layout: str) -> None:
         global_batch_size=job.pairs,
         logprob_chunk=1024,
         remat=job.remat,  # type: ignore[arg-type]
-        beta=BETA,
-        gamma_beta_ratio=GAMMA_BETA_RATIO,
+        objective=job.objective,
+        **OBJECTIVES[job.objective],
+        ref_model_name_or_path=None if job.reference is None else str(job.reference),
         learning_rate=LEARNING_RATE,
         max_length=MAX_LENGTH,
         max_prompt_length=MAX_LENGTH - 1,
@@ -52,6 +57,10 @@ def main(file: str, dtype: str, layout: str) -> None:
     setup = Setup(config, ranks)
     pairs = setup.train_pairs()
     plan = setup.step_plan(pairs, batch=job.pairs, seed=0)
+    reference = None
+    if setup.objective.needs_reference:
+        (reference,) = reference_sums(setup, [pairs], Console())
+        forget_peak(job.device)
     engine = make_engine(setup)
     engine.policy.train()
 
@@ -64,26 +73,20 @@ def main(file: str, dtype: str, layout: str) -> None:
         return loss
 
     def torch_step(number: int) -> float:
-        step = build_rank_step(plan, pairs, number, 0, 1)
+        step = build_rank_step(plan, pairs, number, 0, 1, reference)
         loss = accumulate(step, len(step.micro_batches))
         engine.update(LEARNING_RATE)
+        if job.device == "gpu":
+            torch.cuda.synchronize()
         return loss
 
     def handle(request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "warm":  # one micro-batch, and an update with a learning rate of 0
-            accumulate(build_rank_step(plan, pairs, 0, 0, 1), 1)
+            accumulate(build_rank_step(plan, pairs, 0, 0, 1, reference), 1)
             engine.update(0.0)
             return {}
-        losses: list[float] = []
-
-        def run() -> None:
-            losses.append(torch_step(request["step"]))
-            if job.device == "gpu":
-                torch.cuda.synchronize()
-
-        seconds = seconds_of(run)
-        peak = torch.cuda.max_memory_allocated() if job.device == "gpu" else peak_resident_bytes()
-        return {"seconds": seconds, "loss": losses[0], "peak_bytes": peak}
+        loss, seconds = timed(lambda: torch_step(request["step"]))
+        return {"seconds": seconds, "loss": loss, "peak_bytes": peak_bytes(job.device)}
 
     requests.serve(handle)
 

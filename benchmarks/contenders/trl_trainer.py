@@ -1,8 +1,12 @@
-"""Runs TRL's `CPOTrainer` with the SimPO loss: `python -m benchmarks.contenders.trl_cpo JOB.json DTYPE`.
+"""Runs TRL's step: `python -m benchmarks.contenders.trl_trainer JOB.json DTYPE`.
 
-The settings are TRL's fastest for this batch: no evaluation, no checkpoints, no reports, no gradient checkpointing
-unless all contenders have it, the fused optimizer, all cores, and no loss on chosen tokens (cpo_alpha 0). bfloat16 is
-the Trainer's `bf16`, autocast over float32 weights. A step takes all pairs, `stacked_batch` at a time.
+SimPO is `CPOTrainer` with its SimPO loss, DPO is `DPOTrainer`. The settings are TRL's fastest for this batch: no
+evaluation, no checkpoints, no reports, no gradient checkpointing unless all contenders have it, the fused optimizer,
+all cores, and no loss on chosen tokens (cpo_alpha 0). bfloat16 is the Trainer's `bf16`, autocast over float32 weights.
+A step takes all pairs, `stacked_batch` at a time.
+
+`DPOTrainer` computes the log-probs of the reference before it trains (`precompute_ref_log_probs`). It keeps a reference
+that is not the start model in memory nevertheless, so this script drops it: neither a step nor the peak has it.
 """
 
 from __future__ import annotations
@@ -24,27 +28,40 @@ def main(file: str, dtype: str) -> None:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
-    from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    from benchmarks.contenders.job import BETA, GAMMA_BETA_RATIO, LEARNING_RATE, MAX_LENGTH, Job
-    from benchmarks.facts import cores, peak_resident_bytes
+    from benchmarks.contenders.job import LEARNING_RATE, MAX_LENGTH, OBJECTIVES, Job
+    from benchmarks.contenders.torch_memory import forget_peak, peak_bytes
+    from benchmarks.facts import cores
     from jax_simpo.data import chat
 
     torch.set_num_threads(cores())
     job = Job.load(file)
-    data = Dataset.from_list([vars(text) for text in job.texts()])
-    model = AutoModelForCausalLM.from_pretrained(job.start, dtype=torch.float32)
+    keys = OBJECTIVES[job.objective]
+    if job.objective == "dpo":
+        from trl import DPOConfig as Config
+        from trl import DPOTrainer as Trainer
 
-    def trainer(accumulation: int, steps: int, learning_rate: float, **arguments: Any) -> Any:
-        settings = CPOConfig(
+        objective: dict[str, Any] = {"loss_type": "sigmoid", "precompute_ref_log_probs": True}
+    else:
+        from trl.experimental.cpo import CPOConfig as Config
+        from trl.experimental.cpo import CPOTrainer as Trainer
+
+        gamma = keys["beta"] * keys["gamma_beta_ratio"]
+        objective = {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": gamma}
+
+    def load(folder: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    data = Dataset.from_list([vars(text) for text in job.texts()])
+    model = load(job.start)
+
+    def trainer(pairs: int, steps: int, learning_rate: float, **arguments: Any) -> Any:
+        settings = Config(
             output_dir=f"{job.work}/trl",
-            loss_type="simpo",
-            cpo_alpha=0.0,
-            beta=BETA,
-            simpo_gamma=BETA * GAMMA_BETA_RATIO,
+            beta=keys["beta"],
             max_length=MAX_LENGTH,
             per_device_train_batch_size=job.stacked_batch,
-            gradient_accumulation_steps=accumulation,
+            gradient_accumulation_steps=pairs // job.stacked_batch,
             max_steps=steps,
             learning_rate=learning_rate,
             lr_scheduler_type="constant",
@@ -55,17 +72,27 @@ def main(file: str, dtype: str) -> None:
             bf16=dtype == "bfloat16",
             gradient_checkpointing=job.remat != "none",
             disable_tqdm=True,
+            **objective,
         )
-        return CPOTrainer(
+        reference = {} if job.reference is None else {"ref_model": load(job.reference)}
+        made = Trainer(
             model=model,
             args=settings,
-            train_dataset=data,
+            train_dataset=data.select(range(pairs)),
             processing_class=chat.load_tokenizer(job.tokenizer),
+            **reference,
             **arguments,
         )
+        if reference:  # its log-probs are computed
+            made.ref_model = None
+        return made
 
     class StepsOnRequest(TrainerCallback):
         """Waits for a request before each step and answers after it."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if job.reference is not None:
+                forget_peak(job.device)
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if requests.next() is None:
@@ -79,24 +106,18 @@ def main(file: str, dtype: str) -> None:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if "loss" in logs and "train_runtime" not in logs:
-                peak = torch.cuda.max_memory_allocated() if job.device == "gpu" else peak_resident_bytes()
-                requests.answer({"seconds": self.seconds, "loss": float(logs["loss"]), "peak_bytes": peak})
+                loss, peak = float(logs["loss"]), peak_bytes(job.device)
+                requests.answer({"seconds": self.seconds, "loss": loss, "peak_bytes": peak})
 
     assert (requests.next() or {}).get("do") == "warm"
-    warm_up = trainer(1, 1, 0.0)  # one micro-batch, and an update with a learning rate of 0
+    warm_up = trainer(job.stacked_batch, 1, 0.0)  # one micro-batch, and an update with a learning rate of 0
     warm_up.train()
     requests.answer({})
     # The timed steps use the same optimizer, so that they do not have to allocate its state.
     optimizer = getattr(warm_up.optimizer, "optimizer", warm_up.optimizer)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = LEARNING_RATE
-    timed = trainer(
-        job.pairs // job.stacked_batch,
-        MANY_STEPS,
-        LEARNING_RATE,
-        optimizers=(optimizer, None),
-        callbacks=[StepsOnRequest()],
-    )
+    timed = trainer(job.pairs, MANY_STEPS, LEARNING_RATE, optimizers=(optimizer, None), callbacks=[StepsOnRequest()])
     timed.train()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.dpo import dpo_table
 from benchmarks.flops import attention_ideal, attention_layer_ideal, linear_ideal
 from benchmarks.lengths import CUT, PROFILES, Profile, draw_lengths, profile_pairs
 from benchmarks.models import MODELS, model_mapping
@@ -137,3 +138,17 @@ def test_contenders_take_turns_and_begin_in_turn() -> None:
     assert seconds == {"a": [2.0, 2.0], "b": [1.0, 2.0]}
     assert speed_up(seconds["a"], seconds["b"]) == 1.5
     assert total_speed_up(seconds["a"], seconds["b"]) == pytest.approx(4 / 3)
+
+
+def test_the_reference_pass_is_added_to_an_epoch_of_dpo() -> None:
+    measured = {
+        "pairs": 8,
+        "seconds": {"SimPO": [1.0, 1.0, 2.0], "DPO": [1.0, 1.25, 1.75]},
+        "bytes": {"SimPO": 1000, "DPO": 1010},
+        "reference_pass": {"pairs": 16, "seconds": [1.5, 2.5]},
+    }
+    simpo, dpo, with_pass = dpo_table({"some": measured}).rows
+    assert simpo[2] == dpo[2] == 2.0  # pairs/s
+    assert with_pass[2] == pytest.approx(16 / (16 / 2.0 + 2.0))
+    assert dpo[3:5] == ("100.0 %", "80.0 % to 114.3 %")
+    assert with_pass[3] == "80.0 %" and dpo[6] == "101.0 %"
