@@ -2,8 +2,9 @@
 
 All contenders make the same step, on the same pairs from the same start model: TRL (`CPOTrainer` with the SimPO loss,
 or `DPOTrainer`; float32 and bfloat16), `torch_ref` with the concatenated forward of the original and with prefix
-sharing and packing (FlexAttention on a GPU, SDPA on a CPU), and jax-simpo. Each runs in a process of its own; rounds go
-in turns. Equal first losses show that all do the same work.
+sharing and packing (FlexAttention on a GPU, SDPA on a CPU), and jax-simpo. jax-simpo keeps logits for the backward pass
+where memory allows; once more it runs with `logprob_chunk: 1024`, with which it keeps none. Each runs in a process of
+its own; rounds go in turns. Equal first losses show that all do the same work.
 
 With `--objective dpo` every contender computes the log-probs of the reference first, by its own code, which neither the
 times nor the memory count. The reference is another model than the start, under which all first losses would be log 2.
@@ -48,6 +49,7 @@ CONTENDERS = {
     "torch_ref shared+packed, float32": ("torch_reference", "float32", "shared+packed"),
     "torch_ref shared+packed, bfloat16": ("torch_reference", "bfloat16", "shared+packed"),
     "jax-simpo, float32": ("ours", "float32"),
+    "jax-simpo, float32, no logits kept": ("ours", "float32", "1024"),
     "jax-simpo, bfloat16": ("ours", "bfloat16"),
 }
 TITLES = {"simpo": "SimPO", "dpo": "DPO"}

@@ -1,4 +1,7 @@
-"""Runs jax-simpo's step, prefix shared and packed: `python -m benchmarks.contenders.ours JOB.json DTYPE`.
+"""Runs jax-simpo's step, prefix shared and packed: `python -m benchmarks.contenders.ours JOB.json DTYPE [CHUNK]`.
+
+CHUNK is the config key `logprob_chunk`. By default it is `auto`, which keeps the logits for the backward pass where
+memory allows; a number of tokens never keeps them.
 
 For an objective with a reference the program's own scoring computes the log-probs under it first, and its weights are
 freed.
@@ -14,7 +17,7 @@ from typing import Any
 from benchmarks.workers import Requests
 
 
-def main(file: str, dtype: str) -> None:
+def main(file: str, dtype: str, chunk: str = "auto") -> None:
     requests = Requests()
 
     import jax
@@ -46,7 +49,7 @@ def main(file: str, dtype: str) -> None:
     mesh = one_device()
     plan = step_plan(model, pairs, "shared+packed", batch=job.pairs)
     objective = make_objective({job.objective: 1.0}, OBJECTIVES[job.objective])
-    trainee = Trainee(model, plan, pairs, mesh, objective=objective)
+    trainee = Trainee(model, plan, pairs, mesh, chunk="auto" if chunk == "auto" else int(chunk), objective=objective)
     print(f"rows: {plan.shape}, {plan.step(0).micro_batches} micro-batches, attention {trainee.attention_name}")
 
     def peak() -> int:

@@ -118,7 +118,7 @@ class Run:
     def choice(self) -> str:
         """Says which step's model was exported, if it is not the last one's; otherwise an empty text."""
         step, steps = self.facts.get("model_step"), self.facts.get("exported_step")
-        if step == steps:
+        if step is None or step == steps:
             return ""
         metric = self.config.get("metric_for_best_model")
         return f" The exported model is that of step {step:,} of {steps:,}, the best by {metric}."

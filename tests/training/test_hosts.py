@@ -171,7 +171,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     def with_reference(name: str) -> list[str]:
         """A run whose processes share the reference's pass, a factored optimizer state and the choice of a step."""
         settings = ["objective=dpo", "max_steps=2", "eval_steps=1", "load_best_model_at_end=true", "optim=adafactor"]
-        settings += ["sample_prompts=0", f"output_dir={folder}/dpo-{name}", f"data_cache_dir={folder}/cache-{name}"]
+        settings += [
+            "sample_prompts=0",
+            "save_steps=1",
+            "save_total_limit=1",
+            f"output_dir={folder}/dpo-{name}",
+            f"data_cache_dir={folder}/cache-{name}",
+        ]
         return [*train, *(f"--{setting}" for setting in settings)]
 
     here([*train, f"--output_dir={folder}/one", f"--data_cache_dir={folder}/cache-one"])
@@ -248,7 +254,10 @@ def test_two_processes_share_the_work_of_the_reference_and_choose_the_same_step(
     assert runs.hosts.said(0).count("reference: computing") == 2  # the training pairs and the evaluation pairs
     caches = [sorted(p.name for p in (runs.folder / f"cache-{name}").glob("reference-*/*")) for name in ("one", "two")]
     assert caches[0] == caches[1] == ["identity.json"] * 2 + ["sums-000000.bin"] * 2
-    assert read_facts(runs.folder / "dpo-two")["model_step"] == read_facts(runs.folder / "dpo-one")["model_step"]
+    for name in ("one", "two"):
+        best = read_facts(runs.folder / f"dpo-{name}")["model_step"]
+        kept = {int(path.name) for path in (runs.folder / f"dpo-{name}" / "checkpoints").iterdir()}
+        assert kept == {best, 2}
     for name, tensor in runs.tensors("dpo-one/model").items():
         np.testing.assert_allclose(runs.tensors("dpo-two/model")[name], tensor, atol=1e-5)
 
