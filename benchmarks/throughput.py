@@ -97,13 +97,11 @@ def main(
                 compared[label] = compare_dpo(trainee(label, PACKED[1]), row_length, dpo_rounds)
     fills = {label: packing_fill(policy, label, FILL_POOLS * pool) for label in measured if label in PROFILES}
     facts = machine_facts(device_name())
-    model_text = (
-        f"{model}{'' if layers is None else f', {layers} layers'}: {policy.parameter_count / 1e6:.1f} M parameters"
-    )
     about = (
-        f"{model_text}, {dtype}, remat {remat}, attention {attention}; {batch} pairs a step when packed, in rows of "
-        f"{MEDIANS_A_ROW} medians, {unpacked_batch} when not. Matrix products reach {peak / 1e12:.3g} TFLOP/s in this "
-        "run."
+        f"The model is {model}{'' if layers is None else f' with {layers} layers'} ({policy.parameter_count / 1e6:.1f} "
+        f"M parameters), with {dtype}, remat {remat} and attention {attention}. A step has {batch} pairs when packed, "
+        f"in rows of {MEDIANS_A_ROW} medians, and {unpacked_batch} when not. Matrix products reach "
+        f"{peak / 1e12:.3g} TFLOP/s in this run."
     )
     tables, pictures = [], []
     if measured:
