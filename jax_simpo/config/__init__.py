@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from jax_simpo.config.builtin import builtin_configs
+from jax_simpo.config.effects import jax_only, torch_only
 from jax_simpo.config.load import load_config
 from jax_simpo.config.objectives import parts as objective_weights
-from jax_simpo.config.schema import TORCH_ONLY, MeshConfig, TrainConfig, jax_only, torch_only
+from jax_simpo.config.schema import MeshConfig, TrainConfig
 
 __all__ = [
-    "TORCH_ONLY",
     "MeshConfig",
     "TrainConfig",
     "builtin_configs",

@@ -131,7 +131,7 @@ RENAMED: dict[str, tuple[str, Callable[[Any], Any] | None]] = {
 }
 
 # The Hugging Face trainer's names of optimizers that exist here, some of them in several implementations.
-OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "lion_32bit": "lion"}
+_OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "lion_32bit": "lion"}
 
 # `gamma` is read by `read_gamma`.
 KEYS = frozenset(WITHOUT_MEANING) | frozenset(NOT_SUPPORTED) | frozenset(RENAMED) | {"gamma"}
@@ -177,7 +177,7 @@ def translate(values: dict[str, Any], place: Callable[[str], str]) -> tuple[dict
             if not _asks_for_nothing(value):
                 raise ConfigError(f"{place(key)}: `{key}: {_show(value)}` cannot be honoured: {NOT_SUPPORTED[key]}")
         elif key == "optim":
-            result[key] = OPTIMIZERS.get(value, value) if isinstance(value, str) else value
+            result[key] = _OPTIMIZERS.get(value, value) if isinstance(value, str) else value
         else:
             result[key] = value
     return result, notices, origin

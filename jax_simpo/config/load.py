@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_simpo.config import foreign, objectives, yaml_files
+from jax_simpo.config import effects, foreign, objectives, yaml_files
 from jax_simpo.config.builtin import find_config
 from jax_simpo.config.overrides import Values, apply
-from jax_simpo.config.schema import TrainConfig, checked_config, torch_only, with_notices
+from jax_simpo.config.schema import TrainConfig, checked_config, with_notices
 from jax_simpo.errors import ConfigError
 
 ALLOW_CODE = "--allow_code"
@@ -24,7 +24,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool 
             and may contain `=`. `--dataset_mixer.SOURCE=FRACTION` adds a source or changes its fraction (`null`
             removes it), `--dataset_mixer={SOURCE: FRACTION}` replaces them all. The last of two equal keys counts.
             `--allow_code` lets the config name an objective in a file of Python code.
-        torch: for the PyTorch reference, which can do more (`TORCH_ONLY`).
+        torch: for the PyTorch reference, which can do more (`effects.torch_only`).
 
     Raises:
         ConfigError: with every mistake that was found, each with its file and line or its override.
@@ -52,32 +52,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool 
         raise ConfigError("\n".join(filter(None, [no_data, str(error)]))) from None
     if no_data:
         raise ConfigError(no_data)
-    for key, why in ({} if torch else torch_only(config)).items():
+    for key, why in ({} if torch else effects.torch_only(config)).items():
         raise ConfigError(f"{places.get(key, path)}: {why}")
-    unused = _unused(config)
+    unused = effects.unused(config)
     notices = [f"{places.get(key, path)}: `{key}` has no effect {unused[key]}" for key in values if key in unused]
     return with_notices(config, notices)
-
-
-# Optimizer -> the keys that it does not read.
-_UNREAD = {
-    "adafactor": ("adam_beta1", "adam_beta2", "adam_epsilon"),
-    "lion": ("adam_epsilon",),
-}
-
-
-def _unused(config: TrainConfig) -> dict[str, str]:
-    """Returns the keys without effect beside the others that are not at their defaults, each with the reason."""
-    reasons = {key: f"with `optim: {config.optim}`" for key in _UNREAD.get(config.optim, ())}
-    if not config.use_peft:
-        reasons |= dict.fromkeys((k for k in TrainConfig.model_fields if k.startswith("lora_")), "without `use_peft`")
-    if config.early_stopping_patience is None:
-        reasons["early_stopping_threshold"] = "without `early_stopping_patience`"
-        if not config.load_best_model_at_end:
-            neither = "without `load_best_model_at_end` or `early_stopping_patience`"
-            reasons |= dict.fromkeys(("metric_for_best_model", "greater_is_better"), neither)
-    default = TrainConfig.model_fields
-    return {key: why for key, why in reasons.items() if getattr(config, key) != default[key].default}
 
 
 def _check_data_is_named(values: Mapping[str, Any], places: Mapping[str, str], path: Path) -> str:

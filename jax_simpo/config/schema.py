@@ -6,7 +6,6 @@ Keys are those of the original SimPO files where they exist, so that a published
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_serializer, model_validator
 from pydantic.config import JsonDict
 
-from jax_simpo.config import foreign, help, objectives, schedules, yaml_files
+from jax_simpo.config import checks, foreign, help, objectives, yaml_files
 from jax_simpo.config.objectives import OwnObjective
 from jax_simpo.errors import ConfigError
 
@@ -253,7 +252,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         "adamw",
         "Optimizer. `adafactor` keeps factored second moments and no first ones, `lion` one moment. `muon` "
         "orthogonalises the updates of the layers' matrices, scaled to the size of AdamW's, and leaves all else to "
-        "AdamW. `torch_ref` has `adamw` only.",
+        "AdamW. `adamw_torch` and its like are read as `adamw`. `torch_ref` has `adamw` only.",
         section="Optimizer and schedule",
         identity=True,
     )
@@ -457,77 +456,8 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        """Checks keys against one another."""
-        if self.model_name_or_path is not None and self.new_model_config is not None:
-            raise ValueError(
-                "`model_name_or_path` (a model to start from) and `model_config` (a new model) contradict each other; "
-                "give one. A new model with an existing tokenizer: `model_config` and `tokenizer_name_or_path`"
-            )
-        if self.model_name_or_path is None:
-            if self.new_model_config is None:
-                raise ValueError(
-                    "no model: give `model_name_or_path` (a hub id or a folder), or `model_config` together with "
-                    "`tokenizer_name_or_path` for a new one"
-                )
-            if self.tokenizer_name_or_path is None:
-                raise ValueError(
-                    "`model_config` makes a new model, which has no tokenizer: give `tokenizer_name_or_path`"
-                )
-        if self.dataset_mixer and not any(self.dataset_mixer.values()):
-            raise ValueError("`dataset_mixer` takes nothing: give at least one source a fraction above 0")
-        for source, fraction in self.dataset_mixer.items():
-            if not 0 <= fraction <= 1:
-                raise ValueError(f"`dataset_mixer`: the fraction of {source} is {fraction}; expected 0 to 1")
-        configs = self.dataset_configs
-        if self.dataset_mixer and configs is not None and len(configs) != len(self.dataset_mixer):
-            raise ValueError(
-                f"`dataset_configs` has {len(configs)} entries and `dataset_mixer` "
-                f"{len(self.dataset_mixer)}; give one name for each source, null for none"
-            )
-        if twice := [split for split, count in Counter(self.dataset_splits).items() if count > 1]:
-            raise ValueError(f"`dataset_splits` names {', '.join(twice)} more than once; keep one of each")
-        if not self.train_splits:
-            raise ValueError(
-                f"`dataset_splits` {self.dataset_splits} has nothing to train on: training splits have `train` in "
-                "their name"
-            )
-        if self.max_prompt_length >= self.max_length:
-            raise ValueError(
-                f"`max_prompt_length` ({self.max_prompt_length}) leaves no room for a response within `max_length` "
-                f"({self.max_length}); lower the first or raise the second"
-            )
-        if mistake := objectives.check(self.objective) or objectives.check_keys(self.objective, self.__dict__):
-            raise ValueError(mistake)
-        if self.row_length != "auto" and (self.row_length < 128 or self.row_length % 128):
-            near = max(128, round(self.row_length / 128) * 128)
-            raise ValueError(f"`row_length` is {self.row_length}; expected auto or a multiple of 128, such as {near}")
-        if mistake := schedules.check(self.lr_scheduler_type, self.lr_scheduler_kwargs, self.learning_rate):
-            raise ValueError(mistake)
-        if self.optim == "adafactor" and self.adam_mu_dtype != "float32":
-            raise ValueError("`adam_mu_dtype` has no effect with `optim: adafactor`, which keeps no mean; remove it")
-        if self.optim == "muon" and self.use_peft:
-            raise ValueError(
-                "`optim: muon` is for whole weight matrices, of which `use_peft` trains none; use `optim: adamw`"
-            )
-        self._check_best()
-        if self.max_steps == 0:
-            raise ValueError("`max_steps` is 0; expected a positive number, or -1 for `num_train_epochs`")
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("`load_in_4bit` and `load_in_8bit` contradict each other; keep one of them")
+        checks.check(self)
         return self
-
-    def _check_best(self) -> None:
-        """Checks the keys that choose the best of the evaluations."""
-        asked = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
-        if not self.load_best_model_at_end and self.early_stopping_patience is None:
-            return
-        if self.eval_strategy == "no" or not self.do_eval:
-            raise ValueError(f"`{asked}` needs evaluations to compare; set `eval_strategy: steps` or `epoch`")
-        if self.load_best_model_at_end and self.save_strategy == "no":
-            raise ValueError(
-                "`load_best_model_at_end` reads the best step from its checkpoint, and `save_strategy` is no; set it "
-                "to steps or epoch"
-            )
 
     @field_serializer("objective")
     def _dump_objective(self, value: Any) -> Any:
@@ -619,36 +549,3 @@ def with_notices(config: TrainConfig, notices: Sequence[str]) -> TrainConfig:
     copy = config.model_copy()
     _set_notices(copy, [*config.notices, *notices])
     return copy
-
-
-# Keys with values that the PyTorch reference does not have, with the reason and the remedy.
-_JAX_ONLY = {
-    "optim": "it trains with AdamW only; remove the key",
-    "adam_mu_dtype": "it keeps AdamW's moments in float32; remove the key",
-}
-
-
-def jax_only(config: TrainConfig) -> dict[str, str]:
-    """Returns the settings that the PyTorch reference cannot honour: each key with a sentence that says why."""
-    fields = TrainConfig.model_fields
-    asked = {key: value for key in _JAX_ONLY if (value := getattr(config, key)) != fields[key].default}
-    return {
-        key: f"`{key}: {value}` cannot be honoured by `python -m torch_ref`: {_JAX_ONLY[key]}, or use `jax-simpo train`"
-        for key, value in asked.items()
-    }
-
-
-# Keys that only the PyTorch reference can honour, with the reason and the remedy.
-TORCH_ONLY = {
-    "load_in_4bit": "weights are not quantised; use `mesh.fsdp` and `remat` to save memory, or `python -m torch_ref`",
-    "load_in_8bit": "weights are not quantised; use `mesh.fsdp` and `remat` to save memory, or `python -m torch_ref`",
-    "lora_dropout": "adapters have no dropout, with which layouts would give different numbers; set it to 0, or use "
-    "`python -m torch_ref`",
-}
-
-
-def torch_only(config: TrainConfig) -> dict[str, str]:
-    """Returns the settings that only the PyTorch reference can honour: each key with a sentence that says why."""
-    asked = {key: getattr(config, key) for key in TORCH_ONLY if key != "lora_dropout" or config.use_peft}
-    shown = {key: str(value).lower() for key, value in asked.items() if value}
-    return {key: f"`{key}: {value}` cannot be honoured: {TORCH_ONLY[key]}" for key, value in shown.items()}

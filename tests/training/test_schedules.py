@@ -7,42 +7,15 @@ from typing import Any
 import pytest
 
 from jax_simpo.training.schedules import count_warmup_steps, learning_rate_schedule
-
-TOTAL = 37
-KINDS: list[tuple[str, dict[str, Any]]] = [
-    ("cosine", {}),
-    ("linear", {}),
-    ("constant", {}),
-    ("constant_with_warmup", {}),
-    ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
-    ("cosine_with_min_lr", {"min_lr": 1e-5}),
-    ("polynomial", {}),
-    ("polynomial", {"lr_end": 1e-5, "power": 2.0}),
-    ("warmup_stable_decay", {"num_decay_steps": 10}),
-    ("warmup_stable_decay", {"num_decay_steps": 12, "min_lr_ratio": 0.2, "decay_type": "linear"}),
-    ("warmup_stable_decay", {"num_decay_steps": 5, "decay_type": "1-sqrt"}),
-]
-
-
-def name(value: Any) -> str:
-    return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+from tests.schedules import KINDS, PEAK, TOTAL, name, rates_of_transformers
 
 
 @pytest.mark.parametrize(("kind", "settings"), KINDS, ids=name)
 @pytest.mark.parametrize("warmup", [0, 1, 8])
 def test_schedules_are_those_of_transformers(kind: str, settings: dict[str, Any], warmup: int) -> None:
-    import torch
-    from transformers import get_scheduler
-
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=3e-4)
-    oracle = get_scheduler(
-        kind, optimizer, num_warmup_steps=warmup, num_training_steps=TOTAL, scheduler_specific_kwargs=settings
-    )
-    ours = learning_rate_schedule(kind, 3e-4, TOTAL, warmup, settings)
-    for step in range(TOTAL):
-        assert float(ours(step)) == pytest.approx(oracle.get_last_lr()[0], abs=1e-10)
-        optimizer.step()
-        oracle.step()
+    ours = learning_rate_schedule(kind, PEAK, TOTAL, warmup, settings)
+    for step, rate in enumerate(rates_of_transformers(kind, warmup, settings)):
+        assert float(ours(step)) == pytest.approx(rate, abs=1e-10)
 
 
 def test_a_decay_of_unknown_length_is_a_tenth_of_the_run_and_never_longer_than_what_warm_up_leaves() -> None:

@@ -1,0 +1,84 @@
+"""Checks the keys of a config against one another, once every single value is known to be valid."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from jax_simpo.config import objectives, schedules
+
+
+def check(config: Any) -> None:
+    """Checks the keys of a `TrainConfig` against one another.
+
+    Raises:
+        ValueError: with the first contradiction, in the words that the user reads.
+    """
+    if config.model_name_or_path is not None and config.new_model_config is not None:
+        raise ValueError(
+            "`model_name_or_path` (a model to start from) and `model_config` (a new model) contradict each other; "
+            "give one. A new model with an existing tokenizer: `model_config` and `tokenizer_name_or_path`"
+        )
+    if config.model_name_or_path is None:
+        if config.new_model_config is None:
+            raise ValueError(
+                "no model: give `model_name_or_path` (a hub id or a folder), or `model_config` together with "
+                "`tokenizer_name_or_path` for a new one"
+            )
+        if config.tokenizer_name_or_path is None:
+            raise ValueError("`model_config` makes a new model, which has no tokenizer: give `tokenizer_name_or_path`")
+    if config.dataset_mixer and not any(config.dataset_mixer.values()):
+        raise ValueError("`dataset_mixer` takes nothing: give at least one source a fraction above 0")
+    for source, fraction in config.dataset_mixer.items():
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"`dataset_mixer`: the fraction of {source} is {fraction}; expected 0 to 1")
+    configs = config.dataset_configs
+    if config.dataset_mixer and configs is not None and len(configs) != len(config.dataset_mixer):
+        raise ValueError(
+            f"`dataset_configs` has {len(configs)} entries and `dataset_mixer` "
+            f"{len(config.dataset_mixer)}; give one name for each source, null for none"
+        )
+    if twice := [split for split, count in Counter(config.dataset_splits).items() if count > 1]:
+        raise ValueError(f"`dataset_splits` names {', '.join(twice)} more than once; keep one of each")
+    if not config.train_splits:
+        raise ValueError(
+            f"`dataset_splits` {config.dataset_splits} has nothing to train on: training splits have `train` in "
+            "their name"
+        )
+    if config.max_prompt_length >= config.max_length:
+        raise ValueError(
+            f"`max_prompt_length` ({config.max_prompt_length}) leaves no room for a response within `max_length` "
+            f"({config.max_length}); lower the first or raise the second"
+        )
+    if mistake := objectives.check(config.objective) or objectives.check_keys(config.objective, config.__dict__):
+        raise ValueError(mistake)
+    if config.row_length != "auto" and (config.row_length < 128 or config.row_length % 128):
+        near = max(128, round(config.row_length / 128) * 128)
+        raise ValueError(f"`row_length` is {config.row_length}; expected auto or a multiple of 128, such as {near}")
+    if mistake := schedules.check(config.lr_scheduler_type, config.lr_scheduler_kwargs, config.learning_rate):
+        raise ValueError(mistake)
+    if config.optim == "adafactor" and config.adam_mu_dtype != "float32":
+        raise ValueError("`adam_mu_dtype` has no effect with `optim: adafactor`, which keeps no mean; remove it")
+    if config.optim == "muon" and config.use_peft:
+        raise ValueError(
+            "`optim: muon` is for whole weight matrices, of which `use_peft` trains none; use `optim: adamw`"
+        )
+    _check_best(config)
+    if config.max_steps == 0:
+        raise ValueError("`max_steps` is 0; expected a positive number, or -1 for `num_train_epochs`")
+    if config.load_in_4bit and config.load_in_8bit:
+        raise ValueError("`load_in_4bit` and `load_in_8bit` contradict each other; keep one of them")
+
+
+def _check_best(config: Any) -> None:
+    """Checks the keys that choose the best of the evaluations."""
+    asked = "load_best_model_at_end" if config.load_best_model_at_end else "early_stopping_patience"
+    if not config.load_best_model_at_end and config.early_stopping_patience is None:
+        return
+    if config.eval_strategy == "no" or not config.do_eval:
+        raise ValueError(f"`{asked}` needs evaluations to compare; set `eval_strategy: steps` or `epoch`")
+    if config.load_best_model_at_end and config.save_strategy == "no":
+        raise ValueError(
+            "`load_best_model_at_end` reads the best step from its checkpoint, and `save_strategy` is no; set it "
+            "to steps or epoch"
+        )

@@ -1,0 +1,58 @@
+"""Which keys of a valid config do nothing beside the others, and which one of the two trainers cannot honour."""
+
+from __future__ import annotations
+
+from jax_simpo.config.schema import TrainConfig
+
+# Optimizer -> the keys that it does not read.
+_UNREAD = {
+    "adafactor": ("adam_beta1", "adam_beta2", "adam_epsilon"),
+    "lion": ("adam_epsilon",),
+}
+
+
+def unused(config: TrainConfig) -> dict[str, str]:
+    """Returns the keys without effect beside the others that are not at their defaults, each with the reason."""
+    reasons = {key: f"with `optim: {config.optim}`" for key in _UNREAD.get(config.optim, ())}
+    if not config.use_peft:
+        reasons |= dict.fromkeys((k for k in TrainConfig.model_fields if k.startswith("lora_")), "without `use_peft`")
+    if config.early_stopping_patience is None:
+        reasons["early_stopping_threshold"] = "without `early_stopping_patience`"
+        if not config.load_best_model_at_end:
+            neither = "without `load_best_model_at_end` or `early_stopping_patience`"
+            reasons |= dict.fromkeys(("metric_for_best_model", "greater_is_better"), neither)
+    default = TrainConfig.model_fields
+    return {key: why for key, why in reasons.items() if getattr(config, key) != default[key].default}
+
+
+# Keys with values that the PyTorch reference does not have, with the reason and the remedy.
+_JAX_ONLY = {
+    "optim": "it trains with AdamW only; remove the key",
+    "adam_mu_dtype": "it keeps AdamW's moments in float32; remove the key",
+}
+
+
+def jax_only(config: TrainConfig) -> dict[str, str]:
+    """Returns the settings that the PyTorch reference cannot honour: each key with a sentence that says why."""
+    fields = TrainConfig.model_fields
+    asked = {key: value for key in _JAX_ONLY if (value := getattr(config, key)) != fields[key].default}
+    return {
+        key: f"`{key}: {value}` cannot be honoured by `python -m torch_ref`: {_JAX_ONLY[key]}, or use `jax-simpo train`"
+        for key, value in asked.items()
+    }
+
+
+# Keys that only the PyTorch reference can honour, with the reason and the remedy.
+_TORCH_ONLY = {
+    "load_in_4bit": "weights are not quantised; use `mesh.fsdp` and `remat` to save memory, or `python -m torch_ref`",
+    "load_in_8bit": "weights are not quantised; use `mesh.fsdp` and `remat` to save memory, or `python -m torch_ref`",
+    "lora_dropout": "adapters have no dropout, with which layouts would give different numbers; set it to 0, or use "
+    "`python -m torch_ref`",
+}
+
+
+def torch_only(config: TrainConfig) -> dict[str, str]:
+    """Returns the settings that only the PyTorch reference can honour: each key with a sentence that says why."""
+    asked = {key: getattr(config, key) for key in _TORCH_ONLY if key != "lora_dropout" or config.use_peft}
+    shown = {key: str(value).lower() for key, value in asked.items() if value}
+    return {key: f"`{key}: {value}` cannot be honoured: {_TORCH_ONLY[key]}" for key, value in shown.items()}
