@@ -31,7 +31,7 @@ def compare_dpo(simpo: Trainee, row_length: int, rounds: int) -> dict[str, Any]:
     seconds = steps_in_turns(trainees, weights, rounds)
     after = seconds_of(lambda: reference.sums(weights.params))
     return {
-        "pairs": sum(len(simpo.build(k).pairs) for k in range(rounds)),
+        "pairs": sum(len(simpo.build(k).groups) for k in range(rounds)),
         "seconds": seconds,
         "bytes": compiled_bytes,
         "reference_pass": {"pairs": len(simpo.pairs), "seconds": [before, after]},

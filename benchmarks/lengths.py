@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from jax_simpo.data.pairs import PairLengths, Response, TokenizedPair
+from jax_simpo.data.groups import Group, GroupLengths, Response
 
 SIGMA = 0.5  # standard deviation of the logarithm of a length
 CUT = 4  # the longest prompts and responses, in medians
@@ -64,17 +64,17 @@ PROFILES = {
 class Pairs:
     """Pairs in memory, with the interface of a dataset."""
 
-    all: Sequence[TokenizedPair]
+    all: Sequence[Group]
 
     def __len__(self) -> int:
         return len(self.all)
 
-    def pairs(self, indices: Int[np.ndarray, " P"]) -> list[TokenizedPair]:
+    def groups(self, indices: Int[np.ndarray, " P"]) -> list[Group]:
         return [self.all[i] for i in indices]
 
     @cached_property
-    def lengths(self) -> PairLengths:
-        return PairLengths.of(list(self.all))
+    def lengths(self) -> GroupLengths:
+        return GroupLengths.of(list(self.all))
 
 
 def draw_lengths(profile: Profile, count: int, seed: int = 0) -> Int[np.ndarray, "P 3"]:
@@ -94,8 +94,8 @@ def profile_pairs(profile: Profile, count: int, vocabulary: int, seed: int = 0) 
     for lengths in draw_lengths(profile, count, seed):
         prompt, chosen, rejected = (rng.integers(1, vocabulary, n, np.int32) for n in lengths)
         rejected[0] = chosen[0] % (vocabulary - 1) + 1
-        responses = (Response(np.concatenate([prompt, answer]), len(prompt)) for answer in (chosen, rejected))
-        pairs.append(TokenizedPair(tuple(responses)))
+        responses = (Response.after(len(prompt), np.concatenate([prompt, answer])) for answer in (chosen, rejected))
+        pairs.append(Group(tuple(responses)))
     return Pairs(pairs)
 
 
@@ -110,14 +110,15 @@ def read_pairs(file: Path, tokenizer: str, count: int, vocabulary: int | None = 
             it: the cost of a step depends on lengths alone.
     """
     from jax_simpo.data import chat
-    from jax_simpo.data.tokenize import tokenize_pair
+    from jax_simpo.data.conversations import read_conversation
+    from jax_simpo.data.tokenize import tokenize_group
 
     loaded = chat.load_tokenizer(tokenizer)
     with file.open(encoding="utf-8") as lines:
-        texts = [chat.render_pair(json.loads(line), loaded, False) for line in islice(lines, count)]
+        texts = [chat.render_group(read_conversation(json.loads(line)), loaded, False) for line in islice(lines, count)]
     limits = {"max_length": 8192, "max_prompt_length": 6144, "truncation_mode": "keep_end"}
-    pairs = [tokenize_pair(text, loaded, **limits) for text in texts]  # type: ignore[arg-type]
+    pairs = [tokenize_group(text, loaded, **limits) for text in texts]  # type: ignore[arg-type]
     if vocabulary is None or vocabulary >= len(loaded):
         return Pairs(pairs)
-    folded = [tuple(Response(r.ids % vocabulary, r.prompt_length) for r in pair.responses) for pair in pairs]
-    return Pairs([TokenizedPair(responses) for responses in folded])
+    folded = [tuple(Response(r.ids % vocabulary, r.spans) for r in pair.responses) for pair in pairs]
+    return Pairs([Group(responses) for responses in folded])

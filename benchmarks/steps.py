@@ -17,7 +17,7 @@ from benchmarks.contenders.job import LEARNING_RATE, OBJECTIVES
 from benchmarks.lengths import Pairs
 from benchmarks.timing import in_turns, seconds_of
 from jax_simpo.config import TrainConfig
-from jax_simpo.data.loader import StepBatch, build_step
+from jax_simpo.data.loader import Known, StepBatch, build_step
 from jax_simpo.data.packing import StepPlan, make_step_plan
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
@@ -25,7 +25,7 @@ from jax_simpo.objectives import Objective, make_objective
 from jax_simpo.ops.attention import resolve_backend
 from jax_simpo.sharding import make_mesh, put_rows
 from jax_simpo.training import capacity
-from jax_simpo.training.evaluate import PAIRS_PER_PLAN, ScoreFunction, score_pairs
+from jax_simpo.training.evaluate import GROUPS_PER_PLAN, ScoreFunction, score_groups
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.step import (
     TrainFunctions,
@@ -109,7 +109,7 @@ class Trainee:
         attention: the config key `attention`; `auto` takes the implementation that a run would take.
         chunk: the config key `logprob_chunk`.
         objective: the objective.
-        reference: the sums of all pairs under the reference (`ReferencePass.sums`), for an objective that needs one.
+        reference: the sum of each response under the reference (`ReferencePass.sums`), for an objective that needs one.
     """
 
     model: Model
@@ -119,7 +119,7 @@ class Trainee:
     attention: str = "auto"
     chunk: int | Literal["auto"] = "auto"
     objective: Objective = SIMPO
-    reference: Float[np.ndarray, "N 2"] | None = None
+    reference: Float[np.ndarray, " R"] | None = None
 
     @cached_property
     def attention_name(self) -> str:
@@ -153,7 +153,7 @@ class Trainee:
 
     def build(self, step: int) -> StepBatch:
         """Builds the rows of a step; steps go round the pairs as often as needed."""
-        return build_step(self.plan, self.pairs, step, reference=self.reference)
+        return build_step(self.plan, self.pairs, step, known=Known(self.reference))
 
     def compute(self, weights: Weights, batch: StepBatch) -> dict[str, float]:
         """Makes an optimizer step, waits for it and returns its metrics."""
@@ -178,7 +178,7 @@ class Trainee:
             self.model.abstract,
             self.model.shardings(self.mesh),
         )
-        batch = split_step(self.build(0))[0]
+        batch = split_step(self.build(0), self.objective)[0]
         rows = put_rows(batch.arrays(), self.mesh)
         so_far = jax.eval_shape(self.functions.accumulate, params, None, rows, batch.denominators)
         lowered = self.functions.accumulate.lower(params, so_far, rows, batch.denominators)  # type: ignore[attr-defined]
@@ -210,7 +210,7 @@ class ReferencePass:
     def plan(self) -> StepPlan:
         """The step plan of all pairs in file order, shared and packed."""
         model, pairs = self.trainee.model, self.trainee.pairs
-        return step_plan(model, pairs, "shared+packed", batch=PAIRS_PER_PLAN, row_length=self.row_length, seed=None)
+        return step_plan(model, pairs, "shared+packed", batch=GROUPS_PER_PLAN, row_length=self.row_length, seed=None)
 
     @cached_property
     def score(self) -> ScoreFunction:
@@ -222,10 +222,9 @@ class ReferencePass:
         rows = build_step(self.plan, self.trainee.pairs, 0).micro_batches[0]
         jax.block_until_ready(self.score(params, put_rows(rows.arrays(), self.trainee.mesh)))
 
-    def sums(self, params: Any) -> Float[np.ndarray, "N 2"]:
-        """Returns the sums of log-probs of the chosen and the rejected response of every pair."""
-        scores = score_pairs(self.score, params, self.plan, self.trainee.pairs, self.trainee.mesh)
-        return np.stack([scores.chosen_sum, scores.rejected_sum], axis=1)
+    def sums(self, params: Any) -> Float[np.ndarray, " R"]:
+        """Returns the sum of log-probs of every response."""
+        return score_groups(self.score, params, self.plan, self.trainee.pairs, self.trainee.mesh).sums
 
 
 def memory_of(compiled: Any) -> int:

@@ -128,7 +128,7 @@ def _data(
     if file is not None:
         real = read_pairs(file, tokenizer or f"{shared}/tokenizers/llama3", pool, vocabulary)
         longest = _round_up(int(real.lengths.row_tokens(False).max()))  # real lengths are not cut at four medians
-        data[HH] = real, max(longest, _row_length(float(np.median(real.lengths.chosen_inputs + 1))))
+        data[HH] = real, max(longest, _row_length(float(np.median(real.lengths.inputs[real.lengths.starts] + 1))))
     return data
 
 
@@ -156,9 +156,9 @@ def _counts(trainee: Trainee, rounds: int) -> dict[str, Any]:
     """Counts the pairs, tokens and useful operations of the timed steps."""
     steps = [trainee.build(k) for k in range(rounds)]
     plan, config = trainee.plan, trainee.model.config
-    work = [work_of(plan.lengths.of_pairs(step.pairs), plan.prefix_sharing) for step in steps]
+    work = [work_of(plan.lengths.of_groups(step.groups), plan.prefix_sharing) for step in steps]
     return {
-        "pairs": sum(len(step.pairs) for step in steps),
+        "pairs": sum(len(step.groups) for step in steps),
         "input_tokens": sum(step.input_tokens for step in steps),
         "computed_tokens": sum(step.computed_tokens for step in steps),
         "useful_flops": sum(useful_flops(config, w) for w in work),

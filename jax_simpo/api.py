@@ -19,7 +19,7 @@ from jax_simpo.config.objectives import code_of
 from jax_simpo.config.yaml_files import read_file
 from jax_simpo.data import sources
 from jax_simpo.data.packing import measure
-from jax_simpo.data.tokenize import PairDataset
+from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.errors import ConfigError
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import launch
@@ -27,7 +27,7 @@ from jax_simpo.run import files
 from jax_simpo.training import evaluate as evaluation
 from jax_simpo.training import trainer
 from jax_simpo.training.compilation import keep_compiled_programs
-from jax_simpo.training.pairs import notes_on, packing_line
+from jax_simpo.training.groups import notes_on, packing_line
 from jax_simpo.training.reference import Reference, ReferenceSums
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import make_score_function
@@ -190,7 +190,7 @@ def load_setup(setup: Setup) -> LoadedModel:
         return LoadedModel(setup, setup.load_params())
 
 
-def reference_sums(setup: Setup, pairs: PairDataset, console: Console) -> ReferenceSums | None:
+def reference_sums(setup: Setup, pairs: GroupDataset, console: Console) -> ReferenceSums | None:
     """Returns the sums of log-probs under the reference, or None if the objective needs none.
 
     The command line calls it before it loads the model, so that two models are never in memory together.
@@ -199,7 +199,7 @@ def reference_sums(setup: Setup, pairs: PairDataset, console: Console) -> Refere
 
 
 def score_records(
-    model: LoadedModel, pairs: PairDataset, console: Console | None = None, reference: ReferenceSums | None = None
+    model: LoadedModel, pairs: GroupDataset, console: Console | None = None, reference: ReferenceSums | None = None
 ) -> list[dict[str, Any]]:
     """Scores tokenised pairs; returns what `score` returns.
 
@@ -210,19 +210,19 @@ def score_records(
     return [
         {**({"file": file} if several else {}), "row": row, **record}
         for (file, row), record in zip(
-            pairs.origins, evaluation.pair_records(scores, model.setup.objective), strict=True
+            pairs.origins, evaluation.group_records(scores, model.setup.objective), strict=True
         )
     ]
 
 
-def evaluate_dataset(model: LoadedModel, pairs: PairDataset, console: Console | None = None) -> dict[str, float]:
+def evaluate_dataset(model: LoadedModel, pairs: GroupDataset, console: Console | None = None) -> dict[str, float]:
     """Evaluates a model on tokenised pairs; returns what `evaluate` returns."""
     return evaluation.evaluation_metrics(score_dataset(model, pairs, console), model.setup.objective)
 
 
 def score_dataset(
-    model: LoadedModel, pairs: PairDataset, console: Console | None = None, reference: ReferenceSums | None = None
-) -> evaluation.PairScores:
+    model: LoadedModel, pairs: GroupDataset, console: Console | None = None, reference: ReferenceSums | None = None
+) -> evaluation.GroupScores:
     """Computes the log-probs of tokenised pairs, and prints how they are packed if there is a console.
 
     Sums under the reference that are needed and not given are read from the cache, or computed beside the model.
@@ -230,16 +230,16 @@ def score_dataset(
     setup = model.setup
     if reference is None:
         reference = reference_sums(setup, pairs, console or make_console(quiet=True))
-    plan = setup.step_plan(pairs, batch=evaluation.PAIRS_PER_PLAN, seed=None)
+    plan = setup.step_plan(pairs, batch=evaluation.GROUPS_PER_PLAN, seed=None)
     if console is not None:
         console.print(packing_line(pairs.name, plan, measure(plan)))
         console.print("attention: {} ({})".format(*setup.attention_choice))
     with jax.set_mesh(setup.mesh):
         function = make_score_function(setup.forward, setup.mesh, prompts=setup.objective.reads_prompts)
-        return evaluation.score_pairs(function, model.params, plan, pairs, setup.mesh, reference)
+        return evaluation.score_groups(function, model.params, plan, pairs, setup.mesh, setup.known(pairs, reference))
 
 
-def print_notes(pairs: PairDataset, console: Console) -> None:
+def print_notes(pairs: GroupDataset, console: Console) -> None:
     """Prints which rows were skipped and why. Every process calls it."""
     trainer.print_notes(console, notes_on(pairs))
 

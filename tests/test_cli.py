@@ -87,7 +87,7 @@ def test_train_score_eval_export_and_report_as_a_user_runs_them(user: User) -> N
     assert [score["row"] for score in scores] == list(range(40))
     assert set(scores[0]) == set(
         "row chosen_logp_sum chosen_length chosen_logp rejected_logp_sum rejected_length rejected_logp "
-        "reward_chosen reward_rejected margin loss".split()
+        "reward_chosen reward_rejected margin loss responses".split()
     )
     assert (user.folder / "step.jsonl").read_text() == (user.folder / "folder.jsonl").read_text()
 

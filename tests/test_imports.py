@@ -205,7 +205,7 @@ def test_a_circle_is_found(modules):
     planted = {
         **modules,
         "jax_simpo.errors": Source("jax_simpo.errors", "def f():\n    from jax_simpo.data import rows"),
-        "jax_simpo.data.pairs": Source("jax_simpo.data.pairs", "from jax_simpo import errors"),
+        "jax_simpo.data.groups": Source("jax_simpo.data.groups", "from jax_simpo import errors"),
     }
     assert {"jax_simpo.errors", "jax_simpo.data.rows"} <= set(circle(planted))
 
@@ -245,7 +245,7 @@ def test_a_forbidden_import_is_found(module, text, rooms, modules):
 @pytest.mark.parametrize(
     ("module", "text"),
     [
-        ("jax_simpo.data.rows", "from jaxtyping import Int\nfrom .pairs import TokenizedPair"),
+        ("jax_simpo.data.rows", "from jaxtyping import Int\nfrom .pairs import Group"),
         ("jax_simpo.training.step", "import jax\nfrom jax_simpo import hf\nfrom jax_simpo.models import policy"),
         ("torch_ref.model", "import torch\nfrom jax_simpo.data import rows\nfrom jax_simpo.run import files"),
     ],

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from jax_simpo import inspection
 from jax_simpo.config import load_config
-from jax_simpo.data.pairs import TokenizedPair
+from jax_simpo.data.groups import Group
 from jax_simpo.data.rows import RowBatch, RowShape, build_rows
 from jax_simpo.data.synthetic import make_tokenizer
 from jax_simpo.inspection import Segment, find_segments, mask_cells
@@ -26,18 +26,18 @@ from tests.pairs import make_pair, pairs
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
-def lay_out(held: list[TokenizedPair], prefix_sharing: bool) -> RowBatch:
+def lay_out(held: list[Group], prefix_sharing: bool) -> RowBatch:
     numbered = list(enumerate(held))
     return build_rows([numbered], RowShape(128, 128, 2 * len(held) + 1), prefix_sharing=prefix_sharing)
 
 
 @given(st.lists(pairs(), min_size=1, max_size=4), st.booleans())
-def test_the_segments_of_a_response_spell_its_ids(held: list[TokenizedPair], prefix_sharing: bool) -> None:
+def test_the_segments_of_a_response_spell_its_ids(held: list[Group], prefix_sharing: bool) -> None:
     row = lay_out(held, prefix_sharing)
     segments = find_segments(row)
     for number, pair in enumerate(held):
         for kind, response in zip(("chosen", "rejected"), pair.responses, strict=True):
-            own = [s for s in segments if s.pair == number and s.kind in ("shared", kind)]
+            own = [s for s in segments if s.group == number and s.kind in ("shared", kind)]
             ids = [token for s in own for token in row.tokens[0, s.start : s.stop].tolist()]
             assert ids == response.inputs.tolist()
             assert int(response.ids[-1]) in [token for s in own for token in s.ends]
@@ -46,13 +46,13 @@ def test_the_segments_of_a_response_spell_its_ids(held: list[TokenizedPair], pre
 def test_segments_are_named_by_who_sees_them_and_end_with_the_predicted_token() -> None:
     row = lay_out([make_pair([1, 2, 3], [4, 5, 6, 9], [4, 7, 9]), make_pair([1], [2, 9], [3, 9])], True)
     assert find_segments(row) == [
-        Segment(0, "shared", "prompt", 0, 3),
-        Segment(0, "shared", "response", 3, 4),
-        Segment(0, "chosen", "response", 4, 6, (9,)),
-        Segment(0, "rejected", "response", 6, 7, (9,)),
-        Segment(1, "shared", "prompt", 7, 8),
-        Segment(1, "chosen", "response", 8, 9, (9,)),
-        Segment(1, "rejected", "response", 9, 10, (9,)),
+        Segment(0, (0, 1), 2, "prompt", 0, 3),
+        Segment(0, (0, 1), 2, "response", 3, 4),
+        Segment(0, (0,), 2, "response", 4, 6, (9,)),
+        Segment(0, (1,), 2, "response", 6, 7, (9,)),
+        Segment(1, (0, 1), 2, "prompt", 7, 8),
+        Segment(1, (0,), 2, "response", 8, 9, (9,)),
+        Segment(1, (1,), 2, "response", 9, 10, (9,)),
     ]
 
 
@@ -66,11 +66,11 @@ def test_separate_responses_share_nothing() -> None:
 
 def test_responses_that_differ_in_their_last_token_only_end_in_one_place() -> None:
     segments = find_segments(lay_out([make_pair([1, 2], [3, 8], [3, 9])], True))
-    assert segments[-1] == Segment(0, "shared", "response", 2, 3, (8, 9))
+    assert segments[-1] == Segment(0, (0, 1), 2, "response", 2, 3, (8, 9))
 
 
 @given(st.lists(pairs(), min_size=1, max_size=4), st.booleans())
-def test_a_mask_that_is_small_enough_is_drawn_exactly(held: list[TokenizedPair], prefix_sharing: bool) -> None:
+def test_a_mask_that_is_small_enough_is_drawn_exactly(held: list[Group], prefix_sharing: bool) -> None:
     row = lay_out(held, prefix_sharing)
     mask = prepare_mask(jnp.array(row.key_end), jnp.array(row.positions), backend="dense")
     np.testing.assert_array_equal(mask_cells(row.key_end[0], 128), mask.visible()[0])
@@ -138,7 +138,7 @@ def test_the_training_pairs_are_shown_in_the_order_of_training(setup: Setup) -> 
     plan = setup.step_plan(setup.train_pairs(), batch=16, seed=setup.config.seed)
     first = plan.step(0)
     number = int(first.rows[0][0])
-    prompt = setup.train_pairs().texts(int(first.pairs[number])).prompt
+    prompt = setup.train_pairs().texts(int(first.groups[number])).prompt
     assert f"pair {number} shared prompt" in out.getvalue()
     assert prompt[:40] in out.getvalue()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -56,17 +57,17 @@ def score(
     context: typer.Context,
     config: ConfigFile,
     split: Annotated[str, typer.Option(help="Split to score.", show_default=False)],
-    output: Annotated[Path, typer.Option(help="JSONL file to write, one object per pair.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="JSONL file to write, one object per group.", show_default=False)],
     model: Annotated[
         str | None,
         typer.Option(help="A model folder or hub id. Default: what the config starts from.", show_default=False),
     ] = None,
     deepspeed: DeepSpeedFile = None,
 ) -> None:
-    """Writes log-probs, rewards, margin and loss of every pair of a split, in file order."""
+    """Writes log-probs, rewards, margin and loss of every group of a split, in file order."""
     settings = _load(config, context.args)
     from torch_ref.distributed import open_ranks
-    from torch_ref.evaluate import PAIRS_PER_PLAN, open_model, pair_records, score_pairs
+    from torch_ref.evaluate import GROUPS_PER_PLAN, group_records, open_model, score_groups
     from torch_ref.notes import print_attention, print_split
     from torch_ref.reference import reference_sums
     from torch_ref.setup import Setup
@@ -74,17 +75,18 @@ def score(
     with open_ranks() as ranks, writing(output if ranks.is_first else os.devnull) as file:
         console = _console(settings, ranks)
         setup = Setup(settings, ranks, model)
-        pairs = setup.split_pairs(split)
-        plan = setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
+        groups = setup.split_pairs(split)
+        plan = setup.step_plan(groups, batch=GROUPS_PER_PLAN, seed=None)
         print_attention(console, setup)
-        print_split(console, setup, split, pairs, plan)
-        needed = setup.objective.needs_reference
-        reference = reference_sums(setup, [pairs], console, deepspeed)[0] if needed else None
+        print_split(console, setup, split, groups, plan)
+        known = setup.known(groups)
+        if setup.objective.needs_reference:
+            known = replace(known, reference=reference_sums(setup, [groups], console, deepspeed)[0])
         with open_model(setup, deepspeed) as forward:
-            scores = score_pairs(forward, plan, pairs, ranks, reference)
-        for (_, row), record in zip(pairs.origins, pair_records(scores, setup.objective), strict=True):
+            scores = score_groups(forward, plan, groups, ranks, known)
+        for (_, row), record in zip(groups.origins, group_records(scores, setup.objective), strict=True):
             file.write(json.dumps({"row": row, **record}) + "\n")
-        console.print(f"{len(pairs)} pairs scored: {output}")
+        console.print(f"{len(groups)} pairs scored: {output}")
 
 
 def _load(config: str, overrides: list[str]) -> TrainConfig:

@@ -12,7 +12,7 @@ from jax_simpo.config import TrainConfig
 from jax_simpo.errors import ConfigError
 from torch_ref.attention import ROW_ATTENTION
 
-# Name in the config -> implementation in transformers, for pairs that are stacked along the batch.
+# Name in the config -> implementation in transformers, for responses that are stacked along the batch.
 STACKED_ATTENTION = {
     "sdpa": "sdpa",
     "dense": "eager",
@@ -39,7 +39,7 @@ class AttentionChoice:
 
 
 def uses_rows(config: TrainConfig) -> bool:
-    """Returns True if pairs are laid out in rows, False if chosen and rejected are stacked as in the original."""
+    """Returns True if groups are laid out in rows, False if their responses are stacked as in the original."""
     return config.prefix_sharing or config.packing
 
 

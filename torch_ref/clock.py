@@ -8,24 +8,24 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Counts seconds, tokens and pairs since the last logged step, without the time of evaluating and saving."""
+    """Counts seconds, tokens and groups since the last logged step, without the time of evaluating and saving."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
         """Counts from nothing again."""
-        self._started, self._tokens, self._pairs = time.perf_counter(), 0, 0
+        self._started, self._tokens, self._groups = time.perf_counter(), 0, 0
 
-    def add(self, tokens: int, pairs: int) -> None:
+    def add(self, tokens: int, groups: int) -> None:
         """Counts a finished step."""
         self._tokens += tokens
-        self._pairs += pairs
+        self._groups += groups
 
     def speeds(self) -> dict[str, float]:
-        """Returns the tokens and pairs per second."""
+        """Returns the tokens per second, and the groups per second, which are called pairs."""
         seconds = time.perf_counter() - self._started
-        return {"tokens_per_second": self._tokens / seconds, "pairs_per_second": self._pairs / seconds}
+        return {"tokens_per_second": self._tokens / seconds, "pairs_per_second": self._groups / seconds}
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -1,11 +1,11 @@
-"""Scores pairs with a model without training it, and computes the metrics of an evaluation from the scores."""
+"""Scores groups with a model without training it, and computes the metrics of an evaluation from the scores."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jax_simpo.data.loader import PairSource
+from jax_simpo.data.groups import GroupLengths
+from jax_simpo.data.loader import GroupSource, Known
 from jax_simpo.data.packing import StepPlan
-from jax_simpo.data.tokenize import PairDataset
+from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.run.metrics import check_split_names, evaluation_figures
 from torch_ref.batches import Batch, rank_steps
+from torch_ref.comparisons import Comparisons, rankings_of
 from torch_ref.distributed import Ranks
 from torch_ref.engine import round_parameters
-from torch_ref.losses import response_sums
+from torch_ref.losses import group_figures, group_losses, response_sums
 from torch_ref.model import DTYPES
 from torch_ref.objectives import Objective, Responses
 from torch_ref.setup import Setup
 from torch_ref.zero3 import Zero3Model, deepspeed_settings, partitioned_forward
 
-PAIRS_PER_PLAN = 512  # pairs whose rows are packed together; only the fill depends on it
+GROUPS_PER_PLAN = 512  # groups whose rows are packed together; only the fill depends on it
 
 Forward = Callable[[Batch], Tensor]  # gives the log-probability of every target of a batch
 
@@ -55,54 +57,64 @@ def open_model(setup: Setup, deepspeed_file: Path | None = None) -> Iterator[For
 
 
 @dataclass(frozen=True)
-class PairScores:
-    """Log-probs of P pairs in file order, all on the host.
+class GroupScores:
+    """Log-probs of G groups with R responses in file order, all on the host.
 
     Attributes:
-        chosen: the chosen responses, with sums under the reference if there is one.
-        rejected: the rejected responses.
-        prompt_sum: the sum of the log-probs of each chosen response's prompt; 0 where prompts have no targets.
-        prompt_length: the number of these targets.
+        lengths: the token counts and ranks of the groups.
+        responses: all responses, group after group, float32; with sums under the reference if there is one.
+        prompt_sum: the sum of the log-probs of the prompt of each group's best response, float32; 0 where prompts have
+            no targets.
+        prompt_length: the number of these targets, int64.
+        scores: the score of each response, float32, where the objective weighs comparisons by them.
     """
 
-    chosen: Responses
-    rejected: Responses
-    prompt_sum: Float[Tensor, " P"]
-    prompt_length: Int[Tensor, " P"]
+    lengths: GroupLengths
+    responses: Responses
+    prompt_sum: Float[Tensor, " G"]
+    prompt_length: Int[Tensor, " G"]
+    scores: Float[np.ndarray, " R"] | None = None
 
-    def of_pairs(self, indices: Int[np.ndarray, " Q"]) -> PairScores:
-        """Returns the scores of some of the pairs."""
-        at = torch.from_numpy(indices)
-        chosen, rejected = self.chosen.of_pairs(at), self.rejected.of_pairs(at)
-        return PairScores(chosen, rejected, self.prompt_sum[at], self.prompt_length[at])
+    def of_groups(self, indices: Int[np.ndarray, " H"]) -> GroupScores:
+        """Returns the scores of some of the groups."""
+        own, at = self.lengths.responses_of(indices), torch.from_numpy(indices)
+        return GroupScores(
+            self.lengths.of_groups(indices),
+            self.responses.at(torch.from_numpy(own)),
+            self.prompt_sum[at],
+            self.prompt_length[at],
+            None if self.scores is None else self.scores[own],
+        )
+
+    def comparisons(self, objective: Objective) -> Comparisons:
+        """Lists the comparisons of the groups."""
+        return objective.comparisons(rankings_of(self.lengths), self.scores)
 
 
-def score_pairs(
+def score_groups(
     forward: Forward,
     plan: StepPlan,
-    source: PairSource,
+    source: GroupSource,
     ranks: Ranks,
-    reference: Float[np.ndarray, "P 2"] | None = None,
-) -> PairScores:
-    """Computes the log-probs of every pair of a split; the ranks share the work, and all get all scores.
+    known: Known | None = None,
+) -> GroupScores:
+    """Computes the log-probs of every response of a split; the ranks share the work, and all get all scores.
 
     Args:
         forward: `Policy.forward`, or an engine's `logps`.
         plan: the step plan of the split, in file order (`seed=None`).
-        source: the pairs of the split.
+        source: the groups of the split.
         ranks: the ranks of the run.
-        reference: the sums of the pairs' responses under the reference, for an objective that needs one.
+        known: the responses' sums under the reference and their scores, where the objective needs them.
     """
-    sums = torch.from_numpy(np.concatenate(list(score_steps(forward, plan, source, ranks))))
-    both = [None, None] if reference is None else torch.from_numpy(reference).unbind(1)
+    known = known or Known()
+    steps = score_steps(forward, plan, source, ranks)
+    sums, prompt_sums = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*steps, strict=True))
+    reference = None if known.reference is None else torch.from_numpy(known.reference)
     lengths = plan.lengths
-    prompt_length = (lengths.chosen_inputs - lengths.chosen_targets) * plan.prompt_targets
-    return PairScores(
-        Responses(sums[:, 0], _integers(lengths.chosen_targets), both[0]),
-        Responses(sums[:, 1], _integers(lengths.rejected_targets), both[1]),
-        sums[:, 2],
-        _integers(prompt_length),
-    )
+    prompt_length = (lengths.best_targets(prompt=True) - lengths.best_targets()) * plan.prompt_targets
+    responses = Responses(sums, _integers(lengths.targets), reference)
+    return GroupScores(lengths, responses, prompt_sums, _integers(prompt_length), known.scores)
 
 
 def _integers(values: Int[np.ndarray, " P"]) -> Int[Tensor, " P"]:
@@ -111,109 +123,118 @@ def _integers(values: Int[np.ndarray, " P"]) -> Int[Tensor, " P"]:
 
 @torch.no_grad()
 def score_steps(
-    forward: Forward, plan: StepPlan, source: PairSource, ranks: Ranks, steps: range | None = None
-) -> Iterator[Float[np.ndarray, "P 3"]]:
-    """Yields per step of the plan the sums of log-probs of each pair, float32: chosen, rejected, the chosen's prompt.
+    forward: Forward, plan: StepPlan, source: GroupSource, ranks: Ranks, steps: range | None = None
+) -> Iterator[tuple[Float[np.ndarray, " R"], Float[np.ndarray, " G"]]]:
+    """Yields per step of the plan the sums of log-probs of its responses, and of its best responses' prompts, float32.
 
-    The arguments are those of `score_pairs`, and the steps to compute; None computes all.
+    The arguments are those of `score_groups`, and the steps to compute; None computes all.
     """
     steps = range(plan.steps_per_epoch) if steps is None else steps
     with closing(rank_steps(plan, source, steps, ranks.rank, ranks.world)) as shares:
         for step in shares:
-            sums = np.zeros((len(step.pairs), 3))
+            responses, groups = len(step.lengths.ranks), len(step.groups)
+            sums = np.zeros(responses + groups)  # of the step's responses, and after them of its prompts
             for batch in step.micro_batches:
                 on_device = batch.to(ranks.device)
-                responses = len(batch.response_length)
+                own = batch.groups.numpy()
+                places = np.concatenate([step.lengths.responses_of(own), responses + own])
                 logps = forward(on_device)
-                of = response_sums(logps, on_device.target_response, responses + len(batch.pairs)).cpu()
-                columns = [of[batch.chosen], of[batch.rejected], of[responses:]]
-                sums[batch.pairs.numpy()] = torch.stack(columns, dim=1).numpy()
-            yield ranks.sum(sums).astype(np.float32)
+                sums[places] = response_sums(logps, on_device.target_response, len(places)).cpu().numpy()
+            of_responses, of_prompts = np.split(ranks.sum(sums).astype(np.float32), [responses])
+            yield of_responses, of_prompts
 
 
-def pair_records(scores: PairScores, objective: Objective) -> Iterator[dict[str, Any]]:
-    """Yields one object per pair, in file order, with the keys that `score` writes."""
-    chosen, rejected = scores.chosen, scores.rejected
-    rewards = [objective.beta * objective.score(responses).double() for responses in (chosen, rejected)]
-    columns = {
-        "chosen_logp_sum": chosen.sum,
-        "chosen_length": chosen.length,
-        "chosen_logp": chosen.mean,
-        "rejected_logp_sum": rejected.sum,
-        "rejected_length": rejected.length,
-        "rejected_logp": rejected.mean,
+def group_records(scores: GroupScores, objective: Objective) -> Iterator[dict[str, Any]]:
+    """Yields one object per group, in file order, with the keys that `score` writes.
+
+    A pair also has the values of its two responses under names with `chosen` and `rejected`.
+    """
+    responses, compared = scores.responses, scores.comparisons(objective)
+    columns = {"logp_sum": responses.sum, "length": responses.length, "logp": responses.mean}
+    if responses.reference_sum is not None:
+        columns["reference_logp_sum"] = responses.reference_sum
+    columns["reward"] = objective.beta * objective.score(responses).double()
+    columns["rank"] = _integers(scores.lengths.ranks)
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    records = [dict(zip(columns, of_response, strict=True)) for of_response in values]
+    losses = group_losses(objective, responses, compared).tolist()
+    margins = group_figures(objective, responses, compared)["rewards/margins"].tolist()
+    starts = scores.lengths.starts.tolist()
+    for start, size, margin, loss in zip(starts, scores.lengths.sizes.tolist(), margins, losses, strict=True):
+        own = records[start : start + size]
+        if size == 2:  # the difference of the two rewards, to the last digit
+            margin = own[0]["reward"] - own[1]["reward"]
+        yield {**(_as_pair(*own) if size == 2 else {}), "margin": margin, "loss": loss, "responses": own}
+
+
+def _as_pair(chosen: Mapping[str, Any], rejected: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of a pair's two responses in one object."""
+    sides = {"chosen": chosen, "rejected": rejected}
+    logps = {
+        f"{side}_{key}": value
+        for side, response in sides.items()
+        for key, value in response.items()
+        if key not in ("reward", "rank")
     }
-    if chosen.reference_sum is not None and rejected.reference_sum is not None:
-        columns["chosen_reference_logp_sum"] = chosen.reference_sum
-        columns["rejected_reference_logp_sum"] = rejected.reference_sum
-    columns |= {
-        "reward_chosen": rewards[0],
-        "reward_rejected": rewards[1],
-        "margin": rewards[0] - rewards[1],
-        "loss": objective.losses(chosen, rejected),
-    }
-    for values in zip(*(column.tolist() for column in columns.values()), strict=True):
-        yield dict(zip(columns, values, strict=True))
+    return {**logps, **{f"reward_{side}": response["reward"] for side, response in sides.items()}}
 
 
-def evaluation_metrics(scores: PairScores, objective: Objective) -> dict[str, float]:
-    """Computes means over all pairs, under the names of the training metrics."""
-    chosen, rejected = scores.chosen, scores.rejected
-    better, worse = objective.score(chosen).double(), objective.score(rejected).double()
-    metrics = {
-        "loss": objective.losses(chosen, rejected).double().mean(),
-        "rewards/chosen": objective.beta * better.mean(),
-        "rewards/rejected": objective.beta * worse.mean(),
-        "rewards/accuracies": (better > worse).double().mean(),
-        "rewards/margins": objective.beta * (better - worse).mean(),
-        "logps/chosen": objective.logps(chosen).double().mean(),
-        "logps/rejected": objective.logps(rejected).double().mean(),
+def evaluation_metrics(scores: GroupScores, objective: Objective) -> dict[str, float]:
+    """Computes means over all groups, or over all comparisons, under the names of the training metrics."""
+    responses, compared = scores.responses, scores.comparisons(objective)
+    figures = {
+        "loss": group_losses(objective, responses, compared).double(),
+        **group_figures(objective, responses, compared),
     }
+    if objective.mean_over == "pairs":
+        figures = {name: compared.count * figure for name, figure in figures.items()}
+    denominator = objective.denominator(rankings_of(scores.lengths))
+    metrics = {name: figure.sum() / denominator for name, figure in figures.items()}
     if objective.sft_weight:
-        target_sum = (chosen.sum.double() + scores.prompt_sum.double()).sum()
-        metrics["sft_loss"] = -target_sum / (chosen.length + scores.prompt_length).sum()
+        target_sum = (responses.sum[compared.first].double() + scores.prompt_sum.double()).sum()
+        metrics["sft_loss"] = -target_sum / (responses.length[compared.first] + scores.prompt_length).sum()
         metrics["loss"] = metrics["loss"] + objective.sft_weight * metrics["sft_loss"]
     return {name: float(value) for name, value in metrics.items()}
 
 
 def split_metrics(
-    scores: PairScores, objective: Objective, splits: Mapping[str, Int[np.ndarray, " _"]]
+    scores: GroupScores, objective: Objective, splits: Mapping[str, Int[np.ndarray, " _"]]
 ) -> dict[str, float]:
-    """Computes the metrics over all pairs (`eval_loss`, ...) and, of several splits, of each (`eval_SPLIT_loss`, ...).
+    """Computes the metrics over all groups (`eval_loss`, ...) and, of several splits, of each (`eval_SPLIT_loss`, ...).
 
     Args:
-        scores: the scores of the pairs of all splits.
+        scores: the scores of the groups of all splits.
         objective: the objective whose loss and rewards are reported.
-        splits: the indices of each split's pairs (`PairDataset.splits`).
+        splits: the indices of each split's groups (`GroupDataset.splits`).
     """
     by_split = {
-        split: {**evaluation_metrics(scores.of_pairs(indices), objective), "pairs": len(indices)}
+        split: {**evaluation_metrics(scores.of_groups(indices), objective), "pairs": len(indices)}
         for split, indices in splits.items()
     }
-    overall = {**evaluation_metrics(scores, objective), "pairs": len(scores.chosen.sum)}
+    overall = {**evaluation_metrics(scores, objective), "pairs": len(scores.lengths)}
     return evaluation_figures(overall, by_split)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluates the pairs of the evaluation splits during a run.
+    """Evaluates the groups of the evaluation splits during a run.
 
     Attributes:
-        plan: the step plan of the pairs, in file order.
-        source: the pairs of all evaluation splits.
+        plan: the step plan of the groups, in file order.
+        source: the groups of all evaluation splits.
         objective: the objective whose loss and rewards are reported.
         ranks: the ranks of the run.
-        reference: the sums of the pairs' responses under the reference, for an objective that needs one.
+        known: the responses' sums under the reference and their scores, where the objective needs them.
 
     Raises:
         ConfigError: a split's name would give two metrics the same key.
     """
 
     plan: StepPlan
-    source: PairDataset
+    source: GroupDataset
     objective: Objective
     ranks: Ranks
-    reference: Float[np.ndarray, "P 2"] | None = None
+    known: Known = field(default_factory=Known)
 
     def __post_init__(self) -> None:
         check_split_names(list(self.source.splits), self.objective.metrics)
@@ -221,6 +242,6 @@ class Evaluation:
     def run(self, forward: Forward) -> dict[str, float]:
         """Computes the metrics, with the keys of an evaluation record, and `eval_runtime` in seconds."""
         started = time.perf_counter()
-        scores = score_pairs(forward, self.plan, self.source, self.ranks, self.reference)
+        scores = score_groups(forward, self.plan, self.source, self.ranks, self.known)
         metrics = split_metrics(scores, self.objective, self.source.splits)
         return {**metrics, "eval_runtime": time.perf_counter() - started}

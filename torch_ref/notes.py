@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from jax_simpo.data.packing import StepPlan, measure
-from jax_simpo.data.tokenize import PairDataset
+from jax_simpo.data.tokenize import GroupDataset
 from torch_ref.attention_choice import uses_rows
 from torch_ref.setup import Setup
 
@@ -16,18 +16,20 @@ def print_attention(console: Console, setup: Setup) -> None:
     console.print(f"attention: {choice.name} ({choice.reason}; {form})")
 
 
-def print_split(console: Console, setup: Setup, name: str, pairs: PairDataset, plan: StepPlan) -> None:
-    """Prints how many pairs a split has, how its rows are filled, and which of its rows were skipped.
+def print_split(console: Console, setup: Setup, name: str, groups: GroupDataset, plan: StepPlan) -> None:
+    """Prints how many groups a split has, how its rows are filled, and what of it was left out.
 
     Args:
         console: where to.
         setup: the setup of the run.
         name: the name of the split.
-        pairs: its pairs.
+        groups: its groups.
         plan: its step plan.
     """
-    if pairs.skipped:
-        console.print(pairs.skipped_summary(), style="yellow")
+    if groups.skipped:
+        console.print(groups.skipped_summary(), style="yellow")
+    if groups.left_out:
+        console.print(groups.left_out_summary(), style="yellow")
     text = f"{name}: {len(plan.lengths)} pairs"
     if uses_rows(setup.config):
         cost = measure(plan)

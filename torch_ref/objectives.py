@@ -8,10 +8,11 @@ rejected one; `s` is the label smoothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -20,13 +21,21 @@ from torch import Tensor
 from jax_simpo.config import TrainConfig, objective_weights
 from jax_simpo.config.objectives import WITH_REFERENCE
 from jax_simpo.errors import ConfigError
+from torch_ref.comparisons import (
+    CompareWeights,
+    Comparisons,
+    GroupLoss,
+    Ranking,
+    compared_places,
+    list_comparisons,
+)
 
 _LARGEST_EXPONENT = 80.0  # e**80 times any beta stays within float32
 
 
 @dataclass(frozen=True)
 class Responses:
-    """One response of each of P pairs: all that an objective knows about it.
+    """P responses, such as one of each of P pairs: all that an objective knows about them.
 
     Attributes:
         sum: the sum of its tokens' log-probabilities.
@@ -59,8 +68,8 @@ class Responses:
         """The log-ratio per token."""
         return self.ratio / self.length
 
-    def of_pairs(self, indices: Int[Tensor, " Q"]) -> Responses:
-        """Returns the responses of some of the pairs."""
+    def at(self, indices: Int[Tensor, " Q"]) -> Responses:
+        """Returns the responses at some indices; one that is named twice is returned twice."""
         reference = None if self.reference_sum is None else self.reference_sum[indices]
         return Responses(self.sum[indices], self.length[indices], reference)
 
@@ -100,7 +109,7 @@ def bradley_terry(margin: Float[Tensor, " P"], label_smoothing: float = 0.0) -> 
     return (1.0 - label_smoothing) * as_labelled + label_smoothing * flipped
 
 
-def _margin_loss(s: Settings, margin: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
+def margin_loss(s: Settings, margin: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
     """Returns the loss of a margin of rewards: logistic, or with `hinge` `max(0, 1 - margin)`."""
     return F.relu(1.0 - margin) if s.loss_type == "hinge" else bradley_terry(margin, s.label_smoothing)
 
@@ -114,8 +123,13 @@ def simpo(s: Settings, chosen: Responses, rejected: Responses) -> Float[Tensor, 
     The reward is `r(y) = beta / |y| * log pi(y|x)` (equation 4). The original code is configured with
     `gamma_beta_ratio = gamma / beta`.
     """
+    return margin_loss(s, simpo_margin(s, chosen, rejected))
+
+
+def simpo_margin(s: Settings, chosen: Responses, rejected: Responses) -> Float[Tensor, " P"]:
+    """Returns `r(w) - r(l) - gamma` of SimPO."""
     gamma = s.beta * s.gamma_beta_ratio
-    return _margin_loss(s, s.beta * chosen.mean - s.beta * rejected.mean - gamma)
+    return s.beta * chosen.mean - s.beta * rejected.mean - gamma
 
 
 def alpha_reward(alpha: float, mean: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
@@ -130,8 +144,13 @@ def alphapo(s: Settings, chosen: Responses, rejected: Responses) -> Float[Tensor
 
     `p = pi(y|x)**(1 / |y|)` is the mean probability of a token. With alpha -> 0 the reward is SimPO's.
     """
+    return bradley_terry(alphapo_margin(s, chosen, rejected), s.label_smoothing)
+
+
+def alphapo_margin(s: Settings, chosen: Responses, rejected: Responses) -> Float[Tensor, " P"]:
+    """Returns `r(w) - r(l) - gamma` of AlphaPO."""
     difference = alpha_reward(s.alpha, chosen.mean) - alpha_reward(s.alpha, rejected.mean)
-    return bradley_terry(s.beta * (difference - s.gamma_beta_ratio), s.label_smoothing)
+    return s.beta * (difference - s.gamma_beta_ratio)
 
 
 def simper(s: Settings, chosen: Responses, rejected: Responses) -> Float[Tensor, " P"]:
@@ -144,7 +163,12 @@ def cpo(s: Settings, chosen: Responses, rejected: Responses) -> Float[Tensor, " 
 
     The likelihood term of the paper is the cross-entropy with `sft_weight`.
     """
-    return _margin_loss(s, s.beta * (chosen.sum - rejected.sum))
+    return margin_loss(s, cpo_margin(s, chosen, rejected))
+
+
+def cpo_margin(s: Settings, chosen: Responses, rejected: Responses) -> Float[Tensor, " P"]:
+    """Returns `beta log pi(w|x) - beta log pi(l|x)`."""
+    return s.beta * (chosen.sum - rejected.sum)
 
 
 def slic(s: Settings, chosen: Responses, rejected: Responses) -> Float[Tensor, " P"]:
@@ -181,7 +205,12 @@ def dpo(s: Settings, chosen: Responses, rejected: Responses) -> Float[Tensor, " 
     With label smoothing it is Mitchell's conservative DPO (2023). The hinge is that of Liu et al. 2024, arXiv
     2309.06657.
     """
-    return _margin_loss(s, s.beta * (chosen.ratio - rejected.ratio))
+    return margin_loss(s, dpo_margin(s, chosen, rejected))
+
+
+def dpo_margin(s: Settings, chosen: Responses, rejected: Responses) -> Float[Tensor, " P"]:
+    """Returns `beta (ratio(w) - ratio(l))`."""
+    return s.beta * (chosen.ratio - rejected.ratio)
 
 
 def robust(s: Settings, chosen: Responses, rejected: Responses) -> Float[Tensor, " P"]:
@@ -204,7 +233,12 @@ def ipo(s: Settings, chosen: Responses, rejected: Responses) -> Float[Tensor, " 
 
 def sigmoid_norm(s: Settings, chosen: Responses, rejected: Responses) -> Float[Tensor, " P"]:
     """Length-normalised DPO, Lambert et al. 2024 (Tulu 3), arXiv 2411.15124: DPO with ratios per token."""
-    return bradley_terry(s.beta * (chosen.mean_ratio - rejected.mean_ratio), s.label_smoothing)
+    return bradley_terry(sigmoid_norm_margin(s, chosen, rejected), s.label_smoothing)
+
+
+def sigmoid_norm_margin(s: Settings, chosen: Responses, rejected: Responses) -> Float[Tensor, " P"]:
+    """Returns `beta (ratio(w) - ratio(l))` with ratios per token."""
+    return s.beta * (chosen.mean_ratio - rejected.mean_ratio)
 
 
 def dpop(s: Settings, chosen: Responses, rejected: Responses) -> Float[Tensor, " P"]:
@@ -267,7 +301,9 @@ def sppo_hard(s: Settings, chosen: Responses, rejected: Responses) -> Float[Tens
     return torch.square(chosen.ratio - won) + torch.square(rejected.ratio - lost)
 
 
-LOSSES: dict[str, Callable[[Settings, Responses, Responses], Float[Tensor, " P"]]] = {
+OfPair = Callable[[Settings, Responses, Responses], Float[Tensor, " P"]]
+
+LOSSES: dict[str, OfPair] = {
     function.__name__: function
     for function in (
         *(simpo, alphapo, simper, cpo, slic, orpo, dpo, robust, ipo, sigmoid_norm, dpop, exo_pair, apo_zero, apo_down),
@@ -275,6 +311,15 @@ LOSSES: dict[str, Callable[[Settings, Responses, Responses], Float[Tensor, " P"]
     )
 }
 """The objectives by their names in configs."""
+
+MARGINS: dict[str, OfPair] = {
+    "simpo": simpo_margin,
+    "alphapo": alphapo_margin,
+    "cpo": cpo_margin,
+    "dpo": dpo_margin,
+    "sigmoid_norm": sigmoid_norm_margin,
+}
+"""The objectives that are the logistic loss of a margin of rewards, and that margin."""
 
 _ON_SUMS = ("cpo", "slic")  # objectives without a reference whose reward does not depend on the length
 
@@ -286,26 +331,54 @@ _ON_SUMS = ("cpo", "slic")  # objectives without a reference whose reward does n
 class Objective:
     """The loss that is minimised: a weighted sum of preference losses, plus `sft_weight` times the cross-entropy.
 
+    The preference losses are those of comparisons of two responses; their weighted mean is the loss of a group.
     Rewards and log-probabilities are logged as the first of the preference objectives defines them.
 
     Attributes:
         weights: preference objectives and their weights.
         settings: the numbers that they read.
-        sft_weight: the weight of the cross-entropy of the chosen responses.
+        sft_weight: the weight of the cross-entropy of the first response of each group, which is the chosen one of a
+            pair.
         sft_over: the tokens of the cross-entropy: those of the responses, or of their prompts too.
+        group_loss: which responses of a group are compared, and how, see `list_comparisons`. Of a pair there is one
+            way.
+        compare_weights: the weights of a group's comparisons, see `list_comparisons`.
+        mean_over: `groups` if the loss of a step is the mean over its groups, `pairs` if every comparison of the step
+            counts the same.
+
+    Raises:
+        ConfigError: the Plackett-Luce loss of these preference objectives is not defined.
     """
 
     weights: Mapping[str, float]
     settings: Settings = field(default_factory=Settings)
     sft_weight: float = 0.0
     sft_over: Literal["response", "prompt_and_response"] = "response"
+    group_loss: GroupLoss = "all_pairs"
+    compare_weights: CompareWeights = "equal"
+    mean_over: Literal["groups", "pairs"] = "groups"
+
+    def __post_init__(self) -> None:
+        if self.group_loss != "plackett_luce":
+            return
+        settings = self.settings
+        if len(self.weights) != 1 or self.first not in MARGINS:
+            wrong = " + ".join(self.weights)
+        elif settings.label_smoothing or settings.loss_type != "sigmoid":
+            wrong = f"{self.first} with label smoothing or the hinge loss"
+        else:
+            return
+        raise ConfigError(
+            f"`group_loss: plackett_luce` is the logistic loss of a difference of rewards, which {wrong} is not. It "
+            f"needs one of {', '.join(MARGINS)}, without `label_smoothing`"
+        )
 
     @classmethod
     def of(cls, config: TrainConfig) -> Objective:
         """Returns the objective that a config describes.
 
         Raises:
-            ConfigError: the objective is one of the user's own.
+            ConfigError: the objective is one of the user's own, or has no such loss of a group.
         """
         weights = objective_weights(config.objective)
         if not weights:
@@ -313,7 +386,15 @@ class Objective:
                 f"`objective` {config.objective} is not one of {', '.join(LOSSES)}, and torch_ref has no others. Train "
                 "it with `jax-simpo train`"
             )
-        return cls(weights, Settings.of(config), config.sft_weight or 0.0, config.sft_over or "response")
+        return cls(
+            weights,
+            Settings.of(config),
+            config.sft_weight or 0.0,
+            config.sft_over or "response",
+            group_loss=config.group_loss,
+            compare_weights=config.compare_weights,
+            mean_over=config.mean_over,
+        )
 
     @property
     def first(self) -> str:
@@ -345,6 +426,25 @@ class Objective:
         """Returns the preference loss of each pair."""
         losses = [weight * LOSSES[name](self.settings, chosen, rejected) for name, weight in self.weights.items()]
         return torch.stack(losses).sum(0)
+
+    def margins(self, chosen: Responses, rejected: Responses) -> Float[Tensor, " P"]:
+        """Returns the margin of rewards of each pair, for an objective that is the logistic loss of one."""
+        return MARGINS[self.first](self.settings, chosen, rejected)
+
+    def comparisons(self, rankings: Sequence[Ranking], scores: Float[np.ndarray, " S"] | None = None) -> Comparisons:
+        """Lists the comparisons of groups whose responses are numbered group after group, best first.
+
+        Args:
+            rankings: the ranking of each group.
+            scores: the score of each response, for `compare_weights: score_gap`.
+        """
+        return list_comparisons(rankings, self.group_loss, self.compare_weights, scores)
+
+    def denominator(self, rankings: Sequence[Ranking]) -> int:
+        """Returns what the sums of a step with these groups are divided by: the groups, or their comparisons."""
+        if self.mean_over == "groups":
+            return len(rankings)
+        return max(1, sum(len(compared_places(ranking, self.group_loss)) for ranking in rankings))
 
     def score(self, responses: Responses) -> Float[Tensor, " P"]:
         """Returns the reward of each response, divided by beta."""

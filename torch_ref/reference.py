@@ -1,7 +1,7 @@
-"""Computes the log-probs of all pairs under the frozen reference model, once and before training.
+"""Computes the log-probs of all responses under the frozen reference model, once and before training.
 
 The reference is loaded, used and freed before the policy is made, so that two models are never in memory together.
-Only two sums a pair are kept, in the cache that both trainers use (`jax_simpo.run.reference_cache`).
+Only a sum for each response is kept, in the cache that both trainers use (`jax_simpo.run.reference_cache`).
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from rich.console import Console
 
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.store import cache_root
-from jax_simpo.data.tokenize import PairDataset
+from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.run.reference_cache import ReferenceCache, model_digest
 from torch_ref.adapters import base_of_adapter
 from torch_ref.distributed import Ranks
-from torch_ref.evaluate import PAIRS_PER_PLAN, Forward, open_model, score_steps
+from torch_ref.evaluate import GROUPS_PER_PLAN, Forward, open_model, score_steps
 from torch_ref.setup import Setup
 from torch_ref.start_weights import weights_folder
 
-ReferenceSums = Float[np.ndarray, "P 2"]
+ReferenceSums = Float[np.ndarray, " R"]
 
 
 def reference_sums(
-    setup: Setup, splits: Sequence[PairDataset], console: Console, deepspeed_file: Path | None = None
+    setup: Setup, splits: Sequence[GroupDataset], console: Console, deepspeed_file: Path | None = None
 ) -> list[ReferenceSums]:
-    """Returns the sums of log-probs of each pair's chosen and rejected response, from the cache or computed.
+    """Returns for each split the sum of log-probs of every response, float32, from the cache or computed.
 
     Every rank calls it, before it makes another model; the ranks share the work. The first rank alone reads and writes
-    the cache. It writes after every few hundred pairs, so that a pass that is interrupted can be continued.
+    the cache. It writes after every few hundred groups, so that a pass that is interrupted can be continued.
 
     Args:
         setup: the setup of the run, of whose config the reference is.
-        splits: the pairs, split by split.
+        splits: the groups, split by split.
         console: where notes go.
         deepspeed_file: a DeepSpeed JSON file, as for training.
 
@@ -50,15 +50,13 @@ def reference_sums(
         DataError: the cache is damaged, or belongs to another reference.
     """
     reference, ranks = setup.reference, setup.ranks
-    plans = [reference.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None) for pairs in splits]
-    identity = _identity(reference)
+    plans = [reference.step_plan(groups, batch=GROUPS_PER_PLAN, seed=None) for groups in splits]
+    identity, root = _identity(reference), cache_root(setup.config.data_cache_dir)
     passes = []
-    for pairs, plan in zip(splits, plans, strict=True):
-        tokens = {"tokens": pairs.fingerprint}
-        cache = ReferenceCache(
-            cache_root(setup.config.data_cache_dir), {**identity, **tokens}, len(pairs), PAIRS_PER_PLAN
-        )
-        passes.append(_Pass(pairs, replace(plan, prompt_targets=False), cache, ranks, [ranks.first(cache.read)]))
+    for groups, plan in zip(splits, plans, strict=True):
+        own = {**identity, "tokens": groups.fingerprint}
+        cache = ReferenceCache(root, own, len(groups), len(groups.lengths.ranks), GROUPS_PER_PLAN)
+        passes.append(_Pass(groups, replace(plan, prompt_targets=False), cache, ranks, ranks.first(cache.read)))
         console.print(passes[-1].note())
     if any(p.steps_left for p in passes):
         with open_model(reference, deepspeed_file) as forward:
@@ -72,14 +70,14 @@ class _Pass:
     """The computation of one split's sums.
 
     Attributes:
-        pairs: the pairs of the split.
+        groups: the groups of the split.
         plan: their step plan, in file order.
         cache: the cache of their sums.
         ranks: the ranks of the run.
-        parts: the sums that are known so far, in file order.
+        parts: the sums that are known so far, in file order: an array for each step of the plan.
     """
 
-    pairs: PairDataset
+    groups: GroupDataset
     plan: StepPlan
     cache: ReferenceCache
     ranks: Ranks
@@ -88,24 +86,23 @@ class _Pass:
     @property
     def steps_left(self) -> range:
         """The steps of the plan whose sums are not known."""
-        known = sum(len(part) for part in self.parts)
-        return range(-(-known // PAIRS_PER_PLAN), self.plan.steps_per_epoch)
+        return range(len(self.parts), self.plan.steps_per_epoch)
 
     def note(self) -> str:
         """Returns a line on what is found and what is to be computed."""
-        what = f"log-probs of {len(self.pairs)} pairs of {self.pairs.name}"
+        what = f"log-probs of {len(self.groups)} pairs of {self.groups.name}"
         if not self.steps_left:
             return f"reference: {what} found in {self.cache.folder}"
-        known = sum(len(part) for part in self.parts)
+        known = len(self.parts) * GROUPS_PER_PLAN
         return f"reference: computing the {what}" + (f", {known} of them done" if known else "")
 
     def run(self, forward: Forward) -> None:
         """Computes the steps that are left, and writes each to the cache."""
         steps = self.steps_left
-        scored = score_steps(forward, self.plan, self.pairs, self.ranks, steps)
-        for step, sums in zip(steps, scored, strict=True):
-            self.parts.append(sums[:, :2])
-            self.ranks.first(partial(self.cache.write, step, self.parts[-1]))
+        scored = score_steps(forward, self.plan, self.groups, self.ranks, steps)
+        for step, (sums, _) in zip(steps, scored, strict=True):
+            self.parts.append(sums)
+            self.ranks.first(partial(self.cache.write, step, sums))
 
 
 def _identity(reference: Setup) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Builds the objects of a run from its config: tokenizer, pairs, step plan, model."""
+"""Builds the objects of a run from its config: tokenizer, data, step plan, model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from jaxtyping import Float
 
 from jax_simpo.config import TrainConfig
 from jax_simpo.data import chat, sources
+from jax_simpo.data.loader import Known
 from jax_simpo.data.packing import StepPlan, make_step_plan
-from jax_simpo.data.tokenize import PairDataset, tokenize_split
+from jax_simpo.data.ranking import GroupSettings
+from jax_simpo.data.tokenize import GroupDataset, tokenize_split
 from jax_simpo.errors import ConfigError, ModelError
 from torch_ref.attention_choice import AttentionChoice, choose_attention
 from torch_ref.distributed import Ranks
@@ -123,13 +125,13 @@ class Setup:
     # --- data
 
     def global_batch_size(self, saved: int | None = None) -> int:
-        """Returns the pairs per optimizer step: as configured, else as `saved`, else from the per-device keys.
+        """Returns the groups per optimizer step: as configured, else as `saved`, else from the per-device keys.
 
         Args:
-            saved: the pairs per step of the run that is continued.
+            saved: the groups per step of the run that is continued.
 
         Raises:
-            ConfigError: the pairs cannot be shared out equally among the ranks.
+            ConfigError: the groups cannot be shared out equally among the ranks.
         """
         config, world = self.config, self.ranks.world
         per_device = config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -141,8 +143,8 @@ class Setup:
             )
         return batch
 
-    def train_pairs(self) -> PairDataset:
-        """Reads and tokenises the training pairs."""
+    def train_pairs(self) -> GroupDataset:
+        """Reads and tokenises the training groups."""
         config = self.config
         raw = sources.load_train(
             config.dataset_mixer,
@@ -152,12 +154,25 @@ class Setup:
         )
         return self._tokenize(raw)
 
-    def weights(self, pairs: PairDataset) -> Float[np.ndarray, " P"] | None:
-        """Returns the weights of the training pairs; None if the config names no column of weights."""
-        return None if self.config.weight_column is None else pairs.weights
+    def known(
+        self, groups: GroupDataset, reference: Float[np.ndarray, " R"] | None = None, *, training: bool = False
+    ) -> Known:
+        """Returns what the objective reads of groups besides their tokens.
 
-    def eval_pairs(self) -> PairDataset:
-        """The pairs of all evaluation splits, uncut.
+        Args:
+            groups: the groups of a split.
+            reference: the sums of their responses under the reference, for an objective that needs one.
+            training: True for the groups that are trained on, whose weights count.
+
+        Raises:
+            DataError: the objective weighs comparisons by scores, and some groups have none.
+        """
+        scores = groups.scores if self.objective.compare_weights == "score_gap" else None
+        weights = groups.weights if training and self.config.weight_column is not None else None
+        return Known(reference, scores, weights)
+
+    def eval_pairs(self) -> GroupDataset:
+        """Reads and tokenises the groups of all evaluation splits, uncut.
 
         Raises:
             ConfigError: `dataset_splits` names no split to evaluate.
@@ -171,12 +186,12 @@ class Setup:
         raw = sources.load_eval(config.dataset_mixer, config.eval_splits, dataset_configs=config.dataset_configs)
         return self._tokenize(raw)
 
-    def split_pairs(self, split: str) -> PairDataset:
-        """Reads and tokenises the pairs of a whole split, in file order."""
+    def split_pairs(self, split: str) -> GroupDataset:
+        """Reads and tokenises the groups of a whole split, in file order."""
         raw = sources.load_split(self.config.dataset_mixer, split, dataset_configs=self.config.dataset_configs)
         return self._tokenize(raw)
 
-    def _tokenize(self, raw: sources.RawSplit) -> PairDataset:
+    def _tokenize(self, raw: sources.RawSplit) -> GroupDataset:
         config = self.config
         return tokenize_split(  # one rank of a machine tokenises; the others wait and read its cache
             raw,
@@ -185,26 +200,29 @@ class Setup:
             max_prompt_length=config.max_prompt_length,
             truncation_mode=config.truncation_mode,
             auto_insert_empty_system_msg=config.auto_insert_empty_system_msg,
+            train_on=config.train_on,
+            group_by=config.group_by,
+            groups=GroupSettings(config.max_responses, config.min_score_gap, config.ties),
             on_bad_row=config.on_bad_row,
             num_proc=config.preprocessing_num_workers,
             cache_dir=config.data_cache_dir,
             progress=None if self.ranks.is_first else False,
         )
 
-    def step_plan(self, pairs: PairDataset, *, batch: int, seed: int | None) -> StepPlan:
-        """Makes the step plan of a split and checks that every pair fits a row.
+    def step_plan(self, groups: GroupDataset, *, batch: int, seed: int | None) -> StepPlan:
+        """Makes the step plan of a split and checks that every group fits a row.
 
         Args:
-            pairs: the pairs of the split.
-            batch: pairs per step.
+            groups: the groups of the split.
+            batch: groups per step.
             seed: the seed of the order; None keeps file order.
 
         Raises:
-            DataError: a pair does not fit.
+            DataError: a group does not fit.
         """
         config = self.config
         plan = make_step_plan(
-            pairs.lengths,
+            groups.lengths,
             global_batch_size=batch,
             rows_per_micro_batch=config.rows_per_device * self.ranks.world,
             prefix_sharing=config.prefix_sharing,
@@ -214,7 +232,7 @@ class Setup:
             max_row_length=self._longest_row(),
             prompt_targets=self.objective.reads_prompts,
         )
-        plan.check(pairs.origin)
+        plan.check(groups.origin)
         return plan
 
     def _longest_row(self) -> int:

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from rich.console import Console
 
 from jax_simpo.config import TrainConfig, jax_only
+from jax_simpo.data.loader import Known
 from jax_simpo.data.packing import StepPlan
-from jax_simpo.data.tokenize import PairDataset
+from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.errors import ConfigError
 from jax_simpo.run import files
 from jax_simpo.run.best import BestRule
@@ -32,14 +32,14 @@ from torch_ref.checkpoint import Checkpoints
 from torch_ref.clock import Clock
 from torch_ref.distributed import Ranks
 from torch_ref.engine import Engine, PlainEngine
-from torch_ref.evaluate import PAIRS_PER_PLAN, Evaluation
+from torch_ref.evaluate import GROUPS_PER_PLAN, Evaluation
 from torch_ref.export import export_model
 from torch_ref.losses import StepPart, response_sums, step_part
 from torch_ref.model import DTYPES
 from torch_ref.notes import print_attention, print_split
 from torch_ref.objectives import Objective, Responses
 from torch_ref.optim import Schedule, learning_rate_schedule
-from torch_ref.reference import ReferenceSums, reference_sums
+from torch_ref.reference import reference_sums
 from torch_ref.setup import Setup
 from torch_ref.start_weights import StartWeights
 from torch_ref.zero3 import Zero3Engine, Zero3Model, deepspeed_settings
@@ -77,23 +77,24 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
     )
     saved = ranks.first(lambda: checkpoints.run(resume)) if resume else {}
     batch = setup.global_batch_size(saved.get("global_batch_size"))
-    pairs = setup.train_pairs()
-    plan = setup.step_plan(pairs, batch=batch, seed=config.seed)
+    groups = setup.train_pairs()
+    plan = setup.step_plan(groups, batch=batch, seed=config.seed)
     print_attention(console, setup)
-    print_split(console, setup, "training", pairs, plan)
+    print_split(console, setup, "training", groups, plan)
     total_steps = count_steps(config, plan.steps_per_epoch)
-    identity = ranks.first(lambda: run_identity(config, batch, pairs))
+    identity = ranks.first(lambda: run_identity(config, batch, groups))
     if resume:
         check_same_run(saved, identity, output)
         ranks.first(lambda: check_not_finished(output, resume, total_steps))
     best_rule = BestRule.of(config)
     evaluation = _evaluation(setup, console, best_rule) if config.do_eval else None
-    reference = None
+    known = setup.known(groups, training=True)
     if setup.objective.needs_reference:
-        splits = [pairs] if evaluation is None else [pairs, evaluation.source]
+        splits = [groups] if evaluation is None else [groups, evaluation.source]
         reference, *of_evaluation = reference_sums(setup, splits, console, deepspeed_file)
+        known = replace(known, reference=reference)
         if evaluation is not None:
-            evaluation = replace(evaluation, reference=of_evaluation[0])
+            evaluation = replace(evaluation, known=replace(evaluation.known, reference=of_evaluation[0]))
     engine = make_engine(setup, deepspeed_file, resumes=bool(resume))
     console.print(f"engine: {engine.name}")
     ranks.first(lambda: prepare_output(config, output))
@@ -109,9 +110,8 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
         setup=setup,
         console=console,
         plan=plan,
-        pairs=pairs,
-        reference=reference,
-        weights=setup.weights(pairs),
+        groups=groups,
+        known=known,
         engine=engine,
         schedule=schedule,
         evaluation=evaluation,
@@ -161,26 +161,25 @@ def _check(config: TrainConfig) -> None:
 
 
 def _evaluation(setup: Setup, console: Console, best_rule: BestRule | None) -> Evaluation:
-    pairs = setup.eval_pairs()
+    groups = setup.eval_pairs()
     if best_rule is not None:
-        best_rule.check((*setup.objective.metrics, "pairs"), list(pairs.splits))
-    plan = setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
-    print_split(console, setup, pairs.name, pairs, plan)
-    return Evaluation(plan, pairs, setup.objective, setup.ranks)
+        best_rule.check((*setup.objective.metrics, "pairs"), list(groups.splits))
+    plan = setup.step_plan(groups, batch=GROUPS_PER_PLAN, seed=None)
+    print_split(console, setup, groups.name, groups, plan)
+    return Evaluation(plan, groups, setup.objective, setup.ranks, setup.known(groups))
 
 
 def batch_part(engine: Engine, objective: Objective, batch: Batch, step: RankStep) -> StepPart:
-    """Computes a micro-batch's share of its step's loss and metrics, with one forward pass for both responses."""
+    """Computes a micro-batch's share of its step's loss and metrics, with one forward pass for all responses."""
     responses = len(batch.response_length)
-    sums = response_sums(engine.logps(batch), batch.target_response, responses + len(batch.pairs))
-    chosen_reference, rejected_reference = (None, None) if batch.reference is None else batch.reference.unbind(1)
+    sums = response_sums(engine.logps(batch), batch.target_response, responses + len(batch.groups))
     return step_part(
         objective,
-        chosen=Responses(sums[batch.chosen], batch.response_length[batch.chosen], chosen_reference),
-        rejected=Responses(sums[batch.rejected], batch.response_length[batch.rejected], rejected_reference),
+        Responses(sums[:responses], batch.response_length, batch.reference),
+        objective.comparisons(batch.rankings, batch.scores).to(sums.device),
         prompt_sum=sums[responses:] if objective.reads_prompts else None,
         weights=batch.weights,
-        step_pairs=len(step.pairs),
+        denominator=objective.denominator(step.rankings),
         step_chosen_tokens=step.chosen_tokens,
     )
 
@@ -193,13 +192,12 @@ class Run:
         config: the settings of the run.
         setup: the objects built from the config.
         console: where the lines about steps go.
-        plan: the step plan of the training pairs.
-        pairs: the training pairs.
-        reference: the sums of their responses under the reference; None for an objective without one.
-        weights: their weights; None if they have none.
+        plan: the step plan of the training groups.
+        groups: the training groups.
+        known: what is known of them besides their tokens: sums under the reference, scores, weights.
         engine: the model with its optimizer.
         schedule: gives the learning rate of a step.
-        evaluation: evaluates the evaluation pairs; None where the run has none.
+        evaluation: evaluates the evaluation groups; None where the run has none.
         choice: chooses among the evaluations.
         checkpoints: the checkpoints of the output directory.
         identity: the run's identity, saved with every step.
@@ -211,9 +209,8 @@ class Run:
     setup: Setup
     console: Console
     plan: StepPlan
-    pairs: PairDataset
-    reference: ReferenceSums | None
-    weights: Float[np.ndarray, " P"] | None
+    groups: GroupDataset
+    known: Known
     engine: Engine
     schedule: Schedule
     evaluation: Evaluation | None
@@ -236,9 +233,7 @@ class Run:
         # A run that early stopping has ended, but that was killed before its export, takes no further step.
         left = range(first_step, first_step if self.choice.ends else self.total_steps)
         done = first_step
-        shares = rank_steps(
-            self.plan, self.pairs, left, ranks.rank, ranks.world, reference=self.reference, weights=self.weights
-        )
+        shares = rank_steps(self.plan, self.groups, left, ranks.rank, ranks.world, known=self.known)
         with MetricsLog(self.output, first_step=first_step, write=ranks.is_first) as self.log, closing(shares):
             if self.evaluation is not None and not first_step:
                 with self.clock.paused():
@@ -275,7 +270,7 @@ class Run:
         for number, batch in enumerate(step.micro_batches, start=1):
             part = batch_part(self.engine, objective, batch.to(ranks.device), step)
             self.engine.backward(part.loss, last=number == len(step.micro_batches))
-            sums += part.metrics.double().cpu().numpy()
+            sums += part.metrics.cpu().numpy()
         norm = self.engine.update(self.schedule(step.step))
         tokens = [sum(b.input_tokens for b in step.micro_batches), sum(b.tokens.numel() for b in step.micro_batches)]
         *totals, used, computed = ranks.sum(np.array([*sums, *tokens])).tolist()
@@ -285,7 +280,7 @@ class Run:
     def _write(self, step: RankStep, metrics: dict[str, Any]) -> None:
         done = step.step + 1
         check_finite(done, metrics["loss"], metrics["grad_norm"], self.checkpoints.steps)
-        self.clock.add(metrics["tokens"], len(step.pairs))
+        self.clock.add(metrics["tokens"], len(step.groups))
         if done % self.config.logging_steps and done != self.total_steps:
             return
         tokens, fill = metrics.pop("tokens"), metrics.pop("packing_fill")
@@ -294,7 +289,7 @@ class Run:
             **metrics,
             "learning_rate": self.schedule(step.step),
             "epoch": step.epoch,
-            "pairs": len(step.pairs),
+            "pairs": len(step.groups),
             "tokens": tokens,
             **self.clock.speeds(),
             "packing_fill": fill,

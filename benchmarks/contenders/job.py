@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.lengths import Profile, draw_lengths
 from jax_simpo.data import chat, synthetic
+from jax_simpo.data.conversations import read_conversation
 
 # The objectives that are compared, with their config keys: those of a published SimPO run, and the default of DPO.
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -74,11 +75,17 @@ class Job:
     def load(file: str) -> Job:
         return Job(**json.loads(Path(file).read_text(encoding="utf-8")))
 
-    def texts(self) -> list[chat.PairText]:
+    def texts(self) -> list[chat.GroupText]:
         """Returns the pairs after the chat template."""
         tokenizer = chat.load_tokenizer(self.tokenizer)
         lines = self.rows.read_text(encoding="utf-8").splitlines()
-        return [chat.render_pair(json.loads(line), tokenizer, False) for line in lines]
+        return [chat.render_group(read_conversation(json.loads(line)), tokenizer, False) for line in lines]
+
+
+def as_pair(text: chat.GroupText) -> dict[str, str]:
+    """Returns a pair of texts by the names that TRL gives them."""
+    chosen, rejected = text.responses
+    return {"prompt": text.prompt, "chosen": chosen, "rejected": rejected}
 
 
 def first_pairs(file: Path, count: int) -> list[dict[str, Any]]:

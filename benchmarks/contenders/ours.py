@@ -29,7 +29,7 @@ def main(file: str, dtype: str, chunk: str = "auto") -> None:
     from benchmarks.timing import timed
     from jax_simpo import hf
     from jax_simpo.data import chat
-    from jax_simpo.data.tokenize import tokenize_pair
+    from jax_simpo.data.tokenize import tokenize_group
     from jax_simpo.models.transformer import Model
     from jax_simpo.objectives import make_objective
 
@@ -37,7 +37,7 @@ def main(file: str, dtype: str, chunk: str = "auto") -> None:
     tokenizer = chat.load_tokenizer(job.tokenizer)
     pairs = Pairs(
         [
-            tokenize_pair(
+            tokenize_group(
                 text, tokenizer, max_length=MAX_LENGTH, max_prompt_length=MAX_LENGTH - 1, truncation_mode="keep_end"
             )
             for text in job.texts()

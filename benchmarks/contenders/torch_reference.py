@@ -61,6 +61,7 @@ def main(file: str, dtype: str, layout: str) -> None:
     if setup.objective.needs_reference:
         (reference,) = reference_sums(setup, [pairs], Console())
         forget_peak(job.device)
+    known = setup.known(pairs, reference)
     engine = make_engine(setup)
     engine.policy.train()
 
@@ -73,7 +74,7 @@ def main(file: str, dtype: str, layout: str) -> None:
         return loss
 
     def torch_step(number: int) -> float:
-        step = build_rank_step(plan, pairs, number, 0, 1, reference)
+        step = build_rank_step(plan, pairs, number, 0, 1, known)
         loss = accumulate(step, len(step.micro_batches))
         engine.update(LEARNING_RATE)
         if job.device == "gpu":
@@ -82,7 +83,7 @@ def main(file: str, dtype: str, layout: str) -> None:
 
     def handle(request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "warm":  # one micro-batch, and an update with a learning rate of 0
-            accumulate(build_rank_step(plan, pairs, 0, 0, 1, reference), 1)
+            accumulate(build_rank_step(plan, pairs, 0, 0, 1, known), 1)
             engine.update(0.0)
             return {}
         loss, seconds = timed(lambda: torch_step(request["step"]))

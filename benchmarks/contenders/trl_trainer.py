@@ -29,7 +29,7 @@ def main(file: str, dtype: str) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
 
-    from benchmarks.contenders.job import LEARNING_RATE, MAX_LENGTH, OBJECTIVES, Job
+    from benchmarks.contenders.job import LEARNING_RATE, MAX_LENGTH, OBJECTIVES, Job, as_pair
     from benchmarks.contenders.torch_memory import forget_peak, peak_bytes
     from benchmarks.facts import cores
     from jax_simpo.data import chat
@@ -52,7 +52,7 @@ def main(file: str, dtype: str) -> None:
     def load(folder: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
-    data = Dataset.from_list([vars(text) for text in job.texts()])
+    data = Dataset.from_list([as_pair(text) for text in job.texts()])
     model = load(job.start)
 
     def trainer(pairs: int, steps: int, learning_rate: float, **arguments: Any) -> Any:

@@ -35,6 +35,9 @@ WITH_REFERENCE: dict[str, dict[str, Any]] = {
 OBJECTIVE_KEYS = {**REFERENCE_FREE, **WITH_REFERENCE}
 SFT = "sft"  # in a weighted sum, the cross-entropy of the chosen responses
 _EVERY_OBJECTIVE = {"sft_weight": 0.0, "sft_over": "response"}
+GROUP_KEYS = ("group_loss", "compare_weights", "mean_over")
+LOGISTIC = ("simpo", "alphapo", "cpo", "dpo", "sigmoid_norm")
+"""The objectives that are the logistic loss of a difference of rewards, as `group_loss: plackett_luce` needs."""
 REFERENCE_KEY = "ref_model_name_or_path"
 ALL_KEYS = tuple(dict.fromkeys(key for keys in (*OBJECTIVE_KEYS.values(), _EVERY_OBJECTIVE) for key in keys))
 
@@ -127,6 +130,16 @@ def check_keys(objective: ObjectiveValue, values: Mapping[str, Any]) -> str:
         return "`sft_weight` beside an `objective` with weights; write `sft: WEIGHT` among them instead"
     if values["label_smoothing"] and values["loss_type"] == "hinge":
         return "`label_smoothing` has no effect with `loss_type: hinge`; remove one of them"
+    if values["group_loss"] == "plackett_luce":
+        if len(names := list(parts(objective))) != 1 or names[0] not in LOGISTIC:
+            return "`group_loss: plackett_luce` needs one objective on a difference of rewards: one of " + ", ".join(
+                LOGISTIC
+            )
+        if values["label_smoothing"] or values["loss_type"] == "hinge":
+            return "`group_loss: plackett_luce` has neither `label_smoothing` nor `loss_type: hinge`; remove them"
+        for key, usual in (("compare_weights", "equal"), ("mean_over", "groups")):
+            if values[key] != usual:
+                return f"`{key}` has no effect with `group_loss: plackett_luce`; remove it"
     if "exo_pair" in parts(objective) and not values["label_smoothing"]:
         return "`label_smoothing` is 0; `objective: exo_pair` needs a number above 0, such as 0.001"
     return ""

@@ -155,6 +155,36 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         "loss stays divided by the number of pairs; evaluation counts every pair once. Default: all weights are 1.",
         identity=True,
     )
+    train_on: Literal["last_turn", "assistant_turns"] = _key(
+        "last_turn",
+        "What is scored in answers of several turns: the last turn, or every turn of the assistant after the "
+        "conversations of a group part. The turns of users and tools in between are read and never scored.",
+        identity=True,
+    )
+    group_by: Literal["prompt"] | None = _key(
+        None,
+        "`prompt` gathers the rows of the same prompt into one group of ranked responses. Default: a row is a group.",
+        identity=True,
+    )
+    max_responses: Whole | None = _key(
+        None,
+        "Most responses of a group. Of a longer list the best, the worst and those evenly spaced between them stay.",
+        identity=True,
+        ge=2,
+    )
+    min_score_gap: Number = _key(
+        0.0,
+        "Smallest difference of the scores of two neighbouring responses; those that are closer to a better one are "
+        "left out.",
+        identity=True,
+        ge=0,
+    )
+    ties: Literal["keep", "drop"] = _key(
+        "keep",
+        "What becomes of responses of equal rank: they stay and are not compared with each other, or only the first "
+        "of them stays.",
+        identity=True,
+    )
     on_bad_row: Literal["error", "skip"] = _key(
         "error", "What a row that cannot be trained on does: stop the run, or be skipped and counted.", identity=True
     )
@@ -245,6 +275,23 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         None,
         "Tokens that the cross-entropy is the mean over. Default: prompt_and_response with `orpo`, otherwise response.",
         identity=True,
+    )
+
+    group_loss: Literal["all_pairs", "best_vs_rest", "best_vs_worst", "plackett_luce", "tpo_l"] = _key(
+        "all_pairs",
+        "Which responses of a group are compared: every better one with every worse one, the best with the others, "
+        "the best with the worst, or (`tpo_l`) the second with the worst. `plackett_luce` takes the probability of the "
+        "whole ranking. Of a pair all are the same.",
+        identity=True,
+    )
+    compare_weights: Literal["equal", "score_gap", "rank"] = _key(
+        "equal",
+        "Weights of the comparisons within a group: all the same, the difference of the two scores, or the difference "
+        "of nDCG's discounts of the two ranks.",
+        identity=True,
+    )
+    mean_over: Literal["groups", "pairs"] = _key(
+        "groups", "What the loss is the mean over: groups, or all comparisons of the step.", identity=True
     )
 
     # --- optimiser
@@ -503,7 +550,8 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
             digest = sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else "missing"
             identity["objective"] = f"{self.objective}, file {digest}"
         # Keys that ask for nothing are left out, so that a run of a version without them can be continued.
-        for key in ("optim", "adam_mu_dtype", "lr_scheduler_kwargs", "weight_column"):
+        groups = ("train_on", "group_by", "max_responses", "min_score_gap", "ties", *objectives.GROUP_KEYS)
+        for key in ("optim", "adam_mu_dtype", "lr_scheduler_kwargs", "weight_column", *groups):
             if values[key] == help.default_of(type(self), key):
                 del identity[key]
         unread = {"objective", *objectives.ALL_KEYS, objectives.REFERENCE_KEY}

@@ -1,17 +1,17 @@
-"""Loads the tokenizer and renders pairs as text with its chat template, exactly as the original SimPO does."""
+"""Loads the tokenizer and renders groups as text with its chat template, exactly as the original SimPO does."""
 
 from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jax_simpo.data import synthetic
-from jax_simpo.data.messages import BadRow, Message, read_conversation
+from jax_simpo.data.conversations import Conversation
+from jax_simpo.data.messages import BadRow, Message
 from jax_simpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,13 +23,26 @@ REASONABLE_LENGTH = 100_000
 """Tokenizers without a maximum length report a number above this one."""
 
 
+Spans = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
-class PairText:
-    """Prompt and answers after the chat template. The model reads `prompt + chosen` and `prompt + rejected`."""
+class GroupText:
+    """A prompt and its responses after the chat template. The model reads the prompt with each of the responses.
+
+    Attributes:
+        prompt: the text of the prompt.
+        responses: the text of each response.
+        scored: which characters of each response are scored, as starts and stops. Empty where all are.
+    """
 
     prompt: str
-    chosen: str
-    rejected: str
+    responses: tuple[str, ...]
+    scored: tuple[Spans, ...] = ()
+
+    def scored_of(self, place: int) -> Spans:
+        """Returns the scored characters of a response."""
+        return self.scored[place] if self.scored else ((0, len(self.responses[place])),)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -155,48 +168,84 @@ def _check_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def render_pair(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, auto_insert_empty_system_msg: bool
-) -> PairText:
-    """Renders the prompt and the answers of a raw row with the tokenizer's chat template.
+def render_group(
+    turns: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    auto_insert_empty_system_msg: bool,
+    train_on: Literal["last_turn", "assistant_turns"] = "last_turn",
+) -> GroupText:
+    """Renders a prompt and its answers with the tokenizer's chat template.
 
     No generation prompt is added: the assistant header, where a template has one, belongs to the answer.
 
     Args:
-        row: a row in any form that `read_conversation` accepts.
+        turns: the turns of the prompt and the answers.
         tokenizer: as `load_tokenizer` returns it.
-        auto_insert_empty_system_msg: puts an empty system turn first if the template knows system turns and the row
+        auto_insert_empty_system_msg: puts an empty system turn first if the template knows system turns and the prompt
             has none.
+        train_on: the turns of the assistant that are scored in an answer of several turns.
 
     Raises:
-        BadRow: the row cannot be rendered, or an answer is empty, or the two are equal.
+        BadRow: the row cannot be rendered, or an answer is empty, or all are equal.
     """
-    turns = read_conversation(row)
     prompt = turns.prompt
     template = tokenizer.get_chat_template()
     takes_system = "system" in template or "<|im_start|>" in template
     if auto_insert_empty_system_msg and takes_system and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": ""}, *prompt]
     try:
-        text = PairText(
-            prompt=_render(tokenizer, prompt),
-            chosen=_strip_bos(_render(tokenizer, turns.chosen), tokenizer),
-            rejected=_strip_bos(_render(tokenizer, turns.rejected), tokenizer),
-        )
+        rendered = _render(tokenizer, prompt, turns.tools)
+        answers = [
+            _render_answer(tokenizer, prompt, rendered, answer, turns.tools, train_on) for answer in turns.answers
+        ]
+    except BadRow:
+        raise
     except Exception as error:  # a template may raise anything, `raise_exception` included: this row is at fault
         raise BadRow("refused by the chat template", str(error)) from error
+    all_scored = all(spans == ((0, len(answer)),) for answer, spans in answers)
+    scored = () if all_scored else tuple(spans for _, spans in answers)
+    text = GroupText(rendered, tuple(answer for answer, _ in answers), scored)
     if not text.prompt:
         raise BadRow("no prompt", "the chat template writes nothing for the prompt")
-    if not text.chosen or not text.rejected:
+    if not all(text.responses):
         raise BadRow("empty response", "the chat template writes nothing for an answer")
-    if text.chosen == text.rejected:
+    if len(set(text.responses)) == 1:
         raise BadRow("chosen = rejected", "the two answers read the same after the chat template")
     return text
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
+def _render_answer(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[Message],
+    rendered: str,
+    answer: list[Message],
+    tools: list[Any] | None,
+    train_on: str,
+) -> tuple[str, Spans]:
+    """Returns the text of an answer and its scored characters."""
+    if len(answer) == 1:  # by itself, as in the original
+        text = _strip_bos(_render(tokenizer, answer), tokenizer)
+        return text, ((0, len(text)),)
+    texts = [rendered]
+    for number in range(1, len(answer) + 1):
+        texts.append(_render(tokenizer, [*prompt, *answer[:number]], tools))
+        if not texts[-1].startswith(texts[-2]):
+            raise BadRow(
+                "refused by the chat template",
+                f"it does not write turn {number - 1} of an answer after those before it, so that nobody knows which "
+                "tokens are the assistant's",
+            )
+    ends = [len(text) - len(rendered) for text in texts]
+    turns = [(ends[n], ends[n + 1]) for n, turn in enumerate(answer) if turn["role"] == "assistant"]
+    scored = turns[-1:] if train_on == "last_turn" else turns
+    return texts[-1].removeprefix(rendered), tuple(scored)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None = None) -> str:
     # Templates add text to `bos_token`, which would be undefined for a tokenizer without one.
-    extra = {"bos_token": ""} if tokenizer.bos_token is None else {}
+    extra: dict[str, Any] = {"bos_token": ""} if tokenizer.bos_token is None else {}
+    if tools:
+        extra["tools"] = tools
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **extra))
 
 

@@ -5,23 +5,43 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from jax_simpo.data.groups import Group, GroupLengths
 from jax_simpo.data.packing import StepPlan
-from jax_simpo.data.pairs import TokenizedPair
 from jax_simpo.data.rows import RowBatch, Slots, build_rows, response_slots
 
 Item = TypeVar("Item")
 
 
-class PairSource(Protocol):
-    """Anything that returns tokenised pairs by index, such as a `PairDataset`."""
+class GroupSource(Protocol):
+    """Anything that returns tokenised groups by index, such as a `GroupDataset`."""
 
-    def pairs(self, indices: Int[np.ndarray, " P"]) -> list[TokenizedPair]: ...
+    def groups(self, indices: Int[np.ndarray, " G"]) -> list[Group]: ...
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of groups and their responses besides their tokens; None where nobody needs it.
+
+    Attributes:
+        reference: the sum of log-probs of each response under the reference, group after group, float32.
+        scores: the score of each response, float32.
+        weights: the weight of each group, float32.
+    """
+
+    reference: Float[np.ndarray, " R"] | None = None
+    scores: Float[np.ndarray, " R"] | None = None
+    weights: Float[np.ndarray, " G"] | None = None
+
+    def of(self, groups: Int[np.ndarray, " H"], responses: Int[np.ndarray, " S"]) -> Known:
+        """Selects what is known of some groups, whose responses are at `responses`."""
+        reference, scores = (None if x is None else x[responses] for x in (self.reference, self.scores))
+        return Known(reference, scores, None if self.weights is None else self.weights[groups])
 
 
 @dataclass(frozen=True)
@@ -30,98 +50,101 @@ class StepBatch:
 
     Attributes:
         step: the step's number, from 0.
-        pairs: indices of the step's pairs in the data.
+        groups: indices of the step's groups in the data.
+        lengths: the token counts of the step's groups.
         micro_batches: the rows that `build_step` was asked for, per micro-batch. All other fields describe every row.
         slots: the responses in each micro-batch's rows.
-        chosen_tokens: target tokens of the chosen responses, and of their prompts if those are targets.
-        reference: for an objective with a reference, the sums of log-probs under it of each pair's responses, by rank.
+        chosen_tokens: target tokens of the best responses, and of their prompts if those are targets.
         input_tokens: tokens in the rows, without padding.
         computed_tokens: tokens in the rows, padding and empty rows included.
         epoch: epochs done after this step.
-        weights: the weight of each pair, for pairs that have weights.
+        known: what is known of the step's groups besides their tokens.
     """
 
     step: int
-    pairs: Int[np.ndarray, " P"]
+    groups: Int[np.ndarray, " G"]
+    lengths: GroupLengths
     micro_batches: Sequence[RowBatch]
     slots: Sequence[Slots]
     chosen_tokens: int
     input_tokens: int
     computed_tokens: int
     epoch: float
-    reference: Float[np.ndarray, "P 2"] | None = None
-    weights: Float[np.ndarray, " P"] | None = None
+    known: Known = field(default_factory=Known)
 
-    def reference_sums(self, rows: RowBatch) -> Float[np.ndarray, "B R"] | None:
-        """Returns the sum under the reference of every response slot of a micro-batch; empty slots get 0."""
-        if self.reference is None:
-            return None
-        sums = self.reference[rows.response_pair, rows.response_rank]
-        return np.where(rows.response_pair >= 0, sums, np.float32(0))
+    def of_slots(self, rows: RowBatch) -> dict[str, Float[np.ndarray, "B S"]]:
+        """Returns what is known of each response slot of a micro-batch, by name; empty slots get 0.
 
-    def pair_weights(self, rows: RowBatch) -> Float[np.ndarray, "B R"] | None:
-        """Returns the weight of the pair of every response slot of a micro-batch; empty slots get 0."""
-        if self.weights is None:
-            return None
-        return np.where(rows.response_pair >= 0, self.weights[rows.response_pair], np.float32(0))
+        The names are `reference_sum`, `response_score` and `group_weight`; those that nobody asked for are left out.
+        """
+        filled = rows.response_group >= 0
+        group = np.where(filled, rows.response_group, 0)
+        response = self.lengths.starts[group] + np.where(filled, rows.response_place, 0)
+        known = {
+            "reference_sum": (self.known.reference, response),
+            "response_score": (self.known.scores, response),
+            "group_weight": (self.known.weights, group),
+        }
+        return {
+            name: np.where(filled, values[index], np.float32(0))
+            for name, (values, index) in known.items()
+            if values is not None
+        }
 
 
 def build_step(
     plan: StepPlan,
-    source: PairSource,
+    source: GroupSource,
     step: int,
     rows: Sequence[int] | None = None,
-    reference: Float[np.ndarray, "N 2"] | None = None,
-    weights: Float[np.ndarray, " N"] | None = None,
+    known: Known | None = None,
 ) -> StepBatch:
     """Builds the rows of one step. Empty rows fill the last micro-batch.
 
     Args:
-        plan: the step plan: which pairs, in which rows.
-        source: gives the pairs; only the pairs of the rows that are built are read.
+        plan: the step plan: which groups, in which rows.
+        source: gives the groups; only the groups of the rows that are built are read.
         step: the step's number, from 0.
         rows: the rows of each micro-batch to build, such as those of this process's devices; None builds all.
-        reference: the sums of all pairs under the reference, chosen and rejected; None without one.
-        weights: the weights of all pairs; None if they have none.
+        known: what is known of all groups of the data.
     """
     planned = plan.step(step)
     size = plan.rows_per_micro_batch
-    all_rows = [row.tolist() for row in planned.rows]  # per row, the numbers of its pairs within the step
+    all_rows = [row.tolist() for row in planned.rows]  # per row, the numbers of its groups within the step
     all_rows += [[]] * (planned.micro_batches * size - len(all_rows))
     starts = range(0, len(all_rows), size)
     own = range(size) if rows is None else rows
     own_rows = [all_rows[start + row] for start in starts for row in own]
     needed = np.array(sorted(p for row in own_rows for p in row), np.int64)
-    pairs = dict(zip(needed.tolist(), source.pairs(planned.pairs[needed]), strict=True))
-    numbered = [[(p, pairs[p]) for p in row] for row in own_rows]
+    groups = dict(zip(needed.tolist(), source.groups(planned.groups[needed]), strict=True))
+    lengths = plan.lengths.of_groups(planned.groups)
+    numbered = [[(p, groups[p]) for p in row] for row in own_rows]
     batch = build_rows(numbered, plan.shape, prefix_sharing=plan.prefix_sharing, prompt_targets=plan.prompt_targets)
-    lengths = plan.lengths.of_pairs(planned.pairs)
     return StepBatch(
         step=step,
-        pairs=planned.pairs,
+        groups=planned.groups,
+        lengths=lengths,
         micro_batches=[batch.rows(k * len(own), (k + 1) * len(own)) for k in range(len(starts))],
-        slots=[response_slots(all_rows[start : start + size], plan.shape) for start in starts],
-        chosen_tokens=int((lengths.chosen_inputs if plan.prompt_targets else lengths.chosen_targets).sum()),
+        slots=[response_slots(all_rows[start : start + size], lengths, plan.shape) for start in starts],
+        chosen_tokens=int(lengths.best_targets(plan.prompt_targets).sum()),
         input_tokens=int(lengths.row_tokens(plan.prefix_sharing).sum()),
         computed_tokens=len(all_rows) * plan.shape.length,
         epoch=planned.epoch,
-        reference=None if reference is None else reference[planned.pairs],
-        weights=None if weights is None else weights[planned.pairs],
+        known=(known or Known()).of(planned.groups, plan.lengths.responses_of(planned.groups)),
     )
 
 
 def step_batches(
     plan: StepPlan,
-    source: PairSource,
+    source: GroupSource,
     steps: range,
     *,
     ahead: int = 2,
     rows: Sequence[int] | None = None,
-    reference: Float[np.ndarray, "N 2"] | None = None,
-    weights: Float[np.ndarray, " N"] | None = None,
+    known: Known | None = None,
 ) -> Generator[StepBatch]:
     """Yields the batches of these steps in order, and builds up to `ahead` of them in advance."""
-    return prefetch((build_step(plan, source, step, rows, reference, weights) for step in steps), ahead)
+    return prefetch((build_step(plan, source, step, rows, known) for step in steps), ahead)
 
 
 def prefetch(items: Iterator[Item], ahead: int) -> Generator[Item]:

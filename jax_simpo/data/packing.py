@@ -1,8 +1,8 @@
-"""Makes the step plan: which pairs step k consumes, and in which rows they sit.
+"""Makes the step plan: which groups step k consumes, and in which rows they sit.
 
-A step always consumes the same `global_batch_size` pairs in the same order, packed or not, shared or not, on any mesh:
-packing decides only in which rows they sit. The pairs and rows of step k are a pure function of the pairs' lengths, the
-seed and k. So there is no iterator state to save, and every process derives the same plan by itself.
+A step always consumes the same `global_batch_size` groups in the same order, packed or not, shared or not, on any mesh:
+packing decides only in which rows they sit. The groups and rows of step k are a pure function of the groups' lengths,
+the seed and k. So there is no iterator state to save, and every process derives the same plan by itself.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Int
 
-from jax_simpo.data.pairs import PairLengths
+from jax_simpo.data.groups import GroupLengths
 from jax_simpo.data.rows import RowShape
 from jax_simpo.errors import DataError
 
 ROW_MULTIPLE = 128  # divides row lengths and target counts, to fill the blocks of attention kernels and matmuls
-_SAMPLED_PAIRS = 4096  # pairs whose steps are simulated to choose a row shape: at least 4 steps, at most 24
+_SAMPLED_GROUPS = 4096  # groups whose steps are simulated to choose a row shape: at least 4 steps, at most 24
 _CANDIDATES = 40  # row lengths tried for `row_length: auto`
 _GOOD_ENOUGH = 1.005  # the shortest length within half a per cent of the lowest cost wins: it needs the least memory
 # The fixed cost of a row in a micro-batch, in tokens. Its gradient is written and added to the step's, which moves some
@@ -28,33 +28,36 @@ _GOOD_ENOUGH = 1.005  # the shortest length within half a per cent of the lowest
 MICRO_BATCH_TOKENS = 256
 
 
-def pack(tokens: Int[np.ndarray, " P"], targets: Int[np.ndarray, " P"], shape: RowShape) -> list[Int[np.ndarray, " _"]]:
-    """Packs pairs into few rows, and returns per row the positions of its pairs in `tokens`.
+def pack(
+    tokens: Int[np.ndarray, " G"], targets: Int[np.ndarray, " G"], responses: Int[np.ndarray, " G"], shape: RowShape
+) -> list[Int[np.ndarray, " _"]]:
+    """Packs groups into few rows, and returns per row the positions of its groups in `tokens`.
 
-    Takes the better result of `first_fit_decreasing` and `fill_rows`. Every pair must fit an empty row.
+    Takes the better result of `first_fit_decreasing` and `fill_rows`. Every group must fit an empty row.
 
     Args:
-        tokens: tokens of each pair.
-        targets: targets of each pair.
-        shape: the capacities of a row; a pair takes two response slots.
+        tokens: tokens of each group.
+        targets: targets of each group.
+        responses: responses of each group.
+        shape: the capacities of a row.
     """
-    rows = first_fit_decreasing(tokens, targets, shape)
+    rows = first_fit_decreasing(tokens, targets, responses, shape)
     if len(rows) * shape.length - tokens.sum() < shape.length:  # no packing has fewer rows
         return rows
     filled = fill_rows(tokens, shape.length)
-    fits = all(targets[row].sum() <= shape.targets and 2 * len(row) <= shape.responses for row in filled)
+    fits = all(targets[row].sum() <= shape.targets and responses[row].sum() <= shape.responses for row in filled)
     return filled if fits and len(filled) < len(rows) else rows
 
 
 def first_fit_decreasing(
-    tokens: Int[np.ndarray, " P"], targets: Int[np.ndarray, " P"], shape: RowShape
+    tokens: Int[np.ndarray, " G"], targets: Int[np.ndarray, " G"], responses: Int[np.ndarray, " G"], shape: RowShape
 ) -> list[Int[np.ndarray, " _"]]:
-    """Puts each pair, the longest first, into the first row with room for its tokens, targets and slots."""
+    """Puts each group, the longest first, into the first row with room for its tokens, targets and responses."""
     order = np.argsort(-tokens, kind="stable")
     room = np.empty((len(tokens), 3), np.int64)
     rows: list[list[int]] = []
     for p in order:
-        need = (tokens[p], targets[p], 2)
+        need = (tokens[p], targets[p], responses[p])
         fits = (room[: len(rows)] >= need).all(1)
         first = int(fits.argmax()) if fits.any() else len(rows)
         if first == len(rows):
@@ -65,11 +68,11 @@ def first_fit_decreasing(
     return [np.array(row) for row in rows]
 
 
-def fill_rows(tokens: Int[np.ndarray, " P"], length: int) -> list[Int[np.ndarray, " _"]]:
-    """Fills one row after the other: first the longest pair left, then the pairs that best fill the rest of the row.
+def fill_rows(tokens: Int[np.ndarray, " G"], length: int) -> list[Int[np.ndarray, " _"]]:
+    """Fills one row after the other: first the longest group left, then the groups that best fill the rest of the row.
 
-    To find these pairs is a subset-sum problem. One integer holds the sums that the pairs can make: bit n is set if n
-    tokens can be filled, and a pair of t tokens adds the sums shifted by t. (Gupta and Ho, "A new heuristic algorithm
+    To find these groups is a subset-sum problem. One integer holds the sums that the groups can make: bit n is set if n
+    tokens can be filled, and a group of t tokens adds the sums shifted by t. (Gupta and Ho, "A new heuristic algorithm
     for the one-dimensional bin-packing problem", 1999, fill bins in this way.)
     """
     left = [(int(tokens[p]), int(p)) for p in np.argsort(-tokens, kind="stable")]
@@ -84,7 +87,7 @@ def fill_rows(tokens: Int[np.ndarray, " P"], length: int) -> list[Int[np.ndarray
                 break
         row, rest = [first], sums[-1].bit_length() - 1
         for k in range(len(sums) - 2, -1, -1):
-            if not sums[k] >> rest & 1:  # this sum needs the pair
+            if not sums[k] >> rest & 1:  # this sum needs the group
                 size, p = left.pop(k)
                 row.append(p)
                 rest -= size
@@ -94,9 +97,9 @@ def fill_rows(tokens: Int[np.ndarray, " P"], length: int) -> list[Int[np.ndarray
 
 @dataclass(frozen=True)
 class Step:
-    """The pairs of one optimizer step (indices into the data), and per row the positions of its pairs in `pairs`."""
+    """The groups of one optimizer step (indices into the data), and per row the positions of its groups in `groups`."""
 
-    pairs: Int[np.ndarray, " P"]
+    groups: Int[np.ndarray, " G"]
     rows: list[Int[np.ndarray, " _"]]
     micro_batches: int
     epoch: float  # epochs done after this step
@@ -104,20 +107,20 @@ class Step:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Maps a step number to its pairs and rows.
+    """Maps a step number to its groups and rows.
 
     Attributes:
-        lengths: the token counts of all pairs of the split.
+        lengths: the token counts of all groups of the split.
         shape: the static shape of a row.
-        global_batch_size: pairs per step. The last step of an epoch takes the pairs that are left.
+        global_batch_size: groups per step. The last step of an epoch takes the groups that are left.
         rows_per_micro_batch: rows of a micro-batch over all devices; empty rows fill the last one.
-        prefix_sharing: True lays out a pair's common prefix once.
-        packing: True lets a row hold several pairs.
-        seed: shuffles the pairs, anew in each epoch; None keeps file order.
-        prompt_targets: True if the tokens of prompts are targets too, once a pair.
+        prefix_sharing: True lays out the common prefixes of a group's responses once.
+        packing: True lets a row hold several groups.
+        seed: shuffles the groups, anew in each epoch; None keeps file order.
+        prompt_targets: True if the tokens of prompts are targets too, once a group.
     """
 
-    lengths: PairLengths
+    lengths: GroupLengths
     shape: RowShape
     global_batch_size: int
     rows_per_micro_batch: int
@@ -128,54 +131,56 @@ class StepPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of steps that visit every pair once."""
+        """Number of steps that visit every group once."""
         return -(-len(self.lengths) // self.global_batch_size)
 
-    def pairs(self, step: int) -> Int[np.ndarray, " P"]:
-        """Returns the pairs of a step in their order, as indices into the data."""
+    def groups(self, step: int) -> Int[np.ndarray, " G"]:
+        """Returns the groups of a step in their order, as indices into the data."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         order = _epoch_order(len(self.lengths), self.seed, epoch)
         return order[step_in_epoch * self.global_batch_size : (step_in_epoch + 1) * self.global_batch_size]
 
     def step(self, step: int) -> Step:
-        """Packs the pairs of a step into rows."""
-        pairs = self.pairs(step)
+        """Packs the groups of a step into rows."""
+        groups = self.groups(step)
         if self.packing:
-            lengths = self.lengths.of_pairs(pairs)
-            rows = pack(lengths.row_tokens(self.prefix_sharing), lengths.targets(self.prompt_targets), self.shape)
+            lengths = self.lengths.of_groups(groups)
+            tokens, targets = lengths.row_tokens(self.prefix_sharing), lengths.row_targets(self.prompt_targets)
+            rows = pack(tokens, targets, lengths.sizes, self.shape)
         else:
-            rows = list(np.arange(len(pairs))[:, None])
+            rows = list(np.arange(len(groups))[:, None])
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         epochs_done = epoch + min(1.0, (step_in_epoch + 1) * self.global_batch_size / len(self.lengths))
-        return Step(pairs, rows, -(-len(rows) // self.rows_per_micro_batch), epochs_done)
+        return Step(groups, rows, -(-len(rows) // self.rows_per_micro_batch), epochs_done)
 
     def check(self, origin: Callable[[int], tuple[str, int]] | None = None) -> None:
-        """Checks, before anything is computed, that every pair fits a row.
+        """Checks, before anything is computed, that every group fits a row.
 
         Args:
-            origin: returns the file and row of a pair, by which the message names it.
+            origin: returns the file and row of a group, by which the message names it.
 
         Raises:
-            DataError: a pair does not fit. The message says how many tokens it takes and which setting to change.
+            DataError: a group does not fit. The message says how many tokens it takes and which setting to change.
         """
         tokens = self.lengths.row_tokens(self.prefix_sharing)
         too_long = np.flatnonzero(tokens > self.shape.length)
         if not too_long.size:
             return
         first = int(too_long[0])
-        name = f"pair {first}"
+        name = f"group {first}"
         if origin is not None:
             name = "{}, row {}".format(*origin(first))
         advice = "Set `row_length: auto`, raise `row_length`, or lower `max_length`"
         raise DataError(
-            f"{name}: the pair takes {tokens[first]} tokens, but a row holds {self.shape.length} (`row_length`). "
-            f"{len(too_long)} pair(s) are too long; the longest takes {tokens.max()}. {advice}"
+            f"{name}: its {self.lengths.sizes[first]} responses take {tokens[first]} tokens, but a row holds "
+            f"{self.shape.length} (`row_length`). {len(too_long)} of {len(self.lengths)} do not fit; the longest takes "
+            f"{tokens.max()}. {advice}"
             f"{'' if self.prefix_sharing else ', or switch `prefix_sharing` on'}."
         )
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(count: int, seed: int | None, epoch: int) -> Int[np.ndarray, " P"]:
+def _epoch_order(count: int, seed: int | None, epoch: int) -> Int[np.ndarray, " G"]:
     if seed is None:
         return np.arange(count)
     return np.random.default_rng((seed, epoch)).permutation(count)
@@ -185,9 +190,9 @@ def _epoch_order(count: int, seed: int | None, epoch: int) -> Int[np.ndarray, " 
 class PackingReport:
     """The average cost of a step under a step plan, over the simulated steps; in tokens unless noted otherwise."""
 
-    pairs: float
+    groups: float
     input_tokens: float  # after sharing, without padding
-    separate_tokens: float  # of the same pairs if nothing were shared
+    separate_tokens: float  # of the same groups if nothing were shared
     computed_tokens: float  # all tokens of all rows, padding and empty rows included
     targets: float
     computed_targets: float
@@ -203,18 +208,18 @@ class PackingReport:
 def measure(plan: StepPlan) -> PackingReport:
     """Simulates steps spread over the first epoch and averages what they compute."""
     tokens, separate = (plan.lengths.row_tokens(sharing) for sharing in (plan.prefix_sharing, False))
-    targets = plan.lengths.targets(plan.prompt_targets)
+    targets = plan.lengths.row_targets(plan.prompt_targets)
     sums = np.zeros(8)
     steps = _sampled_steps(plan)
     for k in steps:
         step = plan.step(int(k))
         rows = step.micro_batches * plan.rows_per_micro_batch
         sums += (
-            len(step.pairs),
-            tokens[step.pairs].sum(),
-            separate[step.pairs].sum(),
+            len(step.groups),
+            tokens[step.groups].sum(),
+            separate[step.groups].sum(),
             rows * plan.shape.length,
-            targets[step.pairs].sum(),
+            targets[step.groups].sum(),
             rows * plan.shape.targets,
             (rows - len(step.rows)) / rows,
             rows,
@@ -223,7 +228,7 @@ def measure(plan: StepPlan) -> PackingReport:
 
 
 def make_step_plan(
-    lengths: PairLengths,
+    lengths: GroupLengths,
     *,
     global_batch_size: int,
     rows_per_micro_batch: int,
@@ -237,11 +242,11 @@ def make_step_plan(
     """Makes the step plan of a split, with the row shape that costs least.
 
     Args:
-        lengths: the token counts of all pairs of the split.
-        global_batch_size: pairs per step.
+        lengths: the token counts of all groups of the split.
+        global_batch_size: groups per step.
         rows_per_micro_batch: rows of a micro-batch over all devices.
         row_length: a fixed row length, or None to choose one.
-        max_row_length: the longest row that memory allows; the longest pair always gets a row that holds it.
+        max_row_length: the longest row that memory allows; the longest group always gets a row that holds it.
         prefix_sharing, packing, seed, prompt_targets: see `StepPlan`.
     """
 
@@ -250,7 +255,7 @@ def make_step_plan(
             lengths, shape, global_batch_size, rows_per_micro_batch, prefix_sharing, packing, seed, prompt_targets
         )
 
-    tokens, targets = lengths.row_tokens(prefix_sharing), lengths.targets(prompt_targets)
+    tokens, targets = lengths.row_tokens(prefix_sharing), lengths.row_targets(prompt_targets)
     shortest = _round_up(int(tokens.max()))
     if row_length is not None:
         candidates = np.array([row_length])
@@ -263,13 +268,14 @@ def make_step_plan(
         candidates = np.array([shortest])
     most_targets = _round_up(int(targets.max()))
     if candidates[0] < shortest:  # `row_length` is too short: `StepPlan.check` raises the error
-        return plan_with(RowShape(int(candidates[0]), most_targets, 2))
+        return plan_with(RowShape(int(candidates[0]), most_targets, int(lengths.sizes.max())))
 
-    unbounded = [RowShape(int(length), int(targets.sum()), 2 * len(tokens)) for length in candidates]
+    unbounded = [RowShape(int(length), int(targets.sum()), int(lengths.sizes.sum())) for length in candidates]
     plan = _cheapest([plan_with(shape) for shape in unbounded])
     steps = [plan.step(int(k)) for k in _sampled_steps(plan)]
-    fullest = max(targets[step.pairs[row]].sum() for step in steps for row in step.rows)
-    responses = 2 * max(len(row) for step in steps for row in step.rows)
+    fullest = max(targets[step.groups[row]].sum() for step in steps for row in step.rows)
+    responses = max(lengths.sizes[step.groups[row]].sum() for step in steps for row in step.rows)
+    responses = max(int(lengths.sizes.max()), int(responses))
     # All targets of the fullest row have room. Where a row has fewer, the loss head skips the padding.
     return plan_with(RowShape(plan.shape.length, max(most_targets, _round_up(int(fullest))), responses))
 
@@ -282,9 +288,9 @@ def _cheapest(plans: list[StepPlan]) -> StepPlan:
 
 
 def _sampled_steps(plan: StepPlan) -> Int[np.ndarray, " _"]:
-    """Picks steps spread over the first epoch. Its last step is left out if it has fewer pairs than the others."""
+    """Picks steps spread over the first epoch. Its last step is left out if it has fewer groups than the others."""
     full_steps = max(1, len(plan.lengths) // plan.global_batch_size)
-    count = min(max(4, _SAMPLED_PAIRS // plan.global_batch_size), 24)
+    count = min(max(4, _SAMPLED_GROUPS // plan.global_batch_size), 24)
     return np.unique(np.linspace(0, full_steps - 1, count, dtype=int))
 
 

@@ -1,7 +1,7 @@
 """Reads preference pairs from files, saved datasets and the hub into tables of one schema.
 
-Every pair becomes three columns of JSON text, and a fourth if the pairs have weights. So message lists and plain
-strings, with or without a `prompt`, fit one table, and other columns of the source are dropped. In every function here,
+The columns of answers, prompt, scores and weights become columns of JSON text. So message lists and plain strings, with
+or without a `prompt`, fit one table, and other columns of the source are dropped. In every function here,
 `label` is the source's name in messages, and `weights` names the column of the weights, if there is one.
 """
 
@@ -18,14 +18,24 @@ import pyarrow.parquet as pq
 
 from jax_simpo.errors import DataError
 
-PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+# Our columns, and the other names that data sets give them. The names of a row's answers come first.
+COLUMNS = {
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "responses": ("responses", "completions", "answers"),
+    "response": ("response",),
+    "prompt": ("prompt", "instruction"),
+    "scores": ("scores",),
+    "score": ("score",),
+    "ranks": ("ranks",),
+    "tools": ("tools",),
+}
+_NAMES = tuple(name for names in COLUMNS.values() for name in names)
 FILE_TYPES = (".jsonl", ".json", ".parquet")
 
 _SCHEMA = pa.schema(
     [
-        ("prompt", pa.string()),
-        ("chosen", pa.string()),
-        ("rejected", pa.string()),
+        *((name, pa.string()) for name in COLUMNS),
         ("weight", pa.string()),
         ("file", pa.dictionary(pa.int32(), pa.string())),
         ("row", pa.int64()),
@@ -113,7 +123,7 @@ def _read_parquet(label: str, path: Path, weights: str | None) -> pa.Table:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             _check_columns(label, names, weights)
-            table = file.read(columns=[name for name in (*PAIR_COLUMNS, weights) if name in names])
+            table = file.read(columns=[name for name in (*_NAMES, weights) if name in names])
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{label}: not a readable parquet file ({error})") from error
     return _from_arrow(label, [table], weights)
@@ -152,7 +162,7 @@ def read_hub(name: str, split: str, config: str | None, weights: str | None = No
 
 def _from_dataset(label: str, dataset: Any, weights: str | None) -> pa.Table:
     _check_columns(label, dataset.column_names, weights)
-    pairs = dataset.select_columns([name for name in (*PAIR_COLUMNS, weights) if name in dataset.column_names])
+    pairs = dataset.select_columns([name for name in (*_NAMES, weights) if name in dataset.column_names])
     return _from_arrow(label, pairs.with_format("arrow").iter(batch_size=1000), weights)
 
 
@@ -167,9 +177,9 @@ class _TableBuilder:
     def __init__(self, label: str, weights: str | None) -> None:
         self.label, self.weights = label, weights
         self.keys: set[str] = set()
-        # By our column, its name in the source and its values.
-        self.texts: dict[str, tuple[str | None, list[str | None]]] = {name: (name, []) for name in PAIR_COLUMNS}
-        self.texts["weight"] = weights, []
+        # By our column, its names in the source and its values.
+        self.texts: dict[str, tuple[tuple[str, ...], list[str | None]]] = {n: (m, []) for n, m in COLUMNS.items()}
+        self.texts["weight"] = (() if weights is None else (weights,)), []
         self.lines: list[int | None] = []
 
     def add(self, value: Any, line: int | None) -> None:
@@ -177,8 +187,8 @@ class _TableBuilder:
             place = f"line {line}" if line is not None else f"row {len(self.lines)}"
             raise DataError(f"{self.label}, {place}: {_type_name(value)}, not an object with `chosen` and `rejected`")
         self.keys.update(value)
-        for name, texts in self.texts.values():
-            item = None if name is None else value.get(name)
+        for names, texts in self.texts.values():
+            item = next((value[name] for name in names if value.get(name) is not None), None)
             texts.append(None if item is None else json.dumps(item, default=str))
         self.lines.append(line)
 
@@ -197,11 +207,13 @@ class _TableBuilder:
 
 def _check_columns(label: str, names: Iterable[str], weights: str | None) -> None:
     names = sorted(names)
+    ranked = any(name in names for name in (*COLUMNS["responses"], *COLUMNS["response"]))
     missing = [name for name in ("chosen", "rejected") if name not in names]
-    if missing:
+    if missing and not ranked:
         raise DataError(
             f"{label}: has the columns {', '.join(names) or '(none)'} but not {' and '.join(missing)}: "
-            "rename them; needed are `chosen` and `rejected`, and `prompt` if the answers stand alone"
+            "rename them; needed are `chosen` and `rejected`, or `responses` with `scores` or `ranks`, and `prompt` if "
+            "the answers stand alone"
         )
     if weights is not None and weights not in names:
         raise DataError(f"{label}: has no column `{weights}`, which `weight_column` names; it has {', '.join(names)}")

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from jax_simpo.data import synthetic
-from jax_simpo.data.readers import FILE_TYPES, PAIR_COLUMNS, from_rows, read_file, read_hub, read_saved
+from jax_simpo.data.readers import COLUMNS, FILE_TYPES, from_rows, read_file, read_hub, read_saved
 from jax_simpo.errors import DataError
 
 BUILTIN = "builtin:"
@@ -30,7 +30,7 @@ SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # train-00000-of-00002.parquet, as i
 class RawSplit:
     """The pairs of one split as the sources give them, in file order, with the origin of each.
 
-    `table` has the columns `prompt`, `chosen`, `rejected`, `weight` (JSON text, null where absent), `file` (as shown to
+    `table` has the columns of `readers.COLUMNS` and `weight` (JSON text, null where absent), `file` (as shown to
     users), `row` (from 0 within the file or hub split) and `line` (from 1, null where the source has no lines). Where
     several splits were read as one, `parts` gives the name and the number of rows of each, in the order of the table.
     `weight_column` is the name that the column of the weights has in the sources; None if the pairs have none.
@@ -65,7 +65,7 @@ class RawSplit:
     def fingerprint(self) -> str:
         """A hash of the pairs' content. It does not change when a file is moved or renamed."""
         digest = hashlib.blake2b(digest_size=20)
-        for column in (*PAIR_COLUMNS, *(() if self.weight_column is None else ("weight",))):
+        for column in (*COLUMNS, *(() if self.weight_column is None else ("weight",))):
             for text in self.table[column].to_pylist():
                 data = b"" if text is None else text.encode()
                 digest.update(b"%d:" % (-1 if text is None else len(data)) + data)
@@ -74,7 +74,7 @@ class RawSplit:
 
 def decode_rows(table: pa.Table) -> list[dict[str, Any]]:
     """Converts rows of a `RawSplit.table` to Python values."""
-    names = (*PAIR_COLUMNS, "weight")
+    names = (*COLUMNS, "weight")
     columns = [[None if t is None else json.loads(t) for t in table[name].to_pylist()] for name in names]
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Keeps the tokenised pairs of a split on disk: a memory-mapped Arrow table, named by a hash of what determines it."""
+"""Keeps the tokenised groups of a split on disk: a memory-mapped Arrow table, named by a hash of what determines it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ import pyarrow.compute as pc
 from filelock import FileLock
 from jaxtyping import Float, Int
 
-from jax_simpo.data.chat import PairText
-from jax_simpo.data.pairs import PairLengths, Response, TokenizedPair, common_prefix_length
+from jax_simpo.data.chat import GroupText
+from jax_simpo.data.groups import Group, GroupLengths, Response
 from jax_simpo.data.sources import RawSplit
 from jax_simpo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENISATION_VERSION = 2
+TOKENISATION_VERSION = 3
 """Raise this number with every change that can change a token or the stored columns: it ends old caches."""
 
 SHOWN_SKIPPED = 10
@@ -37,15 +37,16 @@ SHOWN_SKIPPED = 10
 _SCHEMA = pa.schema(
     [
         ("index", pa.int64()),  # number of the row in the raw split
-        ("chosen_ids", pa.list_(pa.int32())),
-        ("chosen_prompt_length", pa.int32()),
-        ("rejected_ids", pa.list_(pa.int32())),
-        ("rejected_prompt_length", pa.int32()),
-        ("shared_inputs", pa.int32()),
+        ("ids", pa.list_(pa.list_(pa.int32()))),  # of each response, best first
+        ("spans", pa.list_(pa.list_(pa.int32()))),  # of each response: start, stop, start, stop, ...
+        ("ranks", pa.list_(pa.int32())),
+        ("scores", pa.list_(pa.float32())),  # null where the data has none
+        ("tree_tokens", pa.int32()),
+        ("tree_visible", pa.int64()),
+        ("tree_predictors", pa.int32()),
         ("weight", pa.float32()),
         ("text_prompt", pa.string()),
-        ("text_chosen", pa.string()),
-        ("text_rejected", pa.string()),
+        ("text_responses", pa.list_(pa.string())),
     ]
 )
 
@@ -63,21 +64,30 @@ class Skipped:
         return f"{self.kind}: {self.detail}"
 
 
-class PairDataset:
-    """The tokenised pairs of a split, in file order, read from disk on demand.
+class GroupDataset:
+    """The tokenised groups of a split, in file order, read from disk on demand.
 
     Attributes:
         name: the split's name.
         skipped: the rows that could not be used, in file order, also when the tokens came from the cache.
+        left_out: how many responses were left out of groups, by reason.
         cache_hit: True if the tokens came from the cache.
         fingerprint: a hash of rows, tokenizer, template and settings. Moving a file does not change it.
     """
 
     def __init__(
-        self, table: pa.Table, raw: RawSplit, skipped: list[Skipped], *, cache_hit: bool, fingerprint: str
+        self,
+        table: pa.Table,
+        raw: RawSplit,
+        skipped: list[Skipped],
+        left_out: Mapping[str, int],
+        *,
+        cache_hit: bool,
+        fingerprint: str,
     ) -> None:
         self.name = raw.name
         self.skipped = skipped
+        self.left_out = left_out
         self.cache_hit = cache_hit
         self.fingerprint = fingerprint
         self._table = table
@@ -88,74 +98,88 @@ class PairDataset:
         return int(self._table.num_rows)
 
     @cached_property
-    def lengths(self) -> PairLengths:
-        """The token counts of all pairs, from which every process derives the step plan."""
-        chosen = _int32_array(pc.list_value_length(self._table["chosen_ids"]))
-        rejected = _int32_array(pc.list_value_length(self._table["rejected_ids"]))
-        return PairLengths(
-            chosen_inputs=chosen - 1,
-            rejected_inputs=rejected - 1,
-            shared_inputs=_int32_array(self._table["shared_inputs"]),
-            chosen_targets=chosen - self._prompt_lengths[0],
-            rejected_targets=rejected - self._prompt_lengths[1],
+    def lengths(self) -> GroupLengths:
+        """The token counts of all groups, from which every process derives the step plan."""
+        spans = pa.concat_arrays([chunk.values for chunk in self._table["spans"].chunks])
+        bounds, of_responses = spans.values.to_numpy(), spans.offsets.to_numpy() // 2
+        scored = np.concatenate([[0], np.cumsum(bounds[1::2] - bounds[::2])])[of_responses]
+        inputs = [np.diff(chunk.values.offsets.to_numpy()) - 1 for chunk in self._table["ids"].chunks]
+        return GroupLengths(
+            sizes=_int32_array(pc.list_value_length(self._table["ids"])),
+            tree_tokens=_int32_array(self._table["tree_tokens"]),
+            tree_visible=self._table["tree_visible"].to_numpy(),
+            tree_predictors=_int32_array(self._table["tree_predictors"]),
+            ranks=_int32_array(pc.list_flatten(self._table["ranks"])),
+            inputs=np.concatenate(inputs),
+            prompts=bounds[::2][of_responses[:-1]],
+            targets=np.diff(scored).astype(np.int32),
         )
 
     @cached_property
-    def weights(self) -> Float[np.ndarray, " P"]:
-        """The weight of each pair, float32: 1 for all where the split has no column of weights."""
+    def weights(self) -> Float[np.ndarray, " G"]:
+        """The weight of each group, float32: 1 for all where the split has no column of weights."""
         return np.asarray(self._table["weight"].to_numpy(), np.float32)
 
-    def pair(self, index: int) -> TokenizedPair:
-        """Returns one pair; see `pairs`."""
-        return self.pairs([index])[0]
-
-    def pairs(self, indices: Sequence[int] | np.ndarray) -> list[TokenizedPair]:
-        """Returns the pairs at `indices`, in that order. Their ids are views of the memory-mapped file, not copies.
+    @cached_property
+    def scores(self) -> Float[np.ndarray, " R"]:
+        """The score of every response, float32, group after group.
 
         Raises:
-            IndexError: an index is negative or beyond the last pair.
+            DataError: a group has no scores.
+        """
+        column = self._table["scores"]
+        if column.null_count:
+            first = int(np.flatnonzero(column.is_null().to_numpy())[0])
+            place = "{}, row {}".format(*self.origin(first))
+            raise DataError(
+                f"{place}: has no scores, by whose differences `compare_weights: score_gap` weighs comparisons. Give "
+                "every row `scores`, or set `compare_weights: equal`"
+            )
+        return np.asarray(pc.list_flatten(column).to_numpy(), np.float32)
+
+    def group(self, index: int) -> Group:
+        """Returns one group; see `groups`."""
+        return self.groups([index])[0]
+
+    def groups(self, indices: Sequence[int] | np.ndarray) -> list[Group]:
+        """Returns the groups at `indices`, in that order. Their ids are views of the memory-mapped file, not copies.
+
+        Raises:
+            IndexError: an index is negative or beyond the last group.
         """
         positions = np.asarray(indices, np.int64).reshape(-1)
         if positions.size and not (0 <= positions.min() and positions.max() < len(self)):
-            raise IndexError(f"pair {positions.min()} … {positions.max()} of a dataset of {len(self)}")
+            raise IndexError(f"group {positions.min()} … {positions.max()} of a dataset of {len(self)}")
         chunks = np.searchsorted(self._chunk_starts, positions, side="right") - 1
         in_chunks = positions - self._chunk_starts[chunks]
-        chosen_prompt, rejected_prompt = self._prompt_lengths
-        return [
-            TokenizedPair(
-                (
-                    Response(self._ids[0][chunk][in_chunk], int(chosen_prompt[position])),
-                    Response(self._ids[1][chunk][in_chunk], int(rejected_prompt[position])),
-                )
-            )
-            for position, chunk, in_chunk in zip(positions.tolist(), chunks.tolist(), in_chunks.tolist(), strict=True)
-        ]
+        return [self._chunks[chunk].group(at) for chunk, at in zip(chunks.tolist(), in_chunks.tolist(), strict=True)]
 
-    def texts(self, index: int) -> PairText:
-        """Returns the prompt and the answers of a pair as text, after the chat template."""
-        return PairText(*(self._table[f"text_{part}"][index].as_py() for part in ("prompt", "chosen", "rejected")))
+    def texts(self, index: int) -> GroupText:
+        """Returns the prompt and the responses of a group as text, after the chat template."""
+        prompt, responses = (self._table[f"text_{part}"][index].as_py() for part in ("prompt", "responses"))
+        return GroupText(prompt, tuple(responses))
 
     def origin(self, index: int) -> tuple[str, int]:
-        """Returns the file and the row (from 0) of a pair."""
+        """Returns the file and the row (from 0) of a group."""
         return self._raw.origin(self._table["index"][index].as_py())
 
     @property
     def origins(self) -> list[tuple[str, int]]:
-        """The file and the row (from 0) of every pair."""
+        """The file and the row (from 0) of every group."""
         indices = self._table["index"]
         files, rows = (self._raw.table[name].take(indices).to_pylist() for name in ("file", "row"))
         return list(zip(files, rows, strict=True))
 
     @property
     def splits(self) -> dict[str, Int[np.ndarray, " _"]]:
-        """The indices of the pairs of each split, by its name; a split of which every row was skipped is left out."""
+        """The indices of the groups of each split, by its name; a split of which every row was skipped is left out."""
         parts = self._raw.parts or ((self.name, len(self._raw)),)
         part_of_row = np.repeat(np.arange(len(parts)), [rows for _, rows in parts])
-        part_of_pair = part_of_row[self._table["index"].to_numpy()]
+        part_of_group = part_of_row[self._table["index"].to_numpy()]
         numbers: dict[str, list[int]] = {}
         for number, (name, _) in enumerate(parts):
             numbers.setdefault(name, []).append(number)
-        indices = {name: np.flatnonzero(np.isin(part_of_pair, own)) for name, own in numbers.items()}
+        indices = {name: np.flatnonzero(np.isin(part_of_group, own)) for name, own in numbers.items()}
         return {name: own for name, own in indices.items() if own.size}
 
     def skipped_summary(self) -> str:
@@ -163,8 +187,13 @@ class PairDataset:
         if not self.skipped:
             return ""
         kinds = Counter(row.kind for row in self.skipped).most_common()
-        total = len(self) + len(self.skipped)
-        return f"{len(self.skipped)} of {total} rows skipped: " + ", ".join(f"{n} {kind}" for kind, n in kinds)
+        return f"{len(self.skipped)} of {len(self._raw)} rows skipped: " + ", ".join(f"{n} {kind}" for kind, n in kinds)
+
+    def left_out_summary(self) -> str:
+        """Counts the responses that were left out of groups by reason, in one line; empty if there are none."""
+        total = sum(self.left_out.values())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+        return f"{total} responses left out of their groups: {reasons}" if total else ""
 
     def skipped_lines(self) -> list[str]:
         """Lists the first skipped rows with file, row and reason, one line each."""
@@ -177,42 +206,62 @@ class PairDataset:
         return "\n".join([self.skipped_summary(), *self.skipped_lines()])
 
     def inspect_objects(self) -> Iterator[dict[str, Any]]:
-        """Yields one object per pair in file order, as `inspect --json` writes them."""
-        for batch in self._table.to_batches():
-            for pair in batch.to_pylist():
-                file, row = self._raw.origin(pair["index"])
+        """Yields one object per group in file order, as `inspect --json` writes them."""
+        for batch, chunk in zip(self._table.to_batches(), self._chunks, strict=True):
+            texts = batch.select(["index", "text_prompt", "text_responses"]).to_pylist()
+            for number, of_group in enumerate(texts):
+                file, row = self._raw.origin(of_group["index"])
+                responses = [
+                    {"text": text, "input_ids": r.ids.tolist(), "response_length": r.length}
+                    for text, r in zip(of_group["text_responses"], chunk.group(number).responses, strict=True)
+                ]
                 yield {
                     "file": file,
                     "row": row,
-                    "text_prompt": pair["text_prompt"],
-                    "text_chosen": pair["text_chosen"],
-                    "text_rejected": pair["text_rejected"],
-                    "chosen_input_ids": pair["chosen_ids"],
-                    "rejected_input_ids": pair["rejected_ids"],
-                    "chosen_response_length": len(pair["chosen_ids"]) - pair["chosen_prompt_length"],
-                    "rejected_response_length": len(pair["rejected_ids"]) - pair["rejected_prompt_length"],
+                    "text_prompt": of_group["text_prompt"],
+                    **(_as_pair(responses) if len(responses) == 2 else {}),
+                    "responses": responses,
                 }
 
     @cached_property
-    def _prompt_lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        return _int32_array(self._table["chosen_prompt_length"]), _int32_array(self._table["rejected_prompt_length"])
-
-    @cached_property
-    def _ids(self) -> tuple[list[_IdLists], list[_IdLists]]:
-        columns = [[_IdLists(chunk) for chunk in self._table[f"{r}_ids"].chunks] for r in ("chosen", "rejected")]
-        return columns[0], columns[1]
+    def _chunks(self) -> list[_Chunk]:
+        return [_Chunk(batch) for batch in self._table.to_batches()]
 
 
-class _IdLists:
-    """Gives the lists of a column chunk as numpy views; pyarrow's own item access is a hundred times slower."""
+def _as_pair(responses: list[dict[str, Any]]) -> dict[str, Any]:
+    keys = {"text_{}": "text", "{}_input_ids": "input_ids", "{}_response_length": "response_length"}
+    names = ("chosen", "rejected")
+    return {
+        pattern.format(name): response[key]
+        for pattern, key in keys.items()
+        for name, response in zip(names, responses, strict=True)
+    }
 
-    def __init__(self, chunk: pa.ListArray) -> None:
-        self.offsets = chunk.offsets.to_numpy()
-        self.values = chunk.values.to_numpy()
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        ids: np.ndarray = self.values[self.offsets[index] : self.offsets[index + 1]]
-        return ids
+class _Chunk:
+    """Gives the groups of a record batch as numpy views; pyarrow's own item access is a hundred times slower."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self._responses = batch["ids"].offsets.to_numpy()  # the first response of each group
+        self._ids, self._spans = (batch[name].values for name in ("ids", "spans"))
+        self._id_offsets, self._span_offsets = self._ids.offsets.to_numpy(), self._spans.offsets.to_numpy()
+        self._id_values, self._span_values = self._ids.values.to_numpy(), self._spans.values.to_numpy()
+        self._ranks = batch["ranks"].values.to_numpy()
+        self._scores = batch["scores"]
+
+    def group(self, index: int) -> Group:
+        start, stop = self._responses[index : index + 2].tolist()
+        scores = self._scores[index].as_py()
+        return Group(
+            tuple(self._response(number) for number in range(start, stop)),
+            tuple(self._ranks[start:stop].tolist()),
+            None if scores is None else tuple(scores),
+        )
+
+    def _response(self, number: int) -> Response:
+        first, last = self._id_offsets[number : number + 2]
+        bounds = self._span_values[self._span_offsets[number] : self._span_offsets[number + 1]].tolist()
+        return Response(self._id_values[first:last], tuple(zip(bounds[::2], bounds[1::2], strict=True)))
 
 
 def _int32_array(column: pa.ChunkedArray) -> np.ndarray:
@@ -305,11 +354,12 @@ class Store:
         """Opens the entry for writing. It appears when the block ends without an exception."""
         temporary = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.", dir=self.root))
         try:
-            with pa.OSFile(str(temporary / "pairs.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as stream:
+            with pa.OSFile(str(temporary / "groups.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as stream:
                 writer = Writer(stream)
                 yield writer
             writer.skipped.sort(key=lambda row: row.index)
-            (temporary / "skipped.json").write_text(json.dumps([asdict(row) for row in writer.skipped]))
+            notes = {"skipped": [asdict(row) for row in writer.skipped], "left_out": writer.left_out}
+            (temporary / "notes.json").write_text(json.dumps(notes))
             temporary.chmod(0o755)  # mkdtemp closes its folder to other users, who may share the cache
             try:
                 temporary.replace(self.folder)
@@ -319,48 +369,60 @@ class Store:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def open(self, raw: RawSplit, cache_hit: bool) -> PairDataset:
-        """Opens the written entry; `raw` gives the origins of its pairs."""
-        with pa.memory_map(str(self.folder / "pairs.arrow")) as source:
+    def open(self, raw: RawSplit, cache_hit: bool) -> GroupDataset:
+        """Opens the written entry; `raw` gives the origins of its groups."""
+        with pa.memory_map(str(self.folder / "groups.arrow")) as source:
             table = pa.ipc.open_file(source).read_all()
-        skipped = [Skipped(**row) for row in json.loads((self.folder / "skipped.json").read_text())]
-        return PairDataset(table, raw, skipped, cache_hit=cache_hit, fingerprint=self.folder.name)
+        notes = json.loads((self.folder / "notes.json").read_text())
+        skipped, left_out = [Skipped(**row) for row in notes["skipped"]], notes["left_out"]
+        return GroupDataset(table, raw, skipped, left_out, cache_hit=cache_hit, fingerprint=self.folder.name)
 
 
 class Writer:
-    """Writes chunks of pairs as record batches."""
+    """Writes chunks of groups as record batches."""
 
     def __init__(self, stream: pa.RecordBatchWriter) -> None:
         self._stream = stream
         self.skipped: list[Skipped] = []
+        self.left_out: Counter[str] = Counter()
 
     def write(
         self,
         indices: list[int],
-        texts: list[PairText],
-        pairs: list[TokenizedPair],
+        texts: list[GroupText],
+        groups: list[Group],
         weights: list[float],
         skipped: list[Skipped],
+        left_out: Mapping[str, int],
     ) -> None:
-        """Writes the rows of a chunk that became pairs, and notes those that were skipped."""
+        """Writes the groups of a chunk, and notes the rows that were skipped and the responses that were left out."""
         self.skipped += skipped
-        if not pairs:
+        self.left_out.update(left_out)
+        if not groups:
             return
+        lengths = GroupLengths.of(groups)
+        sizes = lengths.sizes.tolist()
+        responses = [response for group in groups for response in group.responses]
+        spans = [np.array(response.spans, np.int32).reshape(-1) for response in responses]
         columns = [
             pa.array(indices, pa.int64()),
-            _list_array([pair.chosen.ids for pair in pairs]),
-            pa.array([pair.chosen.prompt_length for pair in pairs], pa.int32()),
-            _list_array([pair.rejected.ids for pair in pairs]),
-            pa.array([pair.rejected.prompt_length for pair in pairs], pa.int32()),
-            pa.array([common_prefix_length(p.chosen.inputs, p.rejected.inputs) for p in pairs], pa.int32()),
+            pa.ListArray.from_arrays(_offsets(sizes), _list_array([response.ids for response in responses])),
+            pa.ListArray.from_arrays(_offsets(sizes), _list_array(spans)),
+            pa.array([group.ranks for group in groups], pa.list_(pa.int32())),
+            pa.array([group.scores for group in groups], pa.list_(pa.float32())),
+            pa.array(lengths.tree_tokens),
+            pa.array(lengths.tree_visible),
+            pa.array(lengths.tree_predictors),
             pa.array(weights, pa.float32()),
             pa.array([text.prompt for text in texts], pa.string()),
-            pa.array([text.chosen for text in texts], pa.string()),
-            pa.array([text.rejected for text in texts], pa.string()),
+            pa.array([text.responses for text in texts], pa.list_(pa.string())),
         ]
         self._stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
 
 
 def _list_array(lists: list[np.ndarray]) -> pa.ListArray:
-    offsets = np.cumsum([0] + [len(ids) for ids in lists]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(lists), pa.int32()))
+    return pa.ListArray.from_arrays(_offsets([len(ids) for ids in lists]), pa.array(np.concatenate(lists), pa.int32()))
+
+
+def _offsets(sizes: Sequence[int]) -> pa.Array:
+    return pa.array(np.cumsum([0, *sizes]).astype(np.int32))

@@ -1,29 +1,33 @@
-"""Tokenises rendered pairs, one by one or a split at a time, as the original SimPO does but for how it cuts answers."""
+"""Tokenises rendered groups, one or a whole split, as the original SimPO does but for how it cuts answers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jax_simpo.data.chat import PairText, render_pair
-from jax_simpo.data.messages import BadRow, read_weight
-from jax_simpo.data.pairs import Response, TokenizedPair
+from jax_simpo.data.chat import GroupText, render_group
+from jax_simpo.data.conversations import Conversation, Row, make_conversation, read_row, read_weight
+from jax_simpo.data.groups import Group, Response
+from jax_simpo.data.messages import BadRow
+from jax_simpo.data.ranking import GroupSettings
 from jax_simpo.data.sources import RawSplit, decode_rows
-from jax_simpo.data.store import PairDataset, Skipped, Store, cache_key
+from jax_simpo.data.store import GroupDataset, Skipped, Store, cache_key
 from jax_simpo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PairDataset", "TokenSettings", "tokenize_pair", "tokenize_split"]
+__all__ = ["GroupDataset", "TokenSettings", "tokenize_group", "tokenize_split"]
 
 TruncationMode = Literal["keep_end", "keep_start"]
 
@@ -32,45 +36,59 @@ CHUNK_ROWS = 512
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """The settings that determine a pair's token ids, together with its row and the tokenizer."""
+    """The settings that determine a group's token ids, together with its rows and the tokenizer."""
 
     max_length: int
     max_prompt_length: int
     truncation_mode: TruncationMode = "keep_end"
     auto_insert_empty_system_msg: bool = True
+    train_on: Literal["last_turn", "assistant_turns"] = "last_turn"
+    group_by: Literal["prompt"] | None = None
+    groups: GroupSettings = field(default_factory=GroupSettings)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# One pair
+# One group
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def tokenize_pair(
-    text: PairText,
+def tokenize_group(
+    text: GroupText,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     max_prompt_length: int,
     truncation_mode: TruncationMode,
-) -> TokenizedPair:
-    """Tokenises one rendered pair.
+) -> Group:
+    """Tokenises one rendered group, whose responses come best first and are not tied.
 
     Args:
-        text: prompt and answers after the chat template.
+        text: prompt and responses after the chat template.
         tokenizer: as `load_tokenizer` returns it.
         max_length: most tokens of a prompt with its answer.
-        max_prompt_length: tokens that a prompt is cut to if it does not fit `max_length` with the longer answer.
+        max_prompt_length: tokens that a prompt is cut to if it does not fit `max_length` with the longest answer.
         truncation_mode: the end of a prompt that is kept.
 
     Raises:
-        BadRow: truncation leaves no prompt or no answer, or makes the answers equal.
+        BadRow: truncation leaves no prompt or no answer, or makes all answers equal.
     """
     settings = TokenSettings(max_length, max_prompt_length, truncation_mode)
-    return _make_pair(_encode(tokenizer, _texts_to_encode(text)), tokenizer, settings)
+    responses = _make_responses(_encode(tokenizer, _texts_to_encode(text)), text, tokenizer, settings)
+    return Group(tuple(responses))
 
 
-def _texts_to_encode(text: PairText) -> list[str]:
-    return [text.prompt, text.prompt + text.chosen, text.prompt + text.rejected]
+def _texts_to_encode(text: GroupText) -> list[str]:
+    """Lists the prompt, and for each response the whole text and the text before every place inside it."""
+    texts = [text.prompt]
+    for place, response in enumerate(text.responses):
+        texts += [text.prompt + response, *(text.prompt + response[:end] for end in _places_inside(text, place))]
+    return texts
+
+
+def _places_inside(text: GroupText, place: int) -> list[int]:
+    """Lists the places inside a response at which scored characters begin or end."""
+    ends = {end for span in text.scored_of(place) for end in span}
+    return sorted(ends - {0, len(text.responses[place])})
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -80,40 +98,85 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
     return ids
 
 
-def _make_pair(encoded: list[list[int]], tokenizer: PreTrainedTokenizerBase, settings: TokenSettings) -> TokenizedPair:
-    """Makes a pair from the ids of the prompt alone and of the prompt with each answer."""
-    prompt, *sequences = encoded
+class _Parts(NamedTuple):
+    """The ids of a prompt and of an answer to it, and the runs of scored ids in the answer."""
+
+    prompt: list[int]
+    answer: list[int]
+    scored: list[tuple[int, int]]
+
+
+def _make_responses(
+    encoded: Iterable[list[int]], text: GroupText, tokenizer: PreTrainedTokenizerBase, settings: TokenSettings
+) -> list[Response]:
+    """Makes the responses of a group from the ids of its texts, in the order of `_texts_to_encode`."""
+    texts = iter(encoded)
+    prompt, sequences, inside = next(texts), [], []
+    for place in range(len(text.responses)):
+        sequences.append(next(texts))
+        inside.append({end: next(texts) for end in _places_inside(text, place)})
+    starts = _answer_starts(prompt, sequences)
+    parts = []
+    for place, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
+        index = {0: start, len(text.responses[place]): len(ids)}
+        index |= {end: _boundary(before, ids) for end, before in inside[place].items()}
+        scored = _joined([(index[a] - start, index[b] - start) for a, b in text.scored_of(place)])
+        parts.append(_add_bos_and_eos(ids[:start], ids[start:], scored, tokenizer))
+    longest = max(len(part.answer) for part in parts)
+    responses = [_cut(part, longest, settings) for part in parts]
+    if all(np.array_equal(responses[0].ids, other.ids) for other in responses[1:]):
+        raise BadRow(
+            "nothing left after truncation", f"the answers differ only beyond max_length {settings.max_length}"
+        )
+    return responses
+
+
+def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Joins runs that touch, as those of two turns of the assistant in a row, or that meet in a merged token."""
+    joined = runs[:1]
+    for start, stop in runs[1:]:
+        if start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _cut(parts: _Parts, longest: int, settings: TokenSettings) -> Response:
+    """Makes a response that is no longer than `max_length`; `longest` is the length of the group's longest answer."""
+    prompt, answer, scored = parts
     max_length, max_prompt_length = settings.max_length, settings.max_prompt_length
-    parts = [
-        _add_bos_and_eos(ids[:start], ids[start:], tokenizer)
-        for ids, start in zip(sequences, _answer_starts(prompt, sequences), strict=True)
-    ]
-    longer = max(len(answer_ids) for _, answer_ids in parts)
-    responses = []
-    for prompt_ids, answer_ids in parts:
-        # As in the original: each response has its own prompt, but the longer answer decides for both.
-        if len(prompt_ids) + longer > max_length:
-            keep_start = settings.truncation_mode == "keep_start"
-            prompt_ids = prompt_ids[:max_prompt_length] if keep_start else prompt_ids[-max_prompt_length:]
-        # Unlike the original, which cuts both answers to max_length - max_prompt_length, even if the prompt is short.
-        answer_ids = answer_ids[: max(max_length - len(prompt_ids), 0)]
-        if not prompt_ids or not answer_ids or max_prompt_length < 1:
-            raise BadRow(
-                "nothing left after truncation",
-                f"max_length {max_length} and max_prompt_length {max_prompt_length} leave {len(prompt_ids)} prompt and "
-                f"{len(answer_ids)} answer tokens",
-            )
-        responses.append(Response(np.array(prompt_ids + answer_ids, np.int32), len(prompt_ids)))
-    if np.array_equal(responses[0].ids, responses[1].ids):
-        raise BadRow("nothing left after truncation", f"the answers differ only beyond max_length {max_length}")
-    return TokenizedPair(tuple(responses))
+    # As in the original: each response has its own prompt, but the longest answer decides for all.
+    if len(prompt) + longest > max_length:
+        keep_start = settings.truncation_mode == "keep_start"
+        prompt = prompt[:max_prompt_length] if keep_start else prompt[-max_prompt_length:]
+    # Unlike the original, which cuts all answers to max_length - max_prompt_length, even if the prompt is short.
+    answer = answer[: max(max_length - len(prompt), 0)]
+    ends = ((start, min(stop, len(answer))) for start, stop in scored)
+    spans = tuple((len(prompt) + start, len(prompt) + stop) for start, stop in ends if start < stop)
+    if not prompt or not spans or max_prompt_length < 1:
+        raise BadRow(
+            "nothing left after truncation",
+            f"max_length {max_length} and max_prompt_length {max_prompt_length} leave {len(prompt)} prompt and "
+            f"{sum(stop - start for start, stop in spans)} answer tokens",
+        )
+    ids = (prompt + answer)[: spans[-1][1]]  # what follows the last scored token would be computed for nothing
+    return Response(np.array(ids, np.int32), spans)
+
+
+def _boundary(before: list[int], ids: list[int]) -> int:
+    """Finds where the text of `before` ends in `ids`: one token earlier if its last token merged with the next."""
+    end = len(before)
+    if ids[:end] == before:
+        return end
+    return end - 1 if ids[: end - 1] == before[:-1] else _common_prefix_length(before, ids)
 
 
 def _answer_starts(prompt: list[int], sequences: list[list[int]]) -> list[int]:
     """Finds the first answer token of each sequence: one earlier if the prompt's last token merged with the answer."""
     starts = [len(prompt) - (ids[: len(prompt)] != prompt) for ids in sequences]
-    chosen, rejected = (ids[:start] for ids, start in zip(sequences, starts, strict=True))
-    differing = sum(a != b for a, b in zip(chosen, rejected, strict=False))
+    first, *others = (ids[:start] for ids, start in zip(sequences, starts, strict=True))
+    differing = max((sum(a != b for a, b in zip(first, other, strict=False)) for other in others), default=0)
     if differing > 1 or any(len(ids) < len(prompt) for ids in sequences):
         # More than the last token merged. The original stops with an exception; here the answer starts at the first
         # token that is not the prompt's own.
@@ -126,14 +189,16 @@ def _common_prefix_length(a: list[int], b: list[int]) -> int:
 
 
 def _add_bos_and_eos(
-    prompt: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
+    prompt: list[int], answer: list[int], scored: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+) -> _Parts:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and prompt[:1] != [bos]:
         prompt = [bos, *prompt]
     if eos is not None and answer[-1:] != [eos]:
         answer = [*answer, eos]
-    return prompt, answer
+        *before, (start, _) = scored
+        scored = [*before, (start, len(answer))]  # the last turn is the assistant's, and EOS ends it
+    return _Parts(prompt, answer, scored)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -149,18 +214,23 @@ def tokenize_split(
     max_prompt_length: int,
     truncation_mode: TruncationMode = "keep_end",
     auto_insert_empty_system_msg: bool = True,
+    train_on: Literal["last_turn", "assistant_turns"] = "last_turn",
+    group_by: Literal["prompt"] | None = None,
+    groups: GroupSettings | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
     num_proc: int | None = None,
     cache_dir: str | Path | None = None,
     progress: bool | None = None,
-) -> PairDataset:
+) -> GroupDataset:
     """Tokenises a split, or opens the tokens that an earlier run with the same rows, tokenizer and settings cached.
 
     Args:
         raw: the pairs as the sources give them.
         tokenizer: as `load_tokenizer` returns it.
-        max_length, max_prompt_length, truncation_mode: see `tokenize_pair`.
-        auto_insert_empty_system_msg: see `render_pair`.
+        max_length, max_prompt_length, truncation_mode: see `tokenize_group`.
+        auto_insert_empty_system_msg, train_on: see `render_group`.
+        group_by: "prompt" makes one group of all rows of a prompt; None makes one of every row.
+        groups: which answers of a group are left out.
         on_bad_row: raises an error for rows that cannot be used, or skips them.
         num_proc: number of threads that encode. None uses one per core; 1 starts no thread.
         cache_dir: folder of the cache; None stands for the cache of Hugging Face datasets.
@@ -169,14 +239,22 @@ def tokenize_split(
     Raises:
         DataError: rows cannot be used and `on_bad_row` is "error", no row can be used, or the cache cannot be written.
     """
-    settings = TokenSettings(max_length, max_prompt_length, truncation_mode, auto_insert_empty_system_msg)
+    settings = TokenSettings(
+        max_length,
+        max_prompt_length,
+        truncation_mode,
+        auto_insert_empty_system_msg,
+        train_on,
+        group_by,
+        groups or GroupSettings(),
+    )
     store = Store(cache_dir, cache_key(raw, tokenizer, asdict(settings)))
     with store.lock():  # one process of a host tokenises, and the others read its tokens
         cache_hit = store.exists()
         if not cache_hit:
             with _encoder_threads(num_proc), store.writer() as writer:
                 for chunk in _tokenize_chunks(raw, tokenizer, settings, progress):
-                    writer.write(*chunk)
+                    writer.write(chunk.indices, chunk.texts, chunk.groups, chunk.weights, chunk.skipped, chunk.left_out)
     dataset = store.open(raw, cache_hit)
     if dataset.skipped and on_bad_row == "error":
         first = f"{len(dataset.skipped)} of {len(raw)} rows of {raw.name} cannot be used:"
@@ -189,59 +267,143 @@ def tokenize_split(
     return dataset
 
 
-class Chunk(NamedTuple):
-    """Some rows of a split: of those that became pairs the number, text, tokens and weight, and those that did not."""
-
-    indices: list[int]
-    texts: list[PairText]
-    pairs: list[TokenizedPair]
-    weights: list[float]
-    skipped: list[Skipped]
-
-
 def _tokenize_chunks(
     raw: RawSplit, tokenizer: PreTrainedTokenizerBase, settings: TokenSettings, progress: bool | None
 ) -> Iterator[Chunk]:
     with _progress_bar(progress) as bar:
         task = bar.add_task(f"tokenise {raw.name}", total=len(raw))
-        for start in range(0, len(raw), CHUNK_ROWS):
-            rows = decode_rows(raw.table.slice(start, CHUNK_ROWS))
-            yield _tokenize_chunk(start, rows, tokenizer, settings, raw.weight_column)
-            bar.advance(task, len(rows))
+        for rows in _gathered(raw, settings):
+            chunk, conversations = Chunk(), []
+            for read in rows:
+                try:
+                    conversations.append((read, _conversation(read, raw, settings)))
+                except BadRow as bad:
+                    chunk.skip(read, bad)
+            _tokenize_chunk(chunk, conversations, tokenizer, settings)
+            yield chunk
+            bar.advance(task, sum(len(read.indices) for read in rows))
+
+
+class _Read(NamedTuple):
+    """The rows of a group: their numbers in the split, their values, and what is wrong with one of them."""
+
+    indices: list[int]
+    rows: list[Row]
+    weights: list[float]
+    bad: BadRow | None = None
+
+
+def _gathered(raw: RawSplit, settings: TokenSettings) -> Iterator[list[_Read]]:
+    """Yields the rows of some hundred groups at a time: each row by itself, or all rows of a prompt together."""
+    reads = (
+        [_read_row(raw, index, row) for index, row in enumerate(decode_rows(raw.table.slice(start, CHUNK_ROWS)), start)]
+        for start in range(0, len(raw), CHUNK_ROWS)
+    )
+    if settings.group_by is None:
+        yield from reads
+        return
+    gathered: dict[str, _Read] = {}
+    for read in chain.from_iterable(reads):
+        key = f"bad {read.indices}" if read.bad else read.rows[0].key
+        if key in gathered:
+            for mine, more in zip(gathered[key][:3], read[:3], strict=True):
+                mine += more  # type: ignore[operator]
+        else:
+            gathered[key] = read
+    everything = list(gathered.values())
+    for start in range(0, len(everything), CHUNK_ROWS):
+        yield everything[start : start + CHUNK_ROWS]
+
+
+def _read_row(raw: RawSplit, index: int, row: dict[str, Any]) -> _Read:
+    try:
+        weight = 1.0 if raw.weight_column is None else read_weight(row["weight"], raw.weight_column)
+        return _Read([index], [read_row(row)], [weight])
+    except BadRow as bad:
+        return _Read([index], [], [], bad)
+
+
+def _conversation(read: _Read, raw: RawSplit, settings: TokenSettings) -> Conversation:
+    if read.bad is not None:
+        raise read.bad
+    if len(set(read.weights)) > 1:
+        raise BadRow("wrong weight", f"the rows of the prompt have different weights (`{raw.weight_column}`)")
+    return make_conversation(read.rows, settings.groups)
 
 
 def _tokenize_chunk(
-    start: int,
-    rows: list[dict[str, object]],
+    chunk: Chunk,
+    conversations: list[tuple[_Read, Conversation]],
     tokenizer: PreTrainedTokenizerBase,
     settings: TokenSettings,
-    weight_column: str | None,
-) -> Chunk:
-    chunk = Chunk([], [], [], [], [])
-    rendered: list[tuple[int, PairText, float]] = []
-    for index, row in enumerate(rows, start):
+) -> None:
+    rendered: list[tuple[_Read, Conversation, GroupText]] = []
+    for read, turns in conversations:
         try:
-            weight = 1.0 if weight_column is None else read_weight(row["weight"], weight_column)
-            rendered.append((index, render_pair(row, tokenizer, settings.auto_insert_empty_system_msg), weight))
+            text = render_group(turns, tokenizer, settings.auto_insert_empty_system_msg, settings.train_on)
+            rendered.append((read, turns, text))
         except BadRow as bad:
-            chunk.skipped.append(Skipped(index, bad.kind, bad.detail))
+            chunk.skip(read, bad)
 
     # One call encodes the chunk in the tokenizer's own Rust threads. Worker processes would be slower: 1300 pairs
     # (0.6 M tokens, Llama-3 vocabulary) take 0.33 s to encode on two cores and 0.25 s for the rest, and a spawned
     # worker takes 2 s to import transformers. Forked workers (as in `datasets`) may deadlock beside JAX's threads.
-    encoded = _encode(tokenizer, [t for _, text, _ in rendered for t in _texts_to_encode(text)]) if rendered else []
+    texts = [_texts_to_encode(text) for _, _, text in rendered]
+    encoded = iter(_encode(tokenizer, [*chain.from_iterable(texts)]) if rendered else [])
 
-    for number, (index, text, weight) in enumerate(rendered):
+    for (read, turns, text), own in zip(rendered, texts, strict=True):
         try:
-            pair = _make_pair(encoded[3 * number : 3 * number + 3], tokenizer, settings)
+            responses = _make_responses(list(islice(encoded, len(own))), text, tokenizer, settings)
         except BadRow as bad:
-            chunk.skipped.append(Skipped(index, bad.kind, bad.detail))
+            chunk.skip(read, bad)
             continue
-        chunk.indices.append(index)
-        chunk.texts.append(text)
-        chunk.pairs.append(pair)
-        chunk.weights.append(weight)
-    return chunk
+        chunk.add(read, turns, text, responses)
+
+
+@dataclass
+class Chunk:
+    """Some rows of a split: the groups that they became, and the rows that became none.
+
+    Attributes:
+        indices: the number of the first row of each group.
+        texts: the texts of each group.
+        groups: its tokens.
+        weights: its weight.
+        skipped: the rows that cannot be used.
+        left_out: how many responses were left out of groups, by reason.
+    """
+
+    indices: list[int] = field(default_factory=list)
+    texts: list[GroupText] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def skip(self, read: _Read, bad: BadRow) -> None:
+        """Notes that rows cannot be used."""
+        self.skipped += [Skipped(index, bad.kind, bad.detail) for index in read.indices]
+
+    def add(self, read: _Read, turns: Conversation, text: GroupText, responses: list[Response]) -> None:
+        """Adds a group. Of responses that are the same after truncation the first stays."""
+        kept: list[int] = []
+        for place, response in enumerate(responses):
+            if all(not np.array_equal(response.ids, responses[other].ids) for other in kept):
+                kept.append(place)
+        ranks = [turns.ranks[place] for place in kept]
+        if ranks[0] == ranks[-1]:
+            bad = BadRow("nothing left after truncation", "the answers that are not tied differ only beyond max_length")
+            self.skip(read, bad)
+            return
+        self.left_out += turns.left_out
+        if len(kept) < len(responses):
+            self.left_out["equal to a better one after truncation"] += len(responses) - len(kept)
+        dense = {rank: number for number, rank in enumerate(dict.fromkeys(ranks))}
+        scores = None if turns.scores is None else tuple(turns.scores[place] for place in kept)
+        self.groups.append(Group(tuple(responses[n] for n in kept), tuple(dense[rank] for rank in ranks), scores))
+        self.texts.append(GroupText(text.prompt, tuple(text.responses[place] for place in kept)))
+        self.indices.append(read.indices[0])
+        self.weights.append(read.weights[0])
 
 
 @contextmanager

@@ -38,11 +38,11 @@ class Forward:
 
     def sum_responses(self, target_logps: Float[Array, "B T"], rows: Rows, prompts: bool = False) -> ResponseLogps:
         """Adds the log-probs of the targets up to those of their responses, and of their prompts if asked."""
-        return sum_responses(target_logps, rows["target_response"], rows["response_pair"].shape[1], prompts)
+        return sum_responses(target_logps, rows["target_response"], rows["response_group"].shape[1], prompts)
 
     def target_logps(self, params: Params, rows: Rows) -> Float[Array, "B T"]:
         """Returns the log-prob of every target, float32; padding targets get 0."""
-        slots = rows["response_pair"].shape[1]
+        slots = rows["response_group"].shape[1]
         mask = prepare_mask(
             rows["key_end"], rows["positions"], self.model.config.windows, self.attention, sequences=slots
         )

@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+GroupLoss = Literal["all_pairs", "best_vs_rest", "best_vs_worst", "plackett_luce", "tpo_l"]
+CompareWeights = Literal["equal", "score_gap", "rank"]
+
 
 class Responses(NamedTuple):
     """One response of each of P pairs, float32 [P]: what an objective may know of it.
@@ -51,18 +54,32 @@ class Objective(ABC):
         sft_weight: the weight of the cross-entropy of the chosen responses, which is added to the loss.
         sft_over: the tokens that the cross-entropy is the mean over: those of the chosen responses, or of their prompts
             too.
+        group_loss: which responses of a group are compared, and how (docs/groups.md). Of a pair there is one way.
+        compare_weights: the weights of a group's comparisons.
+        mean_over: the step's loss is the mean over its groups, or over its comparisons.
         needs_reference: True if `losses` reads `reference_sum`.
     """
 
     beta: float = 1.0
     sft_weight: float = 0.0
     sft_over: Literal["response", "prompt_and_response"] = "response"
+    group_loss: GroupLoss = "all_pairs"
+    compare_weights: CompareWeights = "equal"
+    mean_over: Literal["groups", "pairs"] = "groups"
 
     needs_reference: ClassVar[bool] = False
 
     @abstractmethod
     def losses(self, chosen: Responses, rejected: Responses) -> Float[Array, "*P"]:
         """Computes the preference loss of each pair, float32 [P]."""
+
+    def difference(self, chosen: Responses, rejected: Responses) -> Float[Array, "*P"]:
+        """Returns the difference of rewards whose logistic loss the objective is, for `group_loss: plackett_luce`.
+
+        Raises:
+            NotImplementedError: the objective is no logistic loss of a difference.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is no logistic loss of a difference of rewards")
 
     def score(self, response: Responses) -> Float[Array, "*P"]:
         """Returns the reward divided by beta. By default that is the log-ratio, or without a reference the mean."""

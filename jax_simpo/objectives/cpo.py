@@ -37,8 +37,11 @@ class CPO(_OnSums):
     loss_type: LossType = "sigmoid"
     label_smoothing: float = 0.0
 
+    def difference(self, chosen: Responses, rejected: Responses) -> Float[Array, "*P"]:
+        return self.beta * (chosen.sum - rejected.sum)
+
     def losses(self, chosen: Responses, rejected: Responses) -> Float[Array, "*P"]:
-        return difference_losses(self.beta * (chosen.sum - rejected.sum), self.loss_type, self.label_smoothing)
+        return difference_losses(self.difference(chosen, rejected), self.loss_type, self.label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,11 @@ class DPO(Objective):
     label_smoothing: float = 0.0
     needs_reference: ClassVar[bool] = True
 
+    def difference(self, chosen: Responses, rejected: Responses) -> Float[Array, "*P"]:
+        return self.beta * (chosen.ratio - rejected.ratio)
+
     def losses(self, chosen: Responses, rejected: Responses) -> Float[Array, "*P"]:
-        return difference_losses(self.beta * (chosen.ratio - rejected.ratio), self.loss_type, self.label_smoothing)
+        return difference_losses(self.difference(chosen, rejected), self.loss_type, self.label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +92,11 @@ class LengthNormalizedDPO(Objective):
     def score(self, response: Responses) -> Float[Array, "*P"]:
         return response.mean_ratio
 
+    def difference(self, chosen: Responses, rejected: Responses) -> Float[Array, "*P"]:
+        return self.beta * (chosen.mean_ratio - rejected.mean_ratio)
+
     def losses(self, chosen: Responses, rejected: Responses) -> Float[Array, "*P"]:
-        return logistic_losses(self.beta * (chosen.mean_ratio - rejected.mean_ratio), self.label_smoothing)
+        return logistic_losses(self.difference(chosen, rejected), self.label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,9 @@ class WeightedSum(Objective):
         losses = [weight * objective.losses(chosen, rejected) for objective, weight in self.terms]
         return sum(losses[1:], start=losses[0])
 
+    def difference(self, chosen: Responses, rejected: Responses) -> Float[Array, "*P"]:
+        return self.terms[0][0].difference(chosen, rejected)
+
     def score(self, response: Responses) -> Float[Array, "*P"]:
         return self.terms[0][0].score(response)
 
@@ -78,5 +81,5 @@ def make_objective(weights: Mapping[str, float], values: Mapping[str, Any]) -> O
     if list(weights.values()) == [1.0]:
         return make(next(iter(weights)))
     terms = tuple((make(name, sft_weight=0.0, sft_over="response"), weight) for name, weight in weights.items())
-    sft = {key: given[key] for key in ("sft_weight", "sft_over") if key in given}
-    return WeightedSum(terms=terms, beta=terms[0][0].beta, **sft)
+    whole = ("sft_weight", "sft_over", "group_loss", "compare_weights", "mean_over")
+    return WeightedSum(terms=terms, beta=terms[0][0].beta, **{key: given[key] for key in whole if key in given})

@@ -48,9 +48,11 @@ class SimPO(Objective):
     loss_type: LossType = "sigmoid"
     label_smoothing: float = 0.0
 
+    def difference(self, chosen: Responses, rejected: Responses) -> Float[Array, "*P"]:
+        return self.beta * (chosen.mean - rejected.mean - self.gamma_beta_ratio)
+
     def losses(self, chosen: Responses, rejected: Responses) -> Float[Array, "*P"]:
-        z = self.beta * (chosen.mean - rejected.mean - self.gamma_beta_ratio)
-        return difference_losses(z, self.loss_type, self.label_smoothing)
+        return difference_losses(self.difference(chosen, rejected), self.loss_type, self.label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +78,11 @@ class AlphaPO(Objective):
         # Beyond e**80 the power, or its product with beta, would leave the range of float32.
         return -jnp.expm1(jnp.minimum(-self.alpha * response.mean, 80.0)) / self.alpha
 
+    def difference(self, chosen: Responses, rejected: Responses) -> Float[Array, "*P"]:
+        return self.beta * (self.score(chosen) - self.score(rejected) - self.gamma_beta_ratio)
+
     def losses(self, chosen: Responses, rejected: Responses) -> Float[Array, "*P"]:
-        z = self.beta * (self.score(chosen) - self.score(rejected) - self.gamma_beta_ratio)
-        return logistic_losses(z, self.label_smoothing)
+        return logistic_losses(self.difference(chosen, rejected), self.label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)

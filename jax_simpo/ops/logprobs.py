@@ -1,12 +1,12 @@
 """Computes log-probabilities of the targets from their hidden states, one tile of logits at a time.
 
 Only the hidden states that predict a target reach the head, and each of them once: where responses share a prefix, one
-state predicts a token of every response. A tile of logits is some states by a block of the vocabulary, as in attention
-a tile of scores is some queries by some keys. The forward pass keeps the running maximum and sum of each state (online
-softmax) and at the end one float, its log-sum-exp; the backward pass recomputes each tile. The outer loop is over the
-vocabulary and the inner one over the states. So a block of the head is read once, its gradient is added up in fast
-memory and written once, and on a CPU a tile never leaves the cache. The inner loop ends with the last state: padding is
-never computed.
+state predicts a token of every response, and where they share that token too, all of them are one target. A tile of
+logits is some states by a block of the vocabulary, as in attention a tile of scores is some queries by some keys. The
+forward pass keeps the running maximum and sum of each state (online softmax) and at the end one float, its log-sum-exp;
+the backward pass recomputes each tile. The outer loop is over the vocabulary and the inner one over the states. So a
+block of the head is read once, its gradient is added up in fast memory and written once, and on a CPU a tile never
+leaves the cache. The inner loop ends with the last state: padding is never computed.
 
 With memory to spare (`keep_bytes`) the forward pass keeps its logits and the backward pass does not recompute them,
 which saves one matrix product of four.
@@ -38,7 +38,7 @@ from jax_simpo.sharding import RULES, all_gather, psum, psum_scatter, spec
 _CPU_TILE = (512, 11 << 20)
 _TILE = (2048, 256 << 20)
 _LANES, _CPU_LANES = 128, 16  # a block of the vocabulary is a multiple, unless that exceeds the size asked for
-_SHARED = 2  # targets of one listed state: those of a pair's chosen and rejected response
+_SHARED = 2  # different targets of one listed state: where two responses part, the state before predicts two tokens
 _PARTS = 4  # a tile is cut into so many parts for the last states, which fill no whole tile
 
 
@@ -127,7 +127,7 @@ def _local_forward(
     static: _Static, hidden: Array, head_shard: Array, index: Array, token: Array, counts: Array, *, meshed: bool
 ) -> tuple[Array, Array, Array]:
     head = _assemble_head(head_shard, hidden.dtype, meshed)
-    listing = _StateList(static.chunk, hidden.shape[1], index, counts)
+    listing = _StateList(static.chunk, hidden.shape[1], index, token, counts)
     states = listing.take(hidden)
     blocks = _Blocks(static.block, len(head))
     keeps = listing.keeps_logits(static, blocks)
@@ -176,9 +176,9 @@ def _local_backward(
     meshed: bool,
 ) -> tuple[Array, ...]:
     head = _assemble_head(head_shard, hidden.dtype, meshed)
-    listing = _StateList(static.chunk, hidden.shape[1], index, counts)
+    listing = _StateList(static.chunk, hidden.shape[1], index, token, counts)
     states, tokens = listing.take(hidden), listing.per_state(_local_token(token, len(head), meshed), -1)
-    state_dlogps = listing.per_state(jnp.where(listing.real, dlogps, 0.0), 0.0)
+    state_dlogps = listing.added_per_state(jnp.where(listing.real, dlogps, 0.0))
     # All targets of a state have its log-sum-exp. Padding's is infinite, so that its exponentials are 0: if they were
     # infinite, their product with its gradient of 0 would be NaN.
     state_lses = listing.per_state(jnp.where(listing.real, lse, jnp.inf), jnp.inf)[:, 0]
@@ -243,8 +243,9 @@ class _Tile(NamedTuple):
 class _StateList:
     """Lists the hidden states that predict the targets of all rows, each of them once, and leads back to the targets.
 
-    A state that predicts more than `_SHARED` targets is listed several times. The list has room for one state per
-    target; unused entries and the states of padding are at its end.
+    Targets of one state and one token are the same. A state that predicts more than `_SHARED` different tokens is
+    listed several times. The list has room for one state per target; unused entries and the states of padding are at
+    its end.
 
     Attributes:
         size: length of the list.
@@ -252,7 +253,9 @@ class _StateList:
         real: True for targets that are not padding, [B, T].
     """
 
-    def __init__(self, chunk: int, length: int, index: Int[Array, "B T"], counts: Int[Array, " B"]) -> None:
+    def __init__(
+        self, chunk: int, length: int, index: Int[Array, "B T"], token: Int[Array, "B T"], counts: Int[Array, " B"]
+    ) -> None:
         rows, targets = index.shape
         self._part = max(1, chunk // _PARTS)  # states of a part of a tile
         self._parts = chunk // self._part  # parts of a tile
@@ -260,14 +263,20 @@ class _StateList:
         self.real = jnp.arange(targets) < counts[:, None]
         nowhere = rows * length
         source = jnp.where(self.real, jnp.arange(rows)[:, None] * length + index, nowhere).reshape(-1)
-        order = jnp.argsort(source, stable=True)  # targets of one state next to each other, padding last
-        source = source[order]
-        rank = jnp.arange(len(source))
-        is_first = jnp.concatenate([jnp.ones(1, bool), source[1:] != source[:-1]])
-        nth = (rank - jax.lax.cummax(jnp.where(is_first, rank, 0))) % _SHARED
-        number = jnp.cumsum(nth == 0, dtype=jnp.int32) - 1
-        self.live = ((nth == 0) & (source < nowhere)).sum(dtype=jnp.int32)
-        # For each target, the number of its state in the list and its own among the targets of that state.
+        # Targets of one state next to each other, those of one token within it too, padding last.
+        source, token, order = jax.lax.sort((source, token.reshape(-1), jnp.arange(source.size)), num_keys=2)
+
+        def starts(x: Int[Array, " N"]) -> Bool[Array, " N"]:
+            return jnp.concatenate([jnp.ones(1, bool), x[1:] != x[:-1]])
+
+        is_first = starts(source)
+        is_new = is_first | starts(token)
+        distinct = jnp.cumsum(is_new) - 1
+        nth = (distinct - jax.lax.cummax(jnp.where(is_first, distinct, 0))) % _SHARED
+        listed = is_new & (nth == 0)
+        number = jnp.cumsum(listed, dtype=jnp.int32) - 1
+        self.live = (listed & (source < nowhere)).sum(dtype=jnp.int32)
+        # For each target, the number of its state in the list and its own among the tokens of that state.
         self._entry = jnp.zeros((2, rows * targets), jnp.int32).at[:, order].set(jnp.stack([number, nth]))
         # For each listed state, its index among the hidden states of all rows.
         self._source = jnp.zeros(self.size, jnp.int32).at[number].set(jnp.where(source < nowhere, source, 0))
@@ -284,6 +293,10 @@ class _StateList:
     def per_state(self, x: Shaped[Array, "B T"], empty: int | float) -> Shaped[Array, "N K"]:
         """Arranges entries of targets by state, K = `_SHARED` each; `empty` where a state has fewer targets."""
         return jnp.full((self.size, _SHARED), empty, x.dtype).at[*self._entry].set(x.reshape(-1))
+
+    def added_per_state(self, x: Float[Array, "B T"]) -> Float[Array, "N K"]:
+        """Arranges entries of targets as `per_state` does, and adds up those of the same state and token."""
+        return jnp.zeros((self.size, _SHARED), x.dtype).at[*self._entry].add(x.reshape(-1))
 
     def to_targets(self, x: Float[Array, "N *S"]) -> Float[Array, "B T *S"]:
         """Returns for each target the entry of its state."""

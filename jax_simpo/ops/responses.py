@@ -1,12 +1,12 @@
-"""Adds the log-probs of single targets up to those of responses, and matches responses to pairs."""
+"""Adds the log-probs of single targets up to those of responses."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 
 class ResponseLogps(NamedTuple):
@@ -40,35 +40,3 @@ def sum_responses(
         return total, belongs.sum(1)
 
     return ResponseLogps(*add_up(0), *(add_up(slots + 1) if prompts else ()))
-
-
-class MatchedPairs(NamedTuple):
-    """Pairs at the slot of their chosen response; `valid` says which slots hold one. All others hold zeros.
-
-    `chosen` and `rejected` have the type of what was matched: an array, or a tuple of arrays.
-    """
-
-    chosen: Any
-    rejected: Any
-    valid: Bool[Array, "B R"]
-
-
-def match_pairs(responses: Any, response_pair: Int[Array, "B R"], response_rank: Int[Array, "B R"]) -> MatchedPairs:
-    """Brings each chosen response together with its rejected one, which is in the same row.
-
-    Args:
-        responses: arrays [B, R] with a number per response slot, such as a `ResponseLogps`.
-        response_pair: pair number, -1 for an empty slot.
-        response_rank: 0 chosen, 1 rejected.
-    """
-    valid = (response_pair >= 0) & (response_rank == 0)
-    partner = (response_pair[:, :, None] == response_pair[:, None, :]) & (response_rank == 1)[:, None, :]
-    partner &= valid[:, :, None]
-
-    def chosen(numbers: Array) -> Array:
-        return jnp.where(valid, numbers, 0.0)
-
-    def rejected(numbers: Array) -> Array:
-        return jnp.where(partner, numbers[:, None, :], 0.0).sum(-1)
-
-    return MatchedPairs(jax.tree.map(chosen, responses), jax.tree.map(rejected, responses), valid)

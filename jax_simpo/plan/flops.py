@@ -1,4 +1,4 @@
-"""Counts the floating-point operations of a step from the lengths of its pairs.
+"""Counts the floating-point operations of a step from the lengths of its groups.
 
 Useful operations are those that the tokens of the layout need: in the forward pass two per parameter and token, and
 four per visible query-key pair, head and feature; in the backward pass twice as many. Padding, the masked parts of
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jax_simpo.data.pairs import PairLengths
+from jax_simpo.data.groups import GroupLengths
 from jax_simpo.models.config import ModelConfig
 
 _FORWARD_AND_BACKWARD = 3
@@ -20,7 +20,7 @@ _FORWARD_AND_BACKWARD = 3
 
 @dataclass(frozen=True)
 class Work:
-    """The quantities that the operations of some pairs follow from.
+    """The quantities that the operations of some groups follow from.
 
     Attributes:
         tokens: input tokens.
@@ -33,16 +33,14 @@ class Work:
     predictors: int
 
 
-def work_of(lengths: PairLengths, prefix_sharing: bool) -> Work:
-    """Returns the work of these pairs, laid out with or without prefix sharing."""
-    chosen, rejected = lengths.chosen_inputs.astype(np.int64), lengths.rejected_inputs.astype(np.int64)
-    shared = lengths.shared_inputs.astype(np.int64) if prefix_sharing else np.zeros_like(chosen)
-    triangle = lambda n: n * (n + 1) // 2  # noqa: E731
-    visible = triangle(chosen) + triangle(rejected) - triangle(shared)
-    # The predictors of a response begin with its last prompt token. Those within the shared prefix count once.
-    first = np.maximum(chosen - lengths.chosen_targets, rejected - lengths.rejected_targets)
-    predictors = lengths.targets() - np.maximum(shared - first, 0)
-    return Work(int((chosen + rejected - shared).sum()), int(visible.sum()), int(predictors.sum()))
+def work_of(lengths: GroupLengths, prefix_sharing: bool) -> Work:
+    """Returns the work of these groups, laid out with or without prefix sharing."""
+    if prefix_sharing:
+        counts = lengths.tree_tokens, lengths.tree_visible, lengths.tree_predictors
+    else:
+        inputs = lengths.inputs.astype(np.int64)
+        counts = inputs, inputs * (inputs + 1) // 2, lengths.targets
+    return Work(*(int(count.sum(dtype=np.int64)) for count in counts))
 
 
 def layer_parameters(config: ModelConfig) -> int:

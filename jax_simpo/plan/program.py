@@ -37,8 +37,8 @@ from jax_simpo.plan.report import HardwarePlan, Memory, Traffic
 from jax_simpo.plan.topology import Topology
 from jax_simpo.run.cadence import count_steps
 from jax_simpo.sharding import make_mesh, named
+from jax_simpo.training.groups import packing_line
 from jax_simpo.training.optim import run_optimizer
-from jax_simpo.training.pairs import packing_line
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import Accumulated, Denominators, make_train_functions
 

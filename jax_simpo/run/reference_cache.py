@@ -1,7 +1,7 @@
-"""The cache of reference log-probs: two float32 sums a pair, kept between runs and written as they are computed.
+"""The cache of reference log-probs: a float32 sum a response, kept between runs and written as they are computed.
 
 An entry is a folder named by a hash of everything that its numbers depend on. It holds `identity.json`, which spells
-that out, and a file for every few hundred pairs, each with a checksum. So a pass that was interrupted goes on where it
+that out, and a file for every few hundred groups, each with a checksum. So a pass that was interrupted goes on where it
 was, and what was damaged, or put there from elsewhere, is found when it is read.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +33,30 @@ _DIGEST_BYTES = 32
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """One entry of the cache: the sums of all pairs of a data set under one reference.
+    """One entry of the cache: the sums of all responses of a data set under one reference.
 
     Attributes:
         root: the folder of all entries.
         identity: everything that the numbers depend on, representable in JSON.
-        pairs: the number of pairs.
-        pairs_per_file: the number of pairs whose sums are written at a time.
+        groups: the number of groups.
+        responses: the number of their responses.
+        groups_per_file: the number of groups whose sums are written at a time.
     """
 
     root: Path
     identity: Mapping[str, Any]
-    pairs: int
-    pairs_per_file: int
+    groups: int
+    responses: int
+    groups_per_file: int
 
     @cached_property
     def _described(self) -> dict[str, Any]:
-        sizes = {"version": VERSION, "pairs": self.pairs, "pairs_per_file": self.pairs_per_file}
+        sizes = {
+            "version": VERSION,
+            "groups_per_file": self.groups_per_file,
+            "groups": self.groups,
+            "responses": self.responses,
+        }
         return dict(json.loads(json.dumps({**self.identity, **sizes})))
 
     @cached_property
@@ -60,26 +68,21 @@ class ReferenceCache:
     @property
     def steps(self) -> int:
         """The number of files of a finished entry."""
-        return -(-self.pairs // self.pairs_per_file)
+        return -(-self.groups // self.groups_per_file)
 
-    def read(self) -> Float[np.ndarray, "N 2"]:
-        """Reads the sums that are there: those of the first N pairs, chosen and rejected. N may be 0.
+    def read(self) -> list[Float[np.ndarray, " R"]]:
+        """Reads the files that are there, from the first on, and returns the sums in each.
 
         Raises:
-            DataError: a file is damaged, or the entry belongs to another reference or other pairs.
+            DataError: a file is damaged, or the entry belongs to another reference or other groups.
         """
         if not self.folder.is_dir():
-            return np.zeros((0, 2), np.float32)
+            return []
         self._check_identity()
-        parts = [np.zeros((0, 2), np.float32)]
-        for step in range(self.steps):
-            if not self._file(step).exists():
-                break
-            parts.append(self._read_file(step))
-        return np.concatenate(parts)
+        return [self._read_file(step) for step in takewhile(lambda n: self._file(n).exists(), range(self.steps))]
 
-    def write(self, step: int, sums: Float[np.ndarray, "P 2"]) -> None:
-        """Writes the sums of the pairs from `step * pairs_per_file` on.
+    def write(self, step: int, sums: Float[np.ndarray, " R"]) -> None:
+        """Writes the sums of the responses of the groups from `step * groups_per_file` on.
 
         Raises:
             ConfigError: the file cannot be written.
@@ -99,7 +102,7 @@ class ReferenceCache:
         """Returns a checksum that no other entry's file and no other step's has."""
         return hashlib.sha256(f"{self.folder.name}/{step}/".encode() + content).digest()
 
-    def _read_file(self, step: int) -> Float[np.ndarray, "P 2"]:
+    def _read_file(self, step: int) -> Float[np.ndarray, " R"]:
         file = self._file(step)
         data = file.read_bytes()
         digest, content = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
@@ -108,7 +111,7 @@ class ReferenceCache:
                 f"{file}: these reference log-probs are damaged, or belong to another cache: their checksum does not "
                 f"fit. Remove the folder {self.folder}; they are then computed again"
             )
-        return np.frombuffer(content, "<f4").reshape(-1, 2)
+        return np.frombuffer(content, "<f4")
 
     def _check_identity(self) -> None:
         file = self.folder / _IDENTITY

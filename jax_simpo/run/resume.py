@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jax_simpo.config import TrainConfig
-from jax_simpo.data.store import PairDataset
+from jax_simpo.data.store import GroupDataset
 from jax_simpo.errors import CheckpointError, ConfigError
 from jax_simpo.run import files
 from jax_simpo.run.facts import read_facts
@@ -22,7 +22,7 @@ Trainer = Literal["jax-simpo train", "python -m torch_ref train"]
 ENGINE = "engine"  # key under which the PyTorch reference saves which engine wrote a step; no part of the identity
 
 
-def run_identity(config: TrainConfig, global_batch_size: int, pairs: PairDataset) -> dict[str, Any]:
+def run_identity(config: TrainConfig, global_batch_size: int, pairs: GroupDataset) -> dict[str, Any]:
     """Returns what makes a run this run and no other: its settings, its batch size and the tokens it trains on.
 
     Args:
@@ -31,9 +31,14 @@ def run_identity(config: TrainConfig, global_batch_size: int, pairs: PairDataset
         pairs: the training pairs.
     """
     digest = sha256()
-    for pair in pairs.pairs(range(len(pairs))):
-        for response in pair.responses:
-            digest.update(b"%d:%d:" % (len(response.ids), response.prompt_length) + response.ids.tobytes())
+    for group in pairs.groups(range(len(pairs))):
+        for place, (rank, response) in enumerate(zip(group.ranks, group.responses, strict=True)):
+            known = f"{len(response.ids)}:{response.prompt_length}:"
+            if rank != place or response.length < len(response.ids) - response.prompt_length:
+                known = f"{len(response.ids)}:{response.spans}:{rank}:"  # ties, and turns that are not scored
+            digest.update(known.encode() + response.ids.tobytes())
+    if config.compare_weights == "score_gap":
+        digest.update(pairs.scores.tobytes())
     if config.weight_column is not None:
         digest.update(pairs.weights.tobytes())
     identity = {

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from jaxtyping import Int
 
-from jax_simpo.data.pairs import common_prefix_length
-from jax_simpo.data.tokenize import PairDataset
+from jax_simpo.data.tokenize import GroupDataset
+from jax_simpo.data.tree import common_prefix_length
 from jax_simpo.run import files
 from jax_simpo.run.manifest import write_file
 
@@ -42,7 +42,7 @@ class Sample:
 
 
 def sample_prompts(
-    pairs: PairDataset, tokenizer: PreTrainedTokenizerBase, count: int
+    pairs: GroupDataset, tokenizer: PreTrainedTokenizerBase, count: int
 ) -> tuple[list[Sample], list[Int[np.ndarray, " N"]]]:
     """Takes the first pairs of a split as samples, and returns them with the token ids that the model is to answer.
 
@@ -54,14 +54,16 @@ def sample_prompts(
     header = _assistant_header(tokenizer)
     samples, prompts = [], []
     for index in range(min(count, len(pairs))):
-        text, chosen = pairs.texts(index), pairs.pair(index).chosen
+        text, chosen = pairs.texts(index), pairs.group(index).best
         # The assistant's header belongs to the response, not to the prompt, but an answer comes after it. So the prompt
         # goes on with as much of the template's generation prompt as the responses begin with: all of it with Llama-3
         # and Zephyr, nothing with Mistral, and only a part where the template also opens a thought, say, which the
         # responses do not have. The ids are the pair's own: they are cut to the length that training has.
         shared = _header_length(text.prompt, header, chosen.targets[:-1], tokenizer)
         prompts.append(chosen.ids[: chosen.prompt_length + shared])
-        samples.append(Sample(*(readable(part, tokenizer) for part in (text.prompt, text.chosen, text.rejected))))
+        samples.append(
+            Sample(*(readable(part, tokenizer) for part in (text.prompt, text.responses[0], text.responses[-1])))
+        )
     return samples, prompts
 
 

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 import optax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
-from jaxtyping import Float
 from rich.console import Console
 
-from jax_simpo.data.loader import PairSource, StepBatch, step_batches
+from jax_simpo.data.loader import GroupSource, Known, StepBatch, step_batches
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.errors import TrainingError
 from jax_simpo.models.transformer import Params
@@ -40,8 +38,7 @@ class TrainingLoop:
         setup: the objects built from the config.
         plan: the step plan of the training pairs.
         pairs: the training pairs.
-        reference: the sums of their responses under the reference, for an objective that needs one.
-        weights: their weights; None if they have none.
+        known: what is known of them besides their tokens: sums under the reference, scores, weights.
         functions: the compiled functions.
         schedule: gives the learning rate of a step.
         evaluation: evaluates the evaluation pairs; None where the run has none.
@@ -57,9 +54,8 @@ class TrainingLoop:
 
     setup: Setup
     plan: StepPlan
-    pairs: PairSource
-    reference: Float[np.ndarray, "P 2"] | None
-    weights: Float[np.ndarray, " P"] | None
+    pairs: GroupSource
+    known: Known
     functions: TrainFunctions
     schedule: optax.Schedule
     evaluation: Evaluation | None
@@ -92,18 +88,14 @@ class TrainingLoop:
         with (
             MetricsLog(self.output, first_step=first_step, write=distributed.is_first()) as self._log,
             TrainingProgress(self.console, self.total_steps, first_step) as self._progress,
-            closing(
-                step_batches(
-                    self.plan, self.pairs, steps, rows=rows.tolist(), reference=self.reference, weights=self.weights
-                )
-            ) as batches,
+            closing(step_batches(self.plan, self.pairs, steps, rows=rows.tolist(), known=self.known)) as batches,
         ):
             if self.evaluation is not None and not first_step:
                 self._evaluate(params, step=0, epoch=0.0)
             self._clock = _Clock(_counted_before(self.output, self.plan, first_step))
             for batch in self._clock.waiting(batches):
                 params, state, metrics = run_step(self.functions, params, state, batch)
-                self._clock.count(len(batch.pairs), batch.input_tokens)
+                self._clock.count(len(batch.groups), batch.input_tokens)
                 self._after(batch, params, state, metrics)
                 done = batch.step + 1
                 if self._stop_asked or self.ended_early:
@@ -174,7 +166,7 @@ class TrainingLoop:
             **values,
             "learning_rate": float(self.schedule(batch.step)),
             "epoch": batch.epoch,
-            "pairs": len(batch.pairs),
+            "pairs": len(batch.groups),
             "tokens": batch.input_tokens,
             "tokens_per_second": rates.tokens / rates.seconds,
             "pairs_per_second": rates.pairs / rates.seconds,
@@ -224,7 +216,7 @@ class _Counted:
 def _counted_before(output: Path, plan: StepPlan, first_step: int) -> _Counted:
     """Counts the pairs and tokens of the steps before `first_step`; their seconds are read from the last record."""
     tokens = plan.lengths.row_tokens(plan.prefix_sharing)
-    steps = [plan.pairs(step) for step in range(first_step)]
+    steps = [plan.groups(step) for step in range(first_step)]
     logged = [record for record in read_metrics(output) if "step" in record]
     last = logged[-1] if steps and logged else {}
     seconds, waited = (last.get(f"total_{name}", 0.0) for name in ("seconds", "waited"))

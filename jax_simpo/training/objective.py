@@ -6,12 +6,13 @@ import importlib.util
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_simpo.config import TrainConfig, objective_weights
-from jax_simpo.config.objectives import ALL_KEYS, REFERENCE_KEY, code_of
+from jax_simpo.config.objectives import ALL_KEYS, GROUP_KEYS, REFERENCE_KEY, code_of
 from jax_simpo.errors import ConfigError
 from jax_simpo.objectives import Objective, Responses, make_objective
 
@@ -28,7 +29,8 @@ def objective_of(config: TrainConfig) -> Objective:
         return make_objective(objective_weights(config.objective), vars(config))
     elif isinstance(config.objective, Objective):
         objective = config.objective
-        if ignored := [key for key in ALL_KEYS if getattr(config, key) is not None]:
+        given = [*(key for key in ALL_KEYS if getattr(config, key) is not None), *_of_groups(config)]
+        if ignored := [key for key in given if getattr(config, key) != getattr(objective, key, None)]:
             raise ConfigError(
                 f"`{ignored[0]}` has no effect beside an `objective` made in Python; set it on the object"
             )
@@ -40,6 +42,11 @@ def objective_of(config: TrainConfig) -> Objective:
             f"`{REFERENCE_KEY}` has no effect with `objective` {name}, which needs no reference; remove it"
         )
     _check_losses(objective)
+    if objective.group_loss == "plackett_luce" and type(objective).difference is Objective.difference:
+        raise ConfigError(
+            f"`group_loss: plackett_luce` needs an objective that defines `difference`, the difference of rewards; "
+            f"{type(objective).__name__} does not"
+        )
     return objective
 
 
@@ -68,7 +75,7 @@ def _load_class(file: str, name: str) -> type[Objective]:
 
 
 def _make(kind: type[Objective], shown: str, config: TrainConfig) -> Objective:
-    given = {key: value for key in ALL_KEYS if (value := getattr(config, key)) is not None}
+    given = {key: value for key in ALL_KEYS if (value := getattr(config, key)) is not None} | _of_groups(config)
     own = {field.name for field in fields(kind)}
     if unknown := [key for key in given if key not in own]:
         raise ConfigError(f"`{unknown[0]}` has no effect with `objective: {shown}`, which has no such field; remove it")
@@ -76,6 +83,12 @@ def _make(kind: type[Objective], shown: str, config: TrainConfig) -> Objective:
         return kind(**given)
     except TypeError as error:  # a field without a default that no key gives
         raise ConfigError(f"`objective: {shown}` cannot be made from the keys of the config: {error}") from error
+
+
+def _of_groups(config: TrainConfig) -> dict[str, Any]:
+    """Returns the keys of group losses that differ from their defaults."""
+    defaults = {field.name: field.default for field in fields(Objective)}
+    return {key: value for key in GROUP_KEYS if (value := getattr(config, key)) != defaults[key]}
 
 
 def _check_losses(objective: Objective) -> None:

@@ -1,7 +1,7 @@
-"""Computes the log-probs of all pairs under the frozen reference model, once and before training.
+"""Computes the log-probs of all responses under the frozen reference model, once and before training.
 
 The reference is loaded, scored and dropped before the policy trains, so that two models are never in memory together.
-Only two sums a pair are kept, in a cache (`run/reference_cache.py`).
+Only a sum for each response is kept, in a cache (`run/reference_cache.py`).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from jaxtyping import Float
 from rich.console import Console
 
 from jax_simpo.data.store import cache_root
-from jax_simpo.data.tokenize import PairDataset
+from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
 from jax_simpo.run.reference_cache import ReferenceCache, model_digest
-from jax_simpo.training.evaluate import PAIRS_PER_PLAN, score_steps
+from jax_simpo.training.evaluate import GROUPS_PER_PLAN, score_steps
 from jax_simpo.training.progress import PairLines
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import make_score_function
 
-ReferenceSums = Float[np.ndarray, "P 2"]
+ReferenceSums = Float[np.ndarray, " R"]
 
 
 @dataclass
@@ -57,8 +57,8 @@ class Reference:
             weights = distributed.collect("reference weights", digests)[0]
         return {"weights": weights, "dtype": setup.config.dtype}
 
-    def sums(self, pairs: PairDataset, console: Console) -> ReferenceSums:
-        """Returns the sums of log-probs of the chosen and rejected response of every pair, from the cache or computed.
+    def sums(self, pairs: GroupDataset, console: Console) -> ReferenceSums:
+        """Returns the sum of log-probs of every response, group after group, from the cache or computed.
 
         Every process of the run calls it; they share the work.
 
@@ -66,27 +66,28 @@ class Reference:
             DataError: the cache is damaged, or belongs to another reference.
         """
         setup = self.setup
-        plan = replace(setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None), prompt_targets=False)
+        plan = replace(setup.step_plan(pairs, batch=GROUPS_PER_PLAN, seed=None), prompt_targets=False)
         identity = {**self.identity, "tokens": pairs.fingerprint}
-        cache = ReferenceCache(cache_root(setup.config.data_cache_dir), identity, len(pairs), PAIRS_PER_PLAN)
-        sums = cache.read()
-        first = min(distributed.collect("reference", -(-len(sums) // PAIRS_PER_PLAN)))
-        steps = range(first, plan.steps_per_epoch)
+        root = cache_root(setup.config.data_cache_dir)
+        cache = ReferenceCache(root, identity, len(pairs), len(pairs.lengths.ranks), GROUPS_PER_PLAN)
+        parts = cache.read()
+        first = min(distributed.collect("reference", len(parts)))
+        parts, steps = parts[:first], range(first, plan.steps_per_epoch)
         if not steps:
             console.print(f"reference: log-probs of {len(pairs)} pairs of {pairs.name} found in {cache.folder}")
-            return sums
-        done = f", {first * PAIRS_PER_PLAN} of them done" if first else ""
+            return np.concatenate(parts)
+        ready = first * GROUPS_PER_PLAN
+        done = f", {ready} of them done" if first else ""
         console.print(f"reference: computing the log-probs of {len(pairs)} pairs of {pairs.name}{done}")
-        parts = [sums[: first * PAIRS_PER_PLAN]]
-        lines = PairLines(console, "reference", len(pairs), len(parts[0]))
+        lines = PairLines(console, "reference", len(pairs), ready)
         with jax.set_mesh(setup.mesh):
             score = make_score_function(setup.forward, setup.mesh)
             scored = score_steps(score, self.params, plan, pairs, setup.mesh, steps)
-            for step, (_, of_step, _) in zip(steps, scored, strict=True):
-                parts.append(of_step[:, :2])
+            for step, (sums, _) in zip(steps, scored, strict=True):
+                parts.append(sums)
                 if distributed.is_first():
-                    cache.write(step, parts[-1])
-                lines.show(sum(map(len, parts)))
+                    cache.write(step, sums)
+                lines.show(min((step + 1) * GROUPS_PER_PLAN, len(pairs)))
         return np.concatenate(parts)
 
     @property

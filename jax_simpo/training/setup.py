@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from jax_simpo import hf
 from jax_simpo.config import TrainConfig, torch_only
 from jax_simpo.data import chat, sources
+from jax_simpo.data.loader import Known
 from jax_simpo.data.packing import StepPlan, make_step_plan
-from jax_simpo.data.tokenize import PairDataset
+from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.errors import CheckpointError, ConfigError, ModelError
 from jax_simpo.hf import adapters
 from jax_simpo.hf.config import read_model_config
@@ -32,8 +34,8 @@ from jax_simpo.run.checkpoint import Checkpoints, abstract_state
 from jax_simpo.run.files import CHECKPOINTS
 from jax_simpo.sharding import make_mesh
 from jax_simpo.training import capacity
+from jax_simpo.training.groups import require_data, tokenize_on_first
 from jax_simpo.training.objective import objective_of
-from jax_simpo.training.pairs import require_data, tokenize_on_first
 from jax_simpo.training.start import StartModel, find_start_model
 
 
@@ -251,11 +253,11 @@ class Setup:
         adapters.save(params, self.model, folder, dtype, base=name, revision=revision, tokenizer=self.tokenizer)
         return f"adapter of {name}"
 
-    def tokenize(self, raw: sources.RawSplit) -> PairDataset:
+    def tokenize(self, raw: sources.RawSplit) -> GroupDataset:
         """Tokenises a split as the config says. Every process calls it; see `tokenize_on_first`."""
         return tokenize_on_first(self.config, raw, self.tokenizer)
 
-    def train_pairs(self) -> PairDataset:
+    def train_pairs(self) -> GroupDataset:
         """Tokenises the training pairs, each source cut to its fraction.
 
         Raises:
@@ -274,7 +276,7 @@ class Setup:
         )
         return self.tokenize(raw)
 
-    def eval_pairs(self) -> PairDataset:
+    def eval_pairs(self) -> GroupDataset:
         """Tokenises the pairs of all evaluation splits, uncut.
 
         Raises:
@@ -293,7 +295,7 @@ class Setup:
         raw = sources.load_eval(config.dataset_mixer, config.eval_splits, dataset_configs=config.dataset_configs)
         return self.tokenize(raw)
 
-    def split_pairs(self, split: str) -> PairDataset:
+    def split_pairs(self, split: str) -> GroupDataset:
         """Tokenises the pairs of one split of all sources, uncut and in file order.
 
         Raises:
@@ -305,7 +307,22 @@ class Setup:
         raw = sources.load_split(config.dataset_mixer, split, dataset_configs=config.dataset_configs)
         return self.tokenize(raw)
 
-    def step_plan(self, pairs: PairDataset, *, batch: int, seed: int | None) -> StepPlan:
+    def known(self, groups: GroupDataset, reference: np.ndarray | None = None, *, training: bool = False) -> Known:
+        """Returns what the objective reads of groups besides their tokens.
+
+        Args:
+            groups: the groups of a split.
+            reference: the sums of their responses under the reference, for an objective that needs one.
+            training: True for the groups that are trained on, which may have weights.
+
+        Raises:
+            DataError: the objective weighs comparisons by scores, and some groups have none.
+        """
+        weights = groups.weights if training and self.config.weight_column is not None else None
+        scores = groups.scores if self.objective.compare_weights == "score_gap" else None
+        return Known(reference, scores, weights)
+
+    def step_plan(self, pairs: GroupDataset, *, batch: int, seed: int | None) -> StepPlan:
         """Makes the step plan of a split and checks that every pair fits a row.
 
         Args:

@@ -11,7 +11,7 @@ The trainer, the parity check, the benchmarks and the tests all call `run_step`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,16 +29,34 @@ from jax_simpo.data.rows import RowBatch
 from jax_simpo.models.policy import Forward, Rows
 from jax_simpo.models.transformer import Params
 from jax_simpo.objectives import Objective, Responses
-from jax_simpo.ops.responses import ResponseLogps, match_pairs
+from jax_simpo.objectives.groups import Ranking, group_terms
+from jax_simpo.ops.responses import ResponseLogps
 from jax_simpo.sharding import put_rows
 from jax_simpo.training.optim import state_shardings
 
 
 class Denominators(NamedTuple):
-    """The numbers that a step's sums are divided by: its pairs, and the tokens that `sft_loss` is a mean over."""
+    """The numbers that a step's sums are divided by.
 
-    pairs: Float[Array, ""]
+    Attributes:
+        groups: the step's groups, or its comparisons if the loss is the mean over those.
+        chosen_tokens: the tokens that `sft_loss` is a mean over.
+    """
+
+    groups: Float[Array, ""]
     chosen_tokens: Float[Array, ""]
+
+    @classmethod
+    def of(cls, step: StepBatch, objective: Objective) -> Denominators:
+        """Counts what a step's sums are divided by."""
+        groups = len(step.groups)
+        if objective.mean_over == "pairs":
+            by_group = (
+                step.lengths.by_group(x, -1)
+                for x in (np.repeat(np.arange(groups), step.lengths.sizes), step.lengths.ranks)
+            )
+            groups = max(1, int(Ranking(*by_group).compared(objective.group_loss).sum()))
+        return cls(jnp.float32(groups), jnp.float32(step.chosen_tokens))
 
 
 def micro_batch_loss(
@@ -46,38 +64,39 @@ def micro_batch_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Computes a micro-batch's part of the step's loss and metrics; the parts of a step add up to its means.
 
-    `rows` holds `reference_sum`, float32 [B, R], if the objective needs a reference, and `pair_weight`, float32 [B, R],
-    if the pairs have weights (`MicroBatch.arrays`). A weight multiplies what its pair adds to the loss.
+    `rows` holds what `MicroBatch.arrays` adds: `reference_sum` if the objective needs a reference, `group_weight` if
+    the groups have weights, and `response_score` if the objective weighs comparisons by them; float32 [B, R]. A weight
+    multiplies what its group adds to the loss.
     """
     logps = forward.response_logps(params, rows, objective.reads_prompts)
     reference = rows["reference_sum"] if objective.needs_reference else jnp.zeros_like(logps.sum)
-    responses = Responses(logps.sum, logps.length, reference)
-    pairs = match_pairs(responses, rows["response_pair"], rows["response_rank"])
-    losses, weight = objective.losses(pairs.chosen, pairs.rejected), rows.get("pair_weight")
+    ranking = Ranking(rows["response_group"], rows["response_rank"], rows.get("response_score"))
+    terms = group_terms(objective, Responses(logps.sum, logps.length, reference), ranking)
+    weight = rows.get("group_weight")
 
-    def mean(per_pair: Array) -> Array:
-        return jnp.where(pairs.valid, per_pair, 0.0).sum() / denominators.pairs
+    def mean(per_group: Array) -> Array:
+        counted = terms.comparisons * per_group if objective.mean_over == "pairs" else per_group
+        return counted.sum() / denominators.groups
 
-    def weighted(per_pair: Array) -> Array:
-        return per_pair if weight is None else weight * per_pair
+    def weighted(per_group: Array) -> Array:
+        return per_group if weight is None else weight * per_group
 
-    loss = mean(weighted(losses))
+    loss = mean(weighted(terms.loss))
     metrics = {}
     if objective.sft_weight:
-        target_sum = weighted(pairs.chosen.sum).sum()
-        if logps.prompt_sum is not None:  # only chosen responses have targets in their prompts
+        target_sum = weighted(jnp.where(ranking.is_first, logps.sum, 0.0)).sum()
+        if logps.prompt_sum is not None:  # only the best responses have targets in their prompts
             target_sum += weighted(logps.prompt_sum).sum()
         metrics["sft_loss"] = -target_sum / denominators.chosen_tokens
         loss += objective.sft_weight * metrics["sft_loss"]
-    chosen, rejected = objective.score(pairs.chosen), objective.score(pairs.rejected)
     return loss, {
         "loss": loss,
-        "rewards/chosen": objective.beta * mean(chosen),
-        "rewards/rejected": objective.beta * mean(rejected),
-        "rewards/accuracies": mean((chosen > rejected).astype(jnp.float32)),
-        "rewards/margins": objective.beta * mean(chosen - rejected),
-        "logps/chosen": mean(objective.logps(pairs.chosen)),
-        "logps/rejected": mean(objective.logps(pairs.rejected)),
+        "rewards/chosen": objective.beta * mean(terms.chosen),
+        "rewards/rejected": objective.beta * mean(terms.rejected),
+        "rewards/accuracies": mean(terms.accuracy),
+        "rewards/margins": objective.beta * mean(terms.margin),
+        "logps/chosen": mean(terms.chosen_logps),
+        "logps/rejected": mean(terms.rejected_logps),
         **metrics,
     }
 
@@ -97,6 +116,7 @@ class TrainFunctions:
     the frozen part passes through `update` without being touched or copied.
 
     Attributes:
+        objective: the objective whose gradients they compute.
         mesh: the mesh that the functions are compiled for. Call them under `jax.set_mesh(mesh)`.
         accumulates: True if steps have several micro-batches as a rule.
         start_sum: `() -> Accumulated`, zeros.
@@ -108,6 +128,7 @@ class TrainFunctions:
         optimizer_shardings: the shardings of the optimizer state.
     """
 
+    objective: Objective
     mesh: Mesh
     accumulates: bool
     start_sum: Callable[[], Accumulated]
@@ -165,6 +186,7 @@ def make_train_functions(
         return optimizer.init(model.split(params)[0])
 
     return TrainFunctions(
+        objective=objective,
         mesh=mesh,
         accumulates=accumulates,
         start_sum=jax.jit(start_sum, out_shardings=accumulated),
@@ -182,36 +204,37 @@ class MicroBatch(NamedTuple):
         rows: the rows, or of several processes those that lie on this one's devices.
         row_count: the number of rows over all processes.
         denominators: the numbers that their sums are divided by.
-        reference_sum: the sum of log-probs of each response slot under the reference, if the objective needs one.
-        pair_weight: the weight of the pair of each response slot, if the pairs have weights.
+        of_slots: numbers of each response slot by name, float32 [B, R]: `reference_sum`, the sum of log-probs under the
+            reference; `group_weight`, the weight of its group; `response_score`. Each only where it is needed.
     """
 
     rows: RowBatch
     row_count: int
     denominators: Denominators
-    reference_sum: Float[np.ndarray, "B R"] | None = None
-    pair_weight: Float[np.ndarray, "B R"] | None = None
+    of_slots: Mapping[str, Float[np.ndarray, "B R"]]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays of the rows by name, with `reference_sum` and `pair_weight` where there are such."""
-        more = {"reference_sum": self.reference_sum, "pair_weight": self.pair_weight}
-        return {**self.rows.arrays(), **{name: array for name, array in more.items() if array is not None}}
+        """Returns the arrays of the rows and of their slots by name."""
+        return {**self.rows.arrays(), **self.of_slots}
 
 
-def split_step(step: StepBatch) -> list[MicroBatch]:
+def split_step(step: StepBatch, objective: Objective) -> list[MicroBatch]:
     """Returns the micro-batches of a step, each with the denominators of the whole step."""
-    denominators = Denominators(jnp.float32(len(step.pairs)), jnp.float32(step.chosen_tokens))
+    denominators = Denominators.of(step, objective)
     return [
-        MicroBatch(rows, len(slots.pair), denominators, step.reference_sums(rows), step.pair_weights(rows))
+        MicroBatch(rows, len(slots.group), denominators, step.of_slots(rows))
         for rows, slots in zip(step.micro_batches, step.slots, strict=True)
     ]
+
+
+Split = Callable[[StepBatch, Objective], Iterable[MicroBatch]]
 
 
 def accumulate_step(
     functions: TrainFunctions,
     params: Params,
     step: StepBatch,
-    split: Callable[[StepBatch], Iterable[MicroBatch]] = split_step,
+    split: Split = split_step,
 ) -> Accumulated:
     """Adds up the gradients and metrics of a step. Called under `jax.set_mesh(functions.mesh)`.
 
@@ -222,7 +245,7 @@ def accumulate_step(
         split: gives the micro-batches of the step. Only the parity check's wrong variants need another than the
             default.
     """
-    micro_batches = list(split(step))
+    micro_batches = list(split(step, functions.objective))
     # Zeros to start from let one program serve every micro-batch of every step. The forward and backward pass are most
     # of what a run compiles, and a program for a step's first micro-batch alone would compile them a second time.
     so_far = functions.start_sum() if functions.accumulates or len(micro_batches) > 1 else None
@@ -238,7 +261,7 @@ def run_step(
     params: Params,
     state: Any,
     step: StepBatch,
-    split: Callable[[StepBatch], Iterable[MicroBatch]] = split_step,
+    split: Split = split_step,
 ) -> tuple[Params, Any, dict[str, Array]]:
     """Makes an optimizer step. Called under `jax.set_mesh(functions.mesh)`; does not wait for the devices.
 

@@ -14,7 +14,7 @@ from jax_simpo import hf
 from jax_simpo.config import TrainConfig
 from jax_simpo.data.packing import measure
 from jax_simpo.data.sources import RawSplit
-from jax_simpo.data.tokenize import PairDataset
+from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.models.generate import generate
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
@@ -30,10 +30,10 @@ from jax_simpo.run.resume import check_not_finished, check_same_run, run_identit
 from jax_simpo.run.samples import read_answers, read_samples, sample_prompts, with_answers, write_samples
 from jax_simpo.sharding import hosts_share_tensor
 from jax_simpo.training.compilation import keep_compiled_programs
-from jax_simpo.training.evaluate import PAIRS_PER_PLAN, Evaluation
+from jax_simpo.training.evaluate import GROUPS_PER_PLAN, Evaluation
+from jax_simpo.training.groups import idle_warning, notes_on, packing_line
 from jax_simpo.training.loop import TrainingLoop
 from jax_simpo.training.optim import run_optimizer
-from jax_simpo.training.pairs import idle_warning, notes_on, packing_line
 from jax_simpo.training.reference import Reference
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import make_score_function, make_train_functions
@@ -126,7 +126,8 @@ def train(
     if reference is not None:
         sums = reference.sums(training, console)
         if evaluation is not None:
-            evaluation = replace(evaluation, reference=reference.sums(evaluation.source, console))
+            of_evaluation = reference.sums(evaluation.source, console)
+            evaluation = replace(evaluation, known=setup.known(evaluation.source, of_evaluation))
         start = reference.take()  # before the policy is loaded: two models are never in memory together
     with Checkpoints(output / files.CHECKPOINTS, keep=config.save_total_limit) as checkpoints, jax.set_mesh(mesh):
         schedule, optimizer = run_optimizer(config, total_steps)
@@ -166,8 +167,7 @@ def train(
             setup=setup,
             plan=plan,
             pairs=training,
-            reference=sums,
-            weights=None if config.weight_column is None else training.weights,
+            known=setup.known(training, sums, training=True),
             functions=functions,
             schedule=schedule,
             evaluation=evaluation,
@@ -243,15 +243,15 @@ def print_notes(console: Console, notes: Sequence[str]) -> None:
 def _evaluation(setup: Setup, console: Console) -> Evaluation:
     pairs = setup.eval_pairs()
     print_notes(console, notes_on(pairs))
-    plan = setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
+    plan = setup.step_plan(pairs, batch=GROUPS_PER_PLAN, seed=None)
     score = make_score_function(setup.forward, setup.mesh, prompts=setup.objective.reads_prompts)
-    return Evaluation(score, plan, pairs, setup.objective, setup.mesh)
+    return Evaluation(score, plan, pairs, setup.objective, setup.mesh, setup.known(pairs))
 
 
 class _Sampler:
     """Lets the model answer a few prompts before and after training."""
 
-    def __init__(self, setup: Setup, pairs: PairDataset, output: Path) -> None:
+    def __init__(self, setup: Setup, pairs: GroupDataset, output: Path) -> None:
         self._setup, self._pairs, self._output = setup, pairs, output
 
     def answer(self, params: Params, when: Literal["before", "after"]) -> None:

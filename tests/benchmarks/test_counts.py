@@ -10,7 +10,7 @@ from benchmarks.flops import attention_ideal, attention_layer_ideal, linear_idea
 from benchmarks.lengths import CUT, PROFILES, Profile, draw_lengths, profile_pairs
 from benchmarks.models import MODELS, model_mapping
 from benchmarks.timing import in_turns, speed_up, total_speed_up
-from jax_simpo.data.pairs import PairLengths, Response, TokenizedPair
+from jax_simpo.data.groups import Group, GroupLengths, Response
 from jax_simpo.data.rows import RowShape, build_rows
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.plan.flops import layer_parameters, useful_flops, work_of
@@ -40,9 +40,8 @@ def test_pairs_of_a_profile_share_exactly_their_prompt() -> None:
     lengths = profile_pairs(profile, 200, vocabulary=7).lengths
     prompt, chosen, rejected = draw_lengths(profile, 200).T
     # The only token of a one-token response is no input, so the shorter sequence ends with the prompt.
-    np.testing.assert_array_equal(lengths.shared_inputs, prompt)
-    np.testing.assert_array_equal(lengths.chosen_targets, chosen)
-    np.testing.assert_array_equal(lengths.rejected_targets, rejected)
+    np.testing.assert_array_equal(lengths.row_tokens(False) - lengths.row_tokens(True), prompt)
+    np.testing.assert_array_equal(lengths.targets.reshape(-1, 2), np.stack([chosen, rejected], axis=1))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,8 @@ def test_linear_ideals_are_those_of_flash_preference(prefix: int, response: int,
 
 def test_attention_s_ideal_is_its_ratio_of_visible_pairs() -> None:
     prefix, response = 4000, 1000
-    lengths = PairLengths(*(np.array([n]) for n in (prefix + response, prefix + response, prefix, response, response)))
+    ids = [np.array([1] * prefix + [own] * (response + 1), np.int32) for own in (2, 3)]
+    lengths = GroupLengths.of([Group(tuple(Response.after(prefix, x) for x in ids))])
     counted = work_of(lengths, False).visible / work_of(lengths, True).visible
     assert attention_ideal(prefix, response) == pytest.approx(counted, rel=1e-3)
 
@@ -86,7 +86,8 @@ def test_flops_of_a_pair_counted_by_hand() -> None:
             "num_key_value_heads": 1,
         }
     )
-    lengths = PairLengths(*(np.array([n]) for n in (4, 6, 3, 2, 4)))
+    ids = [np.array([1] * 3 + [own] * count, np.int32) for own, count in ((2, 2), (3, 4))]
+    lengths = GroupLengths.of([Group(tuple(Response.after(3, x) for x in ids))])
     assert layer_parameters(config) == 4 * 4 * 4 + 3 * 4 * 8
     shared = work_of(lengths, True)
     # Tokens 3 + 1 + 3; visible keys: 1+2+3 in the prefix, 4 in one branch, 4+5+6 in the other.
@@ -105,13 +106,11 @@ def test_states_that_predict_for_both_answers_are_counted_as_the_rows_have_them(
         [([1, 2, 3, 4, 5], 3), ([1, 2, 3, 4], 2)],  # cut at different places; one answer begins the other
         [([1, 2, 3], 2), ([4, 5, 6], 2)],  # nothing
     ]
-    pairs = [
-        TokenizedPair(tuple(Response(np.array(ids), prompt) for ids, prompt in responses)) for responses in answers
-    ]
+    pairs = [Group(tuple(Response.after(prompt, np.array(ids)) for ids, prompt in responses)) for responses in answers]
     for sharing in (True, False):
         rows = build_rows([list(enumerate(pairs))], RowShape(64, 64, 8), prefix_sharing=sharing)
         real = rows.target_response[0] < 8
-        assert work_of(PairLengths.of(pairs), sharing).predictors == len(set(rows.target_index[0][real]))
+        assert work_of(GroupLengths.of(pairs), sharing).predictors == len(set(rows.target_index[0][real]))
 
 
 def test_a_layer_s_ideal_lies_between_those_of_its_parts() -> None:

@@ -11,7 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from jax_simpo.config import load_config
-from jax_simpo.data.chat import built_in_templates, load_tokenizer, render_pair
+from jax_simpo.data.chat import built_in_templates, load_tokenizer, render_group
+from jax_simpo.data.conversations import read_conversation
 from jax_simpo.data.messages import BadRow, parse_hh
 from jax_simpo.errors import DataError
 from tests.small_tokenizer import save
@@ -42,8 +43,8 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, insert: bool = True) -> tuple[str, str, str]:
-    text = render_pair(row, tokenizer, insert)
-    return text.prompt, text.chosen, text.rejected
+    text = render_group(read_conversation(row), tokenizer, insert)
+    return text.prompt, text.responses[0], text.responses[1]
 
 
 # --- tokenizer set-up
@@ -243,7 +244,6 @@ def test_a_leading_bos_is_taken_off_the_answers_only(folder: Path) -> None:
 BAD_ROWS = {
     "not a message list": [
         {"chosen": 3, "rejected": "b", "prompt": "q"},
-        {"chosen": ["a"], "rejected": ["b"]},
         {"chosen": [{"from": "human", "value": "q"}], "rejected": [asks(), says("b")]},
         {"chosen": [asks(), message("assistant", None)], "rejected": [asks(), says("b")]},
         {"chosen": [asks(), message("assistant", [{"type": "text"}])], "rejected": [asks(), says("b")]},
@@ -258,7 +258,6 @@ BAD_ROWS = {
     "chosen = rejected": [{"prompt": "q", "chosen": "a", "rejected": "a"}],
     "prompts differ": [
         {"chosen": [asks("q"), says("a")], "rejected": [asks("Q"), says("b")]},
-        {"chosen": [asks(), says("x"), asks(), says("a")], "rejected": [asks(), says("b")]},
     ],
     "prompt repeated": [{"prompt": [asks()], "chosen": [asks(), says("a")], "rejected": [asks(), says("b")]}],
     "wrong role": [
@@ -272,6 +271,7 @@ BAD_ROWS = {
     ],
     "no prompt": [
         {"chosen": "a", "rejected": "b"},
+        {"chosen": ["a"], "rejected": ["b"]},
         {"prompt": " ", "chosen": "a", "rejected": "b"},
         {"prompt": [], "chosen": "a", "rejected": "b"},
         {"prompt": [], "chosen": [asks(), says("a")], "rejected": [asks(), says("b")]},
@@ -286,18 +286,18 @@ def test_bad_rows_are_refused_with_the_reason(
     kind: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     with pytest.raises(BadRow) as caught:
-        render_pair(row, tokenizer, True)
+        render_group(read_conversation(row), tokenizer, True)
     assert caught.value.kind == kind
 
 
 def test_answers_the_template_makes_equal_are_refused(folder: Path) -> None:
     with pytest.raises(BadRow, match="read the same after the chat template"):
-        render_pair(
-            {"prompt": "q", "chosen": "a", "rejected": " a "}, load_tokenizer(folder, chat_template="llama-3"), True
-        )
+        row = {"prompt": "q", "chosen": "a", "rejected": " a "}
+        render_group(read_conversation(row), load_tokenizer(folder, chat_template="llama-3"), True)
 
 
 def test_what_a_template_refuses_is_a_bad_row(folder: Path) -> None:
     picky = "{% for m in messages %}{% if 'z' in m['content'] %}{{ raise_exception('no z') }}{% endif %}{% endfor %}x"
     with pytest.raises(BadRow, match="refused by the chat template: no z"):
-        render_pair({"prompt": "z", "chosen": "a", "rejected": "b"}, load_tokenizer(folder, chat_template=picky), True)
+        row = {"prompt": "z", "chosen": "a", "rejected": "b"}
+        render_group(read_conversation(row), load_tokenizer(folder, chat_template=picky), True)

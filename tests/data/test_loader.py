@@ -8,25 +8,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from jax_simpo.data.groups import Group, GroupLengths
 from jax_simpo.data.loader import build_step, prefetch, step_batches
 from jax_simpo.data.packing import StepPlan, make_step_plan
-from jax_simpo.data.pairs import PairLengths, TokenizedPair
-from tests.pairs import random_pairs
+from tests.pairs import Pairs, random_pairs
 
 
-class Pairs:
-    def __init__(self, pairs: list[TokenizedPair]) -> None:
-        self._pairs = pairs
-        self.read: list[int] = []
-
-    def pairs(self, indices: np.ndarray) -> list[TokenizedPair]:
-        self.read += indices.tolist()
-        return [self._pairs[i] for i in indices]
-
-
-def eight_pairs_a_step(pairs: list[TokenizedPair], rows: int) -> StepPlan:
+def eight_pairs_a_step(pairs: list[Group], rows: int) -> StepPlan:
     return make_step_plan(
-        PairLengths.of(pairs),
+        GroupLengths.of(pairs),
         global_batch_size=8,
         rows_per_micro_batch=rows,
         row_length=128,
@@ -40,14 +30,14 @@ def test_a_steps_micro_batches_hold_all_its_pairs_in_static_shapes() -> None:
     plan = eight_pairs_a_step(pairs, rows=3)
     batches = list(step_batches(plan, Pairs(pairs), range(3)))
     assert [b.step for b in batches] == [0, 1, 2]
-    assert [len(b.pairs) for b in batches] == [8, 8, 5]
+    assert [len(b.groups) for b in batches] == [8, 8, 5]
     for batch in batches:
-        slot_pairs = np.concatenate([rows.response_pair.ravel() for rows in batch.micro_batches])
-        assert sorted(slot_pairs[slot_pairs >= 0]) == sorted([*range(len(batch.pairs))] * 2)
+        slot_pairs = np.concatenate([rows.response_group.ravel() for rows in batch.micro_batches])
+        assert sorted(slot_pairs[slot_pairs >= 0]) == sorted([*range(len(batch.groups))] * 2)
         assert all(rows.tokens.shape == (3, 128) for rows in batch.micro_batches)
-        assert batch.chosen_tokens == sum(len(pairs[i].chosen.targets) for i in batch.pairs)
+        assert batch.chosen_tokens == sum(len(pairs[i].responses[0].targets) for i in batch.groups)
         assert batch.computed_tokens == 3 * 128 * len(batch.micro_batches)
-        assert batch.input_tokens == plan.lengths.row_tokens(True)[batch.pairs].sum()
+        assert batch.input_tokens == plan.lengths.row_tokens(True)[batch.groups].sum()
 
 
 def test_a_process_builds_its_rows_as_they_are_in_the_whole_step_and_reads_no_other_pairs() -> None:
@@ -57,8 +47,8 @@ def test_a_process_builds_its_rows_as_they_are_in_the_whole_step_and_reads_no_ot
         full_step = build_step(plan, Pairs(pairs), step)
         assert len(full_step.slots) == len(full_step.micro_batches)
         for slots, rows in zip(full_step.slots, full_step.micro_batches, strict=True):
-            np.testing.assert_array_equal(slots.pair, rows.response_pair)
-            np.testing.assert_array_equal(slots.rank, rows.response_rank)
+            np.testing.assert_array_equal(slots.group, rows.response_group)
+            np.testing.assert_array_equal(slots.place, rows.response_rank)
         read = []
         for own in ([0, 1], [3], [2]):
             source = Pairs(pairs)
@@ -73,7 +63,7 @@ def test_a_process_builds_its_rows_as_they_are_in_the_whole_step_and_reads_no_ot
             for ours, theirs in zip(part.micro_batches, full_step.micro_batches, strict=True):
                 for name, array in ours.arrays().items():
                     np.testing.assert_array_equal(array, theirs.arrays()[name][own])
-        assert sorted(read) == sorted(full_step.pairs)
+        assert sorted(read) == sorted(full_step.groups)
 
 
 def test_what_the_thread_raises_is_raised_where_it_happened() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jax_simpo.data.groups import GroupLengths
 from jax_simpo.data.packing import (
     MICRO_BATCH_TOKENS,
     ROW_MULTIPLE,
@@ -19,12 +20,11 @@ from jax_simpo.data.packing import (
     measure,
     pack,
 )
-from jax_simpo.data.pairs import PairLengths
 from jax_simpo.data.rows import RowShape
 from jax_simpo.errors import DataError
 
 
-def log_normal_lengths(count: int, prompt: float, response: float, seed: int = 0) -> PairLengths:
+def log_normal_lengths(count: int, prompt: float, response: float, seed: int = 0) -> GroupLengths:
     """Draws log-normal lengths around the given medians, cut at four times the median."""
     rng = np.random.default_rng(seed)
 
@@ -32,7 +32,12 @@ def log_normal_lengths(count: int, prompt: float, response: float, seed: int = 0
         return np.clip(rng.lognormal(np.log(median), 0.5, count), 2, 4 * median).astype(np.int32)
 
     p, chosen, rejected = draw(prompt), draw(response), draw(response)
-    return PairLengths(p + chosen - 1, p + rejected - 1, p, chosen, rejected)
+    two = lambda a, b: np.stack([a, b], 1).reshape(-1)  # noqa: E731
+    tokens = p + chosen + rejected - 2
+    ranks = np.tile(np.array([0, 1], np.int32), count)
+    inputs = two(p + chosen - 1, p + rejected - 1)
+    sizes = np.full(count, 2, np.int32)
+    return GroupLengths(sizes, tokens, tokens.astype(np.int64), tokens, ranks, inputs, two(p, p), two(chosen, rejected))
 
 
 @given(
@@ -46,7 +51,7 @@ def test_first_fit_decreasing_places_each_pair_once_within_all_capacities(
 ) -> None:
     tokens, wanted = np.array(sizes).T
     shape = RowShape(length, targets, 2 * pairs_per_row)
-    rows = first_fit_decreasing(tokens, wanted, shape)
+    rows = first_fit_decreasing(tokens, wanted, np.full(len(tokens), 2), shape)
     assert sorted(np.concatenate(rows)) == list(range(len(sizes)))
     for row in rows:
         assert tokens[row].sum() <= length and wanted[row].sum() <= targets and len(row) <= pairs_per_row
@@ -67,9 +72,9 @@ def test_every_epoch_visits_every_pair_once(count: int, batch: int, seed: int) -
     plan = StepPlan(log_normal_lengths(count, 40, 20), RowShape(512, 512, 8), batch, 4, seed=seed)
     for epoch in (0, 1):
         steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
-        visited = np.concatenate([plan.pairs(k) for k in steps])
+        visited = np.concatenate([plan.groups(k) for k in steps])
         assert sorted(visited) == list(range(count))
-        assert all(len(plan.pairs(k)) == batch for k in steps[:-1])
+        assert all(len(plan.groups(k)) == batch for k in steps[:-1])
     assert plan.step(2 * plan.steps_per_epoch - 1).epoch == 2.0
 
 
@@ -83,14 +88,14 @@ def test_a_step_consumes_the_same_pairs_however_its_rows_are_made() -> None:
     ]
     for variant in variants:
         for k in (0, 3, 9):
-            np.testing.assert_array_equal(variant.pairs(k), plan.pairs(k))
+            np.testing.assert_array_equal(variant.groups(k), plan.groups(k))
 
 
 def test_the_order_changes_with_seed_and_epoch_and_without_a_seed_is_file_order() -> None:
     plan = StepPlan(log_normal_lengths(100, 40, 20), RowShape(512, 512, 8), 100, 1, seed=1)
-    orders = [tuple(plan.pairs(0)), tuple(plan.pairs(1)), tuple(replace(plan, seed=2).pairs(0))]
+    orders = [tuple(plan.groups(0)), tuple(plan.groups(1)), tuple(replace(plan, seed=2).groups(0))]
     assert len(set(orders)) == 3
-    np.testing.assert_array_equal(replace(plan, seed=None).pairs(0), np.arange(100))
+    np.testing.assert_array_equal(replace(plan, seed=None).groups(0), np.arange(100))
 
 
 def test_micro_batches_are_filled_with_empty_rows() -> None:
@@ -110,7 +115,7 @@ def test_rows_of_eight_medians_are_filled(prompt: int, response: int, batch: int
     plan = make_step_plan(
         lengths, global_batch_size=batch, rows_per_micro_batch=1, row_length=length, max_row_length=length, seed=0
     )
-    fills = [lengths.row_tokens(True)[s.pairs].sum() / (len(s.rows) * length) for s in map(plan.step, range(8))]
+    fills = [lengths.row_tokens(True)[s.groups].sum() / (len(s.rows) * length) for s in map(plan.step, range(8))]
     assert np.mean(fills) >= least
 
 
@@ -137,9 +142,9 @@ def test_packing_keeps_to_all_capacities_and_takes_no_more_rows_than_first_fit(
 ) -> None:
     tokens, wanted = np.array(sizes).T
     shape = RowShape(length, targets, 2 * pairs_per_row)
-    rows = pack(tokens, wanted, shape)
+    rows = pack(tokens, wanted, np.full(len(tokens), 2), shape)
     assert sorted(np.concatenate(rows)) == list(range(len(sizes)))
-    assert len(rows) <= len(first_fit_decreasing(tokens, wanted, shape))
+    assert len(rows) <= len(first_fit_decreasing(tokens, wanted, np.full(len(tokens), 2), shape))
     for row in rows:
         assert tokens[row].sum() <= length and wanted[row].sum() <= targets and len(row) <= pairs_per_row
 
@@ -197,5 +202,7 @@ def test_a_pair_longer_than_a_row_is_an_error_that_says_what_to_change() -> None
     with pytest.raises(DataError) as error:
         plan.check(lambda pair: ("pairs.jsonl", 1000 + pair))
     tokens = lengths.row_tokens(True)[first]
-    assert f"pairs.jsonl, row {1000 + first}: the pair takes {tokens} tokens, but a row holds 512" in str(error.value)
+    assert f"pairs.jsonl, row {1000 + first}: its 2 responses take {tokens} tokens, but a row holds 512" in str(
+        error.value
+    )
     assert "Set `row_length: auto`, raise `row_length`, or lower `max_length`" in str(error.value)

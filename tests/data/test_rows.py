@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_simpo.data.pairs import PairLengths, TokenizedPair
+from jax_simpo.data.groups import Group, GroupLengths
 from jax_simpo.data.rows import RowBatch, RowShape, build_rows
 from tests.pairs import make_pair, pairs
 
@@ -32,12 +32,12 @@ def predictions(batch: RowBatch, slots: int) -> dict[tuple[int, int], list[tuple
             assert [position for position, _ in seen] == list(range(len(seen)))
             of_prompt, slot = slot > slots, slot % (slots + 1)
             rank = PROMPT if of_prompt else int(batch.response_rank[row, slot])
-            owner = (int(batch.response_pair[row, slot]), rank)
+            owner = (int(batch.response_group[row, slot]), rank)
             predicted.setdefault(owner, []).append(([token for _, token in seen], int(batch.target_token[row, t])))
     return predicted
 
 
-def expected(rows: list[list[TokenizedPair]]) -> dict[tuple[int, int], list[tuple[list[int], int]]]:
+def expected(rows: list[list[Group]]) -> dict[tuple[int, int], list[tuple[list[int], int]]]:
     """Computes `predictions` from the definition of a language model: it predicts a token from all tokens before it."""
     numbered = enumerate(pair for row in rows for pair in row)
     return {
@@ -49,9 +49,9 @@ def expected(rows: list[list[TokenizedPair]]) -> dict[tuple[int, int], list[tupl
     }
 
 
-def expected_in_prompts(rows: list[list[TokenizedPair]]) -> dict[tuple[int, int], list[tuple[list[int], int]]]:
+def expected_in_prompts(rows: list[list[Group]]) -> dict[tuple[int, int], list[tuple[list[int], int]]]:
     """Computes the predictions within the prompts of chosen responses. The first token is not predicted."""
-    chosen = [pair.chosen for row in rows for pair in row]
+    chosen = [pair.best for row in rows for pair in row]
     return {
         (number, PROMPT): [(r.ids[:j].tolist(), int(r.ids[j])) for j in range(1, r.prompt_length)]
         for number, r in enumerate(chosen)
@@ -59,9 +59,7 @@ def expected_in_prompts(rows: list[list[TokenizedPair]]) -> dict[tuple[int, int]
     }
 
 
-def lay_out(
-    rows: list[list[TokenizedPair]], prefix_sharing: bool, prompt_targets: bool = False
-) -> tuple[RowBatch, RowShape]:
+def lay_out(rows: list[list[Group]], prefix_sharing: bool, prompt_targets: bool = False) -> tuple[RowBatch, RowShape]:
     numbers = iter(range(10**6))
     numbered = [[(next(numbers), pair) for pair in row] for row in rows]
     most = max(sum(len(r.ids) for pair in row for r in pair.responses) for row in rows)
@@ -71,34 +69,34 @@ def lay_out(
 
 
 @given(st.lists(st.lists(pairs(), max_size=3), min_size=1, max_size=3), st.booleans())
-def test_every_target_is_predicted_from_its_own_past_alone(rows: list[list[TokenizedPair]], sharing: bool) -> None:
+def test_every_target_is_predicted_from_its_own_past_alone(rows: list[list[Group]], sharing: bool) -> None:
     batch, shape = lay_out(rows, sharing)
     assert predictions(batch, shape.responses) == expected(rows)
 
 
 @given(st.lists(st.lists(pairs(), max_size=3), min_size=1, max_size=3), st.booleans())
-def test_the_tokens_of_a_prompt_are_targets_once_if_asked(rows: list[list[TokenizedPair]], sharing: bool) -> None:
+def test_the_tokens_of_a_prompt_are_targets_once_if_asked(rows: list[list[Group]], sharing: bool) -> None:
     batch, shape = lay_out(rows, sharing, prompt_targets=True)
     assert predictions(batch, shape.responses) == {**expected(rows), **expected_in_prompts(rows)}
-    counts = PairLengths.of([pair for row in rows for pair in row]).targets(prompt=True)
+    counts = GroupLengths.of([pair for row in rows for pair in row]).row_targets(prompt=True)
     assert (batch.target_response != shape.responses).sum() == counts.sum()
 
 
 @given(st.lists(pairs(responses=4), min_size=1, max_size=2), st.booleans())
-def test_more_than_two_responses_share_a_prompt(row: list[TokenizedPair], sharing: bool) -> None:
+def test_more_than_two_responses_share_a_prompt(row: list[Group], sharing: bool) -> None:
     batch, shape = lay_out([row], sharing)
     assert predictions(batch, shape.responses) == expected([row])
 
 
 @given(st.lists(pairs(), min_size=1, max_size=3))
-def test_a_shared_row_holds_each_pairs_common_prefix_once(row: list[TokenizedPair]) -> None:
-    lengths = PairLengths.of(row)
+def test_a_shared_row_holds_each_pairs_common_prefix_once(row: list[Group]) -> None:
+    lengths = GroupLengths.of(row)
     for sharing in (True, False):
         assert lay_out([row], sharing)[0].input_tokens == lengths.row_tokens(sharing).sum()
 
 
 @given(st.lists(pairs(), max_size=2))
-def test_padding_sees_no_key_and_no_query_sees_padding(row: list[TokenizedPair]) -> None:
+def test_padding_sees_no_key_and_no_query_sees_padding(row: list[Group]) -> None:
     batch, _ = lay_out([row, []], True)
     for b, used in ((0, batch.input_tokens), (1, 0)):
         assert (batch.key_end[b, used:] == 0).all() and (batch.key_end[b, :used] > 0).all()
@@ -107,9 +105,9 @@ def test_padding_sees_no_key_and_no_query_sees_padding(row: list[TokenizedPair])
 
 
 def test_sharing_ends_before_the_prompt_does_where_its_last_token_merged() -> None:
-    from jax_simpo.data.pairs import Response
+    from jax_simpo.data.groups import Response
 
-    pair = TokenizedPair((Response(np.array([1, 2, 9, 5], np.int32), 3), Response(np.array([1, 2, 8, 6], np.int32), 3)))
+    pair = Group(tuple(Response.after(3, np.array(ids, np.int32)) for ids in ([1, 2, 9, 5], [1, 2, 8, 6])))
     batch, shape = lay_out([[pair]], True)
     assert batch.tokens[0, :4].tolist() == [1, 2, 9, 8]
     assert batch.positions[0, :4].tolist() == [0, 1, 2, 2]

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from jax_simpo.data.chat import PairText, load_tokenizer, render_pair
+from jax_simpo.data.chat import GroupText, load_tokenizer, render_group
+from jax_simpo.data.conversations import read_conversation
+from jax_simpo.data.groups import GroupLengths, Response
 from jax_simpo.data.messages import BadRow
-from jax_simpo.data.pairs import PairLengths, Response
 from jax_simpo.data.sources import RawSplit, load_split
-from jax_simpo.data.tokenize import PairDataset, tokenize_pair, tokenize_split
+from jax_simpo.data.tokenize import GroupDataset, tokenize_group, tokenize_split
 from jax_simpo.errors import DataError
 from tests.small_tokenizer import save, train
 
@@ -32,8 +33,8 @@ words = st.text("ab [/INST]", min_size=1, max_size=60)
 modes = st.sampled_from(["keep_end", "keep_start"])
 
 
-def tokenize(text: PairText, max_length: int, max_prompt_length: int, mode: Any = "keep_end") -> Any:
-    return tokenize_pair(
+def tokenize(text: GroupText, max_length: int, max_prompt_length: int, mode: Any = "keep_end") -> Any:
+    return tokenize_group(
         text, TOKENIZER, max_length=max_length, max_prompt_length=max_prompt_length, truncation_mode=mode
     )
 
@@ -43,8 +44,8 @@ def parts(response: Response) -> tuple[list[int], list[int]]:
     return ids[: response.prompt_length], ids[response.prompt_length :]
 
 
-def tokenize_untruncated(text: PairText) -> Any:
-    assume(text.chosen != text.rejected)
+def tokenize_untruncated(text: GroupText) -> Any:
+    assume(text.responses[0] != text.responses[1])
     return tokenize(text, HUGE, HUGE)
 
 
@@ -63,13 +64,15 @@ def test_all_golden_rows_are_equal_in_text_and_tokens(shared: Path, golden: list
     equal = 0
     for row in golden:
         tokenizer = tokenizers[row["tokenizer"]]
-        text = render_pair(splits[row["file"]].row(row["row"]), tokenizer, row["auto_insert_empty_system_msg"])
-        assert (text.prompt, text.chosen, text.rejected) == tuple(
+        text = render_group(
+            read_conversation(splits[row["file"]].row(row["row"])), tokenizer, row["auto_insert_empty_system_msg"]
+        )
+        assert (text.prompt, text.responses[0], text.responses[1]) == tuple(
             row[f"text_{part}"] for part in ("prompt", "chosen", "rejected")
         )
         settings = {key: row[key] for key in ("max_length", "max_prompt_length", "truncation_mode")}
-        pair = tokenize_pair(text, tokenizer, **settings)
-        for name, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        pair = tokenize_group(text, tokenizer, **settings)
+        for name, response in (("chosen", pair.responses[0]), ("rejected", pair.responses[1])):
             assert response.ids.tolist() == row[f"{name}_input_ids"], (row["file"], row["row"], name)
             assert len(response.targets) == row[f"{name}_response_length"]
         equal += 1
@@ -88,7 +91,7 @@ def test_a_split_at_once_gives_the_golden_objects(shared: Path, golden: list[dic
         keys = set(expected) & set(objects[row]) - {"file"}
         assert len(keys) == 8
         assert {k: objects[row][k] for k in keys} == {k: expected[k] for k in keys}
-        prompts = dataset.pair(row).chosen.prompt_length, dataset.pair(row).rejected.prompt_length
+        prompts = dataset.group(row).responses[0].prompt_length, dataset.group(row).responses[1].prompt_length
         merged += (
             prompts[0] != prompts[1]
             or objects[row]["chosen_input_ids"][prompts[0] - 1] != (objects[row]["rejected_input_ids"][prompts[1] - 1])
@@ -101,18 +104,21 @@ def test_a_split_at_once_gives_the_golden_objects(shared: Path, golden: list[dic
 
 @given(words, words, words)
 def test_the_ids_are_those_of_the_whole_text_between_bos_and_eos(prompt: str, chosen: str, rejected: str) -> None:
-    pair = tokenize_untruncated(PairText(prompt, chosen, rejected))
-    for answer, response in ((chosen, pair.chosen), (rejected, pair.rejected)):
+    pair = tokenize_untruncated(GroupText(prompt, (chosen, rejected)))
+    for answer, response in ((chosen, pair.responses[0]), (rejected, pair.responses[1])):
         ids = TOKENIZER(prompt + answer, add_special_tokens=False)["input_ids"]
         assert response.ids.tolist() == [TOKENIZER.bos_token_id, *ids, TOKENIZER.eos_token_id]
 
 
 def test_the_boundary_moves_back_by_one_where_the_last_prompt_token_merges() -> None:
-    text = PairText("cataaa ", "aa!", "!")
+    text = GroupText("cataaa ", ("aa!", "!"))
     alone, merged = (TOKENIZER(t, add_special_tokens=False)["input_ids"] for t in ("cataaa ", "cataaa aa!"))
     assert merged[: len(alone)] != alone and merged[: len(alone) - 1] == alone[:-1]
     pair = tokenize(text, HUGE, HUGE)
-    assert (pair.chosen.prompt_length, pair.rejected.prompt_length) == (len(alone), 1 + len(alone))  # with BOS
+    assert (pair.responses[0].prompt_length, pair.responses[1].prompt_length) == (
+        len(alone),
+        1 + len(alone),
+    )  # with BOS
 
 
 def test_where_more_than_the_last_token_merges_the_answer_begins_with_the_first_changed_token() -> None:
@@ -120,22 +126,22 @@ def test_where_more_than_the_last_token_merges_the_answer_begins_with_the_first_
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(Unigram(vocabulary, unk_id=0)), bos_token="<s>", eos_token="</s>"
     )
-    pair = tokenize_pair(PairText("qabc", "de", "e"), tokenizer, **SETTINGS)  # the original stops with an exception
-    assert tokenizer.convert_ids_to_tokens(pair.chosen.ids.tolist()) == ["<s>", "q", "abcd", "e", "</s>"]
-    assert (pair.chosen.prompt_length, pair.rejected.prompt_length) == (2, 5)
+    pair = tokenize_group(GroupText("qabc", ("de", "e")), tokenizer, **SETTINGS)  # the original stops with an exception
+    assert tokenizer.convert_ids_to_tokens(pair.responses[0].ids.tolist()) == ["<s>", "q", "abcd", "e", "</s>"]
+    assert (pair.responses[0].prompt_length, pair.responses[1].prompt_length) == (2, 5)
 
 
 def test_bos_and_eos_that_the_template_wrote_are_not_doubled() -> None:
-    pair = tokenize(PairText("<s>the cat", " sat</s>", " ran</s>"), HUGE, HUGE)
-    for response in (pair.chosen, pair.rejected):
+    pair = tokenize(GroupText("<s>the cat", (" sat</s>", " ran</s>")), HUGE, HUGE)
+    for response in (pair.responses[0], pair.responses[1]):
         assert (response.ids == TOKENIZER.bos_token_id).sum() == 1
         assert (response.ids == TOKENIZER.eos_token_id).sum() == 1
 
 
 def test_without_a_bos_token_none_is_put_first() -> None:
     tokenizer = train(special={"eos_token": "</s>"})
-    pair = tokenize_pair(PairText("the cat", " sat", " ran"), tokenizer, **SETTINGS)
-    assert pair.chosen.ids[0] == tokenizer("the cat", add_special_tokens=False)["input_ids"][0]
+    pair = tokenize_group(GroupText("the cat", (" sat", " ran")), tokenizer, **SETTINGS)
+    assert pair.responses[0].ids[0] == tokenizer("the cat", add_special_tokens=False)["input_ids"][0]
 
 
 @given(words, words, words, st.integers(3, 60), st.data(), modes)
@@ -143,15 +149,15 @@ def test_truncation_cuts_the_prompt_as_the_original_and_answers_only_as_far_as_n
     prompt: str, chosen: str, rejected: str, max_length: int, data: st.DataObject, mode: str
 ) -> None:
     max_prompt_length = data.draw(st.integers(1, max_length - 1))
-    text = PairText(prompt, chosen, rejected)
+    text = GroupText(prompt, (chosen, rejected))
     full = tokenize_untruncated(text)
-    longer = max(len(full.chosen.targets), len(full.rejected.targets))
+    longer = max(len(full.responses[0].targets), len(full.responses[1].targets))
     try:
         cut = tokenize(text, max_length, max_prompt_length, mode)
     except BadRow as bad:  # nothing but the difference of the two answers can have been lost
         assert "differ only beyond" in bad.detail
         return
-    for before, after in ((full.chosen, cut.chosen), (full.rejected, cut.rejected)):
+    for before, after in ((full.responses[0], cut.responses[0]), (full.responses[1], cut.responses[1])):
         (full_prompt, full_answer), (cut_prompt, cut_answer) = parts(before), parts(after)
         if len(full_prompt) + longer <= max_length:
             assert after.ids.tolist() == before.ids.tolist()
@@ -163,18 +169,18 @@ def test_truncation_cuts_the_prompt_as_the_original_and_answers_only_as_far_as_n
 
 
 def test_a_long_answer_to_a_short_prompt_loses_only_what_does_not_fit() -> None:
-    text = PairText("the cat", " x" * 100, " y")
+    text = GroupText("the cat", (" x" * 100, " y"))
     full = tokenize(text, HUGE, HUGE)
-    max_length = len(full.chosen.ids) - 1  # one token too many
+    max_length = len(full.responses[0].ids) - 1  # one token too many
     cut = tokenize(text, max_length, max_length - 10)
-    assert cut.chosen.ids.tolist() == full.chosen.ids.tolist()[:-1]
-    assert cut.rejected.ids.tolist() == full.rejected.ids.tolist()
+    assert cut.responses[0].ids.tolist() == full.responses[0].ids.tolist()[:-1]
+    assert cut.responses[1].ids.tolist() == full.responses[1].ids.tolist()
 
 
 @pytest.mark.parametrize("limits", [(10, 10), (10, 20), (10, 0)])
 def test_limits_that_leave_no_answer_make_a_bad_row(limits: tuple[int, int]) -> None:
     with pytest.raises(BadRow, match="nothing left after truncation"):
-        tokenize(PairText("the cat sat on the mat and ran " * 3, " a", " b"), *limits)
+        tokenize(GroupText("the cat sat on the mat and ran " * 3, (" a", " b")), *limits)
 
 
 # --- a split
@@ -203,47 +209,49 @@ def write(path: Path, rows: list[dict[str, Any]]) -> RawSplit:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., PairDataset]:
-    def run(raw: RawSplit, tokenizer: PreTrainedTokenizerBase = TOKENIZER, **settings: Any) -> PairDataset:
+def run(tmp_path: Path) -> Callable[..., GroupDataset]:
+    def run(raw: RawSplit, tokenizer: PreTrainedTokenizerBase = TOKENIZER, **settings: Any) -> GroupDataset:
         return tokenize_split(raw, tokenizer, **{**SETTINGS, "cache_dir": tmp_path / "cache", **settings})
 
     return run
 
 
-def test_a_split_holds_the_pairs_one_by_one(tmp_path: Path, run: Callable[..., PairDataset]) -> None:
+def test_a_split_holds_the_pairs_one_by_one(tmp_path: Path, run: Callable[..., GroupDataset]) -> None:
     rows = random_rows(1100)  # three chunks
     dataset = run(write(tmp_path / "pairs.jsonl", rows))
-    expected = [tokenize_pair(render_pair(row, TOKENIZER, True), TOKENIZER, **SETTINGS) for row in rows]
+    expected = [
+        tokenize_group(render_group(read_conversation(row), TOKENIZER, True), TOKENIZER, **SETTINGS) for row in rows
+    ]
     assert len(dataset) == 1100
     indices = np.random.default_rng(1).permutation(1100)
-    for index, pair in zip(indices, dataset.pairs(indices), strict=True):
+    for index, pair in zip(indices, dataset.groups(indices), strict=True):
         for ours, theirs in zip(pair.responses, expected[index].responses, strict=True):
             assert ours.prompt_length == theirs.prompt_length
             np.testing.assert_array_equal(ours.ids, theirs.ids)
-    measured = PairLengths.of(expected)
+    measured = GroupLengths.of(expected)
     for name, column in vars(dataset.lengths).items():
         np.testing.assert_array_equal(column, getattr(measured, name), err_msg=name)
-        assert column.dtype == np.int32
-    assert dataset.texts(700) == render_pair(rows[700], TOKENIZER, True)
+        assert column.dtype == (np.int64 if name == "tree_visible" else np.int32)
+    assert dataset.texts(700) == render_group(read_conversation(rows[700]), TOKENIZER, True)
     assert dataset.origin(700) == dataset.origins[700] == (str(tmp_path / "pairs.jsonl"), 700)
 
 
-def test_an_index_outside_is_an_index_error(tmp_path: Path, run: Callable[..., PairDataset]) -> None:
+def test_an_index_outside_is_an_index_error(tmp_path: Path, run: Callable[..., GroupDataset]) -> None:
     dataset = run(write(tmp_path / "pairs.jsonl", random_rows(3)))
     for index in (3, -1):
         with pytest.raises(IndexError):
-            dataset.pair(index)
-    assert dataset.pairs([]) == []
+            dataset.group(index)
+    assert dataset.groups([]) == []
 
 
-def test_parallel_and_serial_give_the_same_pairs(tmp_path: Path, run: Callable[..., PairDataset]) -> None:
+def test_parallel_and_serial_give_the_same_pairs(tmp_path: Path, run: Callable[..., GroupDataset]) -> None:
     raw = write(tmp_path / "pairs.jsonl", random_rows(600))
     results = [list(run(raw, num_proc=n, cache_dir=tmp_path / str(n)).inspect_objects()) for n in (1, 2, None)]
     assert results[0] == results[1] == results[2]
 
 
 def test_a_second_run_reads_the_cache_and_tokenises_nothing(
-    tmp_path: Path, run: Callable[..., PairDataset], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: Callable[..., GroupDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = write(tmp_path / "pairs.jsonl", random_rows(20))
     first = run(raw)
@@ -255,7 +263,7 @@ def test_a_second_run_reads_the_cache_and_tokenises_nothing(
     assert [o | {"file": ""} for o in again.inspect_objects()] == [o | {"file": ""} for o in first.inspect_objects()]
 
 
-def test_the_fingerprint_tells_one_data_set_from_another(tmp_path: Path, run: Callable[..., PairDataset]) -> None:
+def test_the_fingerprint_tells_one_data_set_from_another(tmp_path: Path, run: Callable[..., GroupDataset]) -> None:
     first = run(write(tmp_path / "pairs.jsonl", random_rows(5)))
     same = run(write(tmp_path / "copy.jsonl", random_rows(5)), cache_dir=tmp_path / "elsewhere")
     other = run(write(tmp_path / "pairs.jsonl", random_rows(5, seed=1)))
@@ -266,7 +274,7 @@ def test_the_fingerprint_tells_one_data_set_from_another(tmp_path: Path, run: Ca
 
 @pytest.mark.parametrize("set_before", [None, "3"])
 def test_the_environment_is_left_as_it_was(
-    set_before: str | None, tmp_path: Path, run: Callable[..., PairDataset], monkeypatch: pytest.MonkeyPatch
+    set_before: str | None, tmp_path: Path, run: Callable[..., GroupDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
         monkeypatch.delenv(name, raising=False)
@@ -278,7 +286,7 @@ def test_the_environment_is_left_as_it_was(
 
 
 def test_the_state_a_call_leaves_in_the_tokenizer_is_no_cache_miss(
-    tmp_path: Path, run: Callable[..., PairDataset]
+    tmp_path: Path, run: Callable[..., GroupDataset]
 ) -> None:
     raw = write(tmp_path / "pairs.jsonl", random_rows(5))
     tokenizer = load_tokenizer(save(tmp_path / "tokenizer", template="{{ messages[-1]['content'] }}"))
@@ -317,7 +325,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_every_change_of_settings_or_tokenizer_is_a_cache_miss(
-    change: dict[str, Any], tmp_path: Path, run: Callable[..., PairDataset]
+    change: dict[str, Any], tmp_path: Path, run: Callable[..., GroupDataset]
 ) -> None:
     raw = write(tmp_path / "pairs.jsonl", random_rows(5))
     run(raw)
@@ -326,7 +334,7 @@ def test_every_change_of_settings_or_tokenizer_is_a_cache_miss(
 
 
 def test_changed_rows_and_a_changed_version_are_cache_misses(
-    tmp_path: Path, run: Callable[..., PairDataset], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: Callable[..., GroupDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = write(tmp_path / "pairs.jsonl", random_rows(5))
     run(raw)
@@ -336,7 +344,7 @@ def test_changed_rows_and_a_changed_version_are_cache_misses(
 
 
 def test_an_interrupted_run_leaves_no_cache_behind(
-    tmp_path: Path, run: Callable[..., PairDataset], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: Callable[..., GroupDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = write(tmp_path / "pairs.jsonl", random_rows(1000))
     encode = tokenize_split.__globals__["_encode"]
@@ -359,11 +367,11 @@ def test_an_interrupted_run_leaves_no_cache_behind(
 def test_the_cache_is_where_hugging_face_keeps_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
     tokenize_split(write(tmp_path / "pairs.jsonl", random_rows(2)), TOKENIZER, **SETTINGS)
-    assert list((tmp_path / "hf" / "jax_simpo").glob("*/pairs.arrow"))
+    assert list((tmp_path / "hf" / "jax_simpo").glob("*/groups.arrow"))
 
 
 def test_a_cache_folder_that_cannot_be_made_is_an_error_that_names_the_key_that_chose_it(
-    tmp_path: Path, run: Callable[..., PairDataset], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: Callable[..., GroupDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "file"))
@@ -387,7 +395,7 @@ def with_bad_rows() -> list[dict[str, Any]]:
 
 
 def test_bad_rows_stop_the_run_with_file_row_line_reason_and_total(
-    tmp_path: Path, run: Callable[..., PairDataset]
+    tmp_path: Path, run: Callable[..., GroupDataset]
 ) -> None:
     raw = write(tmp_path / "pairs.jsonl", with_bad_rows())
     for _ in range(2):  # the second time from the cache
@@ -400,13 +408,13 @@ def test_bad_rows_stop_the_run_with_file_row_line_reason_and_total(
         assert "on_bad_row: skip" in message
 
 
-def test_a_long_list_of_bad_rows_is_shortened(tmp_path: Path, run: Callable[..., PairDataset]) -> None:
+def test_a_long_list_of_bad_rows_is_shortened(tmp_path: Path, run: Callable[..., GroupDataset]) -> None:
     with pytest.raises(DataError, match=r"25 of 25 rows of train cannot be used(.|\n)*\n  and 15 more\n"):
         run(write(tmp_path / "pairs.jsonl", [{"chosen": "a", "rejected": "b"}] * 25))
 
 
 @pytest.mark.parametrize("second", ["fresh", "cached"])
-def test_skipped_rows_are_counted_and_summarised(second: str, tmp_path: Path, run: Callable[..., PairDataset]) -> None:
+def test_skipped_rows_are_counted_and_summarised(second: str, tmp_path: Path, run: Callable[..., GroupDataset]) -> None:
     raw = write(tmp_path / "pairs.jsonl", with_bad_rows())
     dataset = run(raw, on_bad_row="skip")
     if second == "cached":
@@ -432,7 +440,7 @@ def test_skipped_rows_are_counted_and_summarised(second: str, tmp_path: Path, ru
     assert [row for _, row in dataset.origins] == [i for i in range(30) if i not in (4, 7, 8, 20)]
 
 
-def test_a_split_of_bad_rows_only_is_an_error(tmp_path: Path, run: Callable[..., PairDataset]) -> None:
+def test_a_split_of_bad_rows_only_is_an_error(tmp_path: Path, run: Callable[..., GroupDataset]) -> None:
     with pytest.raises(DataError, match=r"no row of train can be used: 3 of 3 rows skipped: 3 no prompt"):
         run(write(tmp_path / "pairs.jsonl", [{"chosen": "a", "rejected": "b"}] * 3), on_bad_row="skip")
 

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
 from jax_simpo import hf
-from jax_simpo.data.pairs import Response, TokenizedPair
+from jax_simpo.data.groups import Group, Response
 from jax_simpo.data.rows import RowBatch, RowShape, build_rows
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.config import ModelConfig
@@ -39,7 +39,7 @@ LAYOUTS = {"separate": (False, 1), "shared": (True, 1), "shared + packed": (True
 PAIRS, SHAPE = 8, RowShape(length=256, targets=160, responses=4)
 
 
-def make_rows(pairs: list[TokenizedPair], layout: str) -> RowBatch:
+def make_rows(pairs: list[Group], layout: str) -> RowBatch:
     """Lays out the pairs in eight rows; with packing, the last rows are empty."""
     sharing, per_row = LAYOUTS[layout]
     numbered = list(enumerate(pairs))
@@ -58,8 +58,8 @@ def row_logps(model: Model, attention: str, params: Any, rows: dict[str, Any]) -
 def by_response(values: np.ndarray, rows: RowBatch) -> dict[tuple[int, int], np.ndarray]:
     """Maps each (pair, rank) to the values of its targets."""
     by_pair_and_rank = {}
-    for row, slot in zip(*np.nonzero(rows.response_pair >= 0), strict=True):
-        key = rows.response_pair[row, slot], rows.response_rank[row, slot]
+    for row, slot in zip(*np.nonzero(rows.response_group >= 0), strict=True):
+        key = rows.response_group[row, slot], rows.response_rank[row, slot]
         by_pair_and_rank[key] = values[row][rows.target_response[row] == slot]
     return by_pair_and_rank
 
@@ -71,7 +71,7 @@ class Sides:
     theirs: PreTrainedModel
     model: Model
     folder: Path
-    pairs: list[TokenizedPair]
+    pairs: list[Group]
 
     @cached_property
     def params(self) -> Any:
@@ -145,9 +145,9 @@ def weighted_gradients(
     """Computes the sum of all log-probs, each with its own weight, in shared and packed rows, and its gradients."""
     model, rows = replace(sides.model, remat=remat), make_rows(sides.pairs, "shared + packed")
     weights = np.zeros(rows.target_token.shape, np.float32)
-    for row, slot in zip(*np.nonzero(rows.response_pair >= 0), strict=True):
+    for row, slot in zip(*np.nonzero(rows.response_group >= 0), strict=True):
         of_slot = rows.target_response[row] == slot
-        pair, rank = rows.response_pair[row, slot], rows.response_rank[row, slot]
+        pair, rank = rows.response_group[row, slot], rows.response_rank[row, slot]
         weights[row, of_slot] = token_weights(pair, rank, of_slot.sum())
 
     def total(params: Any, arrays: dict[str, Any], weights: Any) -> jax.Array:
@@ -219,8 +219,8 @@ def test_the_training_step_caps_the_logits(sides_of: Callable[[str], Sides]) -> 
     sides = sides_of("gemma2")
     rows = make_rows(sides.pairs, "shared + packed")
     responses = jax.jit(Forward(sides.model, "dense", 64).response_logps)(sides.params, rows.arrays())
-    for row, slot in zip(*np.nonzero(rows.response_pair >= 0), strict=True):
-        expected = sides.expected[rows.response_pair[row, slot], rows.response_rank[row, slot]]
+    for row, slot in zip(*np.nonzero(rows.response_group >= 0), strict=True):
+        expected = sides.expected[rows.response_group[row, slot], rows.response_rank[row, slot]]
         np.testing.assert_allclose(
             responses.sum[row, slot] / responses.length[row, slot], expected.mean(), rtol=0, atol=2e-5
         )

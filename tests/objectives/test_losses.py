@@ -52,7 +52,7 @@ def test_every_objective_has_an_oracle_and_reads_the_keys_that_its_config_has(na
     own = {field.name for field in fields(OBJECTIVES[name])}
     keys = set(OBJECTIVE_KEYS[name])
     assert keys <= own
-    assert own - keys <= {"beta", "sft_weight", "sft_over"}
+    assert own - keys <= {"beta", "sft_weight", "sft_over", "group_loss", "compare_weights", "mean_over"}
     assert OBJECTIVES[name].needs_reference == (name in WITH_REFERENCE)
     assert ("beta" in keys) == (name not in ("simper", "slic"))
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_simpo.objectives import Responses, SimPO
-from jax_simpo.ops.responses import match_pairs, sum_responses
+from jax_simpo.ops.responses import sum_responses
 from tests.objectives.support import of_means
 
 CHOSEN, REJECTED = jnp.array([-0.5, -1.0, -0.8]), jnp.array([-0.9, -0.7, -0.8])
@@ -64,25 +64,3 @@ def test_targets_are_added_up_by_response_and_padding_is_thrown_away() -> None:
     np.testing.assert_array_equal(responses.length, [[1, 2, 0]])
     means = Responses(responses.sum, responses.length, jnp.zeros((1, 3))).mean
     np.testing.assert_array_equal(means, [[-2.0, -2.5, 0.0]])
-
-
-def test_chosen_finds_its_rejected_in_whatever_slot_it_sits() -> None:
-    logps = jnp.array([[1.0, 2.0, 3.0, 4.0, 5.0], [6.0, 7.0, 0.0, 0.0, 0.0]])
-    pair = jnp.array([[7, 4, 7, 4, -1], [0, 0, -1, -1, -1]])
-    rank = jnp.array([[0, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
-    matched = match_pairs(logps, pair, rank)
-    np.testing.assert_array_equal(matched.valid, [[1, 0, 0, 1, 0], [0, 1, 0, 0, 0]])
-    np.testing.assert_array_equal(matched.chosen, [[1, 0, 0, 4, 0], [0, 7, 0, 0, 0]])
-    np.testing.assert_array_equal(matched.rejected, [[3, 0, 0, 2, 0], [0, 6, 0, 0, 0]])
-
-
-def test_empty_slots_give_zeros_in_values_and_gradients() -> None:
-    def total(logps: jax.Array) -> jax.Array:
-        responses = sum_responses(logps, jnp.full((2, 4), 2), slots=2)
-        slots = Responses(responses.sum, responses.length, jnp.zeros((2, 2)))
-        pairs = match_pairs(slots, jnp.full((2, 2), -1), jnp.zeros((2, 2), jnp.int32))
-        losses = SimPO(beta=2.0, gamma_beta_ratio=0.5).losses(pairs.chosen, pairs.rejected)
-        return jnp.where(pairs.valid, losses, 0.0).sum() + slots.mean.sum()
-
-    value, gradient = jax.value_and_grad(total)(jnp.full((2, 4), -3.0))
-    assert value == 0 and not gradient.any()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,24 +129,53 @@ def test_kept_logits_are_used_and_a_head_product_is_saved() -> None:
 
 
 @given(
-    rows=st.lists(st.lists(st.integers(0, L - 1), max_size=12), min_size=1, max_size=3),
+    rows=st.lists(
+        st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=12),
+        min_size=1,
+        max_size=3,
+    ),
     chunk=st.sampled_from([1, 5, 16]),
 )
 @settings(max_examples=25)
-def test_a_state_that_predicts_several_targets_is_listed_once_for_every_two_of_them(
-    rows: list[list[int]], chunk: int
+def test_a_state_is_listed_once_for_every_two_different_tokens_that_it_predicts(
+    rows: list[list[tuple[int, int]]], chunk: int
 ) -> None:
-    index = np.zeros((len(rows), 12), np.int32)
-    for row, predictors in zip(index, rows, strict=True):
-        row[: len(predictors)] = predictors
+    index, token = np.zeros((2, len(rows), 12), np.int32)
+    for n, row in enumerate(rows):
+        for t, target in enumerate(row):
+            index[n, t], token[n, t] = target
     hidden = jnp.arange(len(rows) * L * 1.0).reshape(len(rows), L, 1)  # each state is its own index
-    listing = _StateList(chunk, L, jnp.asarray(index), jnp.asarray([len(row) for row in rows]))
+    counts = jnp.asarray([len(row) for row in rows])
+    listing = _StateList(chunk, L, jnp.asarray(index), jnp.asarray(token), counts)
 
     states = listing.take(hidden)
-    expected = [n * L + i for n, row in enumerate(rows) for i in set(row) for _ in range(0, row.count(i), 2)]
+    tokens_of = {(n, i): {t for j, t in row if j == i} for n, row in enumerate(rows) for i, _ in row}
+    expected = [n * L + i for (n, i), tokens in tokens_of.items() for _ in range(0, len(tokens), 2)]
     assert sorted(states[: listing.live, 0].tolist()) == sorted(expected)
     for n, row in enumerate(rows):
-        assert listing.to_targets(states)[n, : len(row), 0].tolist() == [n * L + i for i in row]
+        assert listing.to_targets(states)[n, : len(row), 0].tolist() == [n * L + i for i, _ in row]
+    # Entries of targets of one state and token are added up, those of padding among padding.
+    weights = listing.added_per_state(jnp.where(listing.real, 1.0, 0.0))
+    targets = [(n, *target) for n, row in enumerate(rows) for target in row]
+    assert sorted(weights[weights > 0].tolist()) == sorted(map(targets.count, set(targets)))
+
+
+def test_targets_that_many_responses_share_have_the_gradients_of_each() -> None:
+    index = jnp.zeros((B, 20), jnp.int32).at[:, 10:].set(jnp.arange(10))
+    token = jnp.zeros((B, 20), jnp.int32).at[:, 5:].set(jnp.arange(15) % 4)
+    hidden, head, _, _, weight = problem(3, 20)
+
+    def total(logps, hidden, head):  # type: ignore[no-untyped-def]
+        return (logps(hidden, head, index, token) * weight).sum()
+
+    oracle = jax.grad(lambda *a: total(lambda *b: all_logits(*b, None), *a), (0, 1))(hidden, head)
+    for keep_bytes in (0, 1 << 20):
+        ours = jax.grad(
+            lambda *a, keep=keep_bytes: total(partial(target_logps, chunk=5, block=16, keep_bytes=keep), *a),
+            (0, 1),
+        )(hidden, head)
+        for a, b in zip(oracle, ours, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_no_log_prob_is_positive() -> None:

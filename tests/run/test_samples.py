@@ -10,13 +10,13 @@ import pytest
 from jax_simpo.data import sources
 from jax_simpo.data.chat import load_tokenizer
 from jax_simpo.data.synthetic import make_tokenizer
-from jax_simpo.data.tokenize import PairDataset, tokenize_split
+from jax_simpo.data.tokenize import GroupDataset, tokenize_split
 from jax_simpo.run.samples import read_answers, readable, sample_prompts, with_answers
 
 HARMLESS = "hh_harmless.test.jsonl"
 
 
-def tokenized(source: str, split: str, tokenizer: Any, cache: Path) -> PairDataset:
+def tokenized(source: str, split: str, tokenizer: Any, cache: Path) -> GroupDataset:
     raw = sources.load_split({source: 1.0}, split)
     return tokenize_split(raw, tokenizer, max_length=2048, max_prompt_length=1800, cache_dir=cache)
 
@@ -43,14 +43,14 @@ def test_a_prompt_goes_on_to_where_the_answer_begins(name: str, header: str, sha
     _, prompts = sample_prompts(pairs, tokenizer, 20)
     for index, ids in enumerate(prompts):
         assert tokenizer.decode(ids).endswith(pairs.texts(index).prompt + header)
-        assert ids.tolist() == pairs.pair(index).chosen.ids[: len(ids)].tolist()
+        assert ids.tolist() == pairs.group(index).responses[0].ids[: len(ids)].tolist()
 
 
 def test_a_template_without_a_header_gets_none(shared: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(shared / "tokenizers" / "bpe4k-inst")
     pairs = tokenized(str(shared / "data" / HARMLESS), "train", tokenizer, tmp_path)
     _, prompts = sample_prompts(pairs, tokenizer, 20)
-    assert [len(ids) for ids in prompts] == [pairs.pair(index).chosen.prompt_length for index in range(20)]
+    assert [len(ids) for ids in prompts] == [pairs.group(index).responses[0].prompt_length for index in range(20)]
 
 
 def test_turns_of_a_conversation_are_named(shared: Path) -> None:

@@ -1,9 +1,9 @@
-"""Tiny random models of three families, random pairs, and the oracle: each sequence run alone by transformers."""
+"""Tiny random models of three families, random groups, and the oracle: each sequence run alone by transformers."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from jax_simpo.config import TrainConfig
+from jax_simpo.data.groups import Group, GroupLengths, Response
+from jax_simpo.data.loader import Known
 from jax_simpo.data.packing import make_step_plan
-from jax_simpo.data.pairs import PairLengths, Response, TokenizedPair
+from jax_simpo.data.tree import common_prefix_length
 from tests.objectives.oracles import Numbers
 from tests.pairs import random_pairs
 from torch_ref.attention_choice import choose_attention
-from torch_ref.batches import RankStep, build_rank_step
+from torch_ref.batches import Batch, RankStep, build_rank_step
 from torch_ref.losses import response_sums
 from torch_ref.model import Policy, load_model_config, load_policy
 from torch_ref.objectives import Objective, Responses, Settings
 from torch_ref.setup import Setup
+from torch_ref.trainer import batch_part
 
 VOCABULARY = 96
 CPU = torch.device("cpu")
@@ -56,17 +59,42 @@ LAYOUTS = {
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Pairs in memory, with the interface of a dataset."""
+class Groups:
+    """Groups in memory, with the interface of a dataset."""
 
-    all: list[TokenizedPair]
+    all: list[Group]
 
-    def pairs(self, indices: Any) -> list[TokenizedPair]:
+    def groups(self, indices: Any) -> list[Group]:
         return [self.all[i] for i in indices]
 
 
-def some_pairs(count: int, seed: int = 0) -> Pairs:
-    return Pairs(random_pairs(np.random.default_rng(seed), count, VOCABULARY, prompt=(2, 30), response=(1, 20)))
+def some_pairs(count: int, seed: int = 0) -> Groups:
+    return Groups(random_pairs(np.random.default_rng(seed), count, VOCABULARY, prompt=(2, 30), response=(1, 20)))
+
+
+RANKS = ((0, 1, 1, 2), (0, 1), (0, 0, 1), (0, 1, 2, 3, 4), (0, 1, 1, 1))
+"""Rankings of groups of several sizes, with ties among the best, in the middle and among the worst."""
+
+
+def some_groups(seed: int = 0, ranks: Sequence[tuple[int, ...]] = RANKS) -> Groups:
+    """A group for each ranking; many responses are scored in several spans, and many begin alike for a while."""
+    rng = np.random.default_rng(seed)
+    return Groups([_random_group(rng, of_group) for of_group in ranks])
+
+
+def _random_group(rng: np.random.Generator, ranks: tuple[int, ...]) -> Group:
+    prompt, stem = (rng.integers(1, VOCABULARY, size).tolist() for size in (rng.integers(3, 12), 9))
+    responses = []
+    for number in range(len(ranks)):
+        own = rng.integers(1, VOCABULARY, rng.integers(4, 12)).tolist()
+        ids = np.array([*prompt, *stem[: rng.integers(0, 9)], *own], np.int32)
+        start, stop = len(prompt), len(ids)
+        # The second span begins right at the last token, or somewhere before; between them are tokens that only count
+        # as context.
+        cuts = np.sort(rng.choice(np.arange(start + 1, stop), 2, replace=False)).tolist()
+        spans = ((start, stop),) if number % 3 == 2 else ((start, cuts[0]), (cuts[1], stop))
+        responses.append(Response(ids, spans))
+    return Group(tuple(responses), ranks, tuple(-1.5 * rank for rank in ranks))
 
 
 def settings(layout: str = "shared and packed", **keys: Any) -> TrainConfig:
@@ -94,18 +122,18 @@ def make_policy(family: str, layout: str, **keys: Any) -> Policy:
 
 
 def step_of(
-    pairs: Pairs,
+    groups: Groups,
     layout: str,
     *,
     rank: int = 0,
     world: int = 1,
     rows: int = 2,
     prompts: bool = False,
-    weights: np.ndarray | None = None,
+    known: Known | None = None,
 ) -> RankStep:
-    """One rank's share of a step with all pairs in file order."""
+    """One rank's share of a step with all groups in file order."""
     sharing, packing = LAYOUTS[layout]
-    lengths = PairLengths.of(pairs.all)
+    lengths = GroupLengths.of(groups.all)
     plan = make_step_plan(
         lengths,
         global_batch_size=len(lengths),
@@ -116,39 +144,55 @@ def step_of(
         packing=packing,
         prompt_targets=prompts,
     )
-    return build_rank_step(plan, pairs, 0, rank, world, weights=weights)
+    return build_rank_step(plan, groups, 0, rank, world, known)
+
+
+def own_responses(step: RankStep, batch: Batch) -> Tensor:
+    """The numbers of a batch's responses in its step."""
+    return torch.from_numpy(step.lengths.responses_of(batch.groups.numpy()))
 
 
 def sums_of(policy: Policy, step: RankStep) -> Tensor:
-    """Sum of log-probs of each pair's chosen and rejected response: [P, 2]."""
-    total = torch.zeros(len(step.pairs), 2)
+    """Sum of log-probs of each response of a step, group after group: [R]."""
+    total = torch.zeros(len(step.lengths.ranks))
     for batch in step.micro_batches:
         sums = response_sums(policy(batch), batch.target_response, len(batch.response_length))
-        both = torch.stack([sums[batch.chosen], sums[batch.rejected]], dim=1)
-        total = total.index_add(0, batch.pairs, both)
+        total = total.index_add(0, own_responses(step, batch), sums)
     return total
 
 
 def oracle_logps(causal_lm: nn.Module, response: Response) -> Tensor:
-    """Log-prob of each response token, from transformers' full logits of that sequence alone."""
+    """Log-prob of each scored token, from transformers' full logits of that sequence alone."""
     ids = torch.from_numpy(response.ids.astype(np.int64))
     logits = causal_lm(input_ids=ids[None, :-1], use_cache=False).logits[0].float()
     every = logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
-    return every[response.prompt_length - 1 :]
+    return torch.cat([every[start - 1 : stop - 1] for start, stop in response.spans])
 
 
-def oracle_sums(policy: Policy, pairs: Pairs) -> Tensor:
+def oracle_sums(policy: Policy, groups: Groups) -> Tensor:
+    """Sum of log-probs of each response, group after group: [R]."""
     causal_lm = policy.causal_lm
     causal_lm.set_attn_implementation("eager")
-    return torch.stack([torch.stack([oracle_logps(causal_lm, r).sum() for r in p.responses]) for p in pairs.all])
+    return torch.stack([oracle_logps(causal_lm, r).sum() for group in groups.all for r in group.responses])
 
 
-def oracle_prompt_sums(policy: Policy, pairs: Pairs) -> Tensor:
-    """Sum of log-probs of each chosen response's prompt, but its first token."""
+def oracle_prompt_sums(policy: Policy, groups: Groups) -> Tensor:
+    """Sum of log-probs of the prompt of each group's first response, but its first token: [G]."""
     causal_lm = policy.causal_lm
     causal_lm.set_attn_implementation("eager")
-    prompts = [p.chosen.ids[: p.chosen.prompt_length] for p in pairs.all]
-    return torch.stack([oracle_logps(causal_lm, Response(ids, 1)).sum() for ids in prompts])
+    prompts = [group.best.ids[: group.best.prompt_length] for group in groups.all]
+    return torch.stack([oracle_logps(causal_lm, Response.after(1, ids)).sum() for ids in prompts])
+
+
+def lengths_of(groups: Groups) -> Tensor:
+    """The number of scored tokens of each response, group after group: [R]."""
+    return torch.tensor([len(r.targets) for group in groups.all for r in group.responses])
+
+
+def part_of(engine: Any, objective: Objective, step: RankStep) -> tuple[Tensor, Tensor]:
+    """The loss and the metrics of a rank's share of a step."""
+    parts = [batch_part(engine, objective, batch, step) for batch in step.micro_batches]
+    return torch.stack([p.loss for p in parts]).sum(), torch.stack([p.metrics for p in parts]).sum(0)
 
 
 def gradients(policy: nn.Module, value: Tensor) -> dict[str, Tensor]:
@@ -157,14 +201,13 @@ def gradients(policy: nn.Module, value: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
-def edited(pair: TokenizedPair, rng: np.random.Generator) -> TokenizedPair:
-    """The pair with other tokens in chosen, from the second after where the responses part."""
-    chosen, other = pair.chosen.ids.copy(), pair.rejected.ids
-    n = min(len(chosen), len(other))
-    differs = np.flatnonzero(chosen[:n] != other[:n])
-    start = (int(differs[0]) if differs.size else n) + 1
-    chosen[start:] = rng.integers(1, VOCABULARY, len(chosen) - start)
-    return TokenizedPair((replace(pair.chosen, ids=chosen), pair.rejected))
+def edited(group: Group, rng: np.random.Generator) -> Group:
+    """The group with other tokens in its first response, from the second after where it leaves all others."""
+    first, *others = group.responses
+    ids = first.ids.copy()
+    start = max(common_prefix_length(ids, other.ids) for other in others) + 1
+    ids[start:] = rng.integers(1, VOCABULARY, len(ids) - start)
+    return replace(group, responses=(replace(first, ids=ids), *others))
 
 
 def objective_of(name: str, **settings: Any) -> Objective:

@@ -144,20 +144,17 @@ def test_mean_log_probs_are_trls() -> None:
 @pytest.mark.parametrize("name", ["simpo", "dpo"])
 def test_parts_of_a_step_add_up_to_the_step(name: str) -> None:
     objective = replace(objective_of(name, beta=2.5, gamma_beta_ratio=0.55), sft_weight=0.3)
-    sums = torch.tensor([[-3.0, -8.0], [-9.0, -2.0], [-4.0, -4.5]])
-    lengths = torch.tensor([[2, 5], [6, 2], [3, 3]])
-    reference = torch.tensor([[-4.0, -8.0], [-8.0, -2.5], [-4.0, -4.0]])
-    chosen, rejected = (Responses(sums[:, i], lengths[:, i], reference[:, i]) for i in range(2))
+    responses = Responses(
+        torch.tensor([-3.0, -8.0, -9.0, -2.0, -4.0, -4.5]),
+        torch.tensor([2, 5, 6, 2, 3, 3]),
+        torch.tensor([-4.0, -8.0, -8.0, -2.5, -4.0, -4.0]),
+    )
+    chosen, rejected = (responses.at(torch.arange(side, 6, 2)) for side in range(2))
 
-    def part(lines: list[int]) -> Any:
-        at = torch.tensor(lines, dtype=torch.long)
-        return step_part(
-            objective,
-            chosen=chosen.of_pairs(at),
-            rejected=rejected.of_pairs(at),
-            step_pairs=3,
-            step_chosen_tokens=11,
-        )
+    def part(pairs: list[int]) -> Any:
+        own = responses.at(torch.tensor([2 * pair + side for pair in pairs for side in range(2)], dtype=torch.long))
+        compared = objective.comparisons([(0, 1)] * len(pairs))
+        return step_part(objective, own, compared, denominator=3, step_chosen_tokens=11)
 
     whole, parts = part([0, 1, 2]), [part([0]), part([1, 2]), part([])]
     torch.testing.assert_close(sum(p.metrics for p in parts), whole.metrics)
@@ -172,11 +169,6 @@ def test_parts_of_a_step_add_up_to_the_step(name: str) -> None:
 def test_no_pairs_give_zero_with_a_graph(name: str) -> None:
     sums = torch.zeros(0, requires_grad=True)
     nothing = Responses(sums, torch.zeros(0, dtype=torch.long), torch.zeros(0))
-    part = step_part(
-        objective_of(name, **SETTINGS[name]),
-        chosen=nothing,
-        rejected=nothing,
-        step_pairs=4,
-        step_chosen_tokens=7,
-    )
+    objective = objective_of(name, **SETTINGS[name])
+    part = step_part(objective, nothing, objective.comparisons([]), denominator=4, step_chosen_tokens=7)
     assert part.loss.requires_grad and not part.metrics.any()

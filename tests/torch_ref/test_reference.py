@@ -120,15 +120,16 @@ def test_sums_are_those_of_the_model_alone_whatever_the_objective_reads(start: P
     pairs = setup.train_pairs()
     plan = setup_of(start, tmp_path, "--packing=false").step_plan(pairs, batch=7, seed=None)
     with open_model(setup) as forward:
-        alone = np.concatenate(list(score_steps(forward, plan, pairs, ALONE)))
-    np.testing.assert_allclose(sums_of(setup), alone[:, :2], rtol=2e-6, atol=2e-5)
-    assert not alone[:, 2].any() and alone[:, :2].std() > 1
+        steps = score_steps(forward, plan, pairs, ALONE)
+        alone, prompts = (np.concatenate(parts) for parts in zip(*steps, strict=True))
+    np.testing.assert_allclose(sums_of(setup), alone, rtol=2e-6, atol=2e-5)
+    assert not prompts.any() and alone.std() > 1
 
 
 def test_a_pass_that_was_interrupted_goes_on_where_it_was(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference_module, "PAIRS_PER_PLAN", 8)
+    monkeypatch.setattr(reference_module, "GROUPS_PER_PLAN", 8)
     computed: list[range] = []
 
     def stops(*arguments: Any) -> Any:

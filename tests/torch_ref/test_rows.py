@@ -6,17 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from jax_simpo.data.pairs import TokenizedPair
+from jax_simpo.data.groups import Group, Response
 from jax_simpo.data.rows import RowShape, build_rows
 from tests.torch_ref.support import (
     FAMILIES,
     LAYOUTS,
-    Pairs,
+    Groups,
     edited,
     gradients,
+    lengths_of,
     make_policy,
     oracle_prompt_sums,
     oracle_sums,
+    own_responses,
+    some_groups,
     some_pairs,
     step_of,
     sums_of,
@@ -24,18 +27,20 @@ from tests.torch_ref.support import (
 from torch_ref.attention import RowMask, dense_attention, flex_attention, sdpa_attention
 from torch_ref.losses import response_sums
 
+DATA = {"pairs": lambda: some_pairs(6), "groups": some_groups}
 
+
+@pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_and_gradients_are_those_of_separate_sequences(family: str, layout: str) -> None:
-    pairs = some_pairs(6)
-    policy = make_policy(family, layout)
-    weights = torch.linspace(-1, 1, 12).reshape(6, 2)  # every response counts differently
-    ours = sums_of(policy, step_of(pairs, layout))
+def test_log_probs_and_gradients_are_those_of_separate_sequences(family: str, layout: str, data: str) -> None:
+    groups = DATA[data]()
+    policy, lengths = make_policy(family, layout), lengths_of(groups)
+    weights = torch.linspace(-1, 1, len(lengths))  # every response counts differently
+    ours = sums_of(policy, step_of(groups, layout))
     ours_gradients = gradients(policy, (ours * weights).sum())
-    oracle = oracle_sums(policy, pairs)
+    oracle = oracle_sums(policy, groups)
     oracle_gradients = gradients(policy, (oracle * weights).sum())
-    lengths = torch.tensor([[len(r.targets) for r in p.responses] for p in pairs.all])
     torch.testing.assert_close(ours / lengths, oracle / lengths, atol=1e-5, rtol=0)
     assert ours_gradients.keys() == oracle_gradients.keys()
     for name, oracle_gradient in oracle_gradients.items():
@@ -43,32 +48,48 @@ def test_log_probs_and_gradients_are_those_of_separate_sequences(family: str, la
         assert distance < 1e-5, name
 
 
+@pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_prompts_count_for_the_chosen_response_alone_and_responses_stay_as_they_are(layout: str) -> None:
-    pairs = some_pairs(6)
+def test_prompts_count_for_the_best_response_alone_and_responses_stay_as_they_are(layout: str, data: str) -> None:
+    groups = DATA[data]()
     policy = make_policy("llama", layout)
-    step = step_of(pairs, layout, prompts=True)
-    found = torch.zeros(6, 3)
+    step = step_of(groups, layout, prompts=True)
+    found, of_prompts = torch.zeros(len(step.lengths.ranks)), torch.zeros(len(groups.all))
     with torch.no_grad():
         for batch in step.micro_batches:
             responses = len(batch.response_length)
-            sums = response_sums(policy(batch), batch.target_response, responses + len(batch.pairs))
-            found[batch.pairs] = torch.stack([sums[batch.chosen], sums[batch.rejected], sums[responses:]], dim=1)
-        oracle = torch.column_stack([oracle_sums(policy, pairs), oracle_prompt_sums(policy, pairs)])
+            sums = response_sums(policy(batch), batch.target_response, responses + len(batch.groups))
+            found[own_responses(step, batch)], of_prompts[batch.groups] = sums[:responses], sums[responses:]
+        oracle, oracle_of_prompts = oracle_sums(policy, groups), oracle_prompt_sums(policy, groups)
     torch.testing.assert_close(found, oracle, atol=1e-4, rtol=1e-5)
-    assert step.chosen_tokens == sum(len(p.chosen.inputs) for p in pairs.all)
+    torch.testing.assert_close(of_prompts, oracle_of_prompts, atol=1e-4, rtol=1e-5)
+    best = [group.best for group in groups.all]
+    assert step.chosen_tokens == sum(len(r.targets) + r.prompt_length - 1 for r in best)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_has_the_length_and_rank_of_every_response(layout: str) -> None:
+    groups = some_groups()
+    step = step_of(groups, layout)
+    lengths, rankings = lengths_of(groups), [group.ranks for group in groups.all]
+    assert step.rankings == rankings
+    for batch in step.micro_batches:
+        assert torch.equal(batch.response_length, lengths[own_responses(step, batch)])
+        assert list(batch.rankings) == [rankings[number] for number in batch.groups.tolist()]
 
 
 @pytest.mark.parametrize("layout", ["shared and packed", "packed", "stacked"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rejected_does_not_move_when_chosen_changes(family: str, layout: str) -> None:
-    pairs, rng = some_pairs(5), np.random.default_rng(1)
-    changed = Pairs([edited(pair, rng) for pair in pairs.all])
+@pytest.mark.parametrize("data", DATA)
+def test_no_other_response_moves_when_the_first_changes(family: str, layout: str, data: str) -> None:
+    groups, rng = DATA[data](), np.random.default_rng(1)
+    changed = Groups([edited(group, rng) for group in groups.all])
     policy = make_policy(family, layout)
     with torch.no_grad():
-        before, after = (sums_of(policy, step_of(p, layout)) for p in (pairs, changed))
-    torch.testing.assert_close(after[:, 1], before[:, 1], atol=2e-5, rtol=0)
-    assert (after[:, 0] - before[:, 0]).abs().max() > 0.5
+        before, after = (sums_of(policy, step_of(g, layout)) for g in (groups, changed))
+    is_first = torch.tensor([place == 0 for group in groups.all for place, _ in enumerate(group.responses)])
+    torch.testing.assert_close(after[~is_first], before[~is_first], atol=2e-5, rtol=0)
+    assert (after - before)[is_first].abs().max() > 0.5
 
 
 def test_a_recomputed_layer_gives_the_same_gradients() -> None:
@@ -84,7 +105,7 @@ def test_ranks_share_out_a_step_and_make_the_same_number_of_forwards(layout: str
     pairs = some_pairs(5)
     shares = [step_of(pairs, layout, rank=rank, world=4, rows=1) for rank in range(4)]
     assert len({len(share.micro_batches) for share in shares}) == 1
-    numbers = sorted(n for share in shares for batch in share.micro_batches for n in batch.pairs.tolist())
+    numbers = sorted(n for share in shares for batch in share.micro_batches for n in batch.groups.tolist())
     assert numbers == [0, 1, 2, 3, 4]
 
 
@@ -92,7 +113,7 @@ def test_ranks_share_out_a_step_and_make_the_same_number_of_forwards(layout: str
 def test_a_share_without_pairs_gives_zero_gradients_for_every_parameter(layout: str) -> None:
     policy = make_policy("llama", layout)
     empty = step_of(some_pairs(1), layout, rank=1, world=2, rows=1).micro_batches[0]
-    assert not len(empty.pairs)
+    assert not len(empty.groups) and not empty.rankings
     found = gradients(policy, policy(empty).sum())
     assert found.keys() == dict(policy.named_parameters()).keys()
     assert not any(gradient.any() for gradient in found.values())
@@ -145,9 +166,9 @@ def test_the_mask_is_that_of_its_definition() -> None:
 
 
 def test_one_response_may_be_a_prefix_of_the_other() -> None:
-    pair = some_pairs(1).all[0]
-    shorter = type(pair.chosen)(pair.chosen.ids[: pair.chosen.prompt_length + 1], pair.chosen.prompt_length)
-    pairs = Pairs([TokenizedPair((pair.chosen, shorter))])
+    chosen = some_pairs(1).all[0].best
+    shorter = Response.after(chosen.prompt_length, chosen.ids[: chosen.prompt_length + 1])
+    pairs = Groups([Group((chosen, shorter))])
     policy = make_policy("llama", "shared and packed")
     with torch.no_grad():
         ours = sums_of(policy, step_of(pairs, "shared and packed"))

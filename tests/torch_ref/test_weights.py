@@ -13,44 +13,45 @@ import pytest
 import torch
 from torch import Tensor
 
+from jax_simpo.data.loader import Known
 from jax_simpo.run.metrics import read_metrics
 from tests.torch_ref.start import config_file, make_start
 from tests.torch_ref.support import (
     LAYOUTS,
-    Pairs,
+    Groups,
     gradients,
+    lengths_of,
     make_policy,
     objective_of,
     oracle_prompt_sums,
     oracle_sums,
+    part_of,
+    some_groups,
     some_pairs,
     step_of,
 )
 from torch_ref.__main__ import app
 from torch_ref.batches import RankStep
 from torch_ref.objectives import Objective
-from torch_ref.trainer import batch_part
 
 OBJECTIVE = replace(objective_of("simpo", beta=2.5, gamma_beta_ratio=0.55), sft_weight=0.3)
 WEIGHTS = np.array([0.0, 0.7, 1.4, 2.1, 0.3], np.float32)
 
 
 def loss_of(policy: Any, step: RankStep, objective: Objective) -> Tensor:
-    engine: Any = SimpleNamespace(logps=policy)
-    parts = [batch_part(engine, objective, batch, step).loss for batch in step.micro_batches]
-    return torch.stack(parts).sum()
+    return part_of(SimpleNamespace(logps=policy), objective, step)[0]
 
 
-def expected_loss(policy: Any, pairs: Pairs, *, prompts: bool) -> Tensor:
+def expected_loss(policy: Any, pairs: Groups, *, prompts: bool) -> Tensor:
     """The weighted loss from the log-probs of each sequence alone; it divides by numbers of pairs and of tokens."""
-    sums, weights = oracle_sums(policy, pairs), torch.from_numpy(WEIGHTS)
-    lengths = torch.tensor([[len(r.targets) for r in p.responses] for p in pairs.all])
+    sums, weights = oracle_sums(policy, pairs).reshape(-1, 2), torch.from_numpy(WEIGHTS)
+    lengths = lengths_of(pairs).reshape(-1, 2)
     margins = 2.5 * (sums / lengths).diff(dim=1)[:, 0].neg() - 2.5 * 0.55
     preference = (weights * torch.log1p(torch.exp(-margins))).sum() / len(weights)
     targets, tokens = sums[:, 0], int(lengths[:, 0].sum())
     if prompts:
         targets = targets + oracle_prompt_sums(policy, pairs)
-        tokens = sum(len(p.chosen.inputs) for p in pairs.all)
+        tokens = sum(len(p.responses[0].inputs) for p in pairs.all)
     return preference - 0.3 * (weights * targets).sum() / tokens
 
 
@@ -59,7 +60,8 @@ def expected_loss(policy: Any, pairs: Pairs, *, prompts: bool) -> Tensor:
 def test_a_weight_multiplies_what_its_pair_adds_to_the_loss(layout: str, prompts: bool) -> None:
     pairs, policy = some_pairs(5), make_policy("llama", layout)
     objective = replace(OBJECTIVE, sft_over="prompt_and_response" if prompts else "response")
-    shares = [step_of(pairs, layout, rank=rank, world=2, rows=1, prompts=prompts, weights=WEIGHTS) for rank in range(2)]
+    known = Known(weights=WEIGHTS)
+    shares = [step_of(pairs, layout, rank=rank, world=2, rows=1, prompts=prompts, known=known) for rank in range(2)]
     loss = torch.stack([loss_of(policy, share, objective) for share in shares]).sum()
     found = gradients(policy, loss)
     oracle = expected_loss(policy, pairs, prompts=prompts)
@@ -69,15 +71,20 @@ def test_a_weight_multiplies_what_its_pair_adds_to_the_loss(layout: str, prompts
         assert distance < 1e-5, name
 
 
+@pytest.mark.parametrize("groups", [some_pairs(5), some_groups()], ids=["pairs", "groups"])
 @pytest.mark.parametrize("layout", ["shared and packed", "stacked"])
-def test_the_targets_of_a_pair_with_weight_0_have_no_gradient_and_all_others_have_one(layout: str) -> None:
-    step = step_of(some_pairs(5), layout, prompts=True, rows=5, weights=WEIGHTS)
+def test_the_targets_of_a_group_with_weight_0_have_no_gradient_and_all_others_have_one(
+    layout: str, groups: Groups
+) -> None:
+    step = step_of(groups, layout, prompts=True, rows=5, known=Known(weights=WEIGHTS))
     (batch,) = step.micro_batches
     logps = torch.linspace(-3.0, -0.5, len(batch.target_token)).requires_grad_()
     loss_of(lambda _: logps, step, replace(OBJECTIVE, sft_over="prompt_and_response")).backward()
-    (weightless,) = torch.nonzero(batch.pairs == 0)[0]
+    (weightless,) = torch.nonzero(batch.groups == 0)[0].tolist()
+    first = sum(map(len, batch.rankings[:weightless]))
+    responses = range(first, first + len(batch.rankings[weightless]))
     prompt = len(batch.response_length) + weightless
-    own = torch.isin(batch.target_response, torch.stack([batch.chosen[weightless], batch.rejected[weightless], prompt]))
+    own = torch.isin(batch.target_response, torch.tensor([*responses, prompt]))
     assert logps.grad is not None and own.any()
     assert torch.equal(logps.grad == 0, own)
 

@@ -188,6 +188,8 @@ def test_scores_are_those_of_a_single_process(folder: Path, found: dict[str, Any
     for line, ours in zip((tmp_path / "scores.jsonl").read_text().splitlines(), found["scores"], strict=True):
         oracle = json.loads(line)
         del oracle["row"]
+        for response, theirs in zip(ours.pop("responses"), oracle.pop("responses"), strict=True):
+            assert response == pytest.approx(theirs, abs=2e-5)
         assert ours == pytest.approx(oracle, abs=2e-5)
 
 

@@ -25,7 +25,7 @@ from tests.torch_ref.start import BEST, DPO, config_file
 from tests.torch_ref.support import record_memory
 from torch_ref.batches import build_rank_step
 from torch_ref.distributed import Ranks, open_ranks
-from torch_ref.evaluate import open_model, pair_records, score_pairs
+from torch_ref.evaluate import group_records, open_model, score_groups
 from torch_ref.setup import Setup
 from torch_ref.trainer import batch_part, make_engine, train
 
@@ -135,7 +135,7 @@ def cells(folder: Path, ranks: Ranks) -> dict[str, Any]:
     pairs = setup.split_pairs("test")
     plan = setup.step_plan(pairs, batch=4, seed=None)
     with open_model(setup, deepspeed) as forward:
-        found["scores"] = list(pair_records(score_pairs(forward, plan, pairs, ranks), setup.objective))
+        found["scores"] = list(group_records(score_groups(forward, plan, pairs, ranks), setup.objective))
     gc.collect()
     found["another config"] = refused(lambda: train(settings(folder, "rows", "--beta=3.0"), quiet, ranks, deepspeed))
     found["uneven"] = refused(

@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_simpo.config import TrainConfig
+from jax_simpo.data.groups import Group, GroupLengths
 from jax_simpo.data.loader import build_step
 from jax_simpo.data.packing import StepPlan, make_step_plan
-from jax_simpo.data.pairs import PairLengths, TokenizedPair
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
@@ -59,9 +59,9 @@ def tiny_model(dtype: str = "float32", **changes: Any) -> Model:
 class Pairs:
     """Pairs in memory, with the interface of a dataset."""
 
-    all: list[TokenizedPair]
+    all: list[Group]
 
-    def pairs(self, indices: np.ndarray) -> list[TokenizedPair]:
+    def groups(self, indices: np.ndarray) -> list[Group]:
         return [self.all[i] for i in indices]
 
 
@@ -73,7 +73,7 @@ def plan_of(
     pairs: Pairs, mesh: Mesh, *, batch: int, sharing: bool = True, packing: bool = True, prompt_targets: bool = False
 ) -> StepPlan:
     return make_step_plan(
-        PairLengths.of(pairs.all),
+        GroupLengths.of(pairs.all),
         global_batch_size=batch,
         rows_per_micro_batch=mesh.shape["data"] * mesh.shape["fsdp"],
         row_length=256 if packing else None,
@@ -128,7 +128,7 @@ def run_steps(
         return History(records, jax.device_get(params), programs)
 
 
-def edited(pair: TokenizedPair, rank: int, rng: np.random.Generator) -> TokenizedPair:
+def edited(pair: Group, rank: int, rng: np.random.Generator) -> Group:
     """Redraws the unshared tokens of one response but the first of them, so that the shared prefix stays the same."""
     other = pair.responses[1 - rank].ids
     response = pair.responses[rank]
@@ -137,4 +137,4 @@ def edited(pair: TokenizedPair, rank: int, rng: np.random.Generator) -> Tokenize
     start = (int(same[0]) if same.size else min(len(ids), len(other))) + 1
     ids[start:] = rng.integers(1, VOCABULARY, len(ids) - start)
     changed = replace(response, ids=ids)
-    return TokenizedPair((changed, pair.responses[1]) if rank == 0 else (pair.responses[0], changed))
+    return Group((changed, pair.responses[1]) if rank == 0 else (pair.responses[0], changed))

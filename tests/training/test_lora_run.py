@@ -19,7 +19,7 @@ from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError, ConfigError, UserError
 from jax_simpo.run.metrics import read_metrics
 from jax_simpo.training import trainer
-from jax_simpo.training.evaluate import PAIRS_PER_PLAN, evaluation_metrics, score_pairs
+from jax_simpo.training.evaluate import GROUPS_PER_PLAN, evaluation_metrics, score_groups
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import make_score_function
 from tests.training.test_trainer import MODEL, config_of, losses, run, stop_after
@@ -54,10 +54,10 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trai
 def evaluated(config: TrainConfig, choice: str | None) -> dict[str, float]:
     setup = Setup(config, choice, any_mesh=True)
     pairs = setup.eval_pairs()
-    plan = setup.step_plan(pairs, batch=PAIRS_PER_PLAN, seed=None)
+    plan = setup.step_plan(pairs, batch=GROUPS_PER_PLAN, seed=None)
     with jax.set_mesh(setup.mesh):
         score = make_score_function(setup.forward, setup.mesh)
-        return evaluation_metrics(score_pairs(score, setup.load_params(), plan, pairs, setup.mesh), setup.objective)
+        return evaluation_metrics(score_groups(score, setup.load_params(), plan, pairs, setup.mesh), setup.objective)
 
 
 def test_a_run_writes_an_adapter_that_peft_loads_and_checkpoints_of_it_alone(

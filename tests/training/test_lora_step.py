@@ -131,7 +131,7 @@ def compiled_step(sizes: tuple[int, int, int], dtype: str, settings: Lora | None
 def compiled(sizes: tuple[int, int, int], model: Model, chunk: int) -> Any:
     mesh = mesh_of(sizes)
     functions: Any = make_train_functions(Forward(model, "blockwise", chunk), OBJECTIVE, optax.adamw(1e-3), mesh)
-    widths = {"tokens": LENGTH, "positions": LENGTH, "key_end": LENGTH, "response_pair": 8, "response_rank": 8}
+    widths = {"tokens": LENGTH, "positions": LENGTH, "key_end": LENGTH, "response_group": 8, "response_rank": 8}
     widths |= {f"target_{name}": TARGETS for name in ("index", "token", "response")}
     rows = {
         name: jax.ShapeDtypeStruct((sizes[0] * sizes[1], width), jnp.int32, sharding=named(mesh, "batch", None))

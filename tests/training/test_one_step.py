@@ -166,8 +166,8 @@ def test_parity_compiles_the_forward_pass_that_scoring_and_training_sum_up() -> 
 def test_parity_divides_every_micro_batch_by_the_pairs_and_chosen_tokens_of_the_whole_step() -> None:
     pairs, mesh = some_pairs(20), mesh_of((1, 1, 1))
     whole_step = build_step(plan_of(pairs, mesh, batch=20), pairs, 0)
-    batches = RIGHT.micro_batches(whole_step)
+    batches = RIGHT.micro_batches(whole_step, OBJECTIVE)
     assert len(batches) == len(whole_step.micro_batches) > 1
-    for batch, right in zip(batches, step.split_step(whole_step), strict=True):
+    for batch, right in zip(batches, step.split_step(whole_step, OBJECTIVE), strict=True):
         assert batch.rows is right.rows and batch.row_count == right.row_count
         assert [float(x) for x in batch.denominators] == [20, whole_step.chosen_tokens]

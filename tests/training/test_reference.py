@@ -102,7 +102,7 @@ def test_sums_are_the_same_in_every_layout_and_from_the_cache(tmp_path: Path) ->
 
 
 def test_a_pass_that_was_interrupted_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference_module, "PAIRS_PER_PLAN", 8)
+    monkeypatch.setattr(reference_module, "GROUPS_PER_PLAN", 8)
     config = config_of(tmp_path)
     computed: list[range] = []
     original = reference_module.score_steps
@@ -118,7 +118,7 @@ def test_a_pass_that_was_interrupted_goes_on_where_it_was(tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         sums_of(config)
     sums = sums_of(config)
-    assert computed[1].start == 2 and computed[1].stop == -(-len(sums) // 8)
+    assert computed[1].start == 2 and computed[1].stop == -(-len(sums) // 16)  # two responses a pair
     whole = sums_of(config_of(tmp_path, data_cache_dir=str(tmp_path / "other")))
     np.testing.assert_allclose(sums, whole, rtol=2e-6, atol=2e-5)
 

@@ -14,7 +14,7 @@ import pytest
 
 from jax_simpo.cli import app
 from jax_simpo.config import TrainConfig
-from jax_simpo.data.pairs import TokenizedPair
+from jax_simpo.data.groups import Group
 
 PAIRS = {"hh_harmless.train": 24, "dpo_en_demo": 8}
 LAYOUTS = list(itertools.product((True, False), repeat=2))
@@ -80,7 +80,7 @@ def scored(model: Any, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return scored
 
 
-def tokenized(model: Any, data: Path, split: str, cache: Path | None = None) -> list[TokenizedPair]:
+def tokenized(model: Any, data: Path, split: str, cache: Path | None = None) -> list[Group]:
     """The pairs as the model is fed them."""
 
     from jax_simpo.training.setup import Setup
@@ -91,10 +91,10 @@ def tokenized(model: Any, data: Path, split: str, cache: Path | None = None) -> 
         data_cache_dir=str(cache or data / "cache"),
     )
     pairs = Setup(config).split_pairs(split)
-    return pairs.pairs(range(len(pairs)))
+    return pairs.groups(range(len(pairs)))
 
 
-def transformers_logps(model: Any, pairs: list[TokenizedPair]) -> np.ndarray:
+def transformers_logps(model: Any, pairs: list[Group]) -> np.ndarray:
     """Mean log-probs by transformers, each sequence alone: [pairs, 2]."""
     import torch
 

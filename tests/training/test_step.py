@@ -12,14 +12,14 @@ import numpy as np
 import optax
 import pytest
 
+from jax_simpo.data.groups import Group, Response
 from jax_simpo.data.loader import build_step
-from jax_simpo.data.pairs import Response, TokenizedPair
 from jax_simpo.models.policy import Forward
 from jax_simpo.objectives import DPO, Objective, SimPO
 from jax_simpo.objectives.orpo import ORPO
 from jax_simpo.plan.hlo import Collective, collectives
 from jax_simpo.sharding import named
-from jax_simpo.training.evaluate import evaluation_metrics, score_pairs
+from jax_simpo.training.evaluate import evaluation_metrics, score_groups
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.step import (
     Accumulated,
@@ -92,8 +92,8 @@ def test_no_log_prob_of_one_response_moves_when_the_other_changes(rank: int, sha
         score = make_score_function(Forward(model, "blockwise", 64), mesh)
         # Lengths and shared prefixes are the same, so both sit in the same rows.
         plan = plan_of(before, mesh, batch=12, sharing=sharing, packing=packing)
-        old, new = (score_pairs(score, params, plan, p, mesh) for p in (before, after))
-    sums = [(s.chosen_sum, s.rejected_sum) for s in (old, new)]
+        old, new = (score_groups(score, params, plan, p, mesh) for p in (before, after))
+    sums = [s.sums.reshape(-1, 2).T for s in (old, new)]
     np.testing.assert_array_equal(sums[0][1 - rank], sums[1][1 - rank])
     assert (np.abs(sums[0][rank] - sums[1][rank]) > 0.01).mean() > 0.8
 
@@ -105,10 +105,11 @@ def test_the_sft_term_is_divided_by_the_chosen_tokens_of_the_whole_step(pairs: P
     with jax.set_mesh(mesh):
         params = model.init(0, mesh)
         plan = plan_of(pairs, mesh, batch=BATCH)
-        scores = score_pairs(make_score_function(Forward(model, "dense", 64), mesh), params, plan, pairs, mesh)
-    step = plan.pairs(0)
-    cross_entropy = -scores.chosen_sum[step].sum() / scores.chosen_length[step].sum()
-    preference = float(objective.losses(*scores.of_pairs(step).responses).mean())
+        scores = score_groups(make_score_function(Forward(model, "dense", 64), mesh), params, plan, pairs, mesh)
+    step = plan.groups(0)
+    best = scores.lengths.starts[step]
+    cross_entropy = -scores.sums[best].sum() / scores.lengths.targets[best].sum()
+    preference = float(scores.of_groups(step).terms(objective).loss.mean())
     assert record["sft_loss"] == pytest.approx(cross_entropy, abs=1e-5)
     assert record["loss"] == pytest.approx(preference + 0.3 * cross_entropy, abs=1e-5)
 
@@ -127,18 +128,18 @@ def test_the_sft_term_may_be_over_prompts_too_in_steps_and_evaluations(
         step = build_step(plan, pairs, 0)
         record = accumulate_step(functions, params, step).metrics
         score = make_score_function(Forward(model, "dense", 64), mesh, prompts=True)
-        scores = score_pairs(score, params, replace(plan, seed=None), pairs, mesh).of_pairs(step.pairs)
+        scores = score_groups(score, params, replace(plan, seed=None), pairs, mesh).of_groups(step.groups)
     # The oracle: the chosen sequences alone, as rows of one response whose prompt is their first token.
-    whole = Pairs([TokenizedPair((Response(pair.chosen.ids, 1), Response(pair.rejected.ids, 1))) for pair in pairs.all])
+    whole = Pairs([Group(tuple(Response.after(1, r.ids) for r in pair.responses)) for pair in pairs.all])
     with jax.set_mesh(mesh):
         plain = make_score_function(Forward(model, "dense", 64), mesh)
-        oracle = score_pairs(plain, params, replace(plan_of(whole, mesh, batch=BATCH), seed=None), whole, mesh)
-    oracle = oracle.of_pairs(step.pairs)
-    expected = -oracle.chosen_sum.sum() / oracle.chosen_length.sum()
+        oracle = score_groups(plain, params, replace(plan_of(whole, mesh, batch=BATCH), seed=None), whole, mesh)
+    oracle = oracle.of_groups(step.groups)
+    expected = -oracle.sums[::2].sum() / oracle.lengths.targets[::2].sum()
     assert float(record["sft_loss"]) == pytest.approx(expected, rel=1e-6)
     assert evaluation_metrics(scores, objective)["sft_loss"] == pytest.approx(expected, rel=1e-6)
     assert evaluation_metrics(scores, objective)["loss"] == pytest.approx(float(record["loss"]), rel=1e-6)
-    assert scores.prompt_length.min() > 0
+    assert scores.prompt_lengths.min() > 0
 
 
 def test_empty_rows_add_nothing(pairs: Pairs) -> None:
@@ -155,7 +156,7 @@ def test_empty_rows_add_nothing(pairs: Pairs) -> None:
 def test_a_run_of_varying_packs_compiles_two_programs(pairs: Pairs) -> None:
     plan = plan_of(pairs, mesh_of((1, 1, 1)), batch=7)
     steps = [build_step(plan, pairs, k) for k in range(plan.steps_per_epoch)]
-    assert len({len(step.micro_batches) for step in steps}) > 1 and len({len(step.pairs) for step in steps}) > 1
+    assert len({len(step.micro_batches) for step in steps}) > 1 and len({len(step.groups) for step in steps}) > 1
     history = run_steps(pairs, steps=len(steps), batch=7, mesh=mesh_of((1, 1, 1)))
     assert history.programs == 2  # a micro-batch, whether its step has one or several, and the update
 
@@ -213,7 +214,7 @@ def compiled_step(  # type: ignore[no-untyped-def]
         tie_word_embeddings=tied,
     )
     functions = make_train_functions(Forward(model, "blockwise", chunk), objective, optax.adamw(1e-3), mesh)
-    widths = {"tokens": LENGTH, "positions": LENGTH, "key_end": LENGTH, "response_pair": 8, "response_rank": 8}
+    widths = {"tokens": LENGTH, "positions": LENGTH, "key_end": LENGTH, "response_group": 8, "response_rank": 8}
     widths |= {f"target_{name}": TARGETS for name in ("index", "token", "response")}
     rows = {
         name: jax.ShapeDtypeStruct((sizes[0] * sizes[1], width), jnp.int32, sharding=named(mesh, "batch", None))

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from jax_simpo import hf
 from jax_simpo.config import TrainConfig
+from jax_simpo.data.groups import GroupLengths
 from jax_simpo.errors import CheckpointError, ConfigError, DataError, MeshError, ModelError, TrainingError, UserError
 from jax_simpo.run import files
 from jax_simpo.run.checkpoint import Checkpoints
@@ -21,8 +22,9 @@ from jax_simpo.run.manifest import claim, read_manifest
 from jax_simpo.run.metrics import read_metrics
 from jax_simpo.run.resume import run_identity
 from jax_simpo.training import trainer
-from jax_simpo.training.evaluate import PairScores, evaluation_metrics, split_metrics
+from jax_simpo.training.evaluate import GroupScores, evaluation_metrics, split_metrics
 from jax_simpo.training.loop import TrainingLoop
+from tests.pairs import random_pairs
 
 MODEL = {
     "model_type": "llama",
@@ -189,15 +191,16 @@ def test_several_evaluation_splits_have_figures_each_and_over_all_pairs(tmp_path
 
 def test_the_figures_of_a_split_are_those_of_its_pairs_alone_to_the_bit() -> None:
     rng = np.random.default_rng(0)
-    sums, lengths = -50 * rng.random((3, 30), np.float32), rng.integers(1, 40, (3, 30))
-    scores = PairScores.of(sums.T, lengths.T)
+    groups = random_pairs(rng, 30, 50, prompt=(1, 9), response=(1, 40))
+    sums = -50 * rng.random(60, np.float32)
+    scores = GroupScores(GroupLengths.of(groups), sums, np.zeros(30, np.float32), np.zeros(30, int))
     objective = trainer.Setup(config_of(Path("."), sft_weight=0.5)).objective
     splits = {"a": np.arange(0, 30, 2), "b": np.arange(1, 30, 2)}
     figures = split_metrics(scores, objective, splits)
     overall = {**evaluation_metrics(scores, objective), "pairs": 30}
     for prefix, metrics in (
         ("eval_", overall),
-        *((f"eval_{name}_", evaluation_metrics(scores.of_pairs(own), objective)) for name, own in splits.items()),
+        *((f"eval_{name}_", evaluation_metrics(scores.of_groups(own), objective)) for name, own in splits.items()),
     ):
         assert {f"{prefix}{name}": value for name, value in metrics.items()}.items() <= figures.items()
     assert split_metrics(scores, objective, {"a": np.arange(30)}) == {f"eval_{k}": v for k, v in overall.items()}
@@ -442,7 +445,7 @@ def test_resume_from_checkpoint_takes_the_step_it_is_given(
         ({"mesh": {"fsdp": 3}}, MeshError, r"mesh \(data=1, fsdp=3, tensor=1\) does not divide the 8 cpu device"),
         ({"mesh": {"fsdp": -1, "tensor": 4}}, MeshError, "do not divide the model's num_attention_heads=2"),
         ({"row_length": 128, "max_length": 600, "prefix_sharing": False, "dataset_mixer": {"LONG": 1.0}}, DataError,
-         r"long.jsonl, row 1: the pair takes \d+ tokens, but a row holds 128"),
+         r"long.jsonl, row 1: its 2 responses take \d+ tokens, but a row holds 128"),
         ({"do_eval": True, "dataset_splits": ["train"]}, ConfigError, "names no split to evaluate"),
         ({"model_config": {**MODEL, "vocab_size": 50}}, ModelError, "the tokenizer has .* the model only 50"),
         ({"learning_rate": 1e30, "warmup_ratio": 0}, TrainingError,

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from jax_simpo.cli import app
-from jax_simpo.data.chat import load_tokenizer, render_pair
+from jax_simpo.data.chat import load_tokenizer, render_group
+from jax_simpo.data.conversations import read_conversation
 from jax_simpo.data.synthetic import make_rows
 from jax_simpo.run.metrics import read_metrics
 
@@ -110,7 +111,7 @@ def trl_history(case: Case, start: Path, folder: Path) -> list[dict[str, Any]]:
             from trl.experimental.cpo import CPOTrainer as Trainer
 
         tokenizer = load_tokenizer(str(start))
-        texts = [render_pair(row, tokenizer, False) for row in make_rows("cafe", "train")[:PAIRS]]
+        texts = [render_group(read_conversation(row), tokenizer, False) for row in make_rows("cafe", "train")[:PAIRS]]
         settings = Config(
             output_dir=str(folder),
             max_length=128,
@@ -130,7 +131,9 @@ def trl_history(case: Case, start: Path, folder: Path) -> list[dict[str, Any]]:
         trainer = Trainer(
             model=AutoModelForCausalLM.from_pretrained(start),
             args=settings,
-            train_dataset=Dataset.from_list([vars(text) for text in texts]),
+            train_dataset=Dataset.from_list(
+                [dict(zip(("prompt", "chosen", "rejected"), (t.prompt, *t.responses), strict=True)) for t in texts]
+            ),
             processing_class=tokenizer,
         )
         trainer.train()

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jax_simpo.data.loader import build_step
+from jax_simpo.data.loader import Known, build_step
 from jax_simpo.errors import CheckpointError, DataError
 from jax_simpo.models.policy import Forward
 from jax_simpo.objectives.orpo import ORPO
 from jax_simpo.run.metrics import read_metrics
 from jax_simpo.training import trainer
-from jax_simpo.training.evaluate import score_pairs
+from jax_simpo.training.evaluate import score_groups
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.step import Accumulated, accumulate_step, make_score_function, make_train_functions
 from tests.training.support import OPTIMIZER, mesh_of, plan_of, some_pairs, tiny_model
@@ -42,7 +42,9 @@ def step() -> Step:
 
     def of_weights(weights: np.ndarray | None) -> Accumulated:
         with jax.set_mesh(mesh):
-            return jax.device_get(accumulate_step(functions, params, build_step(PLAN, PAIRS, 0, weights=weights)))
+            return jax.device_get(
+                accumulate_step(functions, params, build_step(PLAN, PAIRS, 0, known=Known(weights=weights)))
+            )
 
     return of_weights
 
@@ -53,9 +55,9 @@ def test_a_weight_multiplies_what_its_pair_adds_to_the_loss(step: Step) -> None:
     with jax.set_mesh(mesh):
         plan = plan_of(PAIRS, mesh, batch=16)
         score = make_score_function(Forward(model, "dense", 64), mesh)
-        scores = score_pairs(score, model.init(0, mesh), plan, PAIRS, mesh)
-    losses = np.asarray(OBJECTIVE.losses(*scores.responses), np.float64)
-    sft = -(weights * scores.chosen_sum).sum() / scores.chosen_length.sum()
+        scores = score_groups(score, model.init(0, mesh), plan, PAIRS, mesh)
+    losses = np.asarray(scores.terms(OBJECTIVE).loss, np.float64)
+    sft = -(weights * scores.sums[::2]).sum() / scores.lengths.targets[::2].sum()
     metrics = step(weights).metrics
     assert float(metrics["sft_loss"]) == pytest.approx(sft, rel=1e-5)
     assert float(metrics["loss"]) == pytest.approx((weights * losses).mean() + 0.5 * sft, rel=1e-5)

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jax_simpo.data.groups import GroupLengths
 from jax_simpo.data.rows import RowBatch, RowShape, build_rows
 from jax_simpo.ops.attention import Mask, attention, prepare_mask
 from jax_simpo.ops.attention.blockwise import BLOCK, find_live_blocks
 from jax_simpo.sharding import make_mesh
-from tests.pairs import random_pairs
+from tests.pairs import random_group, random_pairs
 
 # Claims about one backend alone are in its own file; `pallas`, too slow without a GPU, is in test_pallas_gpu.py only.
 ALL = ["dense", "blockwise", "cudnn", *(["splash"] if find_spec("tokamax") else [])]
@@ -24,16 +25,18 @@ ON_A_MESH = ["dense", "blockwise", "cudnn"]
 
 
 def layout(seed: int, rows: int, length: int, *, sharing: bool = True) -> RowBatch:
-    """Makes random rows: packed, padded, one of them empty."""
+    """Makes random rows of pairs and of deeper trees: packed, padded, one of them empty."""
     rng = np.random.default_rng(seed)
     filled, number = [], 0
     for row in range(rows):
         pairs, room = [], 0 if row == rows - 1 else length
         while room > 0:
-            (pair,) = random_pairs(rng, 1, 9, prompt=(1, length // 3), response=(1, length // 4))
-            room -= sum(len(r.inputs) for r in pair.responses)
+            (group,) = random_pairs(rng, 1, 9, prompt=(1, length // 3), response=(1, length // 4))
+            if rng.random() < 0.5:
+                group = random_group(rng, 9, most=8, longest=length // 4)
+            room -= int(GroupLengths.of([group]).row_tokens(sharing)[0])
             if room > 0:
-                pairs.append((number, pair))
+                pairs.append((number, group))
                 number += 1
         filled.append(pairs)
     return build_rows(filled, RowShape(length, 2 * length, 4 * length), prefix_sharing=sharing)

@@ -6,8 +6,9 @@ from transformers import PreTrainedTokenizerBase
 
 from jax_simpo.config import TrainConfig
 from jax_simpo.data.packing import PackingReport, StepPlan
+from jax_simpo.data.ranking import GroupSettings
 from jax_simpo.data.sources import RawSplit
-from jax_simpo.data.tokenize import PairDataset, tokenize_split
+from jax_simpo.data.tokenize import GroupDataset, tokenize_split
 from jax_simpo.errors import ConfigError, DataError
 from jax_simpo.processes import distributed
 
@@ -23,7 +24,7 @@ def require_data(config: TrainConfig) -> None:
         )
 
 
-def tokenize_on_first(config: TrainConfig, raw: RawSplit, tokenizer: PreTrainedTokenizerBase) -> PairDataset:
+def tokenize_on_first(config: TrainConfig, raw: RawSplit, tokenizer: PreTrainedTokenizerBase) -> GroupDataset:
     """Tokenises a split as the config says. Every process calls it.
 
     The first process tokenises; the others find its work in the shared cache.
@@ -40,6 +41,9 @@ def tokenize_on_first(config: TrainConfig, raw: RawSplit, tokenizer: PreTrainedT
             max_prompt_length=config.max_prompt_length,
             truncation_mode=config.truncation_mode,
             auto_insert_empty_system_msg=config.auto_insert_empty_system_msg,
+            train_on=config.train_on,
+            group_by=config.group_by,
+            groups=GroupSettings(config.max_responses, config.min_score_gap, config.ties),
             on_bad_row=config.on_bad_row,
             num_proc=config.preprocessing_num_workers,
             cache_dir=config.data_cache_dir,
@@ -50,7 +54,7 @@ def tokenize_on_first(config: TrainConfig, raw: RawSplit, tokenizer: PreTrainedT
     return pairs
 
 
-def notes_on(pairs: PairDataset) -> list[str]:
+def notes_on(pairs: GroupDataset) -> list[str]:
     """Lists the skipped rows, and the processes that had to tokenise again. Every process calls it."""
     notes = []
     repeated = distributed.collect("cache", pairs.cache_hit)[1:].count(False)
@@ -61,6 +65,8 @@ def notes_on(pairs: PairDataset) -> list[str]:
         )
     if pairs.skipped:
         notes.append(pairs.skipped_report())
+    if pairs.left_out:
+        notes.append(pairs.left_out_summary())
     return notes
 
 
@@ -86,6 +92,6 @@ def idle_warning(plan: StepPlan, report: PackingReport, devices: int) -> str:
         return ""
     return (
         f"warning: {report.empty_rows:.0%} of the rows computed are empty: {devices} devices are "
-        f"too many for {report.pairs:.0f} pairs a step in rows of {plan.shape.length} tokens. Raise "
+        f"too many for {report.groups:.0f} pairs a step in rows of {plan.shape.length} tokens. Raise "
         "`global_batch_size`, set a shorter `row_length`, or move devices from `fsdp` or `data` to `tensor`"
     )
