@@ -12,9 +12,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jax_simpo.config import TrainConfig, load_config
+from jax_simpo.data.groups import GroupLengths
 from jax_simpo.data.packing import StepPlan
-from jax_simpo.data.pairs import PairLengths
 from jax_simpo.data.rows import RowShape
 
 # Tiny random models: name -> the keys of a Hugging Face config that differ from `SIZES`.
@@ -87,6 +89,14 @@ OBJECTIVES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
         {"objective": "orpo", "beta": 0.1, "gamma_beta_ratio": None, "sft_weight": 1.0},
     ),
 }
+# Groups of three to five conversations that part at different turns, as trees in the rows of the JAX side: name -> the
+# family whose start model is trained, and the keys that its config adds.
+GROUPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3 + groups": (
+        "llama3",
+        {"train_on": "assistant_turns", "compare_weights": "score_gap", "mean_over": "pairs"},
+    ),
+}
 USER_FAMILY = "checkpoint"  # the name of a user's own model in reports
 
 LAYOUTS = {"separate": (False, False), "shared": (True, False), "shared + packed": (True, True)}  # sharing, packing
@@ -134,6 +144,10 @@ FAMILY_OF_VARIANT = {
     "sums where means belong": "llama3 + sigmoid_norm, weighted",
     "reference with another template": "llama3 + sigmoid_norm, weighted",
     "weights divided by their sum": "llama3 + sigmoid_norm, weighted",
+    "subtree ends a token late": "llama3 + groups",
+    "positions count the row": "llama3 + groups",
+    "shared target scored once": "llama3 + groups",
+    "turns of users scored": "llama3 + groups",
 }
 
 
@@ -162,9 +176,14 @@ class Cell:
         return replace(self, backend=backend)
 
     @property
+    def reference(self) -> Cell:
+        """The run that this one is compared with: PyTorch's in the same layout, or of groups on separate sequences."""
+        return replace(self, backend=REFERENCE, layout="separate" if self.family in GROUPS else self.layout)
+
+    @property
     def exists(self) -> bool:
         """True if the cell is part of the matrix. Flash attention takes no masks of rows and computes in 16 bits."""
-        if self.family in ({*FAMILIES, *ADAPTED, *OBJECTIVES} - set(FULL_FAMILIES)):
+        if self.family in ({*FAMILIES, *ADAPTED, *OBJECTIVES, *GROUPS} - set(FULL_FAMILIES)):
             return self._in_every_family
         if self.order and (self.layout != ORDERS_LAYOUT or (self.dtype == "float32" and self.backend != REFERENCE)):
             return False
@@ -272,23 +291,24 @@ def matrix(families: Iterable[str], backends: Iterable[str], *, quick: bool = Fa
     return [cell for cell in cells if cell.exists and (cell.is_quick or not quick)]
 
 
-def step_plan(job: Job, config: TrainConfig, lengths: PairLengths) -> StepPlan:
+def step_plan(job: Job, config: TrainConfig, lengths: GroupLengths) -> StepPlan:
     """Makes the step plan of a cell.
 
     Rows and micro-batches have the same shape in all layouts and on all backends, so that a model is compiled once for
     each mesh.
     """
-    lengths = first_pairs(lengths, job.pairs)
-    longest, most_targets = int(lengths.row_tokens(False).max()), int(lengths.targets().max())
-    shape = RowShape(_round_up(longest), max(_round_up(longest), _round_up(most_targets)), 2 * job.batch)
+    lengths = first_groups(lengths, job.pairs)
+    longest, most_targets = int(lengths.row_tokens(False).max()), int(lengths.row_targets().max())
+    responses = int(lengths.sizes.max()) * job.batch
+    shape = RowShape(_round_up(longest), max(_round_up(longest), _round_up(most_targets)), responses)
     prompt_targets = bool(config.sft_weight) and config.sft_over == "prompt_and_response"
     sharing, packing = config.prefix_sharing, config.packing
     return StepPlan(lengths, shape, job.batch, job.rows, sharing, packing, config.seed, prompt_targets)
 
 
-def first_pairs(lengths: PairLengths, count: int) -> PairLengths:
-    """Returns the lengths of the first pairs of a split."""
-    return PairLengths(*(column[:count] for column in vars(lengths).values()))
+def first_groups(lengths: GroupLengths, count: int) -> GroupLengths:
+    """Returns the lengths of the first groups of a split."""
+    return lengths.of_groups(np.arange(min(count, len(lengths))))
 
 
 def write_config(file: Path, values: Mapping[str, Any]) -> None:

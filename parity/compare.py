@@ -126,7 +126,7 @@ def compare(job: Job) -> Outcome:
     for cell in job.cells:
         if cell.backend == REFERENCE or cell.order:
             continue
-        ours, theirs = results_of(cell), results_of(cell.on(REFERENCE))
+        ours, theirs = results_of(cell), results_of(cell.reference)
         if cell.dtype == "float32":
             noises = gradient_noise[cell.family], weight_noise[cell.family]
             figures = float32_figures(ours, theirs, _start(job, cell.family), *noises)

@@ -19,14 +19,15 @@ from jaxtyping import Array
 from rich.console import Console
 
 from jax_simpo import hf
-from jax_simpo.data.loader import PairSource, build_step
+from jax_simpo.data.groups import GroupLengths
+from jax_simpo.data.loader import GroupSource, Known, build_step
 from jax_simpo.data.packing import StepPlan
-from jax_simpo.data.pairs import PairLengths
 from jax_simpo.hf import adapters
 from jax_simpo.models.policy import Forward, Rows
 from jax_simpo.models.transformer import Params
 from jax_simpo.objectives import Objective, Responses
-from jax_simpo.ops.responses import ResponseLogps, match_pairs
+from jax_simpo.objectives.groups import Ranking, group_terms
+from jax_simpo.ops.responses import ResponseLogps
 from jax_simpo.sharding import make_mesh, put_rows
 from jax_simpo.training import capacity
 from jax_simpo.training.optim import run_optimizer
@@ -41,7 +42,7 @@ from jax_simpo.training.step import (
 )
 from parity.cases import JAX_GPU, MESHES, REFERENCE, Cell, Job, step_plan
 from parity.results import EXPORT, GRADIENTS, PYTORCH_IN_JAX, TokenTable, save_results
-from parity.variants import RIGHT, VARIANTS, Variant, VariantPairs
+from parity.variants import RIGHT, VARIANTS, Variant, VariantGroups
 
 
 @dataclass
@@ -100,62 +101,60 @@ class Runner:
             adapters.save(params, model, folder, "float32", base=base, tokenizer=tokenizer)
 
     def table(
-        self, params: Params, micro_batches: Iterable[MicroBatch], lengths: PairLengths
+        self, params: Params, micro_batches: Iterable[MicroBatch], lengths: GroupLengths
     ) -> tuple[TokenTable, np.ndarray]:
-        """Computes the log-prob of every target of a step's rows, and the loss of every pair."""
+        """Computes the log-prob of every target of a step's rows, and the loss of every group."""
         table, losses = TokenTable(lengths), np.zeros(len(lengths))
         for batch in micro_batches:
             rows = put_rows(batch.rows.arrays(), self.mesh)
             target_logps = self.target_logps(params, rows)
             self._put_losses(losses, self.sum_responses(target_logps, rows), batch)
             logps = np.asarray(target_logps)
-            for row, slot in zip(*np.nonzero(batch.rows.response_pair >= 0), strict=True):
-                pair, rank = batch.rows.response_pair[row, slot], batch.rows.response_rank[row, slot]
-                table.put(pair, rank, logps[row][batch.rows.target_response[row] == slot])
+            for row, slot in zip(*np.nonzero(batch.rows.response_group >= 0), strict=True):
+                group, place = batch.rows.response_group[row, slot], batch.rows.response_place[row, slot]
+                table.put(group, place, logps[row][batch.rows.target_response[row] == slot])
         return table, losses
 
-    def weights(self) -> np.ndarray | None:
-        """Returns the weights of all training pairs; None if the config names no column of weights."""
-        return None if self.setup.config.weight_column is None else self.setup.train_pairs().weights
+    def known(self, reference: np.ndarray | None = None) -> Known:
+        """Returns what is known of the training pairs: sums under the reference, and their weights and scores."""
+        return self.setup.known(self.setup.train_pairs(), reference, training=True)
 
     def reference_sums(self, plan: StepPlan, variant: Variant) -> np.ndarray:
         """Returns the reference's sums of all pairs: as the trainer computes them, or of a variant's pairs."""
         pairs = self.setup.train_pairs()
-        if not variant.changes_reference_pairs:
+        if not variant.changes_reference_groups:
             return Reference(self.setup.reference).sums(pairs, Console(quiet=True))
         # Here the reference is the start model, so its log-probs come from the program that is compiled already.
-        changed = VariantPairs(pairs, variant.reference_pair)
-        everything = replace(plan, lengths=PairLengths.of(changed.pairs(np.arange(len(plan.lengths)))), seed=None)
+        changed = VariantGroups(pairs, variant.reference_group)
+        everything = replace(plan, lengths=GroupLengths.of(changed.groups(np.arange(len(plan.lengths)))), seed=None)
         sums = []
         with jax.set_mesh(self.mesh):
             params = self.load()
             for k in range(everything.steps_per_epoch):
-                lengths = everything.lengths.of_pairs(everything.pairs(k))
-                table, _ = self.table(params, RIGHT.micro_batches(build_step(everything, changed, k)), lengths)
-                ends = np.cumsum(table.lengths.ravel())
-                sums.append(np.add.reduceat(table.logps, [0, *ends[:-1]]).reshape(-1, 2))
+                lengths = everything.lengths.of_groups(everything.groups(k))
+                batches = RIGHT.micro_batches(build_step(everything, changed, k, known=self.known()), self.objective)
+                sums.append(self.table(params, batches, lengths)[0].sums)
         return np.concatenate(sums).astype(np.float32)
 
     def _put_losses(self, losses: np.ndarray, responses: ResponseLogps, batch: MicroBatch) -> None:
-        """Computes the losses of a micro-batch's pairs and puts each at its pair's place."""
-        reference = np.zeros_like(responses.sum) if batch.reference_sum is None else batch.reference_sum
+        """Computes the losses of a micro-batch's groups and puts each at its group's place."""
+        reference = batch.of_slots.get("reference_sum", np.zeros_like(responses.sum))
         slots = Responses(*map(jnp.asarray, (*jax.device_get((responses.sum, responses.length)), reference)))
-        pairs = match_pairs(slots, jnp.asarray(batch.rows.response_pair), jnp.asarray(batch.rows.response_rank))
-        valid = np.asarray(pairs.valid)
-        slot_losses = np.asarray(self.objective.losses(pairs.chosen, pairs.rejected))
-        losses[batch.rows.response_pair[valid]] = slot_losses[valid]
+        ranking = Ranking(batch.rows.response_group, batch.rows.response_rank, batch.of_slots.get("response_score"))
+        is_first = ranking.is_first
+        losses[batch.rows.response_group[is_first]] = group_terms(self.objective, slots, ranking).loss[is_first]
 
-    def run(self, folder: Path, plan: StepPlan, pairs: PairSource, steps: int, variant: Variant = RIGHT) -> None:
+    def run(self, folder: Path, plan: StepPlan, pairs: GroupSource, steps: int, variant: Variant = RIGHT) -> None:
         """Runs the steps of a cell and writes its results; with 0 steps, those of the first step before its update."""
-        lengths = plan.lengths.of_pairs(plan.pairs(0))
+        lengths = plan.lengths.of_groups(plan.groups(0))
         reference = None
         if self.objective.needs_reference:
             reference = variant.reference(self.reference_sums(plan, variant))
-        build = partial(build_step, plan, pairs, reference=reference, weights=self.weights())
+        build = partial(build_step, plan, pairs, known=self.known(reference))
         with jax.set_mesh(self.mesh):
             params = self.load()
             first_step = build(0)
-            first = variant.micro_batches(first_step)
+            first = variant.micro_batches(first_step, self.objective)
             table, losses = self.table(params, first, lengths)
             accumulated = accumulate_step(self.functions, params, first_step, variant.micro_batches)
             self.save(accumulated.gradients, folder / GRADIENTS)
@@ -193,9 +192,9 @@ def run_cell(job: Job, runner: Runner, cell: Cell, folder: Path, steps: int, var
     config = job.config(cell)
     pairs: Any = runner.setup.train_pairs()
     plan = step_plan(job, config, pairs.lengths)
-    if variant.changes_pairs:
-        pairs = VariantPairs(pairs, variant.pair)
-        changed = PairLengths.of(pairs.pairs(np.arange(len(plan.lengths))))
+    if variant.changes_groups:
+        pairs = VariantGroups(pairs, variant.group)
+        changed = GroupLengths.of(pairs.groups(np.arange(len(plan.lengths))))
         plan = step_plan(job, config, changed)
     if variant.prompt_targets:
         plan = replace(plan, prompt_targets=True)
@@ -208,8 +207,8 @@ def score_export(runner: Runner, job: Job, cell: Cell) -> None:
     pairs = runner.setup.train_pairs()
     plan = step_plan(job, job.config(cell), pairs.lengths)
     with jax.set_mesh(runner.mesh):
-        micro_batches = RIGHT.micro_batches(build_step(plan, pairs, 0))
-        table, _ = runner.table(runner.load(export), micro_batches, plan.lengths.of_pairs(plan.pairs(0)))
+        micro_batches = RIGHT.micro_batches(build_step(plan, pairs, 0, known=runner.known()), runner.objective)
+        table, _ = runner.table(runner.load(export), micro_batches, plan.lengths.of_groups(plan.groups(0)))
     np.save(job.results_folder(cell) / PYTORCH_IN_JAX, table.logps)
 
 
@@ -220,10 +219,10 @@ def try_variants(job: Job) -> None:
         variant, cell = VARIANTS[name], job.variant_cell(name)
         plain = runner_of(cell)
         pairs = plain.setup.train_pairs()
-        first = build_step(step_plan(job, job.config(cell), pairs.lengths), pairs, 0, weights=plain.weights())
+        first = build_step(step_plan(job, job.config(cell), pairs.lengths), pairs, 0, known=plain.known())
         if not variant.applies(plain.forward, plain.objective, first):
             continue
-        if variant.changes_reference_pairs and plain.setup.config.ref_model_name_or_path is not None:
+        if variant.changes_reference_groups and plain.setup.config.ref_model_name_or_path is not None:
             continue  # its log-probs come from the runner's own model
         print(f"wrong variant: {name}", flush=True)
         runner = make_runner(job, cell, variant) if variant.changes_program else plain

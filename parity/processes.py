@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -16,14 +17,16 @@ from typing import Any
 
 from jax_simpo.config import jax_only, load_config
 from jax_simpo.data import chat, synthetic
+from jax_simpo.data.conversations import read_conversation
+from jax_simpo.data.groups import GroupLengths
 from jax_simpo.data.messages import BadRow
-from jax_simpo.data.pairs import PairLengths
-from jax_simpo.data.tokenize import tokenize_pair
+from jax_simpo.data.tokenize import tokenize_group
 from jax_simpo.errors import UserError
 from parity.cases import (
     ADAPTED,
     FAMILIES,
     GPU_BACKENDS,
+    GROUPS,
     JAX_GPU,
     MESHES,
     OBJECTIVES,
@@ -69,13 +72,16 @@ def built_in_job(work: Path, variants: Sequence[str], inject: str | None = None,
     data.parent.mkdir(parents=True, exist_ok=True)
     rows = _short_pairs(shared, tokenizer)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    groups = data.with_name("groups.jsonl")
+    groups.write_text("".join(json.dumps(row) + "\n" for row in _short_groups(rows)), encoding="utf-8")
     configs = {}
     plain: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in FAMILIES}
     others = {
         name: (model, {**keys, **({"ref_model_name_or_path": str(work / of / "start")} if of else {})})
         for name, (model, of, keys) in OBJECTIVES.items()
     }
-    for family, (model, extra_keys) in {**plain, **ADAPTED, **others}.items():
+    of_groups = {name: (model, {**keys, "dataset_mixer": {str(groups): 1.0}}) for name, (model, keys) in GROUPS.items()}
+    for family, (model, extra_keys) in {**plain, **ADAPTED, **others, **of_groups}.items():
         file = work / family / "config.yaml"
         values = {
             "model_name_or_path": str(work / model / "start"),
@@ -91,7 +97,7 @@ def built_in_job(work: Path, variants: Sequence[str], inject: str | None = None,
         work=str(work),
         configs=configs,
         new_models=FAMILIES,
-        cells=matrix([*FAMILIES, *ADAPTED, *OBJECTIVES], [*backends(), *gpu_backends()], quick=quick),
+        cells=matrix([*FAMILIES, *ADAPTED, *OBJECTIVES, *GROUPS], [*backends(), *gpu_backends()], quick=quick),
         variants=list(variants),
         pairs=len(rows),
         batch=BATCH,
@@ -180,14 +186,41 @@ def _short_pairs(shared: str | None, tokenizer_name: str) -> list[dict[str, Any]
     return [{**row, "weight": number % 4 * 0.7} for number, row in enumerate(islice(short, PAIRS))]
 
 
+def _short_groups(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Makes as many groups of conversations, of the first words of the pairs' texts.
+
+    Three to five conversations share a question, and some of them a first answer or a second question too. Some scores
+    are tied.
+    """
+    words = [re.findall(r"\w+", json.dumps(pair)) for pair in pairs]
+
+    def turn(role: str, number: int, count: int) -> dict[str, str]:
+        own = words[number % len(words)]
+        start = 7 * number % max(1, len(own) - count)
+        return {"role": role, "content": " ".join(own[start : start + count])}
+
+    groups = []
+    for number in range(len(pairs)):
+        question = turn("user", number, 5)
+        answers = [turn("assistant", number + k, 3) for k in range(2)]
+        asked = [turn("user", number + k, 2) for k in range(2)]
+        responses = []
+        for k in range(3 + number % 3):
+            middle = [answers[k % 2], asked[k // 2 % 2]] if k else []
+            responses.append([question, *middle, turn("assistant", 2 * number + k, 2 + k)])
+        scores = [round(1.5 * k * (number % 4 + 1)) // 2 for k in range(len(responses))]
+        groups.append({"responses": responses, "scores": scores})
+    return groups
+
+
 def _row_tokens(row: dict[str, Any], tokenizer: Any) -> int:
     try:
-        text = chat.render_pair(row, tokenizer, False)
-        pair = tokenize_pair(text, tokenizer, max_length=2048, max_prompt_length=1800, truncation_mode="keep_end")
+        text = chat.render_group(read_conversation(row), tokenizer, False)
+        pair = tokenize_group(text, tokenizer, max_length=2048, max_prompt_length=1800, truncation_mode="keep_end")
     except BadRow:
         return ROW_TOKENS + 1
     # Two tokens more, because the wrong variant with two BOS has to fit too.
-    return int(PairLengths.of([pair]).row_tokens(False)[0]) + 2
+    return int(GroupLengths.of([pair]).row_tokens(False)[0]) + 2
 
 
 def run_sides(job: Job, say: Callable[[str], None] = print) -> None:

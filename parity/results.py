@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from safetensors.numpy import load_file
 
-from jax_simpo.data.pairs import PairLengths
+from jax_simpo.data.groups import GroupLengths
 
 GRADIENTS, EXPORT = "gradients", "model"  # folders of safetensors files
 # Log-probs of an export loaded by the other side, in the order of `CellResults.final_logps`.
@@ -21,18 +21,24 @@ PYTORCH_IN_JAX, JAX_IN_TRANSFORMERS = "PyTorch_export_in_JAX.npy", "JAX_export_i
 
 
 class TokenTable:
-    """The log-probs of all targets of a step, response after response: chosen and rejected of the first pair, ..."""
+    """The log-probs of all targets of a step: group after group, and of each the responses from the best on."""
 
-    def __init__(self, lengths: PairLengths) -> None:
-        """Takes the lengths of the step's pairs."""
-        self.lengths = np.stack([lengths.chosen_targets, lengths.rejected_targets], axis=1).astype(np.int64)
-        self._start = np.concatenate([[0], np.cumsum(self.lengths.ravel())])
-        self.logps = np.zeros(self._start[-1])
+    def __init__(self, lengths: GroupLengths) -> None:
+        """Takes the lengths of the step's groups."""
+        self.lengths = lengths.targets.astype(np.int64)
+        self._first = lengths.starts
+        self._start = np.cumsum(self.lengths) - self.lengths
+        self.logps = np.zeros(self.lengths.sum())
 
-    def put(self, pair: int, rank: int, logps: Float[np.ndarray, " T"]) -> None:
+    def put(self, group: int, place: int, logps: Float[np.ndarray, " T"]) -> None:
         """Sets the log-probs of a response's tokens."""
-        start = self._start[2 * pair + rank]
+        start = self._start[self._first[group] + place]
         self.logps[start : start + len(logps)] = logps
+
+    @property
+    def sums(self) -> Float[np.ndarray, " R"]:
+        """The sum of the log-probs of each response."""
+        return np.add.reduceat(self.logps, self._start)
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,9 @@ class CellResults:
 
     Attributes:
         folder: the folder of the results.
-        logps: log-prob of every target of the first step's pairs, before the first update.
+        logps: log-prob of every target of the first step's groups, before the first update.
         lengths: number of targets of each response.
-        losses: the loss of each of these pairs.
+        losses: the loss of each of these groups.
         final_logps: as `logps`, after the last step; None where no step was made.
         steps: the metrics of each step.
         facts: the attention implementation and the versions that computed them.
@@ -51,18 +57,16 @@ class CellResults:
 
     folder: Path
     logps: Float[np.ndarray, " N"]
-    lengths: Int[np.ndarray, "P 2"]
-    losses: Float[np.ndarray, " P"]
+    lengths: Int[np.ndarray, " R"]
+    losses: Float[np.ndarray, " G"]
     final_logps: Float[np.ndarray, " N"] | None
     steps: Sequence[Mapping[str, float]]
     facts: Mapping[str, Any]
 
     @property
-    def means(self) -> Float[np.ndarray, "P 2"]:
+    def means(self) -> Float[np.ndarray, " R"]:
         """Mean log-prob of each response."""
-        ends = np.cumsum(self.lengths.ravel())
-        sums = np.add.reduceat(self.logps, np.concatenate([[0], ends[:-1]]))
-        return sums.reshape(self.lengths.shape) / self.lengths
+        return np.add.reduceat(self.logps, np.cumsum(self.lengths) - self.lengths) / self.lengths
 
     def curve(self, key: str) -> Float[np.ndarray, " S"]:
         """Returns a metric over the steps."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from jax_simpo.config import load_config
 from jax_simpo.data.chat import load_tokenizer
+from jax_simpo.data.groups import Response
 from parity.cases import MESHES, SIZES, TORCH, TORCH_GPU, ZERO3, Cell, Job, step_plan
 from parity.results import EXPORT, GRADIENTS, JAX_IN_TRANSFORMERS, TokenTable, save_results
 from torch_ref.adapters import add_adapter, load_adapter
@@ -27,6 +28,7 @@ from torch_ref.batches import Batch, RankStep, build_rank_step
 from torch_ref.distributed import Ranks, open_ranks
 from torch_ref.engine import Engine, hugging_face_names
 from torch_ref.export import export_model
+from torch_ref.losses import group_losses
 from torch_ref.objectives import Responses
 from torch_ref.optim import learning_rate_schedule
 from torch_ref.reference import reference_sums
@@ -118,7 +120,7 @@ class Run:
         self.reference = None
         if self.setup.objective.needs_reference:
             (self.reference,) = reference_sums(self.setup, [self.pairs], Console(quiet=True), deepspeed_file)
-        self.weights = self.setup.weights(self.pairs)
+        self.known = self.setup.known(self.pairs, self.reference, training=True)
         self.engine = make_engine(self.setup, deepspeed_file)
         if cell.family in job.adapters:
             start_from_adapter(self.engine, Path(job.adapters[cell.family]))
@@ -127,12 +129,12 @@ class Run:
     def step(self, number: int) -> RankStep:
         """Builds this rank's share of a step."""
         ranks = self.ranks
-        return build_rank_step(self.plan, self.pairs, number, ranks.rank, ranks.world, self.reference, self.weights)
+        return build_rank_step(self.plan, self.pairs, number, ranks.rank, ranks.world, self.known)
 
     def accumulate(self, step: RankStep) -> tuple[TokenTable, dict[str, float]]:
         """Adds up the gradients of a step. Returns its log-probs and metrics over all ranks."""
         objective, engine = self.setup.objective, RecordingEngine(self.engine)
-        table = TokenTable(self.plan.lengths.of_pairs(step.pairs))
+        table = TokenTable(step.lengths)
         sums = np.zeros(len(objective.metrics))
         for number, batch in enumerate(step.micro_batches, start=1):
             part = batch_part(engine, objective, batch.to(self.ranks.device), step)  # type: ignore[arg-type]
@@ -144,7 +146,7 @@ class Run:
 
     def logps(self, step: RankStep) -> TokenTable:
         """Computes the log-probs of a step's pairs with the current weights."""
-        table = TokenTable(self.plan.lengths.of_pairs(step.pairs))
+        table = TokenTable(step.lengths)
         with torch.no_grad():
             for batch in step.micro_batches:
                 self._put(table, batch, self.engine.logps(batch.to(self.ranks.device)).double().cpu())
@@ -153,9 +155,23 @@ class Run:
 
     @staticmethod
     def _put(table: TokenTable, batch: Batch, logps: Tensor) -> None:
-        for rank, responses in enumerate((batch.chosen, batch.rejected)):
-            for pair, response in zip(batch.pairs.tolist(), responses.tolist(), strict=True):
-                table.put(pair, rank, logps[batch.target_response == response].numpy())
+        owners = (
+            (group, place)
+            for group, ranking in zip(batch.groups.tolist(), batch.rankings, strict=True)
+            for place in range(len(ranking))
+        )
+        for response, (group, place) in enumerate(owners):
+            table.put(group, place, logps[batch.target_response == response].numpy())
+
+    def _losses(self, table: TokenTable, step: RankStep) -> np.ndarray:
+        """Computes the loss of every group of a step from the log-probs of its targets."""
+        known = self.known.of(step.groups, self.plan.lengths.responses_of(step.groups))
+        reference = None if known.reference is None else torch.from_numpy(known.reference)
+        responses = Responses(torch.from_numpy(table.sums), torch.from_numpy(table.lengths), reference)
+        objective = self.setup.objective
+        compared = objective.comparisons(step.rankings, known.scores)
+        losses: np.ndarray = group_losses(objective, responses, compared).numpy()
+        return losses
 
     def run(self) -> None:
         """Runs the steps and writes the results."""
@@ -172,12 +188,7 @@ class Run:
         final = self.logps(first)
         export_model(self.engine, self.folder / EXPORT, "float32", self.setup.tokenizer, self.ranks)
         if self.ranks.is_first:
-            sums = np.add.reduceat(table.logps, np.cumsum([0, *table.lengths.ravel()[:-1]])).reshape(-1, 2)
-            reference = [None, None]
-            if self.reference is not None:
-                reference = list(torch.from_numpy(self.reference[first.pairs]).T)
-            chosen, rejected = map(Responses, torch.from_numpy(sums).T, torch.from_numpy(table.lengths).T, reference)
-            losses = self.setup.objective.losses(chosen, rejected).numpy()
+            losses = self._losses(table, first)
             facts = {"attention": self.setup.attention.name, "engine": self.engine.name, "torch": torch.__version__}
             save_results(self.folder, table=table, losses=losses, steps=records, final=final, facts=facts)
 
@@ -203,20 +214,20 @@ def crosswise(job: Job) -> None:
             model = load_adapter(_base_model(job, cell.family), str(export))
         else:
             model = AutoModelForCausalLM.from_pretrained(export, attn_implementation="eager")
-        step = plan.pairs(0)
-        table = TokenTable(plan.lengths.of_pairs(step))
-        for number, pair in enumerate(pairs.pairs(step)):
-            for rank, response in enumerate(pair.responses):
-                table.put(number, rank, sequence_logps(model, response.ids, response.prompt_length))
+        groups = plan.groups(0)
+        table = TokenTable(plan.lengths.of_groups(groups))
+        for number, group in enumerate(pairs.groups(groups)):
+            for place, response in enumerate(group.responses):
+                table.put(number, place, sequence_logps(model, response))
         np.save(job.results_folder(cell) / JAX_IN_TRANSFORMERS, table.logps)
 
 
 @torch.no_grad()
-def sequence_logps(model: Any, ids: np.ndarray, prompt_length: int) -> np.ndarray:
-    """Returns the log-prob of each response token, from the full logits of that sequence alone."""
-    tokens = torch.from_numpy(ids.astype(np.int64))
-    logits = model(input_ids=tokens[None, :-1], use_cache=False).logits[0, prompt_length - 1 :].float()
-    return logits.log_softmax(-1).gather(-1, tokens[prompt_length:, None])[:, 0].double().numpy()
+def sequence_logps(model: Any, response: Response) -> np.ndarray:
+    """Returns the log-prob of each scored token, from the full logits of that sequence alone."""
+    tokens, scored = torch.from_numpy(response.ids.astype(np.int64)), torch.from_numpy(response.scored)
+    logits = model(input_ids=tokens[None, :-1], use_cache=False).logits[0, scored - 1].float()
+    return logits.log_softmax(-1).gather(-1, tokens[scored, None])[:, 0].double().numpy()
 
 
 def main() -> None:

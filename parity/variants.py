@@ -14,19 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jax_simpo.data.loader import PairSource, StepBatch
-from jax_simpo.data.pairs import Response, TokenizedPair, common_prefix_length
+from jax_simpo.data.groups import Group, Response
+from jax_simpo.data.loader import GroupSource, StepBatch
 from jax_simpo.data.rows import RowBatch
+from jax_simpo.data.tree import common_prefix_length
 from jax_simpo.models.config import Rope
 from jax_simpo.models.policy import Forward, Rows
 from jax_simpo.objectives import DPO, Objective, Responses, SimPO
 from jax_simpo.objectives.dpo import LengthNormalizedDPO
 from jax_simpo.ops.responses import ResponseLogps
-from jax_simpo.training.step import MicroBatch, split_step
+from jax_simpo.training.step import MicroBatch, Split, split_step
 
 
-def _same_pair(pair: TokenizedPair) -> TokenizedPair:
-    return pair
+def _same_group(group: Group) -> Group:
+    return group
 
 
 def _same_rows(rows: RowBatch) -> RowBatch:
@@ -43,12 +44,12 @@ class Variant:
 
     Attributes:
         mistake: a description for the report.
-        pair: changes a tokenised pair.
-        rows: changes the rows that were built from the pairs.
+        group: changes a tokenised group.
+        rows: changes the rows that were built from the groups.
         batches: splits a step into micro-batches with their denominators.
         objective: changes the objective.
-        reference: changes the reference's sums of all pairs, chosen and rejected.
-        reference_pair: changes the tokenised pairs that the reference is given.
+        reference: changes the reference's sums of all responses.
+        reference_group: changes the tokenised groups that the reference is given.
         prompt_targets: lists the tokens of prompts as targets too.
         forward: changes the forward pass.
         changes_program: True if the variant needs functions of its own to be compiled.
@@ -56,12 +57,12 @@ class Variant:
     """
 
     mistake: str
-    pair: Callable[[TokenizedPair], TokenizedPair] = _same_pair
+    group: Callable[[Group], Group] = _same_group
     rows: Callable[[RowBatch], RowBatch] = _same_rows
-    batches: Callable[[StepBatch], list[MicroBatch]] = split_step
+    batches: Split = split_step
     objective: Callable[[Any], Objective] = lambda objective: objective
     reference: Callable[[np.ndarray], np.ndarray] = lambda sums: sums
-    reference_pair: Callable[[TokenizedPair], TokenizedPair] = _same_pair
+    reference_group: Callable[[Group], Group] = _same_group
     prompt_targets: bool = False
     forward: Callable[[Forward], Forward] = _same_forward
     changes_program: bool = False
@@ -72,36 +73,36 @@ class Variant:
         return self.forward is not _same_forward
 
     @property
-    def changes_reference_pairs(self) -> bool:
-        return self.reference_pair is not _same_pair
+    def changes_reference_groups(self) -> bool:
+        return self.reference_group is not _same_group
 
     @property
-    def changes_pairs(self) -> bool:
-        return self.pair is not _same_pair
+    def changes_groups(self) -> bool:
+        return self.group is not _same_group
 
-    def micro_batches(self, step: StepBatch) -> list[MicroBatch]:
+    def micro_batches(self, step: StepBatch, objective: Objective) -> list[MicroBatch]:
         """Splits a step into this variant's micro-batches."""
-        return [batch._replace(rows=self.rows(batch.rows)) for batch in self.batches(step)]
+        return [batch._replace(rows=self.rows(batch.rows)) for batch in self.batches(step, objective)]
 
 
 @dataclass(frozen=True)
-class VariantPairs:
-    """A source whose pairs are each changed by a function."""
+class VariantGroups:
+    """A source whose groups are each changed by a function."""
 
-    source: PairSource
-    change: Callable[[TokenizedPair], TokenizedPair]
+    source: GroupSource
+    change: Callable[[Group], Group]
 
-    def pairs(self, indices: Int[np.ndarray, " P"]) -> list[TokenizedPair]:
-        return [self.change(pair) for pair in self.source.pairs(indices)]
+    def groups(self, indices: Int[np.ndarray, " G"]) -> list[Group]:
+        return [self.change(group) for group in self.source.groups(indices)]
 
 
 # --- rows
 
 
-def _pair_start(rows: RowBatch) -> Int[np.ndarray, "B L"]:
-    """Returns the index in the row at which the pair of each token begins.
+def _group_start(rows: RowBatch) -> Int[np.ndarray, "B L"]:
+    """Returns the index in the row at which the group of each token begins.
 
-    A pair's positions begin at 0, once if its responses share anything.
+    A group's positions begin at 0, once if its responses share anything.
     """
     index = np.arange(rows.tokens.shape[1])
     starts = np.where((rows.positions == 0) & (rows.key_end > 0), index, 0)
@@ -109,38 +110,75 @@ def _pair_start(rows: RowBatch) -> Int[np.ndarray, "B L"]:
 
 
 def _plain_causal(rows: RowBatch) -> RowBatch:
-    pair_end = np.take_along_axis(rows.key_end, _pair_start(rows), axis=1)
-    return replace(rows, key_end=np.where(rows.key_end > 0, pair_end, 0).astype(np.int32))
+    group_end = np.take_along_axis(rows.key_end, _group_start(rows), axis=1)
+    return replace(rows, key_end=np.where(rows.key_end > 0, group_end, 0).astype(np.int32))
 
 
 def _positions_go_on(rows: RowBatch) -> RowBatch:
-    positions = np.arange(rows.tokens.shape[1]) - _pair_start(rows)
+    positions = np.arange(rows.tokens.shape[1]) - _group_start(rows)
     return replace(rows, positions=np.where(rows.key_end > 0, positions, 0).astype(np.int32))
 
 
-# --- pairs
+def _subtree_ends_late(rows: RowBatch) -> RowBatch:
+    length = rows.key_end.shape[1]
+    later = np.minimum(rows.key_end + 1, length)
+    return replace(rows, key_end=np.where(rows.key_end > 0, later, 0).astype(np.int32))
 
 
-def _each_response(change: Callable[[Response], Response]) -> Callable[[TokenizedPair], TokenizedPair]:
-    return lambda pair: TokenizedPair(tuple(change(response) for response in pair.responses))
+def _shared_targets_once(rows: RowBatch) -> RowBatch:
+    """Leaves a target that several responses of a row share to the first of them."""
+    slots = rows.response_group.shape[1]
+    arrays = {name: array.copy() for name, array in rows.arrays().items()}
+    names = ("target_index", "target_token", "target_response")
+    for b in range(len(rows.tokens)):
+        real = int((rows.target_response[b] != slots).sum())
+        targets = np.stack([rows.target_index[b, :real], rows.target_token[b, :real]], axis=1)
+        first = np.sort(np.unique(targets, axis=0, return_index=True)[1])
+        for name, empty in zip(names, (0, 0, slots), strict=True):
+            kept = arrays[name][b, first]
+            arrays[name][b] = empty
+            arrays[name][b, : len(kept)] = kept
+    return RowBatch(**arrays)
+
+
+# --- groups
+
+
+def _each_response(change: Callable[[Response], Response]) -> Callable[[Group], Group]:
+    return lambda group: replace(group, responses=tuple(change(response) for response in group.responses))
 
 
 def _double_bos(response: Response) -> Response:
-    return Response(np.concatenate([response.ids[:1], response.ids]), response.prompt_length + 1)
+    spans = tuple((start + 1, stop + 1) for start, stop in response.spans)
+    return Response(np.concatenate([response.ids[:1], response.ids]), spans)
 
 
 def _without_eos(response: Response) -> Response:
-    return replace(response, ids=response.ids[:-1]) if len(response.targets) > 1 else response
+    *before, (start, stop) = response.spans
+    if stop - start < 2:
+        return response
+    return Response(response.ids[:-1], (*before, (start, stop - 1)))
+
+
+def _first_scored(response: Response, index: int) -> Response:
+    """Takes the tokens before `index` for the prompt, but for the last token."""
+    kept = [(max(start, index), stop) for start, stop in response.spans if stop > index]
+    last = len(response.ids)
+    return replace(response, spans=tuple(kept) or ((last - 1, last),))
 
 
 def _without_first_token(response: Response) -> Response:
-    return replace(response, prompt_length=response.prompt_length + 1) if len(response.targets) > 1 else response
+    return _first_scored(response, response.prompt_length + 1)
 
 
-def _shared_tokens_not_scored(pair: TokenizedPair) -> TokenizedPair:
-    shared = common_prefix_length(pair.chosen.inputs, pair.rejected.inputs)
-    change = lambda r: replace(r, prompt_length=min(max(r.prompt_length, shared), len(r.ids) - 1))  # noqa: E731
-    return _each_response(change)(pair)
+def _all_turns_scored(response: Response) -> Response:
+    return replace(response, spans=((response.prompt_length, response.spans[-1][1]),))
+
+
+def _shared_tokens_not_scored(group: Group) -> Group:
+    first, *others = (response.inputs for response in group.responses)
+    shared = min(common_prefix_length(first, other) for other in others)
+    return _each_response(lambda response: _first_scored(response, shared))(group)
 
 
 # --- the program
@@ -151,7 +189,7 @@ class _LengthAfterSharing(Forward):
 
     def sum_responses(self, target_logps: Array, rows: Rows, prompts: bool = False) -> ResponseLogps:
         responses = super().sum_responses(target_logps, rows, prompts)
-        slots = rows["response_pair"].shape[1]
+        slots = rows["response_group"].shape[1]
         index, response = rows["target_index"], rows["target_response"]
         other = (index[:, :, None] == index[:, None, :]) & (response[:, :, None] != response[:, None, :])
         shared = (other & (response < slots)[:, None, :]).any(-1)
@@ -177,39 +215,40 @@ def _without_windows(forward: Forward) -> Forward:
     return _with(layer_windows=(None,) * forward.model.config.num_layers)(forward)
 
 
-def _mean_of_device_means(step: StepBatch) -> list[MicroBatch]:
-    """Takes every row as the share of one device, which divides by its own pairs; then averages over the devices."""
+def _mean_of_device_means(step: StepBatch, objective: Objective) -> list[MicroBatch]:
+    """Takes every row as the share of one device, which divides by its own groups; then averages over the devices."""
     shares: list[tuple[MicroBatch, int]] = []
-    for batch in split_step(step):
+    for batch in split_step(step, objective):
         for row in range(len(batch.rows.tokens)):
-            pairs = int(((batch.rows.response_pair[row] >= 0) & (batch.rows.response_rank[row] == 0)).sum())
-            if pairs:
-                shares.append((batch._replace(rows=_only_row(batch.rows, row)), pairs))
+            groups = int(((batch.rows.response_group[row] >= 0) & (batch.rows.response_place[row] == 0)).sum())
+            if groups:
+                shares.append((batch._replace(rows=_only_row(batch.rows, row)), groups))
     return [
-        share._replace(denominators=share.denominators._replace(pairs=jnp.float32(pairs * len(shares))))
-        for share, pairs in shares
+        share._replace(denominators=share.denominators._replace(groups=jnp.float32(groups * len(shares))))
+        for share, groups in shares
     ]
 
 
-def _relative_weights(step: StepBatch) -> list[MicroBatch]:
-    """Scales the weights so that the number of pairs, by which the loss is divided, is also their sum."""
-    if step.weights is None:
-        return split_step(step)
-    relative = step.weights * np.float32(len(step.weights) / step.weights.sum())
-    return split_step(replace(step, weights=relative))
+def _relative_weights(step: StepBatch, objective: Objective) -> list[MicroBatch]:
+    """Scales the weights so that the number of groups, by which the loss is divided, is also their sum."""
+    weights = step.known.weights
+    if weights is None:
+        return split_step(step, objective)
+    relative = weights * np.float32(len(weights) / weights.sum())
+    return split_step(replace(step, known=replace(step.known, weights=relative)), objective)
 
 
 def _only_row(batch: RowBatch, row: int) -> RowBatch:
     """Empties all rows but one."""
     arrays = {name: array.copy() for name, array in batch.arrays().items()}
-    empty = {"target_response": batch.response_pair.shape[1], "response_pair": -1}
+    empty = {"target_response": batch.response_group.shape[1], "response_group": -1}
     for name, array in arrays.items():
         array[np.arange(len(array)) != row] = empty.get(name, 0)
     return RowBatch(**arrays)
 
 
 def _uneven(_: Forward, __: Objective, step: StepBatch) -> bool:
-    counts = {int((row >= 0).sum()) for batch in step.micro_batches for row in batch.response_pair}
+    counts = {int((row >= 0).sum()) for batch in step.micro_batches for row in batch.response_group}
     return len(counts - {0}) > 1
 
 
@@ -217,10 +256,28 @@ def _shares_targets(_: Forward, __: Objective, step: StepBatch) -> bool:
     """Returns True if a response token is predicted in the part that both responses share."""
     for batch in step.micro_batches:
         for index, response in zip(batch.target_index, batch.target_response, strict=True):
-            real = index[response < batch.response_pair.shape[1]]
+            real = index[response < batch.response_group.shape[1]]
             if len(np.unique(real)) < len(real):
                 return True
     return False
+
+
+def _has_trees(_: Forward, __: Objective, step: StepBatch) -> bool:
+    return bool((step.lengths.sizes > 2).any())
+
+
+def _shares_scored_targets(_: Forward, __: Objective, step: StepBatch) -> bool:
+    """Returns True if responses of a row share a target, and not only the state that predicts it."""
+    return any(
+        not np.array_equal(rows.target_response, _shared_targets_once(rows).target_response)
+        for rows in step.micro_batches
+    )
+
+
+def _has_turns_between(_: Forward, __: Objective, step: StepBatch) -> bool:
+    """Returns True if a response has tokens after its prompt that are not scored."""
+    lengths = step.lengths
+    return bool((lengths.prompts + lengths.targets < lengths.inputs + 1).any())
 
 
 def _has_margin(_: Forward, objective: Objective, __: StepBatch) -> bool:
@@ -240,8 +297,9 @@ def _has_sft_term(_: Forward, objective: Objective, __: StepBatch) -> bool:
 
 
 def _has_uneven_weights(_: Forward, __: Objective, step: StepBatch) -> bool:
-    """Returns True if the pairs have weights whose sum is not the number of pairs."""
-    return step.weights is not None and float(step.weights.sum()) not in (0.0, float(len(step.pairs)))
+    """Returns True if the groups have weights whose sum is not the number of groups."""
+    weights = step.known.weights
+    return weights is not None and float(weights.sum()) not in (0.0, float(len(weights)))
 
 
 def _scales_rope(forward: Forward, _: Objective, __: StepBatch) -> bool:
@@ -269,7 +327,7 @@ VARIANTS = {
     ),
     "shared tokens not scored": Variant(
         "response tokens that both responses begin with are taken for the prompt",
-        pair=_shared_tokens_not_scored,
+        group=_shared_tokens_not_scored,
         applies=_shares_targets,
     ),
     "gamma times beta twice": Variant(
@@ -286,7 +344,7 @@ VARIANTS = {
         batches=_relative_weights,
         applies=_has_uneven_weights,
     ),
-    "double BOS": Variant("the sequence begins with BOS twice", pair=_each_response(_double_bos)),
+    "double BOS": Variant("the sequence begins with BOS twice", group=_each_response(_double_bos)),
     "RoPE scaling dropped": Variant(
         "llama3's three bands of frequencies are ignored",
         forward=lambda f: _with(rope=Rope(theta=f.model.config.rope.theta))(f),
@@ -306,10 +364,10 @@ VARIANTS = {
         applies=_leaves_windows,
     ),
     "EOS missing": Variant(
-        "the response's last token is neither seen nor predicted", pair=_each_response(_without_eos)
+        "the response's last token is neither seen nor predicted", group=_each_response(_without_eos)
     ),
     "first token not scored": Variant(
-        "the response's first token is taken for the prompt", pair=_each_response(_without_first_token)
+        "the response's first token is taken for the prompt", group=_each_response(_without_first_token)
     ),
     "reference and policy swapped": Variant(
         "the log-ratio is that of the reference to the policy",
@@ -319,7 +377,7 @@ VARIANTS = {
     ),
     "reference sums of chosen and rejected swapped": Variant(
         "each response is compared with the reference's log-prob of the other",
-        reference=lambda sums: sums[:, ::-1],
+        reference=lambda sums: sums.reshape(-1, 2)[:, ::-1].reshape(-1),
         applies=_has_reference,
     ),
     "means where sums belong": Variant(
@@ -336,7 +394,7 @@ VARIANTS = {
     ),
     "reference with another template": Variant(
         "the reference is given prompts with a token more",
-        reference_pair=_each_response(_double_bos),
+        reference_group=_each_response(_double_bos),
         applies=_has_reference,
     ),
     "cross-entropy over prompts too": Variant(
@@ -345,5 +403,21 @@ VARIANTS = {
         prompt_targets=True,
         changes_program=True,
         applies=_has_sft_term,
+    ),
+    "subtree ends a token late": Variant(
+        "the first token of a branch sees the branch before it", rows=_subtree_ends_late, applies=_has_trees
+    ),
+    "positions count the row": Variant(
+        "positions go on through the branches of a tree", rows=_positions_go_on, applies=_has_trees
+    ),
+    "shared target scored once": Variant(
+        "a token that several responses share is scored for one of them only",
+        rows=_shared_targets_once,
+        applies=_shares_scored_targets,
+    ),
+    "turns of users scored": Variant(
+        "everything after the prompt is scored, the turns of users too",
+        group=_each_response(_all_turns_scored),
+        applies=_has_turns_between,
     ),
 }

@@ -34,6 +34,7 @@ PAGES = {
     "peers-dpo": Page("peers", "measured", ("--objective", "dpo")),
     "loss_head": Page("loss_head", "1000"),
     "remat": Page("remat", "seconds"),
+    "trees": Page("trees", "measured"),
     "host": Page("host", "host"),
     "streaming": Page("streaming", "equal"),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_simpo.data.pairs import PairLengths
+from jax_simpo.data.groups import GroupLengths
 from jax_simpo.errors import UserError
 from parity.cases import Cell, Job
 from parity.compare import Comparison, Figure, Outcome, relative_distances, token_figure, worst_tensor
@@ -63,7 +63,7 @@ def test_a_wrong_variant_that_passes_breaks_the_check() -> None:
 
 def test_tokens_are_kept_response_after_response() -> None:
     pairs = [make_pair([9], [1, 2], [3]), make_pair([9], [4], [5, 6, 7])]
-    table = TokenTable(PairLengths.of(pairs))
+    table = TokenTable(GroupLengths.of(pairs))
     table.put(1, 1, np.array([5.0, 6.0, 7.0]))
     table.put(0, 0, np.array([1.0, 2.0]))
     assert table.logps.tolist() == [1, 2, 0, 0, 5, 6, 7]

@@ -24,6 +24,7 @@ from parity.__main__ import main
 from parity.cases import (
     ADAPTED,
     FAMILIES,
+    GROUPS,
     LAYOUTS,
     MESHES,
     OBJECTIVES,
@@ -84,8 +85,10 @@ def test_every_family_layout_and_backend_is_compared(matrix: Matrix) -> None:
     assert others == {"llama", "mistral", "gemma2", "qwen2", "qwen3"}
     adapted = {(f, layout, "jax, fsdp=4 x tensor=2") for f in ADAPTED for layout in ("separate", "shared + packed")}
     trained = {(f, layout, "jax, fsdp=4 x tensor=2") for f in OBJECTIVES for layout in ("separate", "shared + packed")}
+    trees = {(f, layout, "jax, fsdp=4 x tensor=2") for f in GROUPS for layout in ("separate", "shared + packed")}
     assert {"llama3 + DPO", "llama3 + ORPO", "llama3 + sigmoid_norm, weighted"} == OBJECTIVES.keys()
-    assert compared == full | part | adapted | trained
+    assert {"llama3 + groups"} == GROUPS.keys()
+    assert compared == full | part | adapted | trained | trees
 
 
 def test_every_bound_holds(matrix: Matrix) -> None:
@@ -257,7 +260,7 @@ def trl_means(request: pytest.FixtureRequest, matrix: Matrix) -> tuple[str, np.n
     pairs = Setup(config, Ranks(0, 1, torch.device("cpu"), launched=False)).train_pairs()
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path)
     means = []
-    for pair in pairs.pairs(step_plan(job, config, pairs.lengths).pairs(0)):
+    for pair in pairs.groups(step_plan(job, config, pairs.lengths).groups(0)):
         for response in pair.responses:
             ids = torch.from_numpy(response.ids.astype(np.int64))[None]
             labels = ids.clone()
