@@ -209,6 +209,10 @@ def _measure_tree(group: Group) -> tuple[int, int, int]:
     tree = lay_out([r.inputs for r in group.responses])
     visible = sum(node.stop * (node.stop + 1) - node.first * (node.first + 1) for node in tree.nodes) // 2
     predicts = np.zeros(tree.length, bool)
-    for number, response in enumerate(group.responses):
-        predicts[tree.indices(number)[response.scored - 1]] = True
-    return tree.length, visible, int(predicts.sum())
+    for response, path in zip(group.responses, tree.paths, strict=True):
+        for node in (tree.nodes[number] for number in path):
+            for start, stop in response.spans:  # the token x[j] is predicted at input j - 1
+                first, last = max(start - 1, node.first), min(stop - 1, node.stop)
+                if first < last:
+                    predicts[node.start + first - node.first : node.start + last - node.first] = True
+    return tree.length, visible, int(np.count_nonzero(predicts))

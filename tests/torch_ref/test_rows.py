@@ -8,6 +8,7 @@ import torch
 
 from jax_simpo.data.groups import Group, Response
 from jax_simpo.data.rows import RowShape, build_rows
+from tests.pairs import random_group
 from tests.torch_ref.support import (
     FAMILIES,
     LAYOUTS,
@@ -126,9 +127,11 @@ UNCOMPILED = pytest.mark.filterwarnings("ignore:flex_attention called without to
 
 
 def _row() -> tuple[RowMask, torch.Tensor]:
-    """A row with two pairs and padding, and one of padding alone."""
-    pairs = some_pairs(2, seed=3).all
-    rows = build_rows([list(enumerate(pairs)), []], RowShape(256, 256, 4), prefix_sharing=True)
+    """A row with a pair, a deeper tree and padding, and one of padding alone."""
+    tree = random_group(np.random.default_rng(4), 50, most=8, longest=30)
+    groups = [*some_pairs(1, seed=3).all, tree]
+    rows = build_rows([list(enumerate(groups)), []], RowShape(256, 512, 16), prefix_sharing=True)
+    assert len(tree.responses) > 4
     key_end, positions = (torch.from_numpy(a.astype(np.int64)) for a in (rows.key_end, rows.positions))
     return RowMask(key_end, positions), key_end > 0
 

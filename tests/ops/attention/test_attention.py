@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_simpo.data.groups import GroupLengths
+from jax_simpo.data.groups import Group, GroupLengths, Response
 from jax_simpo.data.rows import RowBatch, RowShape, build_rows
 from jax_simpo.ops.attention import Mask, attention, prepare_mask
 from jax_simpo.ops.attention.blockwise import BLOCK, find_live_blocks
@@ -205,6 +205,27 @@ def test_hidden_blocks_are_not_on_the_list() -> None:
         # The blocks before it in its pair are full and come first; the block on the diagonal needs the mask.
         assert visited == ([] if first is None else list(range(first * blocks, i + 1)))
         assert live.full[0, i] == max(0, len(visited) - 1)
+
+
+def test_of_a_deep_tree_the_live_blocks_alone_are_listed() -> None:
+    rng = np.random.default_rng(8)
+
+    def leaves(depth: int) -> list[np.ndarray]:
+        own = rng.integers(1, 99, int(rng.integers(10, 2 * BLOCK)), np.int32)
+        below = [np.zeros(1, np.int32)] if not depth else [leaf for _ in range(2) for leaf in leaves(depth - 1)]
+        return [np.concatenate([own, leaf]) for leaf in below]
+
+    tree = Group(tuple(Response.after(1, leaf) for leaf in leaves(4)))
+    (tokens,) = GroupLengths.of([tree]).tree_tokens
+    blocks = -(-int(tokens) // BLOCK) + 1
+    batch = build_rows([[(0, tree)]], RowShape(blocks * BLOCK, 16 * int(tokens), 16), prefix_sharing=True)
+    mask = prepare_mask(jnp.array(batch.key_end), jnp.array(batch.positions), (None,), "blockwise")
+    live = mask.table(None)
+    seen = np.asarray(mask.visible(None)).reshape(blocks, BLOCK, blocks, BLOCK).any((1, 3))
+    assert seen.sum() < 0.8 * np.tri(blocks).sum()  # many blocks are hidden
+    for i in range(blocks):
+        listed = live.key_blocks[0, i, : live.counts[0, i]].tolist()
+        assert sorted(listed) == np.flatnonzero(seen[i]).tolist()
 
 
 def test_blocks_listed_as_full_are_visible_to_every_query() -> None:
