@@ -7,10 +7,10 @@ layout of one prefix is that of the same groups with the tokens after it made di
 own rows and steps. Times include planning, building and sending rows; rows are packed, and as long as the trainer makes
 them.
 
-Expected: trees reach at least 95 % of the speed-up that the number of tokens allows, and 3.75 times the speed of
-separate answers on the long prompt with 16 answers, in less memory.
+Expected: trees reach at least 95 % of the speed-up that the number of tokens allows where rows are filled, and 3.75
+times the speed of separate answers on the long prompt with 16 answers, in less memory.
 
-Takes about 15 minutes on two CPU cores (`--quick`: one minute).
+Takes about 12 minutes on two CPU cores (`--quick`: one minute).
 """
 
 from __future__ import annotations
