@@ -206,6 +206,13 @@ class _Swapped(DPO):
         return super().losses(*swapped)
 
 
+def _swap_neighbours(sums: np.ndarray) -> np.ndarray:
+    """Swaps every two neighbouring responses, of pairs the chosen and the rejected one."""
+    swapped, even = sums.copy(), len(sums) // 2 * 2
+    swapped[:even] = sums[:even].reshape(-1, 2)[:, ::-1].reshape(-1)
+    return swapped
+
+
 def _with(**changes: Any) -> Callable[[Forward], Forward]:
     """Returns a function that changes fields of the model's config."""
     return lambda f: replace(f, model=replace(f.model, config=replace(f.model.config, **changes)))
@@ -377,7 +384,7 @@ VARIANTS = {
     ),
     "reference sums of chosen and rejected swapped": Variant(
         "each response is compared with the reference's log-prob of the other",
-        reference=lambda sums: sums.reshape(-1, 2)[:, ::-1].reshape(-1),
+        reference=_swap_neighbours,
         applies=_has_reference,
     ),
     "means where sums belong": Variant(

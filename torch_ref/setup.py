@@ -15,8 +15,7 @@ from jax_simpo.config import TrainConfig
 from jax_simpo.data import chat, sources
 from jax_simpo.data.loader import Known
 from jax_simpo.data.packing import StepPlan, make_step_plan
-from jax_simpo.data.ranking import GroupSettings
-from jax_simpo.data.tokenize import GroupDataset, tokenize_split
+from jax_simpo.data.tokenize import GroupDataset, settings_of, tokenize_split
 from jax_simpo.errors import ConfigError, ModelError
 from torch_ref.attention_choice import AttentionChoice, choose_attention
 from torch_ref.distributed import Ranks
@@ -196,16 +195,7 @@ class Setup:
         return tokenize_split(  # one rank of a machine tokenises; the others wait and read its cache
             raw,
             self.tokenizer,
-            max_length=config.max_length,
-            max_prompt_length=config.max_prompt_length,
-            truncation_mode=config.truncation_mode,
-            auto_insert_empty_system_msg=config.auto_insert_empty_system_msg,
-            train_on=config.train_on,
-            group_by=config.group_by,
-            groups=GroupSettings(config.max_responses, config.min_score_gap, config.ties),
-            on_bad_row=config.on_bad_row,
-            num_proc=config.preprocessing_num_workers,
-            cache_dir=config.data_cache_dir,
+            **settings_of(config),
             progress=None if self.ranks.is_first else False,
         )
 

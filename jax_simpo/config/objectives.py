@@ -131,10 +131,8 @@ def check_keys(objective: ObjectiveValue, values: Mapping[str, Any]) -> str:
     if values["label_smoothing"] and values["loss_type"] == "hinge":
         return "`label_smoothing` has no effect with `loss_type: hinge`; remove one of them"
     if values["group_loss"] == "plackett_luce":
-        if len(names := list(parts(objective))) != 1 or names[0] not in LOGISTIC:
-            return "`group_loss: plackett_luce` needs one objective on a difference of rewards: one of " + ", ".join(
-                LOGISTIC
-            )
+        if list(parts(objective).values()) != [1.0] or parts(objective).keys().isdisjoint(LOGISTIC):
+            return f"`group_loss: plackett_luce` needs one objective alone, with the weight 1: {', '.join(LOGISTIC)}"
         if values["label_smoothing"] or values["loss_type"] == "hinge":
             return "`group_loss: plackett_luce` has neither `label_smoothing` nor `loss_type: hinge`; remove them"
         for key, usual in (("compare_weights", "equal"), ("mean_over", "groups")):

@@ -7,8 +7,6 @@ Keys are those of the original SimPO files where they exist, so that a published
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_serializer, model_validator
@@ -532,35 +530,6 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     def to_yaml(self) -> str:
         """Returns the resolved config as YAML; reading it back gives an equal config."""
         return yaml_files.dump(self.model_dump(by_alias=True))
-
-    def run_identity(self) -> dict[str, Any]:
-        """Returns the keys that define the mathematics of a run. A run whose keys differ cannot be resumed.
-
-        How rows are made, the mesh, attention, remat, and the cadence of logging, saving and evaluating may change. So
-        may the keys of the batch: the batch size itself is stored with the checkpoint. With a learning rate that does
-        not depend on the length of the run, a run may also be made longer.
-        """
-        values = self.model_dump(by_alias=True)
-        identity = {
-            key: values[key] for key, field in help.keys_of(type(self)).items() if help.extras(field)["identity"]
-        }
-        identity["dataset_splits"] = self.train_splits
-        if code := objectives.code_of(self.objective):
-            file = Path(code[0]).expanduser()
-            digest = sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else "missing"
-            identity["objective"] = f"{self.objective}, file {digest}"
-        # Keys that ask for nothing are left out, so that a run of a version without them can be continued.
-        groups = ("train_on", "group_by", "max_responses", "min_score_gap", "ties", *objectives.GROUP_KEYS)
-        for key in ("optim", "adam_mu_dtype", "lr_scheduler_kwargs", "weight_column", *groups):
-            if values[key] == help.default_of(type(self), key):
-                del identity[key]
-        unread = {"objective", *objectives.ALL_KEYS, objectives.REFERENCE_KEY}
-        for key in [key for key in unread if identity[key] in (None, "simpo", "response")]:
-            del identity[key]
-        by_steps = self.lr_scheduler_type == "constant_with_warmup" and (self.warmup_steps or not self.warmup_ratio)
-        if self.lr_scheduler_type == "constant" or by_steps:
-            del identity["max_steps"], identity["num_train_epochs"]
-        return identity
 
 
 def checked_config(

@@ -26,7 +26,7 @@ class GroupSource(Protocol):
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of groups and their responses besides their tokens; None where nobody needs it.
+    """Holds what is known of groups and their responses besides their tokens; None where nobody needs it.
 
     Attributes:
         reference: the sum of log-probs of each response under the reference, group after group, float32.

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from jax_simpo.data.messages import BadRow, short
 
 @dataclass(frozen=True)
 class GroupSettings:
-    """What is made of the answers of a group.
+    """Says which answers of a group stay.
 
     Attributes:
         max_responses: most responses; None keeps all.
@@ -80,7 +80,7 @@ def rank_answers(
         raise BadRow("one answer", f"the row has {len(answers)} answer(s); a preference needs two")
     if settings.min_score_gap and scores is None:
         raise BadRow("no scores", "`min_score_gap` is set, but the row has no scores")
-    keys = [-score for score in scores] if scores is not None else list(ranks or range(len(answers)))
+    keys = [-score for score in scores] if scores is not None else list(ranks or ())
     order = sorted(range(len(answers)), key=keys.__getitem__)
     if len(set(keys)) == 1:
         raise BadRow("all tied", "all answers have the same score or rank, so there is nothing to prefer")
@@ -111,6 +111,7 @@ def rank_answers(
     if len(order) < 2 or keys[order[0]] == keys[order[-1]]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise BadRow("one answer", f"nothing is left to compare: of {len(answers)} answers were left out {reasons}")
-    rises = [0, *(int(keys[b] != keys[a]) for a, b in pairwise(order))]
-    dense = [sum(rises[: n + 1]) for n in range(len(order))]
-    return Ranked(tuple(order), tuple(dense), None if scores is None else tuple(scores[n] for n in order), left_out)
+    dense = accumulate((keys[b] != keys[a] for a, b in pairwise(order)), initial=0)
+    return Ranked(
+        tuple(order), tuple(map(int, dense)), None if scores is None else tuple(scores[n] for n in order), left_out
+    )

@@ -187,7 +187,10 @@ class _TableBuilder:
             place = f"line {line}" if line is not None else f"row {len(self.lines)}"
             raise DataError(f"{self.label}, {place}: {_type_name(value)}, not an object with `chosen` and `rejected`")
         self.keys.update(value)
-        for names, texts in self.texts.values():
+        is_pair = value.get("chosen") is not None or value.get("rejected") is not None
+        for column, (names, texts) in self.texts.items():
+            # Beside a pair, a column named `answers`, say, is one of those that are ignored.
+            names = names[:1] if column == "responses" and is_pair else names
             item = next((value[name] for name in names if value.get(name) is not None), None)
             texts.append(None if item is None else json.dumps(item, default=str))
         self.lines.append(line)

@@ -247,15 +247,15 @@ class _Chunk:
         self._id_offsets, self._span_offsets = self._ids.offsets.to_numpy(), self._spans.offsets.to_numpy()
         self._id_values, self._span_values = self._ids.values.to_numpy(), self._spans.values.to_numpy()
         self._ranks = batch["ranks"].values.to_numpy()
-        self._scores = batch["scores"]
+        self._score_offsets, self._scores = batch["scores"].offsets.to_numpy(), batch["scores"].values.to_numpy()
 
     def group(self, index: int) -> Group:
         start, stop = self._responses[index : index + 2].tolist()
-        scores = self._scores[index].as_py()
+        scores = self._scores[slice(*self._score_offsets[index : index + 2])].tolist()  # none of a group without
         return Group(
             tuple(self._response(number) for number in range(start, stop)),
             tuple(self._ranks[start:stop].tolist()),
-            None if scores is None else tuple(scores),
+            tuple(scores) or None,
         )
 
     def _response(self, number: int) -> Response:

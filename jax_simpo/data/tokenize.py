@@ -206,6 +206,24 @@ def _add_bos_and_eos(
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def settings_of(config: Any) -> dict[str, Any]:
+    """Returns the keyword arguments of `tokenize_split` that a config gives, by the names of its keys."""
+    same = (
+        "max_length",
+        "max_prompt_length",
+        "truncation_mode",
+        "auto_insert_empty_system_msg",
+        "train_on",
+        "group_by",
+    )
+    return {
+        **{key: getattr(config, key) for key in (*same, "on_bad_row")},
+        "groups": GroupSettings(config.max_responses, config.min_score_gap, config.ties),
+        "num_proc": config.preprocessing_num_workers,
+        "cache_dir": config.data_cache_dir,
+    }
+
+
 def tokenize_split(
     raw: RawSplit,
     tokenizer: PreTrainedTokenizerBase,
@@ -302,14 +320,16 @@ def _gathered(raw: RawSplit, settings: TokenSettings) -> Iterator[list[_Read]]:
     if settings.group_by is None:
         yield from reads
         return
-    gathered: dict[str, _Read] = {}
+    # Rows of two splits are never gathered: each split is evaluated by itself.
+    split_of_row = [name for name, rows in raw.parts or ((raw.name, len(raw)),) for _ in range(rows)]
+    gathered: dict[tuple[str, str], _Read] = {}
     for read in chain.from_iterable(reads):
-        key = f"bad {read.indices}" if read.bad else read.rows[0].key
-        if key in gathered:
-            for mine, more in zip(gathered[key][:3], read[:3], strict=True):
-                mine += more  # type: ignore[operator]
-        else:
-            gathered[key] = read
+        key = split_of_row[read.indices[0]], f"bad {read.indices}" if read.bad else read.rows[0].key
+        same = gathered.setdefault(key, read)
+        if same is not read:
+            same.indices.extend(read.indices)
+            same.rows.extend(read.rows)
+            same.weights.extend(read.weights)
     everything = list(gathered.values())
     for start in range(0, len(everything), CHUNK_ROWS):
         yield everything[start : start + CHUNK_ROWS]

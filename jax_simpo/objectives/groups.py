@@ -1,7 +1,7 @@
 """Losses of ranked groups: which responses of a group are compared, and what their comparisons add up to.
 
 All responses of a row are compared with all others at once, as a square of slots, of which few entries count. A row has
-a few dozen slots, so this costs nothing beside the model. A group's numbers are returned at the slot of its first
+a few dozen slots, so the square is small. A group's numbers are returned at the slot of its first
 response, which is its best, and zeros elsewhere.
 """
 
@@ -66,7 +66,7 @@ class Ranking(NamedTuple):
 
 
 class GroupTerms(NamedTuple):
-    """What each group adds to a step, float32 [B, R].
+    """Holds what each group adds to a step, float32 [B, R].
 
     Attributes:
         loss: the loss.

@@ -55,9 +55,6 @@ class WeightedSum(Objective):
         losses = [weight * objective.losses(chosen, rejected) for objective, weight in self.terms]
         return sum(losses[1:], start=losses[0])
 
-    def difference(self, chosen: Responses, rejected: Responses) -> Float[Array, "*P"]:
-        return self.terms[0][0].difference(chosen, rejected)
-
     def score(self, response: Responses) -> Float[Array, "*P"]:
         return self.terms[0][0].score(response)
 
@@ -81,5 +78,5 @@ def make_objective(weights: Mapping[str, float], values: Mapping[str, Any]) -> O
     if list(weights.values()) == [1.0]:
         return make(next(iter(weights)))
     terms = tuple((make(name, sft_weight=0.0, sft_over="response"), weight) for name, weight in weights.items())
-    whole = ("sft_weight", "sft_over", "group_loss", "compare_weights", "mean_over")
+    whole = [f.name for f in fields(Objective) if f.name != "beta"]
     return WeightedSum(terms=terms, beta=terms[0][0].beta, **{key: given[key] for key in whole if key in given})

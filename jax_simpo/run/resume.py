@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from jax_simpo.config import TrainConfig
+from jax_simpo.config import TrainConfig, identity_of
 from jax_simpo.data.store import GroupDataset
 from jax_simpo.errors import CheckpointError, ConfigError
 from jax_simpo.run import files
@@ -37,12 +37,12 @@ def run_identity(config: TrainConfig, global_batch_size: int, pairs: GroupDatase
             if rank != place or response.length < len(response.ids) - response.prompt_length:
                 known = f"{len(response.ids)}:{response.spans}:{rank}:"  # ties, and turns that are not scored
             digest.update(known.encode() + response.ids.tobytes())
-    if config.compare_weights == "score_gap":
+    if getattr(config.objective, "compare_weights", config.compare_weights) == "score_gap":
         digest.update(pairs.scores.tobytes())
     if config.weight_column is not None:
         digest.update(pairs.weights.tobytes())
     identity = {
-        **config.run_identity(),
+        **identity_of(config),
         "global_batch_size": global_batch_size,
         "training pairs": f"{len(pairs)} pairs, tokens {digest.hexdigest()[:16]}",
     }

@@ -6,9 +6,8 @@ from transformers import PreTrainedTokenizerBase
 
 from jax_simpo.config import TrainConfig
 from jax_simpo.data.packing import PackingReport, StepPlan
-from jax_simpo.data.ranking import GroupSettings
 from jax_simpo.data.sources import RawSplit
-from jax_simpo.data.tokenize import GroupDataset, tokenize_split
+from jax_simpo.data.tokenize import GroupDataset, settings_of, tokenize_split
 from jax_simpo.errors import ConfigError, DataError
 from jax_simpo.processes import distributed
 
@@ -37,16 +36,7 @@ def tokenize_on_first(config: TrainConfig, raw: RawSplit, tokenizer: PreTrainedT
         lambda: tokenize_split(
             raw,
             tokenizer,
-            max_length=config.max_length,
-            max_prompt_length=config.max_prompt_length,
-            truncation_mode=config.truncation_mode,
-            auto_insert_empty_system_msg=config.auto_insert_empty_system_msg,
-            train_on=config.train_on,
-            group_by=config.group_by,
-            groups=GroupSettings(config.max_responses, config.min_score_gap, config.ties),
-            on_bad_row=config.on_bad_row,
-            num_proc=config.preprocessing_num_workers,
-            cache_dir=config.data_cache_dir,
+            **settings_of(config),
         ),
     )
     advice = "Give all hosts the same data files and the same versions of transformers and tokenizers"

@@ -29,8 +29,7 @@ def objective_of(config: TrainConfig) -> Objective:
         return make_objective(objective_weights(config.objective), vars(config))
     elif isinstance(config.objective, Objective):
         objective = config.objective
-        given = [*(key for key in ALL_KEYS if getattr(config, key) is not None), *_of_groups(config)]
-        if ignored := [key for key in given if getattr(config, key) != getattr(objective, key, None)]:
+        if ignored := [*(key for key in ALL_KEYS if getattr(config, key) is not None), *_of_groups(config)]:
             raise ConfigError(
                 f"`{ignored[0]}` has no effect beside an `objective` made in Python; set it on the object"
             )

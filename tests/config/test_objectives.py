@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jax_simpo.config import TrainConfig, load_config
+from jax_simpo.config import TrainConfig, identity_of, load_config
 from jax_simpo.config.objectives import ALL_KEYS, OBJECTIVE_KEYS, WITH_REFERENCE
 from jax_simpo.errors import ConfigError
 from jax_simpo.run.objective_texts import OBJECTIVE_TEXTS
@@ -32,8 +32,8 @@ def test_the_default_is_simpo_and_its_identity_has_no_other_key_than_before_ther
     config = config_of(beta=2.5)
     assert config.objective == "simpo" and (config.beta, config.gamma_beta_ratio) == (2.5, 0.25)
     keys = ("objective", "alpha", "delta", "dpop_lambda", "sft_over", "ref_model_name_or_path")
-    assert not config.run_identity().keys() & set(keys)
-    assert config_of(objective="dpo").run_identity()["objective"] == "dpo"
+    assert not identity_of(config).keys() & set(keys)
+    assert identity_of(config_of(objective="dpo"))["objective"] == "dpo"
 
 
 def test_a_sum_takes_the_defaults_of_the_first_that_reads_a_key() -> None:

@@ -15,7 +15,7 @@ from jax_simpo.data.chat import built_in_templates, load_tokenizer, render_group
 from jax_simpo.data.conversations import read_conversation
 from jax_simpo.data.messages import BadRow
 from jax_simpo.data.ranking import GroupSettings
-from jax_simpo.data.sources import load_split
+from jax_simpo.data.sources import load_eval, load_split
 from jax_simpo.data.tokenize import GroupDataset, tokenize_split
 from jax_simpo.errors import DataError
 from tests.small_tokenizer import save, train
@@ -191,3 +191,39 @@ def test_scores_that_some_rows_lack_are_asked_for_by_row(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"rows\.jsonl, row 1: has no scores"):
         _ = dataset.scores
     assert isinstance(tokenized(tmp_path, rows[:1]).scores, np.ndarray)
+
+
+def test_the_columns_of_ultrafeedback_and_nectar_are_read_as_they_are(tmp_path: Path) -> None:
+    ultrafeedback = {
+        "instruction": "q",
+        "models": ["m"],
+        "completions": [{"response": "b", "overall_score": 2.0}, {"response": "a", "overall_score": 7.5}],
+    }
+    nectar = {
+        "prompt": "\n\nHuman: q\n\nAssistant: ",
+        "answers": [{"answer": "b", "rank": 2.0}, {"answer": "a", "rank": 1.0}],
+        "turns": 1,
+    }
+    for row in (ultrafeedback, nectar):
+        dataset = tokenized(tmp_path, [row])
+        assert [runs(dataset, place) for place in (0, 1)] == [["<assistant>a;</s>"], ["<assistant>b;</s>"]]
+
+
+def test_beside_a_pair_columns_with_other_names_are_ignored(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "answers": ["x"], "completions": 3}
+    assert runs(tokenized(tmp_path, [row]), 0) == ["<assistant>a;</s>"]
+
+
+def test_stored_groups_have_their_scores(tmp_path: Path) -> None:
+    scored = {"prompt": "q", "responses": ["a", "b", "c"], "scores": [1, 3, 2]}
+    dataset = tokenized(tmp_path, [scored, {"prompt": "q", "chosen": "a", "rejected": "b"}])
+    assert [group.scores for group in dataset.groups([0, 1])] == [(3.0, 2.0, 1.0), None]
+
+
+def test_rows_of_one_prompt_in_two_splits_stay_two_groups(tmp_path: Path) -> None:
+    for split in ("a", "b"):
+        rows = [{"prompt": "q", "response": f"answer {n}", "score": n} for n in range(2)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = load_eval({str(tmp_path): 1.0}, ["a", "b"])
+    dataset = tokenize_split(raw, TOKENIZER, **SETTINGS, group_by="prompt", cache_dir=tmp_path / "cache")
+    assert {name: own.tolist() for name, own in dataset.splits.items()} == {"a": [0], "b": [1]}

@@ -13,7 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_simpo.objectives import DPO, Objective, Responses, SimPO
+from jax_simpo.config import TrainConfig
+from jax_simpo.config.objectives import LOGISTIC
+from jax_simpo.errors import ConfigError
+from jax_simpo.objectives import DPO, OBJECTIVES, Objective, Responses, SimPO
 from jax_simpo.objectives.base import GroupLoss
 from jax_simpo.objectives.groups import GroupTerms, Ranking, group_terms
 from jax_simpo.ops.responses import sum_responses
@@ -175,3 +178,15 @@ def test_the_terms_of_a_group_do_not_depend_on_its_neighbours() -> None:
     assert isinstance(beside, GroupTerms)
     for ours, theirs in zip(alone, beside, strict=True):
         np.testing.assert_array_equal(ours[0, 0], theirs[0, 0])
+
+
+def test_the_objectives_that_may_rank_whole_groups_are_those_with_a_difference() -> None:
+    own = {name for name, kind in OBJECTIVES.items() if kind.difference is not Objective.difference}
+    assert own == set(LOGISTIC)
+
+
+@pytest.mark.parametrize("objective", [{"simpo": 2.0}, {"simpo": 1.0, "dpo": 1.0}, "ipo"])
+def test_plackett_luce_is_refused_of_sums_and_of_other_losses(objective: Any) -> None:
+    with pytest.raises(ConfigError, match="needs one objective alone, with the weight 1"):
+        TrainConfig(model_name_or_path="m", objective=objective, group_loss="plackett_luce")
+    TrainConfig(model_name_or_path="m", objective={"simpo": 1.0, "sft": 0.3}, group_loss="plackett_luce")

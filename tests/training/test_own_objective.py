@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import jax_simpo as js
-from jax_simpo.config import load_config
+from jax_simpo.config import identity_of, load_config
 from jax_simpo.errors import ConfigError
 from jax_simpo.objectives import Objective, Responses
 from jax_simpo.training.objective import objective_of
@@ -111,10 +111,10 @@ def test_an_objective_in_a_file_and_one_in_python_train_as_simpo_without_a_margi
 
 def test_a_run_is_another_one_when_the_code_of_its_objective_has_changed(config_file: Path) -> None:
     config = load_config(config_file, ["--allow_code"])
-    before = config.run_identity()
-    assert config.run_identity() == before
+    before = identity_of(config)
+    assert identity_of(config) == before
     (config_file.parent / "mine.py").write_text(FILE.replace("softplus(-self", "softplus(-2 * self"))
-    assert config.run_identity()["objective"] != before["objective"]
+    assert identity_of(config)["objective"] != before["objective"]
 
 
 @pytest.mark.parametrize(
