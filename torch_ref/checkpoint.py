@@ -1,20 +1,23 @@
-"""Checkpoints of a run, in `checkpoints/STEP/`: the files of the engine, and `run.json` with the run's identity.
+"""Checkpoints of a run, in `checkpoints/STEP/`: the engine's files, `run.json` with the run's identity, and the seal.
 
-`run.json` is written last: a step without it was not finished, is never restored, and is replaced when the run goes on.
-Engines unpickle what they read (DeepSpeed's checkpoints are pickles): resume from folders you trust only.
+Nothing is read from a step before its files are known to be those that were saved. But engines unpickle what they read
+(DeepSpeed's checkpoints are pickles), and a seal is no signature: resume from folders you trust only.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError
 from jax_simpo.run import files
-from jax_simpo.run.resume import ENGINE, check_trainer
-from jax_simpo.run.whole import remove, write_text
+from jax_simpo.run.resume import ENGINE, Resume, check_trainer, choose_step
+from jax_simpo.run.seal import Seal, Sum, find_damage, sum_files
+from jax_simpo.run.steps import StepFolders
+from jax_simpo.run.whole import write_text
 from torch_ref.distributed import Ranks
 from torch_ref.engine import Engine
 
@@ -29,40 +32,69 @@ class Checkpoints:
     """
 
     def __init__(self, output: Path, ranks: Ranks, *, keep: int | None = None) -> None:
-        self.folder = output / files.CHECKPOINTS
+        self._folders = StepFolders(output / files.CHECKPOINTS)
         self._output, self._ranks, self._keep = output, ranks, keep
+        self._whole: set[int] = set()
 
     def steps(self) -> list[int]:
-        """The finished steps, oldest first.
+        """The steps, oldest first."""
+        return self._folders.all()
+
+    def choose(self, config: TrainConfig) -> Resume:
+        """Chooses the step to go on from. The first rank calls it.
 
         Raises:
-            CheckpointError: `jax-simpo train` wrote them.
+            CheckpointError: there is no whole step such as `resume_from_checkpoint` asks for, or `jax-simpo train`
+                wrote it.
+            ConfigError: the value of `resume_from_checkpoint` is none that the key may have.
         """
-        check_trainer(self._output, "python -m torch_ref train")
-        if not self.folder.is_dir():
-            return []
-        finished = [child.name for child in self.folder.iterdir() if (child / files.STEP_RUN).exists()]
-        return sorted(int(name) for name in finished if name.isdecimal())
+        steps: list[int] = []
+        if not config.overwrite_output_dir:
+            check_trainer(self._output, "python -m torch_ref train")
+            self._folders.clean()
+            steps = self.steps()
+        return choose_step(config.resume_from_checkpoint, steps, self._output, self.damage)
+
+    def damage(self, step: int) -> str | None:
+        """Returns what is wrong with a step in a line that begins with a file's name; None if it is as it was saved."""
+        found = None if step in self._whole else find_damage(self._folders[step], step)
+        if found is None:
+            self._whole.add(step)
+        return found
+
+    def metrics(self, step: int) -> Sum:
+        """The sum of the run's records up to a step."""
+        return Seal.read(self._folders[step]).metrics
 
     def run(self, step: int) -> dict[str, Any]:
         """Returns the identity of the run that saved a step, and the name of its engine."""
-        return dict(json.loads((self.folder / str(step) / files.STEP_RUN).read_text(encoding="utf-8")))
+        return dict(json.loads((self._folders[step] / files.STEP_RUN).read_text(encoding="utf-8")))
 
-    def save(self, step: int, engine: Engine, run: Mapping[str, Any], *, keep_step: int | None = None) -> None:
+    def save(
+        self, step: int, engine: Engine, run: Mapping[str, Any], metrics: Sum, *, keep_step: int | None = None
+    ) -> None:
         """Writes a step, with the run's identity, and then removes the oldest ones. All ranks call it.
 
         Args:
             step: optimizer steps done.
             engine: the model with its optimizer.
             run: the run's identity.
+            metrics: the sum of the run's records so far, on the first rank.
             keep_step: a step that is not removed, however old it is.
         """
-        folder = self.folder / str(step)
-        self._ranks.first(lambda: self._clear(folder))
-        engine.save(folder)
+        writing = self._folders.writing(step)
+
+        def finish() -> None:
+            write_text(writing / files.STEP_RUN, json.dumps({**run, ENGINE: engine.name}, indent=2))
+            Seal(step, metrics, sum_files(writing, to_disk=True)).write(writing)
+            self._folders.finish(step)
+            self._folders.thin_out(self._keep, saved=step, best=keep_step)
+            self._whole.add(step)
+
+        self._ranks.first(self._folders.begin)
+        engine.save(writing)
         self._ranks.wait()
-        self._ranks.first(lambda: self._finish(folder, {**run, ENGINE: engine.name}))
-        self._ranks.first(lambda: self._remove_old((step, keep_step)))
+        self._ranks.first(finish)
 
     def load(self, step: int, engine: Engine) -> None:
         """Restores a step into an engine. All ranks call it.
@@ -73,28 +105,19 @@ class Checkpoints:
         writer = self._ranks.first(lambda: self._writer(step))
         if writer != engine.name:
             raise CheckpointError(
-                f"{self.folder / str(step)} was written by {writer}, this is {engine.name}. Continue the run as it was "
+                f"{self._folders[step]} was written by {writer}, this is {engine.name}. Continue the run as it was "
                 "started, or start another from its exported model"
             )
-        engine.load(self.folder / str(step))
-
-    def _clear(self, folder: Path) -> None:
-        remove(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-
-    def _finish(self, folder: Path, run: Mapping[str, Any]) -> None:
-        write_text(folder / files.STEP_RUN, json.dumps(run, indent=2))
-
-    def _remove_old(self, kept: Collection[int | None]) -> None:
-        """Removes all steps but the newest and these."""
-        for step in self.steps()[: -self._keep] if self._keep else []:
-            if step not in kept:
-                remove(self.folder / str(step))
+        engine.load(self._folders[step])
 
     def _writer(self, step: int) -> str:
         """Returns the name of the engine that wrote a step."""
         steps = self.steps()
         if step not in steps:
             there_are = ", ".join(map(str, steps)) or "none"
-            raise CheckpointError(f"{self.folder}: there is no checkpoint of step {step}; there are: {there_are}")
+            raise CheckpointError(
+                f"{self._folders.directory}: there is no checkpoint of step {step}; there are: {there_are}"
+            )
+        if damage := self.damage(step):
+            raise CheckpointError(f"{self._folders[step]}: {damage}")
         return str(self.run(step)[ENGINE])

@@ -23,9 +23,9 @@ from jax_simpo.run.best import BestRule
 from jax_simpo.run.cadence import count_steps, is_due
 from jax_simpo.run.facts import note_export
 from jax_simpo.run.manifest import claim, write_file
-from jax_simpo.run.metrics import MetricsLog, check_finite, evaluation_line, read_metrics
+from jax_simpo.run.metrics import MetricsLog, check_finite, check_records, evaluation_line, read_metrics
 from jax_simpo.run.output import check_output, prepare_output
-from jax_simpo.run.resume import check_not_finished, check_same_run, choose_step, run_identity
+from jax_simpo.run.resume import check_not_finished, check_same_run, run_identity
 from torch_ref.batches import Batch, RankStep, rank_steps
 from torch_ref.best import Choice
 from torch_ref.checkpoint import Checkpoints
@@ -70,11 +70,10 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
         console.print("note: `remat: dots` is taken as `full`: layers are recomputed whole", style="yellow")
     checkpoints = Checkpoints(output, ranks, keep=config.save_total_limit)
     # One rank reads the folder, so that all ranks resume at the same step, whatever their file system shows them.
-    resume = ranks.first(
-        lambda: choose_step(
-            config.resume_from_checkpoint, [] if config.overwrite_output_dir else checkpoints.steps(), output
-        )
-    )
+    chosen = ranks.first(lambda: checkpoints.choose(config))
+    for note in chosen.notes:
+        console.print(note, style="yellow")
+    resume = chosen.step
     saved = ranks.first(lambda: checkpoints.run(resume)) if resume else {}
     batch = setup.global_batch_size(saved.get("global_batch_size"))
     groups = setup.train_pairs()
@@ -87,6 +86,10 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
         check_same_run(saved, identity, output)
         ranks.first(lambda: check_not_finished(output, resume, total_steps))
     best_rule = BestRule.of(config)
+    if resume:
+        before = ranks.first(lambda: checkpoints.metrics(resume))
+        if lost := ranks.first(lambda: check_records(output, before, needed=best_rule is not None)):
+            console.print(lost, style="yellow")
     evaluation = _evaluation(setup, console, best_rule) if config.do_eval else None
     known = setup.known(groups, training=True)
     if setup.objective.needs_reference:
@@ -234,7 +237,8 @@ class Run:
         left = range(first_step, first_step if self.choice.ends else self.total_steps)
         done = first_step
         shares = rank_steps(self.plan, self.groups, left, ranks.rank, ranks.world, known=self.known)
-        with MetricsLog(self.output, first_step=first_step, write=ranks.is_first) as self.log, closing(shares):
+        before = ranks.first(lambda: self.checkpoints.metrics(first_step)) if first_step else None
+        with MetricsLog(self.output, before=before, write=ranks.is_first) as self.log, closing(shares):
             if self.evaluation is not None and not first_step:
                 with self.clock.paused():
                     self._evaluate(0, 0.0)
@@ -308,7 +312,7 @@ class Run:
         best = self.choice.best_step
         wanted = best == done or (self.choice.ends and self.config.save_strategy != "no")
         if wanted or self._is_due("save", done):
-            self.checkpoints.save(done, self.engine, self.identity, keep_step=best)
+            self.checkpoints.save(done, self.engine, self.identity, self.log.sum, keep_step=best)
 
     def _evaluate(self, step: int, epoch: float) -> None:
         assert self.evaluation is not None

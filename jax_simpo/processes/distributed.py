@@ -97,7 +97,7 @@ def _keep_stdout_for_results() -> None:
 
 def is_first() -> bool:
     """Returns True in process 0, which prints and writes for the whole run."""
-    return _process_number() == 0
+    return number() == 0
 
 
 def count() -> int:
@@ -105,7 +105,8 @@ def count() -> int:
     return int(global_state.num_processes or 1) if global_state.client is not None else 1
 
 
-def _process_number() -> int:
+def number() -> int:
+    """Returns the number of this process, from 0."""
     return int(global_state.process_id) if global_state.client is not None else 0
 
 
@@ -123,7 +124,7 @@ def collect(name: str, value: T) -> list[T]:
     if count() == 1:
         return [value]
     key = f"jax_simpo/{next(_calls)}/{name}/"
-    _client().key_value_set(f"{key}{_process_number()}", json.dumps(value))
+    _client().key_value_set(f"{key}{number()}", json.dumps(value))
     barrier(name)
     texts = {int(path.rpartition("/")[2]): text for path, text in _client().key_value_dir_get(key)}
     return [json.loads(texts[i]) for i in range(count())]
@@ -216,7 +217,7 @@ def fail(error: BaseException) -> None:
     JAX's own shutdown would wait five minutes for the others, which wait for this process in a collective.
     """
     _ending.set()
-    name = f"process {_process_number()} of {count()} (on {socket.gethostname()})"
+    name = f"process {number()} of {count()} (on {socket.gethostname()})"
     if isinstance(error, UserError):
         reason = f"error: {error}"
     else:
@@ -249,7 +250,7 @@ def _watch() -> None:
     while not _ending.wait(_POLL_SECONDS):
         reasons = _published_reasons()
         if reasons and not _ending.is_set():
-            name = f"process {_process_number()} of {count()} (on {socket.gethostname()})"
+            name = f"process {number()} of {count()} (on {socket.gethostname()})"
             print(f"{name}: ends because of {'; '.join(reasons)}", file=sys.stderr, flush=True)
             _exit_now()
 
@@ -264,7 +265,7 @@ def _published_reasons() -> list[str]:
 def _publish(prefix: str, text: str) -> None:
     """Writes a text of this process to the store."""
     try:
-        _client().key_value_set(f"{prefix}{_process_number()}", text)
+        _client().key_value_set(f"{prefix}{number()}", text)
     except jax.errors.JaxRuntimeError as error:
         print(f"the reason could not be published to the other processes: {error}", file=sys.stderr, flush=True)
 

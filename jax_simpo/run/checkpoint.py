@@ -1,8 +1,8 @@
 """Checkpoints of a run: parameters, optimizer state and the run's identity, in `checkpoints/STEP/` (Orbax).
 
 A step holds three items. `params` (those that are trained) and `optimizer` are saved and restored shard by shard; `run`
-is a small JSON object, the run's identity. No iterator state is needed: the step number determines the batches that
-follow.
+is a small JSON object, the run's identity. Beside them lies the step's seal. No iterator state is needed: the step
+number determines the batches that follow.
 """
 
 from __future__ import annotations
@@ -18,30 +18,29 @@ from jax.sharding import Sharding
 
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError
-from jax_simpo.run import files
-from jax_simpo.run.resume import check_trainer, choose_step
+from jax_simpo.processes import distributed
+from jax_simpo.run.resume import Resume, check_trainer, choose_step
+from jax_simpo.run.seal import Seal, Sum, find_damage, sum_files
+from jax_simpo.run.steps import StepFolders
 
 
 class Checkpoints:
     """The checkpoints of one output directory; closes when used as a context manager.
 
+    Nothing is read from a step before its files are known to be those that were saved. All processes of a run call each
+    method but `steps` together.
+
     Args:
-        directory: the folder of the steps; made if it is missing and `read_only` is false.
+        directory: the folder of the steps; `save` makes it if it is missing.
         keep: how many to keep, the newest, besides a step that `save` is told to keep; None keeps all.
-        read_only: promise not to write.
     """
 
-    def __init__(self, directory: Path, *, keep: int | None = None, read_only: bool = False) -> None:
+    def __init__(self, directory: Path, *, keep: int | None = None) -> None:
         self.directory, self._keep = directory.absolute(), keep
-        options = ocp.CheckpointManagerOptions(
-            # The rest of a killed save is no checkpoint; it is removed, never restored.
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            read_only=read_only,
-            # A background save would read buffers that the next update takes for itself.
-            enable_async_checkpointing=False,
-        )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self.folders = StepFolders(self.directory)
+        self._whole: set[int] = set()
+        # A background save would read buffers that the next update takes for itself.
+        self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
     def __enter__(self) -> Self:
         return self
@@ -49,11 +48,11 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.close()
+        self._orbax.close()
 
     def steps(self) -> list[int]:
-        """The finished steps, oldest first."""
-        return sorted(self._manager.all_steps())
+        """The steps, oldest first."""
+        return self.folders.all()
 
     def latest(self) -> int:
         """The newest step.
@@ -66,37 +65,68 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory} holds no checkpoint")
         return steps[-1]
 
+    def damage(self, step: int) -> str | None:
+        """Returns what is wrong with a step in a line that begins with a file's name; None if it is as it was saved."""
+        if step in self._whole:
+            return None
+        share, shares = distributed.number(), distributed.count()
+        found = distributed.collect("damage", find_damage(self.folders[step], step, share=share, shares=shares))
+        damage = next(filter(None, found), None)
+        if damage is None:
+            self._whole.add(step)
+        return damage
+
     def save(
-        self, step: int, params: Any, optimizer: Any, run: Mapping[str, Any], *, keep_step: int | None = None
+        self,
+        step: int,
+        params: Any,
+        optimizer: Any,
+        run: Mapping[str, Any],
+        metrics: Sum,
+        *,
+        keep_step: int | None = None,
     ) -> None:
-        """Writes a step whole or not at all, and then removes the oldest ones. One of the same number goes first.
+        """Writes a step whole or not at all, and then removes the oldest ones. One of the same number goes.
 
         Args:
             step: optimizer steps done.
             params: the trained parameters.
             optimizer: the optimizer state.
             run: the run's identity.
+            metrics: the sum of the run's records so far, on the first process.
             keep_step: a step that is not to be removed, however old it is.
         """
-        if step in self._manager.all_steps():
-            self._manager.delete(step)
-        self._manager.save(
-            step,
-            force=True,  # a run that went back to an earlier step saves below the newest one
+        distributed.on_first("step begins", self.folders.begin)
+        writing = self.folders.writing(step)
+        self._orbax.save(
+            writing,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
                 optimizer=ocp.args.StandardSave(optimizer),
                 run=ocp.args.JsonSave(dict(run)),
             ),
         )
-        self._manager.wait_until_finished()
-        for old in self.steps()[: -self._keep] if self._keep else []:
-            if old not in (step, keep_step):
-                self._manager.delete(old)
+        share, shares = distributed.number(), distributed.count()
+        own = sum_files(writing, share=share, shares=shares, to_disk=True)
+        parts = distributed.collect("sums", {name: found.to_json() for name, found in own.items()})
+        sums = {name: Sum(*values) for part in parts for name, values in part.items()}
+
+        def finish() -> None:
+            Seal(step, metrics, sums).write(writing)
+            self.folders.finish(step)
+            self.folders.thin_out(self._keep, saved=step, best=keep_step)
+
+        distributed.on_first("step is whole", finish)
+        self._whole.add(step)
 
     def run(self, step: int) -> dict[str, Any]:
         """The identity of the run that saved a step."""
         return self._restore(step, run=ocp.args.JsonRestore())["run"]
+
+    def metrics(self, step: int) -> Sum:
+        """The sum of the run's records up to a step."""
+        self._check(step)
+        return Seal.read(self.folders[step]).metrics
 
     def params(self, step: int, abstract: Any) -> Any:
         """The parameters of a step, straight to the shardings that the abstract arrays carry."""
@@ -107,16 +137,23 @@ class Checkpoints:
         return self._restore(step, optimizer=ocp.args.StandardRestore(abstract))["optimizer"]
 
     def _restore(self, step: int, **items: Any) -> Any:
-        if step not in self._manager.all_steps():
+        self._check(step)
+        try:
+            return self._orbax.restore(self.folders[step], args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{self.folders[step]}: cannot be restored: {reason}. It belongs to another model, or to another "
+                "version of the program; train into another `output_dir`"
+            ) from error
+
+    def _check(self, step: int) -> None:
+        if step not in self.steps():
             steps = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(f"{self.directory}: there is no checkpoint of step {step}; there are: {steps}")
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
-            raise CheckpointError(
-                f"{self.directory / str(step)}: cannot be restored: {error}. It is damaged, or belongs to another "
-                "model; remove it, or train into another `output_dir`"
-            ) from error
+        if damage := self.damage(step):
+            others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
+            raise CheckpointError(f"{self.folders[step]}: {damage}. Take another step; there are: {others}")
 
 
 def abstract_state(shapes: Any, shardings: Any) -> Any:
@@ -128,17 +165,22 @@ def abstract_state(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(abstract_array, shapes, shardings)
 
 
-def starting_point(config: TrainConfig, output: Path) -> tuple[int, dict[str, Any]]:
-    """Returns the step to continue from, and the identity of the run that saved it; step 0 starts afresh.
+def starting_point(config: TrainConfig, output: Path, checkpoints: Checkpoints) -> tuple[Resume, dict[str, Any]]:
+    """Returns where a run continues, and the identity of the run that saved that step; step 0 starts afresh.
+
+    Args:
+        config: the settings of the run.
+        output: its output directory.
+        checkpoints: the checkpoints there.
 
     Raises:
-        CheckpointError: there is no step such as `resume_from_checkpoint` asks for, or the PyTorch reference wrote it.
+        CheckpointError: there is no whole step such as `resume_from_checkpoint` asks for, or the PyTorch reference
+            wrote it.
         ConfigError: the value of `resume_from_checkpoint` is none that the key may have.
     """
-    folder = output / files.CHECKPOINTS
-    if config.overwrite_output_dir or not folder.is_dir():
-        return choose_step(config.resume_from_checkpoint, [], output), {}
+    if config.overwrite_output_dir:
+        return choose_step(config.resume_from_checkpoint, [], output, checkpoints.damage), {}
     check_trainer(output, "jax-simpo train")
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        step = choose_step(config.resume_from_checkpoint, checkpoints.steps(), output)
-        return (step, checkpoints.run(step)) if step else (0, {})
+    distributed.on_first("unfinished steps", checkpoints.folders.clean)
+    resume = choose_step(config.resume_from_checkpoint, checkpoints.steps(), output, checkpoints.damage)
+    return resume, checkpoints.run(resume.step) if resume.step else {}

@@ -12,6 +12,7 @@ FACTS = "run.json"
 CARD = "README.md"
 REPORT = "report.html"
 CURVES = "curves.png"
+SEAL = "seal.json"  # in a step folder: sizes and checksums of its files, written last
 STEP_RUN = "run.json"  # in a step folder of the PyTorch reference: the identity of the run and the engine
 
 # Everything but the manifest, in the order in which a run writes it.

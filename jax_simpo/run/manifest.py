@@ -8,7 +8,6 @@ the run if its contents show it.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,15 @@ from typing import Any
 from jax_simpo.config import yaml_files
 from jax_simpo.errors import CheckpointError, ConfigError, ModelError
 from jax_simpo.run import files
+from jax_simpo.run.steps import is_beside_steps
 from jax_simpo.run.whole import check_replaceable, write_text, writing
 
 CARD_SENTENCE = ", using jax-simpo."  # ends the first sentence of a model card
 REPORT_SENTENCE = " training run</p>"  # ends the line above the title of a report
 _RESOLVED_KEYS = 40  # a config that a run wrote gives every key there is; nobody writes so many by hand
 
-# A step folder of either trainer bears one of these, and the folder of all steps nothing but step folders and these.
+# A step folder of either trainer bears one of these.
 _STEP_MARKS = ("_CHECKPOINT_METADATA", files.STEP_RUN, "*.pt")
-_BESIDE_STEPS = re.compile(r"\d+\.orbax-checkpoint-tmp.*|\.\d+\.removed|zero_to_fp32\.py|latest")
 
 
 def read_manifest(output: Path) -> set[str]:
@@ -141,11 +140,6 @@ def _is_checkpoints(path: Path) -> bool:
     return bool(entries) and all(
         entry.name.isdecimal() and any(any(entry.glob(mark)) for mark in _STEP_MARKS) for entry in entries
     )
-
-
-def is_beside_steps(name: str) -> bool:
-    """Returns True for what the trainers leave in `checkpoints` beside step folders: unfinished steps and helpers."""
-    return _BESIDE_STEPS.fullmatch(name) is not None
 
 
 def _is_samples(path: Path) -> bool:

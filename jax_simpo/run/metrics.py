@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, BinaryIO, Self
 
-from jax_simpo.errors import ConfigError, TrainingError
+from jax_simpo.errors import CheckpointError, ConfigError, TrainingError
 from jax_simpo.run import files
 from jax_simpo.run.manifest import write_file
+from jax_simpo.run.seal import Sum
 
 
 class MetricsLog:
@@ -19,23 +22,58 @@ class MetricsLog:
 
     Args:
         output: the output directory.
-        first_step: steps done before; records of later steps are dropped.
+        before: the sum of the records up to the step that the run goes on from, as its seal has it; what follows is
+            dropped. None starts afresh.
         write: False turns the log off: of several processes one writes.
+
+    Raises:
+        CheckpointError: the records are not those of `before`.
     """
 
-    def __init__(self, output: Path, *, first_step: int, write: bool = True) -> None:
-        self._file: TextIO | None = None
+    def __init__(self, output: Path, *, before: Sum | None = None, write: bool = True) -> None:
+        self._path, self._size, self._digest = output / files.METRICS, 0, sha256()
+        self._file: BinaryIO | None = None
         if not write:
             return
-        records = read_metrics(output) if first_step else []
-        kept = [json.dumps(record) + "\n" for record in records if record_step(record) <= first_step]
-        self._file = write_file(output, files.METRICS, "".join(kept)).open("a", encoding="utf-8")
+        if before is None or check_records(output, before):
+            write_file(output, files.METRICS, "")
+        else:
+            os.truncate(self._path, before.bytes)
+            self._digest.update(self._path.read_bytes())
+            self._size = before.bytes
+        self._file = self._path.open("ab")
+
+    @property
+    def sum(self) -> Sum:
+        """The sum of the records so far."""
+        return Sum(self._size, self._digest.hexdigest())
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Writes a record at once, so that a killed run loses none."""
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+        """Writes a record at once, so that a killed run loses none.
+
+        Raises:
+            TrainingError: the file is no longer the one that this run writes.
+        """
+        if self._file is None:
+            return
+        self._check_own(self._file.fileno())
+        line = (json.dumps(record) + "\n").encode()
+        self._file.write(line)
+        self._file.flush()
+        self._digest.update(line)
+        self._size += len(line)
+
+    def _check_own(self, descriptor: int) -> None:
+        opened = os.fstat(descriptor)
+        try:
+            own = os.path.samestat(opened, os.stat(self._path)) and opened.st_size == self._size
+        except OSError:
+            own = False
+        if not own:
+            raise TrainingError(
+                f"{self._path} was removed, moved or changed while this run was writing to it. Start the same command "
+                "again to go on from the newest checkpoint"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -47,13 +85,58 @@ class MetricsLog:
             self._file.close()
 
 
+def check_records(output: Path, before: Sum, *, needed: bool = False) -> str:
+    """Makes sure that the records of the steps before are those that the run wrote.
+
+    Args:
+        output: the output directory.
+        before: the sum of the records up to the step that the run goes on from.
+        needed: the run must know its evaluations, because it chooses its best model.
+
+    Returns:
+        A warning for the user if there are no records; empty if there are.
+
+    Raises:
+        CheckpointError: the records are others, or are missing although the run needs them.
+    """
+    path = output / files.METRICS
+    if not before.bytes or (path.exists() and Sum.of_file(path, first=before.bytes) == before):
+        return ""
+    if path.exists():
+        raise CheckpointError(
+            f"{path}: its first {before.bytes:,} bytes are not the records that the run wrote before it saved the step "
+            "to go on from. Put a good copy back, or remove the file to go on without them"
+        )
+    if needed:
+        raise CheckpointError(
+            f"{path} is missing, and without its evaluations the run cannot choose its best model. Put a copy back, "
+            "or set `load_best_model_at_end: false` and no `early_stopping_patience`"
+        )
+    return f"warning: {path} is missing: the records of the steps before are lost"
+
+
 def read_metrics(output: Path) -> list[dict[str, Any]]:
-    """The records of a run so far; a last line that a killed run left half written is dropped."""
+    """The records of a run so far; a last line that a killed run left half written is dropped.
+
+    Raises:
+        CheckpointError: a line is no record.
+    """
     path = output / files.METRICS
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return [_read_record(line, path, number) for number, line in enumerate(lines, start=1) if line.endswith("\n")]
+
+
+def _read_record(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = dict(json.loads(line))
+        record_step(record)
+        return record
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}, line {number}: is no record of a run, so the file is damaged. Put a good copy back"
+        ) from error
 
 
 def record_step(record: Mapping[str, Any]) -> int:

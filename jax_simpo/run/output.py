@@ -9,7 +9,8 @@ from pathlib import Path
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError
 from jax_simpo.run import files
-from jax_simpo.run.manifest import check_free, claim, is_beside_steps, read_manifest, write_manifest
+from jax_simpo.run.manifest import check_free, claim, read_manifest, write_manifest
+from jax_simpo.run.steps import is_beside_steps
 from jax_simpo.run.whole import check_replaceable, remove
 
 

@@ -6,7 +6,8 @@ Nothing here reads a checkpoint's arrays. Both trainers use it; each says which 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -92,39 +93,84 @@ def _writer(step: Path) -> tuple[Trainer | None, str]:
         return "jax-simpo train", " (Orbax)"
     run = step / files.STEP_RUN
     if run.is_file():
-        engine = json.loads(run.read_text(encoding="utf-8")).get(ENGINE)
+        try:
+            engine = dict(json.loads(run.read_text(encoding="utf-8"))).get(ENGINE)
+        except (OSError, ValueError, TypeError):  # damaged, which its seal will say
+            engine = None
         return "python -m torch_ref train", f" ({engine})" if engine else ""
     return ("python -m torch_ref train", "") if any(step.glob("*.pt")) else (None, "")
 
 
-def choose_step(wanted: bool | int | str | None, steps: Sequence[int], output: Path) -> int:
-    """Returns the step that `resume_from_checkpoint` means; 0 starts afresh.
+@dataclass(frozen=True)
+class Resume:
+    """Where a run continues.
+
+    Attributes:
+        step: the step to continue from; 0 starts afresh.
+        notes: sentences the user should read.
+    """
+
+    step: int
+    notes: Sequence[str] = ()
+
+
+def choose_step(
+    wanted: bool | int | str | None, steps: Sequence[int], output: Path, damage: Callable[[int], str | None]
+) -> Resume:
+    """Chooses the step that `resume_from_checkpoint` means.
 
     Args:
-        wanted: the value of the key: None takes the newest step, if there is one; True wants a step, False wants none;
-            otherwise the number of a step, or its folder.
-        steps: the finished steps, oldest first.
+        wanted: the value of the key: None takes the newest whole step, if there is a step; True wants a step, False
+            wants none; otherwise the number of a step, or its folder.
+        steps: the steps, oldest first.
         output: the output directory.
+        damage: returns what is wrong with a step, or None.
 
     Raises:
-        CheckpointError: there is no such step, or there are steps that would be lost.
+        CheckpointError: there is no such step, none is whole, or there are steps that would be lost.
         ConfigError: the value is none that the key may have.
     """
     folder = output / files.CHECKPOINTS
-    if wanted is False:
-        if steps:
-            raise CheckpointError(
-                f"`resume_from_checkpoint` is false, but {output} holds checkpoints (steps {list(steps)}). Give "
-                "another `output_dir`, or set `overwrite_output_dir: true` to remove them"
-            )
-        return 0
+    if wanted is False and steps:
+        raise CheckpointError(
+            f"`resume_from_checkpoint` is false, but {output} holds checkpoints (steps {list(steps)}). Give "
+            "another `output_dir`, or set `overwrite_output_dir: true` to remove them"
+        )
+    if wanted is True and not steps:
+        raise CheckpointError(
+            f"`resume_from_checkpoint` is true, but {folder} holds no checkpoint. Remove the key to start afresh, "
+            "or correct `output_dir`"
+        )
+    if wanted is False or (wanted is None and not steps):
+        return Resume(0)
     if wanted is None or wanted is True:
-        if wanted and not steps:
-            raise CheckpointError(
-                f"`resume_from_checkpoint` is true, but {folder} holds no checkpoint. Remove the key to start afresh, "
-                "or correct `output_dir`"
-            )
-        return steps[-1] if steps else 0
+        return _newest_whole(steps, folder, damage)
+    step = _read_step(wanted, folder)
+    if step not in steps:
+        raise CheckpointError(f"{folder}: there is no step {step}; there are: {list(steps) or 'none'}")
+    if reason := damage(step):
+        others = [other for other in steps if other != step]
+        raise CheckpointError(f"{folder / str(step)}: {reason}. Take another step; there are: {others or 'none'}")
+    later = ", ".join(str(other) for other in steps if other > step)
+    note = f"note: the run goes back to step {step}; when it saves its next step, it removes the later ones: {later}"
+    return Resume(step, [note] if later else [])
+
+
+def _newest_whole(steps: Sequence[int], folder: Path, damage: Callable[[int], str | None]) -> Resume:
+    damaged: list[str] = []
+    for step in reversed(steps):
+        reason = damage(step)
+        if reason is None:
+            outcome = f"the run goes on from step {step}, the newest that is whole"
+            return Resume(step, [f"warning: {'; '.join(damaged)}; {outcome}"] if damaged else [])
+        damaged.append(f"{folder / str(step)}: {reason}")
+    raise CheckpointError(
+        f"{'; '.join(damaged)}. No step is whole, so the run cannot go on. Put a copy of a step back, give another "
+        "`output_dir`, or set `overwrite_output_dir: true` to start afresh"
+    )
+
+
+def _read_step(wanted: int | str, folder: Path) -> int:
     path = Path(str(wanted))
     number = path.name.removeprefix("checkpoint-")
     elsewhere = len(path.parts) > 1 and path.parent.absolute() != folder.absolute()
@@ -132,8 +178,6 @@ def choose_step(wanted: bool | int | str | None, steps: Sequence[int], output: P
         raise ConfigError(
             f"`resume_from_checkpoint` is {wanted!r}; expected true, false, a step number, or a folder {folder}/STEP"
         )
-    if int(number) not in steps:
-        raise CheckpointError(f"{folder}: there is no step {number}; there are: {list(steps) or 'none'}")
     return int(number)
 
 

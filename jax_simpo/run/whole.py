@@ -65,7 +65,7 @@ def writing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         if regular:
             with _cannot_be_written(shown):
                 temporary.replace(path)
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
     except BaseException:
         if regular:
             with suppress(OSError):
@@ -142,7 +142,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         if folder.exists():
             folder.rename(former)
         temporary.rename(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
         shutil.rmtree(former, ignore_errors=True)
     except OSError as error:
         raise ModelError(f"{folder}: the model cannot be written there ({error})") from error
@@ -196,7 +196,7 @@ def _sync_tree(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Brings a renaming to the disk, where the file system can do so."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

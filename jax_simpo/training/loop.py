@@ -78,15 +78,16 @@ class TrainingLoop:
         """
         self._stop_asked, done = False, first_step
         # Process 0 writes the records, and what it reads counts for all.
-        before = evaluations(self.output, first_step) if first_step else []
-        self._evaluated: list[dict[str, Any]] = distributed.collect("evaluations", before)[0]
+        evaluated = evaluations(self.output, first_step) if first_step else []
+        self._evaluated: list[dict[str, Any]] = distributed.collect("evaluations", evaluated)[0]
         if self.best_rule is not None:
             self.best_rule.check_saved(self._evaluated, self.checkpoints.steps(), self.output)
         self.ended_early = self._ends(first_step)  # a run that was killed before its export has nothing else to do
         steps = range(first_step, first_step if self.ended_early else self.total_steps)
+        before = self.checkpoints.metrics(first_step) if first_step else None
         rows = local_rows(self.setup.mesh, self.plan.rows_per_micro_batch)
         with (
-            MetricsLog(self.output, first_step=first_step, write=distributed.is_first()) as self._log,
+            MetricsLog(self.output, before=before, write=distributed.is_first()) as self._log,
             TrainingProgress(self.console, self.total_steps, first_step) as self._progress,
             closing(step_batches(self.plan, self.pairs, steps, rows=rows.tolist(), known=self.known)) as batches,
         ):
@@ -132,8 +133,8 @@ class TrainingLoop:
                 self.ended_early = self._ends(done)
                 save |= self.best_step == done or (self.ended_early and self.setup.config.save_strategy != "no")
             if save or self._stop_asked:
-                best = self.best_step
-                self.checkpoints.save(done, self.setup.model.split(params)[0], state, self.identity, keep_step=best)
+                trained, _ = self.setup.model.split(params)
+                self.checkpoints.save(done, trained, state, self.identity, self._log.sum, keep_step=self.best_step)
         if stop:
             raise TrainingError(
                 f"ended by SIGTERM after step {done} of {self.total_steps}, which is saved. Start the same command "

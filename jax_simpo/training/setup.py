@@ -356,4 +356,4 @@ def open_checkpoints(config: TrainConfig) -> Checkpoints:
     folder = Path(config.output_dir) / CHECKPOINTS
     if not folder.is_dir():
         raise CheckpointError(f"{folder} does not exist: no checkpoint of a run was written to `output_dir`")
-    return Checkpoints(folder, read_only=True)
+    return Checkpoints(folder)

@@ -24,7 +24,7 @@ from jax_simpo.run.cadence import count_steps
 from jax_simpo.run.checkpoint import Checkpoints, abstract_state, starting_point
 from jax_simpo.run.facts import note_export, write_facts
 from jax_simpo.run.manifest import claim, write_file
-from jax_simpo.run.metrics import read_metrics
+from jax_simpo.run.metrics import check_records, read_metrics
 from jax_simpo.run.output import check_output, prepare_output
 from jax_simpo.run.resume import check_not_finished, check_same_run, run_identity
 from jax_simpo.run.samples import read_answers, read_samples, sample_prompts, with_answers, write_samples
@@ -98,7 +98,10 @@ def train(
     _print_start(setup, console)
     training = setup.train_pairs()
     print_notes(console, notes_on(training))
-    first_step, saved = starting_point(config, output)
+    checkpoints = Checkpoints(output / files.CHECKPOINTS, keep=config.save_total_limit)
+    resume, saved = starting_point(config, output, checkpoints)
+    print_notes(console, resume.notes)
+    first_step = resume.step
     plan = setup.step_plan(training, batch=setup.global_batch_size(saved.get("global_batch_size")), seed=config.seed)
     total_steps = count_steps(config, plan.steps_per_epoch)
     identity = run_identity(config, plan.global_batch_size, training)
@@ -107,6 +110,8 @@ def train(
     if saved:
         check_same_run(saved, identity, output)
         check_not_finished(output, first_step, total_steps)
+        records = checkpoints.metrics(first_step)
+        print_notes(console, [check_records(output, records, needed=BestRule.of(config) is not None)])
     packing = measure(plan)
     console.print(packing_line("training", plan, packing))
     print_notes(console, [idle_warning(plan, packing, setup.data_parallel)])
@@ -129,7 +134,7 @@ def train(
             of_evaluation = reference.sums(evaluation.source, console)
             evaluation = replace(evaluation, known=setup.known(evaluation.source, of_evaluation))
         start = reference.take()  # before the policy is loaded: two models are never in memory together
-    with Checkpoints(output / files.CHECKPOINTS, keep=config.save_total_limit) as checkpoints, jax.set_mesh(mesh):
+    with checkpoints, jax.set_mesh(mesh):
         schedule, optimizer = run_optimizer(config, total_steps)
         accumulates = plan.step(0).micro_batches > 1
         functions = make_train_functions(

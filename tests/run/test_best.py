@@ -88,7 +88,7 @@ def test_an_unknown_metric_is_refused_with_those_there_are() -> None:
 
 def test_the_evaluations_of_a_resumed_run_are_those_up_to_its_first_step(tmp_path: Path) -> None:
     (tmp_path / files.METRICS).touch()
-    with MetricsLog(tmp_path, first_step=0) as log:
+    with MetricsLog(tmp_path) as log:
         for record in ({"eval_step": 0}, {"step": 5}, {"eval_step": 10}, {"eval_step": 20}):
             log.write(record)
     assert [record["eval_step"] for record in evaluations(tmp_path, 10)] == [0, 10]

@@ -3,36 +3,115 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from jax_simpo.errors import ConfigError, TrainingError
+from jax_simpo.errors import CheckpointError, ConfigError, TrainingError
 from jax_simpo.run.metrics import (
     MetricsLog,
     check_finite,
+    check_records,
     check_split_names,
     evaluation_figures,
     evaluation_line,
     read_metrics,
 )
+from jax_simpo.run.seal import Sum
 
 
 def test_a_resumed_run_drops_the_records_that_it_writes_again(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path, first_step=0) as log:
-        for record in ({"eval_step": 0}, {"step": 1}, {"step": 2}, {"eval_step": 2}, {"step": 3}):
+    with MetricsLog(tmp_path) as log:
+        for record in ({"eval_step": 0}, {"step": 1}, {"step": 2}, {"eval_step": 2}):
             log.write(record)
+        before = log.sum
+        log.write({"step": 3})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # a killed run leaves half a line
-    with MetricsLog(tmp_path, first_step=2) as log:
+    with MetricsLog(tmp_path, before=before) as log:
+        assert log.sum == before
         log.write({"step": 3, "again": True})
     assert read_metrics(tmp_path) == [
         *({"eval_step": 0}, {"step": 1}, {"step": 2}, {"eval_step": 2}),
         {"step": 3, "again": True},
     ]
-    with MetricsLog(tmp_path, first_step=0, write=False) as log:
+    with MetricsLog(tmp_path, write=False) as log:
         log.write({"step": 9})
     assert len(read_metrics(tmp_path)) == 5
+
+
+def written(output: Path) -> Sum:
+    with MetricsLog(output) as log:
+        for step in range(1, 4):
+            log.write({"step": step, "loss": 0.5})
+        return log.sum
+
+
+@given(bit=st.integers(0, 8 * 75 - 1))
+@settings(max_examples=30, deadline=None)
+def test_records_that_changed_are_found_whichever_bit_it_is(bit: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    output = tmp_path_factory.mktemp("run")
+    before = written(output)
+    assert before.bytes == 75 and check_records(output, before) == ""
+    data = bytearray((output / "metrics.jsonl").read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    (output / "metrics.jsonl").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl: its first 75 bytes are not the records that the run"):
+        MetricsLog(output, before=before)
+    assert (output / "metrics.jsonl").read_bytes() == data
+
+
+def test_missing_records_are_said_and_refused_where_the_run_needs_them(tmp_path: Path) -> None:
+    before = written(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    assert "metrics.jsonl is missing: the records of the steps before are lost" in check_records(tmp_path, before)
+    with pytest.raises(CheckpointError, match="without its evaluations the run cannot choose its best model"):
+        check_records(tmp_path, before, needed=True)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def move_the_folder(path: Path) -> None:
+    path.parent.rename(path.parent.with_name("moved"))
+
+
+def replace(path: Path) -> None:
+    path.write_text(path.read_text())
+    path.rename(path.with_name("other"))
+    path.write_text(path.with_name("other").read_text())
+
+
+def write_as_a_second_run(path: Path) -> None:
+    with path.open("a") as file:
+        file.write('{"step": 9}\n')
+
+
+@pytest.mark.parametrize("disturb", [remove, move_the_folder, replace, write_as_a_second_run])
+def test_a_run_whose_records_are_taken_from_it_ends_and_says_so(
+    disturb: Callable[[Path], None], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    with MetricsLog(tmp_path / "run") as log:
+        log.write({"step": 1})
+        disturb(tmp_path / "run" / "metrics.jsonl")
+        with pytest.raises(
+            TrainingError, match=r"metrics.jsonl was removed, moved or changed while this run was writing"
+        ):
+            log.write({"step": 2})
+
+
+@pytest.mark.parametrize("line", ["\0" * 40, "[1]", "1", "{}", '{"loss": 1}', '{"step": 2', "[" * 10**5, "\udcff"])
+def test_a_line_that_is_no_record_is_named(line: str, tmp_path: Path) -> None:
+    written(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a", errors="surrogateescape") as file:
+        file.write(line + "\n")
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl, line 4: is no record of a run, so the file is damaged"):
+        read_metrics(tmp_path)
 
 
 def test_an_evaluation_has_figures_over_all_pairs_and_of_each_of_several_splits() -> None:
@@ -67,6 +146,6 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run() -> None:
 
 
 def test_the_records_are_json_lines(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path, first_step=0) as log:
+    with MetricsLog(tmp_path) as log:
         log.write({"step": 1, "loss": 0.5})
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}  # at once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ import pytest
 
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError, ConfigError
-from jax_simpo.run.resume import check_same_run, check_trainer, choose_step
+from jax_simpo.run.resume import Resume, check_same_run, check_trainer, choose_step
 
 JAX, TORCH = "jax-simpo train", "python -m torch_ref train"
+
+
+def whole(step: int) -> None:
+    """Finds no damage in a step."""
 
 
 @pytest.mark.parametrize(
@@ -29,7 +34,7 @@ JAX, TORCH = "jax-simpo train", "python -m torch_ref train"
     ],
 )
 def test_the_step_that_is_asked_for_is_continued(wanted: Any, steps: list[int], step: int) -> None:
-    assert choose_step(wanted, steps, Path("run")) == step
+    assert choose_step(wanted, steps, Path("run"), whole).step == step
 
 
 @pytest.mark.parametrize(
@@ -43,12 +48,37 @@ def test_the_step_that_is_asked_for_is_continued(wanted: Any, steps: list[int], 
 )
 def test_a_step_that_is_not_there_is_an_error(wanted: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        choose_step(wanted, [], Path("run"))
+        choose_step(wanted, [], Path("run"), whole)
 
 
 def test_checkpoints_that_would_be_lost_are_named() -> None:
     with pytest.raises(CheckpointError, match=r"is false, but run holds checkpoints \(steps \[4, 8\]\)"):
-        choose_step(False, [4, 8], Path("run"))
+        choose_step(False, [4, 8], Path("run"), whole)
+
+
+def damaged(*steps: int) -> Callable[[int], str | None]:
+    return lambda step: "params/d/0 is missing" if step in steps else None
+
+
+def test_a_damaged_step_is_named_and_the_newest_whole_one_is_continued() -> None:
+    resume = choose_step(None, [4, 8, 12], Path("run"), damaged(8, 12))
+    assert resume == Resume(
+        4,
+        [
+            "warning: run/checkpoints/12: params/d/0 is missing; run/checkpoints/8: params/d/0 is missing; the run "
+            "goes on from step 4, the newest that is whole"
+        ],
+    )
+    with pytest.raises(CheckpointError, match=r"checkpoints/4: params/d/0 is missing. No step is whole, so the run"):
+        choose_step(True, [4, 8], Path("run"), damaged(4, 8))
+    with pytest.raises(CheckpointError, match=r"checkpoints/8: params/d/0 is missing. Take another step; .*: \[4\]"):
+        choose_step(8, [4, 8], Path("run"), damaged(8))
+
+
+def test_going_back_says_which_steps_it_will_cost() -> None:
+    assert choose_step(8, [4, 8], Path("run"), whole).notes == []
+    (note,) = choose_step(4, [4, 8, 12], Path("run"), whole).notes
+    assert note == "note: the run goes back to step 4; when it saves its next step, it removes the later ones: 8, 12"
 
 
 def test_another_run_is_refused_with_every_key_that_differs() -> None:

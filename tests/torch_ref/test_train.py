@@ -166,7 +166,8 @@ def test_a_damaged_or_foreign_checkpoint_is_told(start: Path, tmp_path: Path) ->
     shutil.rmtree(tmp_path / "run/checkpoints/5")
     state = tmp_path / "run/checkpoints/3/state.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    assert "cannot be restored" in refused(start, tmp_path, kind=CheckpointError)
+    message = refused(start, tmp_path, kind=CheckpointError)
+    assert "checkpoints/3: state.pt has 1,000 bytes; it was saved with" in message and "No step is whole" in message
     (tmp_path / "run/checkpoints/3/_CHECKPOINT_METADATA").touch()
     assert "checkpoints of `jax-simpo train`" in refused(start, tmp_path, kind=CheckpointError)
 
@@ -246,11 +247,19 @@ def test_several_evaluation_splits_have_figures_each_and_over_all_pairs(start: P
     assert {"eval_helpful_loss", "eval_harmless_sft_loss"} <= record.keys()
 
 
-def test_an_unfinished_checkpoint_is_none(start: Path, finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished / "run/checkpoints/3", tmp_path / "run/checkpoints/3")
-    (tmp_path / "run/checkpoints/3/run.json").unlink()
-    assert [r["step"] for r in run(start, tmp_path)] == [1, 2, 3, 4, 5]
-    assert (tmp_path / "run/checkpoints/3/run.json").exists()
+def test_a_run_goes_on_from_the_newest_whole_step_and_unfinished_ones_go(
+    start: Path, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/model")
+    steps = tmp_path / "run/checkpoints"
+    (steps / "3").rename(steps / ".3.writing")  # sealed, so it only had to be moved to its place
+    (steps / "5").rename(steps / ".5.writing")
+    (steps / ".5.writing/seal.json").unlink()
+    assert [r["step"] for r in run(start, tmp_path, "--do_eval=true") if "step" in r] == [1, 2, 3, 4, 5]
+    assert sorted(path.name for path in steps.iterdir()) == ["3", "5"]
+    for name, weight in load_weights(finished / "run/model").items():
+        assert torch.equal(load_weights(tmp_path / "run/model")[name], weight), name
 
 
 @pytest.mark.parametrize("wanted", ["flex", "flash_attention_2", "flash_attention_3"])

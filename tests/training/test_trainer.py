@@ -23,68 +23,17 @@ from jax_simpo.run.metrics import read_metrics
 from jax_simpo.run.resume import run_identity
 from jax_simpo.training import trainer
 from jax_simpo.training.evaluate import GroupScores, evaluation_metrics, split_metrics
-from jax_simpo.training.loop import TrainingLoop
 from tests.pairs import random_pairs
-
-MODEL = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-}
-
-
-def config_of(folder: Path, **changes: Any) -> TrainConfig:
-    settings = {
-        "model_config": MODEL,
-        "tokenizer_name_or_path": "builtin:cafe",
-        "dataset_mixer": {"builtin:cafe": 0.02},  # 81 pairs
-        "max_length": 128,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "cosine",
-        "warmup_ratio": 0.1,
-        "global_batch_size": 16,
-        "num_train_epochs": 2,
-        "save_steps": 4,
-        "dtype": "float32",
-        "output_dir": str(folder / "run"),
-        "data_cache_dir": str(folder / "cache"),
-    }
-    return TrainConfig(**{**settings, **changes})
-
-
-def run(config: TrainConfig) -> list[dict[str, Any]]:
-    """Trains and returns the training records."""
-    trainer.train(config, Console(quiet=True))
-    return [r for r in read_metrics(Path(config.output_dir)) if "step" in r]
-
-
-def losses(records: list[dict[str, Any]]) -> list[float]:
-    return [record["loss"] for record in records]
+from tests.training.runs import MODEL, Records, config_of, losses, run, stop_after
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, list[dict[str, Any]]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Records]:
     config = config_of(tmp_path_factory.mktemp("finished"))
     return config, run(config)
 
 
-def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kills a run as it logs a step."""
-    write = TrainingLoop._write
-
-    def killed(self: Any, batch: Any, values: Any) -> None:
-        write(self, batch, values)
-        if batch.step + 1 == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(TrainingLoop, "_write", killed)
-
-
-def test_a_run_writes_its_records_and_a_model(finished: tuple[TrainConfig, list[dict[str, Any]]]) -> None:
+def test_a_run_writes_its_records_and_a_model(finished: tuple[TrainConfig, Records]) -> None:
     config, records = finished
     output = Path(config.output_dir)
     assert [r["step"] for r in records] == list(range(1, 13))
@@ -105,7 +54,7 @@ def test_a_run_writes_its_records_and_a_model(finished: tuple[TrainConfig, list[
 
 
 def test_a_killed_run_goes_on_with_the_same_numbers_to_the_bit(
-    finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[TrainConfig, Records], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(tmp_path)
     with monkeypatch.context() as patch:
@@ -121,7 +70,7 @@ def test_a_killed_run_goes_on_with_the_same_numbers_to_the_bit(
 
 @pytest.mark.slow  # the quick test of two hosts does so too
 def test_a_run_goes_on_with_the_same_batches_on_another_mesh(
-    finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[TrainConfig, Records], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = {"global_batch_size": None, "per_device_train_batch_size": 2}
     with monkeypatch.context() as patch:
@@ -133,13 +82,13 @@ def test_a_run_goes_on_with_the_same_batches_on_another_mesh(
     np.testing.assert_allclose(losses(records), losses(finished[1]), atol=1e-5)
 
 
-def test_a_finished_run_is_not_trained_again(finished: tuple[TrainConfig, list[dict[str, Any]]]) -> None:
+def test_a_finished_run_is_not_trained_again(finished: tuple[TrainConfig, Records]) -> None:
     with pytest.raises(CheckpointError, match="finished at step 12: nothing is left to train"):
         run(finished[0])
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(
-    finished: tuple[TrainConfig, list[dict[str, Any]]],
+    finished: tuple[TrainConfig, Records],
 ) -> None:
     folder = Path(finished[0].output_dir).parent
     with pytest.raises(CheckpointError, match=r"another run; these settings differ:\n  beta: was 2.0, is 3.0\n"):
@@ -221,16 +170,12 @@ def test_max_steps_goes_round_the_data_as_often_as_needed(tmp_path: Path) -> Non
     assert [r["step"] for r in records] == [13] and records[0]["epoch"] > 2
 
 
-def test_accumulation_does_not_change_the_numbers(
-    finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_accumulation_does_not_change_the_numbers(finished: tuple[TrainConfig, Records], tmp_path: Path) -> None:
     one_row_at_a_time = run(config_of(tmp_path, row_length=128, save_strategy="no", mesh={"data": 8, "fsdp": 1}))
     np.testing.assert_allclose(losses(one_row_at_a_time), losses(finished[1]), atol=1e-5)
 
 
-def test_a_run_killed_before_its_export_is_completed(
-    finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_a_run_killed_before_its_export_is_completed(finished: tuple[TrainConfig, Records], tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(finished[0].output_dir, output)
     exported = (output / "model" / "model.safetensors").read_bytes()
@@ -260,13 +205,13 @@ def test_a_run_in_the_users_own_folder_touches_none_of_his_files(
     assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == texts
 
 
-def test_everything_a_run_writes_is_in_its_manifest(finished: tuple[TrainConfig, list[dict[str, Any]]]) -> None:
+def test_everything_a_run_writes_is_in_its_manifest(finished: tuple[TrainConfig, Records]) -> None:
     output = Path(finished[0].output_dir)
     assert {path.name for path in output.iterdir()} == {*read_manifest(output), files.MANIFEST}
 
 
 def test_a_run_of_an_older_version_is_continued_and_overwritten(
-    finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path
+    finished: tuple[TrainConfig, Records], tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     shutil.copytree(finished[0].output_dir, output)
@@ -276,7 +221,7 @@ def test_a_run_of_an_older_version_is_continued_and_overwritten(
     with pytest.raises(CheckpointError, match="finished at step 12"):
         run(config_of(tmp_path))
     assert len(run(config_of(tmp_path, overwrite_output_dir=True, max_steps=1, save_strategy="no"))) == 1
-    assert not list((output / "checkpoints").iterdir())
+    assert not (output / "checkpoints").exists()
 
 
 def cut_short(start: Path) -> None:
@@ -309,7 +254,7 @@ def test_overwriting_keeps_the_finished_run_until_all_that_the_new_one_needs_is_
     changes: dict[str, Any],
     error: type[UserError],
     message: str,
-    finished: tuple[TrainConfig, list[dict[str, Any]]],
+    finished: tuple[TrainConfig, Records],
     tmp_path: Path,
 ) -> None:
     output = tmp_path / "run"
@@ -333,10 +278,10 @@ def test_checkpoints_of_the_pytorch_reference_are_refused(tmp_path: Path) -> Non
 
 
 def test_a_checkpoint_holds_the_identity_that_both_trainers_use(
-    finished: tuple[TrainConfig, list[dict[str, Any]]],
+    finished: tuple[TrainConfig, Records],
 ) -> None:
     config = finished[0]
-    with Checkpoints(Path(config.output_dir) / "checkpoints", read_only=True) as checkpoints:
+    with Checkpoints(Path(config.output_dir) / "checkpoints") as checkpoints:
         saved = checkpoints.run(12)
     assert saved == run_identity(config, 16, trainer.Setup(config).train_pairs())
 
@@ -404,7 +349,7 @@ def test_settings_that_json_writes_differently_are_still_the_same_run(
 
 
 def test_totals_are_counted_over_the_whole_run_also_after_a_resume(
-    finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[TrainConfig, Records], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(tmp_path, logging_steps=5)
     with monkeypatch.context() as patch:
@@ -418,9 +363,7 @@ def test_totals_are_counted_over_the_whole_run_also_after_a_resume(
     assert 0 < records[-1]["total_seconds"] < 600
 
 
-def test_a_learning_rate_nobody_chose_is_pointed_out(
-    finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_a_learning_rate_nobody_chose_is_pointed_out(finished: tuple[TrainConfig, Records], tmp_path: Path) -> None:
     console = Console(record=True, quiet=False, file=open(tmp_path / "log", "w"), width=200)
     settings = config_of(tmp_path, max_steps=1).model_dump(by_alias=True, exclude={"learning_rate"})
     settings |= {"model_name_or_path": f"{finished[0].output_dir}/model", "model_config": None}
@@ -430,7 +373,7 @@ def test_a_learning_rate_nobody_chose_is_pointed_out(
 
 
 def test_resume_from_checkpoint_takes_the_step_it_is_given(
-    finished: tuple[TrainConfig, list[dict[str, Any]]], tmp_path: Path
+    finished: tuple[TrainConfig, Records], tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     shutil.copytree(finished[0].output_dir, output)

@@ -1,0 +1,163 @@
+"""The seal of a checkpoint: `seal.json`, written last, with the size and the checksum of every other file of its step.
+
+A step without a seal was not finished. With one, a file that was cut, changed, removed, added, or brought from another
+step is found before anything is read from it. Both trainers seal their steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from jax_simpo.run import files
+from jax_simpo.run.whole import write_text
+
+_NOTE = "Sizes and SHA-256 checksums of the files of this step. A step without this file was not finished."
+_THREADS = 16  # reading waits for the disk as often as for a core
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The size of some bytes, and their SHA-256 checksum as hexadecimal text."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of_file(cls, path: Path, *, first: int | None = None) -> Self:
+        """Reads a file and returns its sum.
+
+        Args:
+            path: the file.
+            first: the number of bytes to read; None reads all. A shorter file gives the sum of what it has.
+        """
+        digest, left, size = hashlib.sha256(), first, 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 20 if left is None else min(1 << 20, left)):
+                digest.update(block)
+                size += len(block)
+                left = None if left is None else left - len(block)
+        return cls(size, digest.hexdigest())
+
+    def to_json(self) -> list[Any]:
+        """Returns the sum as it stands in a seal."""
+        return [self.bytes, self.sha256]
+
+
+NOTHING = Sum(0, hashlib.sha256().hexdigest())
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What a seal says.
+
+    Attributes:
+        step: optimizer steps done.
+        metrics: the sum of `metrics.jsonl` when the step was saved; later records follow these bytes.
+        sums: the sums of the step's files, by their paths in the step's folder.
+    """
+
+    step: int
+    metrics: Sum
+    sums: Mapping[str, Sum]
+
+    def write(self, folder: Path) -> None:
+        """Writes the seal into a step's folder."""
+        content: dict[str, Any] = {
+            "note": _NOTE,
+            "step": self.step,
+            files.METRICS: self.metrics.to_json(),
+            "files": {name: self.sums[name].to_json() for name in sorted(self.sums)},
+        }
+        write_text(folder / files.SEAL, json.dumps({**content, "sha256": _own_sum(content)}, indent=1))
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Reads the seal of a step's folder.
+
+        Raises:
+            ValueError: it is missing or damaged; the text begins with the file's name.
+        """
+        try:
+            content = dict(json.loads((folder / files.SEAL).read_text(encoding="utf-8")))
+            if content.pop("sha256") != _own_sum(content):
+                raise ValueError("its own checksum does not fit")
+            sums = {name: Sum(*values) for name, values in content["files"].items()}
+            return cls(content["step"], Sum(*content[files.METRICS]), sums)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{files.SEAL} is missing: the step was not finished, or an earlier version of the program wrote it"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{files.SEAL} is damaged ({error})") from error
+
+
+def _own_sum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sum_files(folder: Path, *, share: int = 0, shares: int = 1, to_disk: bool = False) -> dict[str, Sum]:
+    """Computes the sums of the files of a step's folder, several at a time.
+
+    Args:
+        folder: the folder.
+        share: which share of the files to read, from 0: of several processes each reads its own.
+        shares: the number of shares.
+        to_disk: bring the files to the disk too.
+    """
+
+    def of(name: str) -> tuple[str, Sum]:
+        if to_disk:
+            with (folder / name).open("rb") as file:
+                os.fsync(file.fileno())
+        return name, Sum.of_file(folder / name)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(pool.map(of, _names(folder)[share::shares]))
+
+
+def find_damage(folder: Path, step: int, *, share: int = 0, shares: int = 1) -> str | None:
+    """Returns what is wrong with a step's folder in a line that begins with the file's name; None if it is as sealed.
+
+    Args:
+        folder: the folder.
+        step: the number of the step that it must hold.
+        share: which share of the files to read, from 0: of several processes each reads its own.
+        shares: the number of shares.
+    """
+    try:
+        seal = Seal.read(folder)
+        if seal.step != step:
+            return f"{files.SEAL} is that of step {seal.step}"
+        names = _names(folder)
+        if missing := sorted(seal.sums.keys() - set(names)):
+            return f"{missing[0]} is missing"
+        if added := sorted(set(names) - seal.sums.keys()):
+            return f"{added[0]} is no file of this step"
+        return _first_difference(seal, sum_files(folder, share=share, shares=shares).items())
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename or folder} cannot be read ({error.strerror})"
+
+
+def _first_difference(seal: Seal, sums: Iterable[tuple[str, Sum]]) -> str | None:
+    for name, found in sums:
+        sealed = seal.sums[name]
+        if found.bytes != sealed.bytes:
+            return f"{name} has {found.bytes:,} bytes; it was saved with {sealed.bytes:,}"
+        if found != sealed:
+            return f"{name} has changed since it was saved: its checksum does not fit"
+    return None
+
+
+def _names(folder: Path) -> list[str]:
+    """Lists the files of a folder but its seal, by their paths in it."""
+    paths = (path for path in folder.rglob("*") if not path.is_dir())
+    return sorted(name for path in paths if (name := path.relative_to(folder).as_posix()) != files.SEAL)
