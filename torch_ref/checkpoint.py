@@ -15,8 +15,9 @@ from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError
 from jax_simpo.run import files
 from jax_simpo.run.resume import ENGINE, Resume, check_trainer, choose_step
-from jax_simpo.run.seal import Seal, Sum, find_damage, sum_files
+from jax_simpo.run.seal import Seal, find_damage, sum_files
 from jax_simpo.run.steps import StepFolders
+from jax_simpo.run.sums import Sum
 from jax_simpo.run.whole import write_text
 from torch_ref.distributed import Ranks
 from torch_ref.engine import Engine

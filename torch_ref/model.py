@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import ConfigError, ModelError
+from jax_simpo.run.sums import check_model_sums
 from torch_ref.adapters import add_adapter, base_of_adapter, load_adapter, quantization
 from torch_ref.attention import RowMask, register
 from torch_ref.attention_choice import AttentionChoice, uses_rows
@@ -210,6 +212,8 @@ def load_policy(
     register()
     base = base_of_adapter(choice)
     name = base or choice or config.model_name_or_path
+    for folder in filter(None, (name, choice)):  # what a hub id names has no such folder
+        check_model_sums(Path(folder))
     extra: dict[str, Any] = {"attn_implementation": attention.registered, "dtype": dtype}
     torch.manual_seed(config.seed)
     if name is None:

@@ -29,10 +29,12 @@ from jax_simpo.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENISATION_VERSION = 3
+TOKENISATION_VERSION = 4
 """Raise this number with every change that can change a token or the stored columns: it ends old caches."""
 
 SHOWN_SKIPPED = 10
+
+_GROUPS, _NOTES, _SUMS = "groups.arrow", "notes.json", "sums.json"  # the files of an entry
 
 _SCHEMA = pa.schema(
     [
@@ -72,6 +74,7 @@ class GroupDataset:
         skipped: the rows that could not be used, in file order, also when the tokens came from the cache.
         left_out: how many responses were left out of groups, by reason.
         cache_hit: True if the tokens came from the cache.
+        cache_damage: what was wrong with the tokens in the cache, which were made again; empty if nothing was.
         fingerprint: a hash of rows, tokenizer, template and settings. Moving a file does not change it.
     """
 
@@ -83,12 +86,13 @@ class GroupDataset:
         left_out: Mapping[str, int],
         *,
         cache_hit: bool,
+        cache_damage: str = "",
         fingerprint: str,
     ) -> None:
         self.name = raw.name
         self.skipped = skipped
         self.left_out = left_out
-        self.cache_hit = cache_hit
+        self.cache_hit, self.cache_damage = cache_hit, cache_damage
         self.fingerprint = fingerprint
         self._table = table
         self._raw = replace(raw, table=raw.table.select(["file", "row", "line"]))  # without the texts, to save memory
@@ -349,17 +353,31 @@ class Store:
         """Returns True if the entry has been written."""
         return self.folder.is_dir()
 
+    def remove_if_damaged(self) -> str:
+        """Removes an entry that is not as it was written, and returns what is wrong with it; empty if nothing is."""
+        try:
+            sums = dict(json.loads((self.folder / _SUMS).read_text(encoding="utf-8")))
+            changed = [name for name in (_GROUPS, _NOTES) if sums.get(name) != _checksum(self.folder / name)]
+            damage = f"{self.folder / changed[0]} has changed since it was written" if changed else ""
+        except (OSError, ValueError, TypeError) as error:
+            damage = f"{self.folder} cannot be read ({error})"
+        if damage:
+            shutil.rmtree(self.folder)
+        return damage
+
     @contextmanager
     def writer(self) -> Iterator[Writer]:
         """Opens the entry for writing. It appears when the block ends without an exception."""
         temporary = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.", dir=self.root))
         try:
-            with pa.OSFile(str(temporary / "groups.arrow"), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as stream:
+            with pa.OSFile(str(temporary / _GROUPS), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as stream:
                 writer = Writer(stream)
                 yield writer
             writer.skipped.sort(key=lambda row: row.index)
             notes = {"skipped": [asdict(row) for row in writer.skipped], "left_out": writer.left_out}
-            (temporary / "notes.json").write_text(json.dumps(notes))
+            (temporary / _NOTES).write_text(json.dumps(notes), encoding="utf-8")
+            sums = {name: _checksum(temporary / name) for name in (_GROUPS, _NOTES)}
+            (temporary / _SUMS).write_text(json.dumps(sums), encoding="utf-8")
             temporary.chmod(0o755)  # mkdtemp closes its folder to other users, who may share the cache
             try:
                 temporary.replace(self.folder)
@@ -369,13 +387,26 @@ class Store:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def open(self, raw: RawSplit, cache_hit: bool) -> GroupDataset:
+    def open(self, raw: RawSplit, cache_hit: bool, cache_damage: str = "") -> GroupDataset:
         """Opens the written entry; `raw` gives the origins of its groups."""
-        with pa.memory_map(str(self.folder / "groups.arrow")) as source:
+        with pa.memory_map(str(self.folder / _GROUPS)) as source:
             table = pa.ipc.open_file(source).read_all()
-        notes = json.loads((self.folder / "notes.json").read_text())
+        notes = json.loads((self.folder / _NOTES).read_text(encoding="utf-8"))
         skipped, left_out = [Skipped(**row) for row in notes["skipped"]], notes["left_out"]
-        return GroupDataset(table, raw, skipped, left_out, cache_hit=cache_hit, fingerprint=self.folder.name)
+        return GroupDataset(
+            table,
+            raw,
+            skipped,
+            left_out,
+            cache_hit=cache_hit,
+            cache_damage=cache_damage,
+            fingerprint=self.folder.name,
+        )
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Writer:

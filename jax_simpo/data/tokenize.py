@@ -268,12 +268,13 @@ def tokenize_split(
     )
     store = Store(cache_dir, cache_key(raw, tokenizer, asdict(settings)))
     with store.lock():  # one process of a host tokenises, and the others read its tokens
+        damage = store.remove_if_damaged() if store.exists() else ""
         cache_hit = store.exists()
         if not cache_hit:
             with _encoder_threads(num_proc), store.writer() as writer:
                 for chunk in _tokenize_chunks(raw, tokenizer, settings, progress):
                     writer.write(chunk.indices, chunk.texts, chunk.groups, chunk.weights, chunk.skipped, chunk.left_out)
-    dataset = store.open(raw, cache_hit)
+    dataset = store.open(raw, cache_hit, damage)
     if dataset.skipped and on_bad_row == "error":
         first = f"{len(dataset.skipped)} of {len(raw)} rows of {raw.name} cannot be used:"
         last = "Correct or remove them, or set `on_bad_row: skip` to go on without them (rows count from 0)."

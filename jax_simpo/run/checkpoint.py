@@ -20,8 +20,9 @@ from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError
 from jax_simpo.processes import distributed
 from jax_simpo.run.resume import Resume, check_trainer, choose_step
-from jax_simpo.run.seal import Seal, Sum, find_damage, sum_files
+from jax_simpo.run.seal import Seal, find_damage, sum_files
 from jax_simpo.run.steps import StepFolders
+from jax_simpo.run.sums import Sum
 
 
 class Checkpoints:

@@ -1,14 +1,15 @@
 """The manifest of an output directory, `.jax-simpo.json`: the names of what a run wrote there.
 
 A run replaces and removes these only. A name enters the manifest before its file is first written, so a killed run
-leaves no file of its own that the manifest lacks. Older output directories have no manifest: there a file belongs to
-the run if its contents show it.
+leaves no file of its own that the manifest lacks. Of the small files that a run reads again it holds checksums too.
+Older output directories have no manifest: there a file belongs to the run if its contents show it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ CARD_SENTENCE = ", using jax-simpo."  # ends the first sentence of a model card
 REPORT_SENTENCE = " training run</p>"  # ends the line above the title of a report
 _RESOLVED_KEYS = 40  # a config that a run wrote gives every key there is; nobody writes so many by hand
 
+_READ_AGAIN = (files.CONFIG, files.FACTS, files.SAMPLES)
+
 # A step folder of either trainer bears one of these.
 _STEP_MARKS = ("_CHECKPOINT_METADATA", files.STEP_RUN, "*.pt")
 
@@ -32,12 +35,15 @@ def read_manifest(output: Path) -> set[str]:
     Raises:
         CheckpointError: the manifest is damaged, or a file of the user's.
     """
+    return _read(output)[0] if (output / files.MANIFEST).exists() else _recognise(output)
+
+
+def _read(output: Path) -> tuple[set[str], dict[str, list[str]]]:
+    """Returns the names, and of some of them the checksums of their former and their new content."""
     path = output / files.MANIFEST
-    if not path.exists():
-        return _recognise(output)
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["files"]
-        return {name for name in files.ALL if name in names}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {name for name in files.ALL if name in content["files"]}, dict(content.get("sha256", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: is not the list of files of a run ({error!r}). Give another `output_dir`, or remove the file if "
@@ -45,10 +51,27 @@ def read_manifest(output: Path) -> set[str]:
         ) from error
 
 
-def write_manifest(output: Path, names: Collection[str]) -> None:
-    """Writes the names of what a run wrote."""
+def write_manifest(output: Path, names: Collection[str], sums: Mapping[str, list[str]] | None = None) -> None:
+    """Writes the names of what a run wrote, and checksums of some of them."""
     note = "The files that jax-simpo wrote here. It replaces and removes no others."
-    write_text(output / files.MANIFEST, json.dumps({"note": note, "files": sorted(names)}, indent=2) + "\n")
+    own = {name: found for name, found in (sums or {}).items() if name in names}
+    content = {"note": note, "files": sorted(names), "sha256": own}
+    write_text(output / files.MANIFEST, json.dumps(content, indent=2) + "\n")
+
+
+def check_unchanged(output: Path) -> None:
+    """Makes sure that the small files of a run are those that it wrote.
+
+    Raises:
+        CheckpointError: a file has changed since.
+    """
+    sums = _read(output)[1] if (output / files.MANIFEST).exists() else {}
+    for name, known in sums.items():
+        path = output / name
+        if path.is_file() and sha256(path.read_bytes()).hexdigest() not in known:
+            raise CheckpointError(
+                f"{path} has changed since the run wrote it. Put a good copy back, or remove the file"
+            )
 
 
 def check_free(output: Path, names: Collection[str]) -> None:
@@ -73,9 +96,12 @@ def claim(output: Path, *names: str) -> None:
         CheckpointError: there is a file of such a name that no run wrote.
     """
     check_free(output, names)
-    own = read_manifest(output)
-    if not own.issuperset(names) or not (output / files.MANIFEST).exists():
-        write_manifest(output, own.union(names))
+    if not (output / files.MANIFEST).exists():
+        write_manifest(output, _recognise(output).union(names))
+        return
+    own, sums = _read(output)
+    if not own.issuperset(names):
+        write_manifest(output, own.union(names), sums)
 
 
 def write_file(output: Path, name: str, content: str | bytes) -> Path:
@@ -85,6 +111,11 @@ def write_file(output: Path, name: str, content: str | bytes) -> Path:
         CheckpointError: there is such a file, and no run wrote it.
     """
     claim(output, name)
+    if name in _READ_AGAIN:
+        own, sums = _read(output)
+        new = content if isinstance(content, bytes) else content.encode()
+        former = [(output / name).read_bytes()] if (output / name).is_file() else []
+        write_manifest(output, own, {**sums, name: [sha256(text).hexdigest() for text in (*former, new)]})
     with writing(output / name, "wb" if isinstance(content, bytes) else "w") as file:
         file.write(content)
     return output / name

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Self
 from jax_simpo.errors import CheckpointError, ConfigError, TrainingError
 from jax_simpo.run import files
 from jax_simpo.run.manifest import write_file
-from jax_simpo.run.seal import Sum
+from jax_simpo.run.sums import Sum
 
 
 class MetricsLog:

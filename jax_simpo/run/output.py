@@ -9,7 +9,7 @@ from pathlib import Path
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError
 from jax_simpo.run import files
-from jax_simpo.run.manifest import check_free, claim, read_manifest, write_manifest
+from jax_simpo.run.manifest import check_free, check_unchanged, claim, read_manifest, write_manifest
 from jax_simpo.run.steps import is_beside_steps
 from jax_simpo.run.whole import check_replaceable, remove
 
@@ -23,9 +23,9 @@ def check_output(config: TrainConfig, output: Path, *, writes: Collection[str] =
         writes: names of the files that the run will write.
 
     Raises:
-        CheckpointError: it cannot be written to; it holds a file that the run would replace and no run wrote, or a
-            finished run that `overwrite_output_dir` does not give away; or `overwrite_output_dir` would remove
-            something that this run starts from.
+        CheckpointError: it cannot be written to; it holds a file that the run would replace and no run wrote, a file
+            that has changed since its run wrote it, or a finished run that `overwrite_output_dir` does not give away;
+            or `overwrite_output_dir` would remove something that this run starts from.
         ModelError: its `model` folder holds files that are no part of a model.
     """
     try:
@@ -37,6 +37,8 @@ def check_output(config: TrainConfig, output: Path, *, writes: Collection[str] =
             f"`output_dir` {output} cannot be written to: {error.strerror}. Give a folder that can"
         ) from error
     check_free(output, writes)
+    if not config.overwrite_output_dir:
+        check_unchanged(output)
     if config.overwrite_output_dir:
         _check_nothing_needed_is_removed(config, output)
     elif _has_model(output) and not any((output / files.CHECKPOINTS).glob("*")):

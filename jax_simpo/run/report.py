@@ -26,7 +26,7 @@ from jax_simpo.errors import CheckpointError
 from jax_simpo.run import files
 from jax_simpo.run.curves import Theme, draw_curves
 from jax_simpo.run.facts import read_facts
-from jax_simpo.run.manifest import write_file
+from jax_simpo.run.manifest import check_unchanged, write_file
 from jax_simpo.run.metrics import read_metrics
 from jax_simpo.run.objective_texts import ObjectiveText, texts_of
 from jax_simpo.run.samples import Sample, read_samples
@@ -183,8 +183,9 @@ def read_run(output: Path) -> Run:
     """Reads the files of an output directory.
 
     Raises:
-        CheckpointError: no training step was logged in it.
+        CheckpointError: no training step was logged in it, or a file has changed since the run wrote it.
     """
+    check_unchanged(output)
     records = read_metrics(output)
     train = [record for record in records if "step" in record]
     if not train:

@@ -8,49 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from jax_simpo.run import files
+from jax_simpo.run.sums import Sum, sums_of
 from jax_simpo.run.whole import write_text
 
 _NOTE = "Sizes and SHA-256 checksums of the files of this step. A step without this file was not finished."
-_THREADS = 16  # reading waits for the disk as often as for a core
-
-
-@dataclass(frozen=True)
-class Sum:
-    """The size of some bytes, and their SHA-256 checksum as hexadecimal text."""
-
-    bytes: int
-    sha256: str
-
-    @classmethod
-    def of_file(cls, path: Path, *, first: int | None = None) -> Self:
-        """Reads a file and returns its sum.
-
-        Args:
-            path: the file.
-            first: the number of bytes to read; None reads all. A shorter file gives the sum of what it has.
-        """
-        digest, left, size = hashlib.sha256(), first, 0
-        with path.open("rb") as file:
-            while block := file.read(1 << 20 if left is None else min(1 << 20, left)):
-                digest.update(block)
-                size += len(block)
-                left = None if left is None else left - len(block)
-        return cls(size, digest.hexdigest())
-
-    def to_json(self) -> list[Any]:
-        """Returns the sum as it stands in a seal."""
-        return [self.bytes, self.sha256]
-
-
-NOTHING = Sum(0, hashlib.sha256().hexdigest())
 
 
 @dataclass(frozen=True)
@@ -112,14 +79,7 @@ def sum_files(folder: Path, *, share: int = 0, shares: int = 1, to_disk: bool = 
         to_disk: bring the files to the disk too.
     """
 
-    def of(name: str) -> tuple[str, Sum]:
-        if to_disk:
-            with (folder / name).open("rb") as file:
-                os.fsync(file.fileno())
-        return name, Sum.of_file(folder / name)
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(pool.map(of, _names(folder)[share::shares]))
+    return sums_of(folder, _names(folder)[share::shares], to_disk=to_disk)
 
 
 def find_damage(folder: Path, step: int, *, share: int = 0, shares: int = 1) -> str | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jax_simpo.errors import ConfigError, ModelError
+from jax_simpo.run.sums import write_model_sums
 
 # The files that transformers and peft write to a model's folder. A folder with any other file is not only a model.
 _MODEL_FILES = (
@@ -21,7 +22,7 @@ _MODEL_FILES = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "vocab.txt", "*.model", "*.tiktoken", "chat_template.*", "additional_chat_templates"),
-    *("processor_config.json", "preprocessor_config.json", "*.py"),
+    *("SHA256SUMS", "processor_config.json", "preprocessor_config.json", "*.py"),
 )
 
 
@@ -119,8 +120,8 @@ def check_replaceable(folder: Path) -> None:
 def replacing(folder: str | Path) -> Iterator[Path]:
     """Gives a new folder to write a model to, which takes the place of `folder` when the block ends without an error.
 
-    The former folder is moved aside, the new one moved to its place, and the former one removed. If the program is
-    killed between the two moves, the next call moves the former folder back.
+    The folder gets `SHA256SUMS`. The former folder is moved aside, the new one moved to its place, and the former one
+    removed. If the program is killed between the two moves, the next call moves the former folder back.
 
     Raises:
         ModelError: `folder` is a file or holds anything that is no part of a model, or it cannot be written.
@@ -136,7 +137,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         _remove_left_overs(folder)
         temporary.mkdir()
         yield temporary
-        _sync_tree(temporary)
+        write_model_sums(temporary)
         if former.exists():
             shutil.rmtree(former)
         if folder.exists():
@@ -186,14 +187,6 @@ def _runs(process_id: int) -> bool:
     except OSError:  # it runs, and belongs to another user
         return True
     return True
-
-
-def _sync_tree(folder: Path) -> None:
-    """Brings the files of a folder to the disk, before its new name says that they are there."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

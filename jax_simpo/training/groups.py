@@ -45,7 +45,7 @@ def tokenize_on_first(config: TrainConfig, raw: RawSplit, tokenizer: PreTrainedT
 
 
 def notes_on(pairs: GroupDataset) -> list[str]:
-    """Lists the skipped rows, and the processes that had to tokenise again. Every process calls it."""
+    """Lists the skipped rows, and which tokens of the cache could not be used. Every process calls it."""
     notes = []
     repeated = distributed.collect("cache", pairs.cache_hit)[1:].count(False)
     if repeated:
@@ -53,6 +53,8 @@ def notes_on(pairs: GroupDataset) -> list[str]:
             f"note: {repeated} process(es) did not find what process 0 tokenised and did it again: set "
             "`data_cache_dir` to a folder that all hosts share"
         )
+    if pairs.cache_damage:
+        notes.append(f"warning: {pairs.cache_damage}; the tokens were made again")
     if pairs.skipped:
         notes.append(pairs.skipped_report())
     if pairs.left_out:

@@ -32,6 +32,7 @@ from jax_simpo.ops.attention import resolve_backend
 from jax_simpo.processes import distributed
 from jax_simpo.run.checkpoint import Checkpoints, abstract_state
 from jax_simpo.run.files import CHECKPOINTS
+from jax_simpo.run.sums import check_model_sums
 from jax_simpo.sharding import make_mesh
 from jax_simpo.training import capacity
 from jax_simpo.training.groups import require_data, tokenize_on_first
@@ -209,8 +210,21 @@ class Setup:
         frozen = {} if self.model.lora is None else self.model.split(self._start_params())[1]
         return self.model.join(checkpoints.params(step, trained), frozen)
 
+    @cached_property
+    def start_folder(self) -> Path | None:
+        """The folder of the base model with its weights, which is as it was exported; None for a new model.
+
+        Raises:
+            ModelError: a file of it, or of the adapter that lies on it, is missing or has changed.
+        """
+        base, adapter = self.start.folder(weights=True), self.start.adapter
+        for folder in (base, None if adapter is None else adapter.folder):
+            if folder is not None:
+                check_model_sums(folder, share=distributed.number(), shares=distributed.count())
+        return base
+
     def _start_params(self) -> Params:
-        folder = self.start.folder(weights=True)
+        folder = self.start_folder
         if folder is None:
             return self.model.init(self.config.seed, self.mesh)
         base = hf.load_params(folder, self.model, self.mesh)

@@ -208,18 +208,17 @@ def train(
 
 
 def _check_weights(setup: Setup, *, resumes: bool) -> None:
-    """Makes sure that the parameters can be loaded onto the mesh, before anything is removed. Reads headers alone.
+    """Makes sure that the parameters can be loaded onto the mesh, before anything is removed.
 
     Raises:
         MeshError: the mesh does not divide the model.
-        ModelError: a weight file of the start model is missing or damaged, or does not fit `config.json`.
+        ModelError: a weight file of the start model is missing, cut or changed, or does not fit `config.json`.
     """
     setup.model.shardings(setup.mesh)  # raises
     if resumes and setup.model.lora is None:
         return  # a step holds all parameters
-    folder = setup.start.folder(weights=True)
-    if folder is not None:
-        hf.check_params(folder, setup.model)
+    if setup.start_folder is not None:
+        hf.check_params(setup.start_folder, setup.model)
 
 
 def _print_start(setup: Setup, console: Console) -> None:

@@ -263,6 +263,26 @@ def test_a_second_run_reads_the_cache_and_tokenises_nothing(
     assert [o | {"file": ""} for o in again.inspect_objects()] == [o | {"file": ""} for o in first.inspect_objects()]
 
 
+@pytest.mark.parametrize("name", ["groups.arrow", "notes.json", "sums.json"])
+@pytest.mark.parametrize("harm", ["flip a bit", "cut", "empty", "remove"])
+def test_tokens_that_were_damaged_in_the_cache_are_made_again(
+    name: str, harm: str, tmp_path: Path, run: Callable[..., GroupDataset]
+) -> None:
+    raw = write(tmp_path / "pairs.jsonl", random_rows(20))
+    first = list(run(raw).inspect_objects())
+    (file,) = (tmp_path / "cache").glob(f"*/{name}")
+    content = bytearray(file.read_bytes())
+    if harm == "remove":
+        file.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes({"flip a bit": content, "cut": content[: len(content) // 2], "empty": b""}[harm])
+    again = run(raw)
+    assert not again.cache_hit and str(tmp_path / "cache") in again.cache_damage
+    assert list(again.inspect_objects()) == first
+    assert run(raw).cache_hit and not run(raw).cache_damage
+
+
 def test_the_fingerprint_tells_one_data_set_from_another(tmp_path: Path, run: Callable[..., GroupDataset]) -> None:
     first = run(write(tmp_path / "pairs.jsonl", random_rows(5)))
     same = run(write(tmp_path / "copy.jsonl", random_rows(5)), cache_dir=tmp_path / "elsewhere")

@@ -20,7 +20,7 @@ from jax_simpo.run.metrics import (
     evaluation_line,
     read_metrics,
 )
-from jax_simpo.run.seal import Sum
+from jax_simpo.run.sums import Sum
 
 
 def test_a_resumed_run_drops_the_records_that_it_writes_again(tmp_path: Path) -> None:

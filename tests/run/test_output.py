@@ -45,6 +45,40 @@ def make_older_run(output: Path) -> None:
         (output / name).write_text(text)
 
 
+def test_a_small_file_that_changed_since_the_run_wrote_it_is_named(tmp_path: Path) -> None:
+    for name, texts in {files.FACTS: ["{}", '{"a": 1}'], files.SAMPLES: ["x"], files.CONFIG: ["beta: 2.0\n"]}.items():
+        for text in texts:
+            write_file(tmp_path, name, text)
+    check_output(config_of(tmp_path), tmp_path)
+    for name in (files.FACTS, files.SAMPLES, files.CONFIG):
+        content = (tmp_path / name).read_bytes()
+        for changed in (content[:-1] + bytes([content[-1] ^ 1]), content[:-1], b""):
+            (tmp_path / name).write_bytes(changed)
+            with pytest.raises(CheckpointError, match=rf"{name} has changed since the run wrote it. Put a good copy"):
+                check_output(config_of(tmp_path), tmp_path)
+        check_output(config_of(tmp_path, overwrite_output_dir=True), tmp_path)
+        (tmp_path / name).unlink()
+        check_output(config_of(tmp_path), tmp_path)
+
+
+def test_a_kill_between_the_manifest_and_the_file_leaves_a_file_that_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_file(tmp_path, files.FACTS, "former")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for text in ("new", "newer"):
+        with monkeypatch.context() as patch:
+            patch.setattr("jax_simpo.run.manifest.writing", killed)
+            with pytest.raises(KeyboardInterrupt):
+                write_file(tmp_path, files.FACTS, text)
+        check_output(config_of(tmp_path), tmp_path)
+    write_file(tmp_path, files.FACTS, "new")
+    check_output(config_of(tmp_path), tmp_path)
+
+
 # --- files in the way
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_simpo.run.seal import NOTHING, Seal, Sum, find_damage, sum_files
+from jax_simpo.run.seal import Seal, find_damage, sum_files
+from jax_simpo.run.sums import NOTHING, Sum
 
 CONTENTS = {"params/d/0": b"weights" * 9, "params/manifest": b"", "run/metadata": b"{}"}
 

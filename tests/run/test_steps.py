@@ -14,7 +14,7 @@ from jax_simpo.run.steps import StepFolders, is_beside_steps
 SAVE = """
 import os, shutil, signal, sys
 from pathlib import Path
-from jax_simpo.run import seal
+from jax_simpo.run import seal, sums
 from jax_simpo.run.steps import StepFolders
 
 calls, dies_at = 0, int(sys.argv[2])
@@ -43,7 +43,7 @@ folder = steps.writing(8)
 folder.mkdir()
 for name in ("params", "run"):
     (folder / name).write_text(sys.argv[3])
-seal.Seal(8, seal.NOTHING, seal.sum_files(folder, to_disk=True)).write(folder)
+seal.Seal(8, sums.NOTHING, seal.sum_files(folder, to_disk=True)).write(folder)
 steps.finish(8)
 steps.thin_out(1, saved=8, best=None)
 """

@@ -1,0 +1,107 @@
+"""Sizes and checksums of files, and `SHA256SUMS` of an exported model.
+
+`SHA256SUMS` has the format of the command `sha256sum`, so `sha256sum -c SHA256SUMS` checks a model too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from jax_simpo.errors import ModelError
+
+MODEL_SUMS = "SHA256SUMS"
+_THREADS = 16  # reading waits for the disk as often as for a core
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The size of some bytes, and their SHA-256 checksum as hexadecimal text."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of_file(cls, path: Path, *, first: int | None = None) -> Self:
+        """Reads a file and returns its sum.
+
+        Args:
+            path: the file.
+            first: the number of bytes to read; None reads all. A shorter file gives the sum of what it has.
+        """
+        digest, left, size = hashlib.sha256(), first, 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 20 if left is None else min(1 << 20, left)):
+                digest.update(block)
+                size += len(block)
+                left = None if left is None else left - len(block)
+        return cls(size, digest.hexdigest())
+
+    def to_json(self) -> list[Any]:
+        """Returns the sum as it stands in a seal."""
+        return [self.bytes, self.sha256]
+
+
+NOTHING = Sum(0, hashlib.sha256().hexdigest())
+
+
+def sums_of(folder: Path, names: Sequence[str], *, to_disk: bool = False) -> dict[str, Sum]:
+    """Computes the sums of files, several at a time.
+
+    Args:
+        folder: the folder of the files.
+        names: their paths in it.
+        to_disk: bring the files to the disk too.
+    """
+
+    def of(name: str) -> tuple[str, Sum]:
+        if to_disk:
+            with (folder / name).open("rb") as file:
+                os.fsync(file.fileno())
+        return name, Sum.of_file(folder / name)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(pool.map(of, names))
+
+
+def write_model_sums(folder: Path) -> None:
+    """Writes `SHA256SUMS` of all files in a model's folder, and brings them to the disk."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    sums = sums_of(folder, names, to_disk=True)
+    (folder / MODEL_SUMS).write_text("".join(f"{sums[name].sha256}  {name}\n" for name in names), encoding="utf-8")
+
+
+def check_model_sums(folder: Path, *, share: int = 0, shares: int = 1) -> None:
+    """Makes sure that an exported model is as it was exported. A folder without `SHA256SUMS` is not checked.
+
+    Args:
+        folder: the folder.
+        share: which share of the files to read, from 0: of several processes each reads its own.
+        shares: the number of shares.
+
+    Raises:
+        ModelError: a file is missing or has changed.
+    """
+    file = folder / MODEL_SUMS
+    if not file.exists():
+        return
+    lines = [line.split("  ", 1) for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
+    known = {line[-1]: line[0] for line in lines}
+    try:
+        found = sums_of(folder, list(known)[share::shares])
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{folder}: a file that {MODEL_SUMS} lists cannot be read ({error}). Export the model again, or put a good "
+            "copy back"
+        ) from error
+    for name, own in found.items():
+        if own.sha256 != known[name]:
+            raise ModelError(
+                f"{folder / name}: is not the file that was exported: its checksum is another one than {MODEL_SUMS} "
+                f"lists. Put a good copy back or export again; if you changed the file yourself, remove {MODEL_SUMS}"
+            )
