@@ -15,8 +15,9 @@ from rich.table import Table
 
 from jax_simpo import __version__
 from jax_simpo.config import TrainConfig, builtin_configs, load_config
-from jax_simpo.errors import CheckpointError, ConfigError, MeshError, UserError
+from jax_simpo.errors import CheckpointError, ConfigError, MeshError, StoppedError, UserError
 from jax_simpo.processes import launch
+from jax_simpo.run import signals
 from jax_simpo.run.whole import writing
 
 if TYPE_CHECKING:  # importing jax takes seconds, which `--help` and a misspelt key need not wait for
@@ -340,17 +341,22 @@ def _setup(settings: TrainConfig, console: Console, model: str | None) -> Setup:
 def main() -> None:
     """Entry point of the `jax-simpo` command."""
     try:
-        app()
+        with signals.handled(ends_process=True):
+            app()
     except SystemExit as end:  # how typer ends, also when all went well
         if end.code:
             launch.fail(end)
         else:
             launch.finish()
         raise
+    except StoppedError as error:
+        launch.finish() if error.saved else launch.fail(error)
+        _console().print(str(error), style="yellow")
+        sys.exit(error.status)
     except UserError as error:  # a mistake of the user's is told without a traceback
         launch.fail(error)
         _console().print(f"error: {error}", style="red")
-        sys.exit(1)
+        sys.exit(error.status)
     except BaseException as error:
         launch.fail(error)
         raise

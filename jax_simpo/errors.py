@@ -4,9 +4,19 @@ Every message says where (file, row, config key), what is wrong and what to do. 
 without a traceback; any other exception is a defect of this program and keeps its traceback.
 """
 
+from __future__ import annotations
+
+import signal
+
 
 class UserError(Exception):
-    """Base class of the mistakes that you can mend without reading this code."""
+    """Base class of the mistakes that you can mend without reading this code.
+
+    Attributes:
+        status: the exit status of a command that ends with it.
+    """
+
+    status = 1
 
 
 class ConfigError(UserError):
@@ -35,6 +45,25 @@ class LaunchError(UserError):
 
 class TrainingError(UserError):
     """A run that cannot continue, such as one whose loss is no longer finite."""
+
+
+class StoppedError(UserError):
+    """A run that a signal ended; starting it again continues it.
+
+    Args:
+        text: what happened, and what to do.
+        number: the signal. The exit status is 128 and its number, as of a shell: 130 of SIGINT, 143 of SIGTERM.
+        saved: the run was taking steps and has saved its last one. Then all its processes end at the same step.
+    """
+
+    def __init__(self, text: str, number: signal.Signals, *, saved: bool = False) -> None:
+        super().__init__(text)
+        self.status, self.saved = self.status_of(number), saved
+
+    @staticmethod
+    def status_of(number: signal.Signals) -> int:
+        """Returns the exit status of a process that a signal ended."""
+        return 128 + number
 
 
 class PlanError(UserError):

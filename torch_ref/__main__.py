@@ -18,7 +18,8 @@ import typer
 from rich.console import Console
 
 from jax_simpo.config import TrainConfig, load_config
-from jax_simpo.errors import ConfigError, UserError
+from jax_simpo.errors import ConfigError, StoppedError, UserError
+from jax_simpo.run import signals
 from jax_simpo.run.whole import writing
 
 if TYPE_CHECKING:  # importing torch takes seconds, which `--help` and a misspelt key need not wait for
@@ -116,12 +117,14 @@ def main() -> None:
     # The deepspeed launcher puts this before the command, and says the same in the environment.
     arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank=")]
     try:
-        app(arguments)
+        with signals.handled(ends_process=True):
+            app(arguments)
     except UserError as error:
         if rank in (None, "0"):
             console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
-            console.print(f"error: {error}", style="red")
-        status = 1
+            stopped = isinstance(error, StoppedError)
+            console.print(str(error) if stopped else f"error: {error}", style="yellow" if stopped else "red")
+        status = error.status
     except SystemExit as end:  # how typer ends, well or not
         status = end.code
     if rank is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -17,8 +18,8 @@ from jax_simpo.config import TrainConfig, jax_only
 from jax_simpo.data.loader import Known
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.tokenize import GroupDataset
-from jax_simpo.errors import ConfigError
-from jax_simpo.run import files
+from jax_simpo.errors import ConfigError, StoppedError
+from jax_simpo.run import files, signals
 from jax_simpo.run.best import BestRule
 from jax_simpo.run.cadence import count_steps, is_due
 from jax_simpo.run.facts import note_export
@@ -228,6 +229,7 @@ class Run:
 
         Raises:
             TrainingError: the loss or the gradient is no longer finite.
+            StoppedError: a rank was told to end; the last step is saved.
         """
         ranks = self.setup.ranks
         self.clock = Clock()
@@ -242,13 +244,22 @@ class Run:
             if self.evaluation is not None and not first_step:
                 with self.clock.paused():
                     self._evaluate(0, 0.0)
-            for step in shares:
-                self._write(step, self._step(step))
-                done = step.step + 1
-                with self.clock.paused():
-                    self._evaluate_and_save(done, step.epoch)
-                if self.choice.ends:
-                    break
+            with signals.noted():
+                for step in shares:
+                    self._write(step, self._step(step))
+                    done = step.step + 1
+                    stop = self._ending_signal()
+                    with self.clock.paused():
+                        self._evaluate_and_save(done, step.epoch, save=stop is not None)
+                    if stop is not None:
+                        raise StoppedError(
+                            f"ended by {stop.name} after step {done} of {self.total_steps}, which is saved. Start the "
+                            "same command again to go on from there",
+                            stop,
+                            saved=True,
+                        )
+                    if self.choice.ends:
+                        break
         if done < self.total_steps and self.choice.rule is not None:
             self.console.print(
                 f"early stopping: {self.choice.rule.patience} evaluations without a better {self.choice.rule.metric}; "
@@ -305,13 +316,20 @@ class Run:
             f"{record['pairs_per_second']:.1f} pairs/s"
         )
 
-    def _evaluate_and_save(self, done: int, epoch: float) -> None:
-        """Evaluates after a step if that is due, and saves it if that is due, or if the evaluation wants it saved."""
+    def _ending_signal(self) -> signal.Signals | None:
+        """Returns the signal that ends the run after this step. All ranks return one after the same step."""
+        asked = signals.asked()
+        if not self.setup.ranks.sum(np.array([asked is not None]))[0]:
+            return None
+        return asked or signal.SIGTERM
+
+    def _evaluate_and_save(self, done: int, epoch: float, *, save: bool) -> None:
+        """Evaluates after a step if that is due, and saves it if that is due or wanted, also by the evaluation."""
         if self.evaluation is not None and self._is_due("eval", done):
             self._evaluate(done, epoch)
         best = self.choice.best_step
         wanted = best == done or (self.choice.ends and self.config.save_strategy != "no")
-        if wanted or self._is_due("save", done):
+        if save or wanted or self._is_due("save", done):
             self.checkpoints.save(done, self.engine, self.identity, self.log.sum, keep_step=best)
 
     def _evaluate(self, step: int, epoch: float) -> None:

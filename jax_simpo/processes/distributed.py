@@ -228,7 +228,7 @@ def fail(error: BaseException) -> None:
         print(f"{name}: looking for a process that died before", file=sys.stderr, flush=True)
         _wait_for_cause(name)
     _publish(_FAILED, f"{name}: {reason}")
-    _exit_now()
+    _exit_now(error.status if isinstance(error, UserError) else 1)
 
 
 def _wait_for_cause(name: str) -> None:
@@ -270,7 +270,7 @@ def _publish(prefix: str, text: str) -> None:
         print(f"the reason could not be published to the other processes: {error}", file=sys.stderr, flush=True)
 
 
-def _exit_now() -> None:
+def _exit_now(status: int = 1) -> None:
     """Ends this process at once. Process 0 first waits for the others to end, because the store ends with it."""
     sys.stdout.flush()
     if is_first():
@@ -279,7 +279,7 @@ def _exit_now() -> None:
             time.sleep(0.1)
     else:
         _publish(_EXITED, "")
-    os._exit(1)
+    os._exit(status)
 
 
 def _exited() -> list[tuple[str, str]]:

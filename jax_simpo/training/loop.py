@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -16,9 +18,10 @@ from rich.console import Console
 
 from jax_simpo.data.loader import GroupSource, Known, StepBatch, step_batches
 from jax_simpo.data.packing import StepPlan
-from jax_simpo.errors import TrainingError
+from jax_simpo.errors import StoppedError
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
+from jax_simpo.run import signals
 from jax_simpo.run.best import BestRule, evaluations
 from jax_simpo.run.cadence import is_due
 from jax_simpo.run.checkpoint import Checkpoints
@@ -73,10 +76,11 @@ class TrainingLoop:
         Afterwards `ended_early` says whether early stopping has ended the run.
 
         Raises:
-            TrainingError: the loss or the gradient is no longer finite, or a process was told to end (SIGTERM).
+            TrainingError: the loss or the gradient is no longer finite.
+            StoppedError: a process was told to end; the last step is saved.
             CheckpointError: the best step of a resumed run has no checkpoint.
         """
-        self._stop_asked, done = False, first_step
+        self._stop_asked, self._passed_on, done = False, False, first_step
         # Process 0 writes the records, and what it reads counts for all.
         evaluated = evaluations(self.output, first_step) if first_step else []
         self._evaluated: list[dict[str, Any]] = distributed.collect("evaluations", evaluated)[0]
@@ -94,13 +98,14 @@ class TrainingLoop:
             if self.evaluation is not None and not first_step:
                 self._evaluate(params, step=0, epoch=0.0)
             self._clock = _Clock(_counted_before(self.output, self.plan, first_step))
-            for batch in self._clock.waiting(batches):
-                params, state, metrics = run_step(self.functions, params, state, batch)
-                self._clock.count(len(batch.groups), batch.input_tokens)
-                self._after(batch, params, state, metrics)
-                done = batch.step + 1
-                if self._stop_asked or self.ended_early:
-                    break
+            with signals.noted():
+                for batch in self._clock.waiting(batches):
+                    params, state, metrics = run_step(self.functions, params, state, batch)
+                    self._clock.count(len(batch.groups), batch.input_tokens)
+                    self._after(batch, params, state, metrics)
+                    done = batch.step + 1
+                    if self._stop_asked or self.ended_early:
+                        break
         counted = self._clock.total
         if counted.seconds:
             share = counted.waited / counted.seconds
@@ -118,10 +123,8 @@ class TrainingLoop:
         done = batch.step + 1
         log = done % self.setup.config.logging_steps == 0 or done == self.total_steps
         evaluate, save = self.evaluation is not None and self._is_due("eval", done), self._is_due("save", done)
-        # Of several processes one may get SIGTERM, to which JAX listens: all processes stop after the same step.
-        stop = reached_preemption_sync_point(done) and done < self.total_steps
-        save |= stop
-        if not (log or evaluate or save or self._stop_asked):
+        stop = self._ending_signal(done)
+        if not (log or evaluate or save or stop or self._stop_asked):
             self._progress.advance(done)
             return
         values = self._finite(done, metrics)  # before saving too: a diverged step must not replace a good checkpoint
@@ -132,14 +135,31 @@ class TrainingLoop:
                 self._evaluate(params, done, batch.epoch)
                 self.ended_early = self._ends(done)
                 save |= self.best_step == done or (self.ended_early and self.setup.config.save_strategy != "no")
-            if save or self._stop_asked:
+                stop = stop or self._signal_alone()
+            if save or stop or self._stop_asked:
                 trained, _ = self.setup.model.split(params)
                 self.checkpoints.save(done, trained, state, self.identity, self._log.sum, keep_step=self.best_step)
-        if stop:
-            raise TrainingError(
-                f"ended by SIGTERM after step {done} of {self.total_steps}, which is saved. Start the same command "
-                "again to go on from there"
+        if stop is not None:
+            raise StoppedError(
+                f"ended by {stop.name} after step {done} of {self.total_steps}, which is saved. Start the same command "
+                "again to go on from there",
+                stop,
+                saved=True,
             )
+
+    def _ending_signal(self, done: int) -> signal.Signals | None:
+        """Returns the signal that ends the run after this step. All processes return one after the same step."""
+        if distributed.count() == 1:
+            return self._signal_alone()
+        # Any process may get a signal. JAX listens to SIGTERM and finds a step after which all of them can stop.
+        if signals.asked() is not None and not self._passed_on:
+            self._passed_on = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return signal.SIGTERM if reached_preemption_sync_point(done) and done < self.total_steps else None
+
+    def _signal_alone(self) -> signal.Signals | None:
+        """Returns the signal that a run of one process has got."""
+        return signals.asked() if distributed.count() == 1 else None
 
     def _is_due(self, action: Literal["eval", "save"], done: int) -> bool:
         return is_due(

@@ -18,7 +18,7 @@ from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.models.generate import generate
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
-from jax_simpo.run import files, model_card, report
+from jax_simpo.run import files, model_card, report, signals
 from jax_simpo.run.best import BestRule
 from jax_simpo.run.cadence import count_steps
 from jax_simpo.run.checkpoint import Checkpoints, abstract_state, starting_point
@@ -66,6 +66,7 @@ class TrainRun:
         return read_metrics(self.output_dir)
 
 
+@signals.handled()
 def train(
     config: TrainConfig,
     console: Console,
