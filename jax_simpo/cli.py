@@ -298,8 +298,8 @@ def _load(path: str, overrides: list[str]) -> TrainConfig:
     """Reads the config, or says that it comes first."""
     if path.startswith("--"):
         raise ConfigError(f"{path}: the config file comes first: jax-simpo COMMAND CONFIG.yaml {path}")
-    # Orbax warns, through absl, of what a checkpoint that is opened to be read cannot do.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs, through absl, the traceback of a failed save, which is raised too.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     return load_config(path, overrides)
 
 

@@ -82,6 +82,9 @@ class Checkpoints:
             run: the run's identity.
             metrics: the sum of the run's records so far, on the first rank.
             keep_step: a step that is not removed, however old it is.
+
+        Raises:
+            CheckpointError: the step cannot be written; the former steps are as they were.
         """
         writing = self._folders.writing(step)
 
@@ -93,7 +96,13 @@ class Checkpoints:
             self._whole.add(step)
 
         self._ranks.first(self._folders.begin)
-        engine.save(writing)
+        try:
+            engine.save(writing)
+        except (OSError, RuntimeError) as error:  # a full disk, a quota, a folder that is gone
+            raise CheckpointError(
+                f"{self._folders.directory}: step {step} cannot be saved: {str(error).splitlines()[0]}. Make room and "
+                "start the same command again: the run goes on from the newest step"
+            ) from error
         self._ranks.wait()
         self._ranks.first(finish)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from jax_simpo.run import files, signals
 from jax_simpo.run.best import BestRule
 from jax_simpo.run.cadence import count_steps, is_due
 from jax_simpo.run.facts import note_export
+from jax_simpo.run.lock import locked
 from jax_simpo.run.manifest import claim, write_file
 from jax_simpo.run.metrics import MetricsLog, check_finite, check_records, evaluation_line, read_metrics
 from jax_simpo.run.output import check_output, prepare_output
@@ -63,6 +64,14 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
     _check(config)
     output = Path(config.output_dir)
     ranks.first(lambda: check_output(config, output, writes=files.OF_TORCH_REF))
+    with ExitStack() as held:
+        ranks.first(lambda: held.enter_context(locked(output)))
+        return _train(config, output, console, ranks, deepspeed_file)
+
+
+def _train(
+    config: TrainConfig, output: Path, console: Console, ranks: Ranks, deepspeed_file: Path | None
+) -> dict[str, Any]:
     setup = Setup(config, ranks)
     console.print(f"torch_ref: {ranks.world} rank{'s' if ranks.world > 1 else ''} on {ranks.device.type}")
     if not _fits(config, ranks):

@@ -7,6 +7,7 @@ number determines the batches that follow.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -96,19 +97,32 @@ class Checkpoints:
             run: the run's identity.
             metrics: the sum of the run's records so far, on the first process.
             keep_step: a step that is not to be removed, however old it is.
+
+        Raises:
+            CheckpointError: the disk has no room, or the step cannot be written; the former steps are as they were.
         """
-        distributed.on_first("step begins", self.folders.begin)
+
+        def begin() -> None:
+            self.folders.begin()
+            self.check_room(params, optimizer)
+
+        distributed.on_first("step begins", begin)
         writing = self.folders.writing(step)
-        self._orbax.save(
-            writing,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                optimizer=ocp.args.StandardSave(optimizer),
-                run=ocp.args.JsonSave(dict(run)),
-            ),
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            optimizer=ocp.args.StandardSave(optimizer),
+            run=ocp.args.JsonSave(dict(run)),
         )
-        share, shares = distributed.number(), distributed.count()
-        own = sum_files(writing, share=share, shares=shares, to_disk=True)
+        try:
+            self._orbax.save(writing, args=args)
+            share, shares = distributed.number(), distributed.count()
+            own = sum_files(writing, share=share, shares=shares, to_disk=True)
+        except (OSError, ValueError, RuntimeError) as error:  # a full disk, a quota, a folder that is gone
+            self.folders.clean()
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rpartition(": ")[2]
+            raise CheckpointError(
+                f"{self.directory}: step {step} cannot be saved: {reason}. {self._outlook()}"
+            ) from error
         parts = distributed.collect("sums", {name: found.to_json() for name, found in own.items()})
         sums = {name: Sum(*values) for part in parts for name, values in part.items()}
 
@@ -119,6 +133,26 @@ class Checkpoints:
 
         distributed.on_first("step is whole", finish)
         self._whole.add(step)
+
+    def check_room(self, params: Any, optimizer: Any) -> None:
+        """Makes sure that the disk has room for a step of these arrays.
+
+        Raises:
+            CheckpointError: it has not.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        size = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves((params, optimizer)))
+        free = shutil.disk_usage(self.directory).free
+        if free < size:
+            raise CheckpointError(
+                f"{self.directory}: a step takes up to {size / 1e9:.3g} GB, but the disk has {free / 1e9:.3g} GB left. "
+                f"{self._outlook()}"
+            )
+
+    def _outlook(self) -> str:
+        steps = self.steps()
+        where = f"step {steps[-1]}" if steps else "its beginning"
+        return f"Make room and start the same command again: the run goes on from {where}"
 
     def run(self, step: int) -> dict[str, Any]:
         """The identity of the run that saved a step."""

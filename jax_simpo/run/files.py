@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 MANIFEST = ".jax-simpo.json"  # lists which of the names below this run wrote
+LOCK = ".jax-simpo.lock"  # there while a run writes to the folder
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -15,7 +16,7 @@ CURVES = "curves.png"
 SEAL = "seal.json"  # in a step folder: sizes and checksums of its files, written last
 STEP_RUN = "run.json"  # in a step folder of the PyTorch reference: the identity of the run and the engine
 
-# Everything but the manifest, in the order in which a run writes it.
+# Everything but the manifest and the lock, in the order in which a run writes it.
 ALL = (CONFIG, METRICS, FACTS, SAMPLES, CHECKPOINTS, MODEL, REPORT, CURVES, CARD)
 # The PyTorch reference writes only these.
 OF_TORCH_REF = (CONFIG, METRICS, FACTS, CHECKPOINTS, MODEL)

@@ -52,14 +52,20 @@ class MetricsLog:
         """Writes a record at once, so that a killed run loses none.
 
         Raises:
-            TrainingError: the file is no longer the one that this run writes.
+            TrainingError: the file cannot be written, or is no longer the one that this run writes.
         """
         if self._file is None:
             return
         self._check_own(self._file.fileno())
         line = (json.dumps(record) + "\n").encode()
-        self._file.write(line)
-        self._file.flush()
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(
+                f"{self._path} cannot be written: {error.strerror}. Make room, or mend what is wrong, and start the "
+                "same command again to go on from the newest checkpoint"
+            ) from error
         self._digest.update(line)
         self._size += len(line)
 

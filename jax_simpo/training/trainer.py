@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from jax_simpo.run.best import BestRule
 from jax_simpo.run.cadence import count_steps
 from jax_simpo.run.checkpoint import Checkpoints, abstract_state, starting_point
 from jax_simpo.run.facts import note_export, write_facts
+from jax_simpo.run.lock import locked
 from jax_simpo.run.manifest import claim, write_file
 from jax_simpo.run.metrics import check_records, read_metrics
 from jax_simpo.run.output import check_output, prepare_output
@@ -93,6 +95,18 @@ def train(
     output = Path(config.output_dir)
     distributed.on_first("output directory", lambda: check_output(config, output))
     distributed.check_shared(output, "output_dir")
+    with locked(output) if distributed.is_first() else nullcontext():
+        return _train(config, output, console, pairs, eval_pairs, on_record)
+
+
+def _train(
+    config: TrainConfig,
+    output: Path,
+    console: Console,
+    pairs: RawSplit | None,
+    eval_pairs: RawSplit | None,
+    on_record: Callable[[dict[str, Any]], bool] | None,
+) -> TrainRun:
     keep_compiled_programs()
     setup = Setup(config, memory_pairs=pairs, memory_eval_pairs=eval_pairs)
     mesh = setup.mesh
@@ -154,6 +168,9 @@ def train(
             count, trained = setup.model.parameter_count, setup.model.trained_count
             frozen = f" (beside {count - trained:,} frozen ones)" if trained < count else ""
             console.print(f"training {trained:,} parameters{frozen} for {total_steps} steps")
+        if config.save_strategy != "no":
+            of_a_step = setup.model.split(params)[0]
+            distributed.on_first("room", lambda: checkpoints.check_room(of_a_step, state))
         if distributed.is_first():
             write_file(output, files.CONFIG, config.to_yaml())
             write_facts(

@@ -109,3 +109,24 @@ def test_going_back_to_a_step_takes_the_later_ones_with_the_next_save(
     assert "the run goes back to step 1; when it saves its next step, it removes the later ones: 2, 3" in printed
     assert losses(records) == losses(finished[1])
     assert json.loads((tmp_path / "run" / "run.json").read_text())["exported_step"] == 3
+
+
+def test_a_disk_without_room_is_an_error_and_the_former_steps_stay(
+    finished: tuple[TrainConfig, Records], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = copy_of(finished, tmp_path / "run").model_copy(update={"resume_from_checkpoint": 1})
+
+    def full(*_: object, **__: object) -> None:
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device\n[tensorstore spec of 200 lines]")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.Checkpointer.save", full)
+        with pytest.raises(CheckpointError, match=r"step 2 cannot be saved: No space left on device\. Make room"):
+            run(config)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(CheckpointError, match=r"takes up to .* GB, but the disk has 1e-06 GB left\. Make room"):
+            run(config)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["1", "2", "3"]
+    assert losses(run(config)) == losses(finished[1])

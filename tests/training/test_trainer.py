@@ -205,7 +205,7 @@ def test_a_run_in_the_users_own_folder_touches_none_of_his_files(
     assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()} == texts
 
 
-def test_everything_a_run_writes_is_in_its_manifest(finished: tuple[TrainConfig, Records]) -> None:
+def test_everything_a_run_leaves_is_in_its_manifest(finished: tuple[TrainConfig, Records]) -> None:
     output = Path(finished[0].output_dir)
     assert {path.name for path in output.iterdir()} == {*read_manifest(output), files.MANIFEST}
 
