@@ -18,19 +18,19 @@ from rich.console import Console
 
 from jax_simpo.data.loader import GroupSource, Known, StepBatch, step_batches
 from jax_simpo.data.packing import StepPlan
-from jax_simpo.errors import StoppedError
+from jax_simpo.errors import StoppedError, TrainingError
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
 from jax_simpo.run import signals
 from jax_simpo.run.best import BestRule, evaluations
 from jax_simpo.run.cadence import is_due
 from jax_simpo.run.checkpoint import Checkpoints
-from jax_simpo.run.metrics import MetricsLog, check_finite, evaluation_line, read_metrics
+from jax_simpo.run.metrics import MetricsLog, evaluation_line, read_metrics
 from jax_simpo.sharding import local_rows
 from jax_simpo.training.evaluate import Evaluation
 from jax_simpo.training.progress import TrainingProgress
 from jax_simpo.training.setup import Setup
-from jax_simpo.training.step import TrainFunctions, run_step
+from jax_simpo.training.step import StepState, TrainFunctions, run_step
 
 
 @dataclass
@@ -70,17 +70,18 @@ class TrainingLoop:
     console: Console
     on_record: Callable[[dict[str, Any]], bool] | None = None
 
-    def run(self, params: Params, state: Any, first_step: int) -> tuple[Params, int]:
+    def run(self, params: Params, state: StepState, first_step: int) -> tuple[Params, int]:
         """Runs the steps from `first_step` on; returns the trained parameters and the number of steps they have had.
 
         Afterwards `ended_early` says whether early stopping has ended the run.
 
         Raises:
-            TrainingError: the loss or the gradient is no longer finite.
+            TrainingError: a loss, a gradient or a weight is not finite.
             StoppedError: a process was told to end; the last step is saved.
             CheckpointError: the best step of a resumed run has no checkpoint.
         """
-        self._stop_asked, self._passed_on, done = False, False, first_step
+        self._first_step = self._last_saved = done = first_step
+        self._stop_asked = self._passed_on = False
         # Process 0 writes the records, and what it reads counts for all.
         evaluated = evaluations(self.output, first_step) if first_step else []
         self._evaluated: list[dict[str, Any]] = distributed.collect("evaluations", evaluated)[0]
@@ -118,7 +119,7 @@ class TrainingLoop:
         rule = self.best_rule
         return rule.best_step(self._evaluated) if rule is not None and rule.keep else None
 
-    def _after(self, batch: StepBatch, params: Params, state: Any, metrics: Mapping[str, Any]) -> None:
+    def _after(self, batch: StepBatch, params: Params, state: StepState, metrics: Mapping[str, Any]) -> None:
         """Logs, evaluates and saves where it is due. Otherwise it does not wait for the device."""
         done = batch.step + 1
         log = done % self.setup.config.logging_steps == 0 or done == self.total_steps
@@ -127,7 +128,7 @@ class TrainingLoop:
         if not (log or evaluate or save or stop or self._stop_asked):
             self._progress.advance(done)
             return
-        values = self._finite(done, metrics)  # before saving too: a diverged step must not replace a good checkpoint
+        values = self._values(params, state, metrics)  # before saving too: what is not finite is never saved
         if log:
             self._write(batch, values)
         with self._clock.paused():
@@ -137,8 +138,7 @@ class TrainingLoop:
                 save |= self.best_step == done or (self.ended_early and self.setup.config.save_strategy != "no")
                 stop = stop or self._signal_alone()
             if save or stop or self._stop_asked:
-                trained, _ = self.setup.model.split(params)
-                self.checkpoints.save(done, trained, state, self.identity, self._log.sum, keep_step=self.best_step)
+                self._save(done, params, state)
         if stop is not None:
             raise StoppedError(
                 f"ended by {stop.name} after step {done} of {self.total_steps}, which is saved. Start the same command "
@@ -170,15 +170,34 @@ class TrainingLoop:
             steps_per_epoch=self.plan.steps_per_epoch,
         )
 
-    def _finite(self, done: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+    def _values(self, params: Params, state: StepState, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Waits for the device to finish the step, and returns its metrics on the host.
 
         Raises:
-            TrainingError: the loss or the gradient norm is not finite.
+            TrainingError: the loss or the gradient of a step since the last call was not finite; the step before it is
+                saved. Or an update made weights that are not finite.
         """
-        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        check_finite(done, values["loss"], values["grad_norm"], self.checkpoints.steps)
-        return values
+        values, updates, stopped, finite = jax.device_get((dict(metrics), state.updates, state.stopped, state.finite))
+        good = self._first_step + int(updates)
+        advice = "Lower `learning_rate`, raise `warmup_ratio`, or try `dtype: float32`"
+        if not finite:
+            raise TrainingError(
+                f"step {good}: its update made weights that are not finite. The newest checkpoint is of step "
+                f"{max(self.checkpoints.steps(), default=0)}. {advice}"
+            )
+        if stopped:
+            if good > self._last_saved:
+                self._save(good, params, state)
+            raise TrainingError(
+                f"step {good + 1}: the loss or the gradient is not finite. Its update was not applied. The newest "
+                f"checkpoint is of step {good}. {advice}"
+            )
+        return {name: float(value) for name, value in values.items()}
+
+    def _save(self, done: int, params: Params, state: StepState) -> None:
+        self._last_saved = done
+        trained, _ = self.setup.model.split(params)
+        self.checkpoints.save(done, trained, state.optimizer, self.identity, self._log.sum, keep_step=self.best_step)
 
     def _write(self, batch: StepBatch, values: Mapping[str, float]) -> None:
         rates = self._clock.rates()

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jax_simpo.data.loader import StepBatch
 from jax_simpo.data.rows import RowBatch
@@ -32,7 +32,7 @@ from jax_simpo.objectives import Objective, Responses
 from jax_simpo.objectives.groups import Ranking, group_terms
 from jax_simpo.ops.responses import ResponseLogps
 from jax_simpo.sharding import put_rows
-from jax_simpo.training.optim import state_shardings
+from jax_simpo.training.optim import optimizer_state_shardings
 
 
 class Denominators(NamedTuple):
@@ -108,6 +108,30 @@ class Accumulated(NamedTuple):
     metrics: dict[str, Any]
 
 
+class StepState(NamedTuple):
+    """What a step needs and changes besides the parameters.
+
+    A step whose loss or gradient is not finite changes nothing, and no step after it does: so the host, which does not
+    look at every step, finds the parameters of the step before.
+
+    Attributes:
+        optimizer: the state of the optimizer.
+        updates: how many updates were applied since the state was made.
+        stopped: such a step has come.
+        finite: the parameters are finite after the last update.
+    """
+
+    optimizer: Any
+    updates: Int[Array, ""]
+    stopped: Bool[Array, ""]
+    finite: Bool[Array, ""]
+
+    @classmethod
+    def of(cls, optimizer: Any) -> StepState:
+        """Begins with the state of an optimizer."""
+        return cls(optimizer, jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.ones((), bool))
+
+
 @dataclass(frozen=True)
 class TrainFunctions:
     """The compiled functions of a run, which `run_step` calls.
@@ -122,10 +146,10 @@ class TrainFunctions:
         start_sum: `() -> Accumulated`, zeros.
         accumulate: `params, so far, rows, Denominators -> Accumulated`. It donates the sum so far. None for that sum
             gives the micro-batch's own gradients and metrics.
-        update: `params, optimizer state, gradients -> params, optimizer state, gradient norm before clipping`. It
-            donates the first two.
-        init_optimizer: `params -> optimizer state`.
-        optimizer_shardings: the shardings of the optimizer state.
+        update: `params, StepState, Accumulated -> params, StepState, gradient norm before clipping`. It donates the
+            first two.
+        init_state: `params -> StepState`.
+        state_shardings: the shardings of the `StepState`.
     """
 
     objective: Objective
@@ -133,9 +157,9 @@ class TrainFunctions:
     accumulates: bool
     start_sum: Callable[[], Accumulated]
     accumulate: Callable[[Params, Accumulated | None, Rows, Denominators], Accumulated]
-    update: Callable[[Params, Any, Params], tuple[Params, Any, Array]]
-    init_optimizer: Callable[[Params], Any]
-    optimizer_shardings: Any
+    update: Callable[[Params, StepState, Accumulated], tuple[Params, StepState, Array]]
+    init_state: Callable[[Params], StepState]
+    state_shardings: Any
 
 
 def make_train_functions(
@@ -161,7 +185,8 @@ def make_train_functions(
     everywhere = NamedSharding(mesh, P())
     trained_shardings = model.split(param_shardings)[0]
     abstract_trained = model.split(model.abstract)[0]
-    optimizer_shardings = state_shardings(optimizer, abstract_trained, trained_shardings, everywhere)
+    optimizer_shardings = optimizer_state_shardings(optimizer, abstract_trained, trained_shardings, everywhere)
+    state_shardings: Any = StepState(optimizer_shardings, *[everywhere] * 3)  # type: ignore[arg-type]
     accumulated = Accumulated(trained_shardings, dict.fromkeys(objective.metrics, everywhere))
 
     def start_sum() -> Accumulated:
@@ -177,13 +202,22 @@ def make_train_functions(
         added = Accumulated(*jax.grad(loss, has_aux=True)(trained))
         return added if so_far is None else jax.tree.map(jnp.add, so_far, added)
 
-    def update(params: Params, state: Any, gradients: Params) -> tuple[Params, Any, Array]:
-        trained, frozen = model.split(params)
-        updates, state = optimizer.update(gradients, state, trained)
-        return model.join(optax.apply_updates(trained, updates), frozen), state, optax.tree.norm(gradients)
+    def update(params: Params, state: StepState, step: Accumulated) -> tuple[Params, StepState, Array]:
+        former, frozen = model.split(params)
+        norm = optax.tree.norm(step.gradients)
+        stopped = state.stopped | ~jnp.isfinite(norm) | ~jnp.isfinite(step.metrics["loss"])
+        updates, optimizer_state = optimizer.update(step.gradients, state.optimizer, former)
+        trained, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(stopped, old, new),
+            (optax.apply_updates(former, updates), optimizer_state),
+            (former, state.optimizer),
+        )
+        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(trained)]).all()
+        state = StepState(optimizer_state, state.updates + ~stopped, stopped, finite)
+        return model.join(trained, frozen), state, norm
 
-    def init_optimizer(params: Params) -> Any:
-        return optimizer.init(model.split(params)[0])
+    def init_state(params: Params) -> StepState:
+        return StepState.of(optimizer.init(model.split(params)[0]))
 
     return TrainFunctions(
         objective=objective,
@@ -191,9 +225,9 @@ def make_train_functions(
         accumulates=accumulates,
         start_sum=jax.jit(start_sum, out_shardings=accumulated),
         accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=accumulated),
-        update=jax.jit(update, donate_argnums=(0, 1), out_shardings=(param_shardings, optimizer_shardings, everywhere)),
-        init_optimizer=jax.jit(init_optimizer, out_shardings=optimizer_shardings),
-        optimizer_shardings=optimizer_shardings,
+        update=jax.jit(update, donate_argnums=(0, 1), out_shardings=(param_shardings, state_shardings, everywhere)),
+        init_state=jax.jit(init_state, out_shardings=state_shardings),
+        state_shardings=state_shardings,
     )
 
 
@@ -259,25 +293,25 @@ def accumulate_step(
 def run_step(
     functions: TrainFunctions,
     params: Params,
-    state: Any,
+    state: StepState,
     step: StepBatch,
     split: Split = split_step,
-) -> tuple[Params, Any, dict[str, Array]]:
+) -> tuple[Params, StepState, dict[str, Array]]:
     """Makes an optimizer step. Called under `jax.set_mesh(functions.mesh)`; does not wait for the devices.
 
     Args:
         functions: from `make_train_functions`.
         params: the model's parameters. Their memory is reused for the new ones.
-        state: the optimizer state. Its memory is reused too.
+        state: from `functions.init_state`, or the former step's. Its memory is reused too.
         step: the rows of the step; at least one micro-batch.
         split: as for `accumulate_step`.
 
     Returns:
-        The new parameters, the new optimizer state, and the step's metrics as float32 scalars on the devices: those
+        The new parameters, the new state, and the step's metrics as float32 scalars on the devices: those
         of the objective, and `grad_norm`, the norm of the gradients before clipping.
     """
     accumulated = accumulate_step(functions, params, step, split)
-    params, state, norm = functions.update(params, state, accumulated.gradients)
+    params, state, norm = functions.update(params, state, accumulated)
     return params, state, {**accumulated.metrics, "grad_norm": norm}
 
 

@@ -38,7 +38,7 @@ from jax_simpo.training.loop import TrainingLoop
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.reference import Reference
 from jax_simpo.training.setup import Setup
-from jax_simpo.training.step import make_score_function, make_train_functions
+from jax_simpo.training.step import StepState, make_score_function, make_train_functions
 
 
 @dataclass(frozen=True)
@@ -158,19 +158,20 @@ def _train(
         if first_step:
             start = None
             params = setup.restore_params(checkpoints, first_step)
-            shapes = jax.eval_shape(functions.init_optimizer, setup.model.abstract)
-            state = checkpoints.optimizer(first_step, abstract_state(shapes, functions.optimizer_shardings))
+            shapes = jax.eval_shape(functions.init_state, setup.model.abstract).optimizer
+            saved_state = checkpoints.optimizer(first_step, abstract_state(shapes, functions.state_shardings.optimizer))
+            state = jax.device_put(StepState.of(saved_state), functions.state_shardings)
             console.print(f"resuming at step {first_step} of {total_steps}")
         else:
             params = setup.load_params() if start is None else start
             start = None  # the first step gives its memory to the new parameters
-            state = functions.init_optimizer(params)
+            state = functions.init_state(params)
             count, trained = setup.model.parameter_count, setup.model.trained_count
             frozen = f" (beside {count - trained:,} frozen ones)" if trained < count else ""
             console.print(f"training {trained:,} parameters{frozen} for {total_steps} steps")
         if config.save_strategy != "no":
             of_a_step = setup.model.split(params)[0]
-            distributed.on_first("room", lambda: checkpoints.check_room(of_a_step, state))
+            distributed.on_first("room", lambda: checkpoints.check_room(of_a_step, state.optimizer))
         if distributed.is_first():
             write_file(output, files.CONFIG, config.to_yaml())
             write_facts(
