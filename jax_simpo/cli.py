@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -341,7 +342,7 @@ def _setup(settings: TrainConfig, console: Console, model: str | None) -> Setup:
 def main() -> None:
     """Entry point of the `jax-simpo` command."""
     try:
-        with signals.handled(ends_process=True):
+        with signals.handled(ends_process=True, before_end=launch.fail):
             app()
     except SystemExit as end:  # how typer ends, also when all went well
         if end.code:
@@ -350,8 +351,10 @@ def main() -> None:
             launch.finish()
         raise
     except StoppedError as error:
+        console = _console()
         launch.finish() if error.saved else launch.fail(error)
-        _console().print(str(error), style="yellow")
+        with suppress(OSError):  # the terminal may be gone, which is no failure
+            console.print(str(error), style="yellow")
         sys.exit(error.status)
     except UserError as error:  # a mistake of the user's is told without a traceback
         launch.fail(error)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from jax_simpo.config import TrainConfig
-from jax_simpo.errors import CheckpointError
+from jax_simpo.errors import CheckpointError, ConfigError
 from jax_simpo.run import files
 from jax_simpo.run.resume import ENGINE, Resume, check_trainer, choose_step
-from jax_simpo.run.seal import Seal, find_damage, sum_files
+from jax_simpo.run.seal import Seal, file_names, find_damage
 from jax_simpo.run.steps import StepFolders
-from jax_simpo.run.sums import Sum
+from jax_simpo.run.sums import Sum, sums_of
 from jax_simpo.run.whole import write_text
 from torch_ref.distributed import Ranks
 from torch_ref.engine import Engine
@@ -89,22 +89,34 @@ class Checkpoints:
         writing = self._folders.writing(step)
 
         def finish() -> None:
-            write_text(writing / files.STEP_RUN, json.dumps({**run, ENGINE: engine.name}, indent=2))
-            Seal(step, metrics, sum_files(writing, to_disk=True)).write(writing)
-            self._folders.finish(step)
-            self._folders.thin_out(self._keep, saved=step, best=keep_step)
-            self._whole.add(step)
+            try:
+                write_text(writing / files.STEP_RUN, json.dumps({**run, ENGINE: engine.name}, indent=2))
+                Seal(step, metrics, sums_of(writing, file_names(writing), to_disk=True)).write(writing)
+                self._folders.finish(step)
+            except (OSError, ConfigError) as error:
+                raise self._not_saved(step, str(error)) from error
+            self._folders.thin_out(self._keep, besides=(step, keep_step))
 
         self._ranks.first(self._folders.begin)
+        failure = None
         try:
             engine.save(writing)
         except (OSError, RuntimeError) as error:  # a full disk, a quota, a folder that is gone
-            raise CheckpointError(
-                f"{self._folders.directory}: step {step} cannot be saved: {str(error).splitlines()[0]}. Make room and "
-                "start the same command again: the run goes on from the newest step"
-            ) from error
-        self._ranks.wait()
+            failure = (str(error).splitlines() or [type(error).__name__])[0]
+        if failure := next(filter(None, self._ranks.collect(failure)), None):
+            self._ranks.first(self._folders.clean)
+            raise self._not_saved(step, failure)
         self._ranks.first(finish)
+
+    def _not_saved(self, step: int, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._folders.directory}: step {step} cannot be saved: {reason}. Make room and start the same command "
+            "again: the run goes on from the newest step"
+        )
+
+    def leave_behind(self, resume: Resume) -> None:
+        """Makes the steps go that come after the one that the run goes on from. The first rank calls it."""
+        self._folders.leave_behind(resume.step, resume.damaged)
 
     def load(self, step: int, engine: Engine) -> None:
         """Restores a step into an engine. All ranks call it.

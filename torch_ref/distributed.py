@@ -63,6 +63,14 @@ class Ranks:
             raise outcome[0]
         return outcome[0]  # type: ignore[return-value]
 
+    def collect(self, value: Result) -> list[Result]:
+        """Returns the values of all ranks, ordered by rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Result | None] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
     def wait(self) -> None:
         """Returns when every rank has called this."""
         if self.world > 1:

@@ -26,7 +26,7 @@ from jax_simpo.run.facts import note_export
 from jax_simpo.run.lock import locked
 from jax_simpo.run.manifest import claim, write_file
 from jax_simpo.run.metrics import MetricsLog, check_finite, check_records, evaluation_line, read_metrics
-from jax_simpo.run.output import check_output, prepare_output
+from jax_simpo.run.output import check_output, make_output, prepare_output
 from jax_simpo.run.resume import check_not_finished, check_same_run, run_identity
 from torch_ref.batches import Batch, RankStep, rank_steps
 from torch_ref.best import Choice
@@ -63,9 +63,10 @@ def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: P
     """
     _check(config)
     output = Path(config.output_dir)
-    ranks.first(lambda: check_output(config, output, writes=files.OF_TORCH_REF))
+    ranks.first(lambda: make_output(output))
     with ExitStack() as held:
         ranks.first(lambda: held.enter_context(locked(output)))
+        ranks.first(lambda: check_output(config, output, writes=files.OF_TORCH_REF))
         return _train(config, output, console, ranks, deepspeed_file)
 
 
@@ -111,6 +112,8 @@ def _train(
     engine = make_engine(setup, deepspeed_file, resumes=bool(resume))
     console.print(f"engine: {engine.name}")
     ranks.first(lambda: prepare_output(config, output))
+    if resume:
+        ranks.first(lambda: checkpoints.leave_behind(chosen))
     if resume:
         checkpoints.load(resume, engine)
         console.print(f"resuming at step {resume} of {total_steps}")
@@ -242,24 +245,23 @@ class Run:
         """
         ranks = self.setup.ranks
         self.clock = Clock()
-        if first_step:
-            self.choice.resume(self.output, first_step, self.checkpoints.steps())
-        # A run that early stopping has ended, but that was killed before its export, takes no further step.
-        left = range(first_step, first_step if self.choice.ends else self.total_steps)
         done = first_step
-        shares = rank_steps(self.plan, self.groups, left, ranks.rank, ranks.world, known=self.known)
         before = ranks.first(lambda: self.checkpoints.metrics(first_step)) if first_step else None
-        with MetricsLog(self.output, before=before, write=ranks.is_first) as self.log, closing(shares):
+        with MetricsLog(self.output, before=before, write=ranks.is_first) as self.log:
+            if first_step:
+                self.choice.resume(self.output, first_step, self.checkpoints.steps())
+            # A run that early stopping has ended, but that was killed before its export, takes no further step.
+            left = range(first_step, first_step if self.choice.ends else self.total_steps)
+            shares = rank_steps(self.plan, self.groups, left, ranks.rank, ranks.world, known=self.known)
             if self.evaluation is not None and not first_step:
                 with self.clock.paused():
                     self._evaluate(0, 0.0)
-            with signals.noted():
+            with closing(shares), signals.noted():
                 for step in shares:
                     self._write(step, self._step(step))
                     done = step.step + 1
-                    stop = self._ending_signal()
                     with self.clock.paused():
-                        self._evaluate_and_save(done, step.epoch, save=stop is not None)
+                        stop = self._evaluate_and_save(done, step.epoch)
                     if stop is not None:
                         raise StoppedError(
                             f"ended by {stop.name} after step {done} of {self.total_steps}, which is saved. Start the "
@@ -332,14 +334,20 @@ class Run:
             return None
         return asked or signal.SIGTERM
 
-    def _evaluate_and_save(self, done: int, epoch: float, *, save: bool) -> None:
-        """Evaluates after a step if that is due, and saves it if that is due or wanted, also by the evaluation."""
+    def _evaluate_and_save(self, done: int, epoch: float) -> signal.Signals | None:
+        """Evaluates after a step if that is due, and saves it if that is due or the evaluation wants it.
+
+        Returns:
+            The signal that ends the run, if there is one; the step is saved then too.
+        """
         if self.evaluation is not None and self._is_due("eval", done):
             self._evaluate(done, epoch)
         best = self.choice.best_step
         wanted = best == done or (self.choice.ends and self.config.save_strategy != "no")
-        if save or wanted or self._is_due("save", done):
-            self.checkpoints.save(done, self.engine, self.identity, self.log.sum, keep_step=best)
+        stop = self._ending_signal()
+        if stop is not None or wanted or self._is_due("save", done):
+            self.checkpoints.save(done, self.engine, self.identity, self.log.synced(), keep_step=best)
+        return stop
 
     def _evaluate(self, step: int, epoch: float) -> None:
         assert self.evaluation is not None

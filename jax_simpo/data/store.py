@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ TOKENISATION_VERSION = 4
 """Raise this number with every change that can change a token or the stored columns: it ends old caches."""
 
 SHOWN_SKIPPED = 10
+_ABANDONED_SECONDS = 24 * 3600.0
 
 _GROUPS, _NOTES, _SUMS = "groups.arrow", "notes.json", "sums.json"  # the files of an entry
 
@@ -362,12 +364,18 @@ class Store:
         except (OSError, ValueError, TypeError) as error:
             damage = f"{self.folder} cannot be read ({error})"
         if damage:
-            shutil.rmtree(self.folder)
+            try:
+                shutil.rmtree(self.folder)
+            except OSError as error:
+                raise DataError(f"{damage}, and it cannot be removed: {error}. Remove the folder") from error
         return damage
 
     @contextmanager
     def writer(self) -> Iterator[Writer]:
         """Opens the entry for writing. It appears when the block ends without an exception."""
+        for former in self.root.glob(f"{self.folder.name}.*"):  # of writers that were killed, a day ago or earlier
+            if former.is_dir() and time.time() - former.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(former, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.", dir=self.root))
         try:
             with pa.OSFile(str(temporary / _GROUPS), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as stream:

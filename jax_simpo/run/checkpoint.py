@@ -18,19 +18,19 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
 from jax_simpo.config import TrainConfig
-from jax_simpo.errors import CheckpointError
+from jax_simpo.errors import CheckpointError, ConfigError
 from jax_simpo.processes import distributed
 from jax_simpo.run.resume import Resume, check_trainer, choose_step
-from jax_simpo.run.seal import Seal, find_damage, sum_files
+from jax_simpo.run.seal import Seal, file_names, find_damage
 from jax_simpo.run.steps import StepFolders
-from jax_simpo.run.sums import Sum
+from jax_simpo.run.sums import Sum, sums_of
 
 
 class Checkpoints:
     """The checkpoints of one output directory; closes when used as a context manager.
 
-    Nothing is read from a step before its files are known to be those that were saved. All processes of a run call each
-    method but `steps` together.
+    Nothing is read from a step before its files are known to be those that were saved. All processes of a run call the
+    methods together, except for `steps`, `latest` and `check_room`.
 
     Args:
         directory: the folder of the steps; `save` makes it if it is missing.
@@ -115,24 +115,25 @@ class Checkpoints:
         )
         try:
             self._orbax.save(writing, args=args)
-            share, shares = distributed.number(), distributed.count()
-            own = sum_files(writing, share=share, shares=shares, to_disk=True)
-        except (OSError, ValueError, RuntimeError) as error:  # a full disk, a quota, a folder that is gone
-            self.folders.clean()
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rpartition(": ")[2]
-            raise CheckpointError(
-                f"{self.directory}: step {step} cannot be saved: {reason}. {self._outlook()}"
-            ) from error
+            names = distributed.collect("files", file_names(writing))[0]
+            own = sums_of(writing, names[distributed.number() :: distributed.count()], to_disk=True)
+        except (OSError, ValueError) as error:  # a full disk, a quota, a folder that is gone
+            if distributed.count() == 1:
+                shutil.rmtree(writing, ignore_errors=True)
+                self.folders.clean()
+            raise self._not_saved(step, error) from error
         parts = distributed.collect("sums", {name: found.to_json() for name, found in own.items()})
         sums = {name: Sum(*values) for part in parts for name, values in part.items()}
 
         def finish() -> None:
-            Seal(step, metrics, sums).write(writing)
-            self.folders.finish(step)
-            self.folders.thin_out(self._keep, saved=step, best=keep_step)
+            try:
+                Seal(step, metrics, sums).write(writing)
+                self.folders.finish(step)
+            except (OSError, ConfigError) as error:
+                raise self._not_saved(step, error) from error
+            self.folders.thin_out(self._keep, besides=(step, keep_step))
 
         distributed.on_first("step is whole", finish)
-        self._whole.add(step)
 
     def check_room(self, params: Any, optimizer: Any) -> None:
         """Makes sure that the disk has room for a step of these arrays.
@@ -142,12 +143,18 @@ class Checkpoints:
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         size = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves((params, optimizer)))
-        free = shutil.disk_usage(self.directory).free
-        if free < size:
+        disk = shutil.disk_usage(self.directory)
+        free = disk.free
+        if free < size and disk.total:  # some file systems say that they have nothing at all
             raise CheckpointError(
                 f"{self.directory}: a step takes up to {size / 1e9:.3g} GB, but the disk has {free / 1e9:.3g} GB left. "
                 f"{self._outlook()}"
             )
+
+    def _not_saved(self, step: int, error: Exception) -> CheckpointError:
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else text.rpartition(": ")[2]
+        return CheckpointError(f"{self.directory}: step {step} cannot be saved: {reason}. {self._outlook()}")
 
     def _outlook(self) -> str:
         steps = self.steps()
@@ -217,5 +224,6 @@ def starting_point(config: TrainConfig, output: Path, checkpoints: Checkpoints) 
         return choose_step(config.resume_from_checkpoint, [], output, checkpoints.damage), {}
     check_trainer(output, "jax-simpo train")
     distributed.on_first("unfinished steps", checkpoints.folders.clean)
-    resume = choose_step(config.resume_from_checkpoint, checkpoints.steps(), output, checkpoints.damage)
+    steps = distributed.collect("steps", checkpoints.steps())[0]  # whatever file systems show to the other processes
+    resume = choose_step(config.resume_from_checkpoint, steps, output, checkpoints.damage)
     return resume, checkpoints.run(resume.step) if resume.step else {}

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jax_simpo.errors import CheckpointError
@@ -22,25 +22,32 @@ def locked(output: Path) -> Iterator[None]:
     On a file system without locks the run goes on without one.
 
     Raises:
-        CheckpointError: another run holds it; the message says which, and since when.
+        CheckpointError: another run holds it, and the message says which and since when; or its file cannot be opened.
     """
     path = output / files.LOCK
     descriptor = _take(path)
     try:
         if descriptor is not None:
             owner = {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
-            os.truncate(descriptor, 0)
-            os.write(descriptor, json.dumps(owner).encode())
+            with suppress(OSError):  # the owner is a courtesy, for which a full disk has no room
+                os.truncate(descriptor, 0)
+                os.write(descriptor, json.dumps(owner).encode())
         yield
     finally:
         if descriptor is not None:
-            path.unlink(missing_ok=True)  # while it is held: nobody else can have taken it
+            if _is_at(path, descriptor):  # and nobody else can take it meanwhile
+                path.unlink(missing_ok=True)
             os.close(descriptor)
 
 
 def _take(path: Path) -> int | None:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be opened: {error.strerror}. It is left of another user's run, perhaps; remove it"
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -52,6 +59,7 @@ def _take(path: Path) -> int | None:
             ) from None
         except OSError:  # this file system has no locks
             os.close(descriptor)
+            path.unlink(missing_ok=True)
             return None
         if _is_at(path, descriptor):
             return descriptor

@@ -59,8 +59,12 @@ def write_manifest(output: Path, names: Collection[str], sums: Mapping[str, list
     write_text(output / files.MANIFEST, json.dumps(content, indent=2) + "\n")
 
 
-def check_unchanged(output: Path) -> None:
-    """Makes sure that the small files of a run are those that it wrote.
+def check_unchanged(output: Path, names: Collection[str]) -> None:
+    """Makes sure that small files of a run are those that it wrote.
+
+    Args:
+        output: the output directory.
+        names: the files that are to be read.
 
     Raises:
         CheckpointError: a file has changed since.
@@ -68,7 +72,7 @@ def check_unchanged(output: Path) -> None:
     sums = _read(output)[1] if (output / files.MANIFEST).exists() else {}
     for name, known in sums.items():
         path = output / name
-        if path.is_file() and sha256(path.read_bytes()).hexdigest() not in known:
+        if name in names and path.is_file() and sha256(path.read_bytes()).hexdigest() not in known:
             raise CheckpointError(
                 f"{path} has changed since the run wrote it. Put a good copy back, or remove the file"
             )
@@ -111,13 +115,16 @@ def write_file(output: Path, name: str, content: str | bytes) -> Path:
         CheckpointError: there is such a file, and no run wrote it.
     """
     claim(output, name)
+    data = content if isinstance(content, bytes) else content.encode()
+    own, sums = _read(output)
+    new = sha256(data).hexdigest()
+    if name in _READ_AGAIN:  # whichever content a kill leaves is known
+        former = [sha256((output / name).read_bytes()).hexdigest()] if (output / name).is_file() else []
+        write_manifest(output, own, {**sums, name: [*former, new]})
+    with writing(output / name, "wb") as file:
+        file.write(data)
     if name in _READ_AGAIN:
-        own, sums = _read(output)
-        new = content if isinstance(content, bytes) else content.encode()
-        former = [(output / name).read_bytes()] if (output / name).is_file() else []
-        write_manifest(output, own, {**sums, name: [sha256(text).hexdigest() for text in (*former, new)]})
-    with writing(output / name, "wb" if isinstance(content, bytes) else "w") as file:
-        file.write(content)
+        write_manifest(output, own, {**sums, name: [new]})
     return output / name
 
 

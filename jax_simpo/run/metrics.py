@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from jax_simpo.errors import CheckpointError, ConfigError, TrainingError
 from jax_simpo.run import files
@@ -32,20 +34,21 @@ class MetricsLog:
 
     def __init__(self, output: Path, *, before: Sum | None = None, write: bool = True) -> None:
         self._path, self._size, self._digest = output / files.METRICS, 0, sha256()
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         if not write:
             return
-        if before is None or check_records(output, before):
+        if before is None or check_records(output, before) or not self._path.exists():
             write_file(output, files.METRICS, "")
         else:
             os.truncate(self._path, before.bytes)
             self._digest.update(self._path.read_bytes())
             self._size = before.bytes
-        self._file = self._path.open("ab")
+        self._file = self._path.open("ab", buffering=0)
 
-    @property
-    def sum(self) -> Sum:
-        """The sum of the records so far."""
+    def synced(self) -> Sum:
+        """Brings the records to the disk, and returns their sum."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
         return Sum(self._size, self._digest.hexdigest())
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -59,8 +62,8 @@ class MetricsLog:
         self._check_own(self._file.fileno())
         line = (json.dumps(record) + "\n").encode()
         try:
-            self._file.write(line)
-            self._file.flush()
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise TrainingError(
                 f"{self._path} cannot be written: {error.strerror}. Make room, or mend what is wrong, and start the "

@@ -14,19 +14,11 @@ from jax_simpo.run.steps import is_beside_steps
 from jax_simpo.run.whole import check_replaceable, remove
 
 
-def check_output(config: TrainConfig, output: Path, *, writes: Collection[str] = files.ALL) -> None:
-    """Makes the output directory, or makes sure that this run may write to it. Nothing in it is changed.
-
-    Args:
-        config: the settings of the run.
-        output: its `output_dir`.
-        writes: names of the files that the run will write.
+def make_output(output: Path) -> None:
+    """Makes the output directory, or makes sure that it can be written to.
 
     Raises:
-        CheckpointError: it cannot be written to; it holds a file that the run would replace and no run wrote, a file
-            that has changed since its run wrote it, or a finished run that `overwrite_output_dir` does not give away;
-            or `overwrite_output_dir` would remove something that this run starts from.
-        ModelError: its `model` folder holds files that are no part of a model.
+        CheckpointError: it cannot.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -36,16 +28,32 @@ def check_output(config: TrainConfig, output: Path, *, writes: Collection[str] =
         raise CheckpointError(
             f"`output_dir` {output} cannot be written to: {error.strerror}. Give a folder that can"
         ) from error
+
+
+def check_output(config: TrainConfig, output: Path, *, writes: Collection[str] = files.ALL) -> None:
+    """Makes sure that this run may write to its output directory. Nothing in it is changed.
+
+    Args:
+        config: the settings of the run.
+        output: its `output_dir`.
+        writes: names of the files that the run will write.
+
+    Raises:
+        CheckpointError: it holds a file that the run would replace and no run wrote, a file that has changed since its
+            run wrote it, or a finished run that `overwrite_output_dir` does not give away; or `overwrite_output_dir`
+            would remove something that this run starts from.
+        ModelError: its `model` folder holds files that are no part of a model.
+    """
     check_free(output, writes)
-    if not config.overwrite_output_dir:
-        check_unchanged(output)
     if config.overwrite_output_dir:
         _check_nothing_needed_is_removed(config, output)
-    elif _has_model(output) and not any((output / files.CHECKPOINTS).glob("*")):
-        raise CheckpointError(
-            f"{output} holds a finished run without checkpoints, which would be lost. Give another `output_dir`, or "
-            "set `overwrite_output_dir: true` to train it again"
-        )
+    else:
+        check_unchanged(output, (files.FACTS, files.SAMPLES))
+        if _has_model(output) and not any((output / files.CHECKPOINTS).glob("*")):
+            raise CheckpointError(
+                f"{output} holds a finished run without checkpoints, which would be lost. Give another `output_dir`, "
+                "or set `overwrite_output_dir: true` to train it again"
+            )
     check_replaceable(output / files.MODEL)
 
 

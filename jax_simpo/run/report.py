@@ -185,7 +185,7 @@ def read_run(output: Path) -> Run:
     Raises:
         CheckpointError: no training step was logged in it, or a file has changed since the run wrote it.
     """
-    check_unchanged(output)
+    check_unchanged(output, (files.CONFIG, files.FACTS, files.SAMPLES))
     records = read_metrics(output)
     train = [record for record in records if "step" in record]
     if not train:

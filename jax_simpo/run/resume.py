@@ -108,10 +108,12 @@ class Resume:
     Attributes:
         step: the step to continue from; 0 starts afresh.
         notes: sentences the user should read.
+        damaged: later steps that are damaged.
     """
 
     step: int
     notes: Sequence[str] = ()
+    damaged: Sequence[int] = ()
 
 
 def choose_step(
@@ -152,21 +154,22 @@ def choose_step(
         others = [other for other in steps if other != step]
         raise CheckpointError(f"{folder / str(step)}: {reason}. Take another step; there are: {others or 'none'}")
     later = ", ".join(str(other) for other in steps if other > step)
-    note = f"note: the run goes back to step {step}; when it saves its next step, it removes the later ones: {later}"
+    note = f"note: the run goes back to step {step}, and removes the later ones: {later}"
     return Resume(step, [note] if later else [])
 
 
 def _newest_whole(steps: Sequence[int], folder: Path, damage: Callable[[int], str | None]) -> Resume:
-    damaged: list[str] = []
+    found: dict[int, str] = {}
     for step in reversed(steps):
         reason = damage(step)
         if reason is None:
-            outcome = f"the run goes on from step {step}, the newest that is whole"
-            return Resume(step, [f"warning: {'; '.join(damaged)}; {outcome}"] if damaged else [])
-        damaged.append(f"{folder / str(step)}: {reason}")
+            note = f"warning: {'; '.join(found.values())}; the run goes on from step {step}, the newest that is whole"
+            aside = ", ".join(f"{other}.damaged" for other in sorted(found))
+            return Resume(step, [f"{note}. The damaged ones are set aside: {aside}"] if found else [], sorted(found))
+        found[step] = f"{folder / str(step)}: {reason}"
     raise CheckpointError(
-        f"{'; '.join(damaged)}. No step is whole, so the run cannot go on. Put a copy of a step back, give another "
-        "`output_dir`, or set `overwrite_output_dir: true` to start afresh"
+        f"{'; '.join(found.values())}. No step is whole, so the run cannot go on. Put a copy of a step back, give "
+        "another `output_dir`, or set `overwrite_output_dir: true` to start afresh"
     )
 
 

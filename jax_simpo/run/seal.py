@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from jax_simpo.errors import CheckpointError
 from jax_simpo.run import files
 from jax_simpo.run.sums import Sum, sums_of
 from jax_simpo.run.whole import write_text
@@ -61,7 +62,7 @@ class Seal:
             raise ValueError(
                 f"{files.SEAL} is missing: the step was not finished, or an earlier version of the program wrote it"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (IsADirectoryError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{files.SEAL} is damaged ({error})") from error
 
 
@@ -69,17 +70,11 @@ def _own_sum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def sum_files(folder: Path, *, share: int = 0, shares: int = 1, to_disk: bool = False) -> dict[str, Sum]:
-    """Computes the sums of the files of a step's folder, several at a time.
-
-    Args:
-        folder: the folder.
-        share: which share of the files to read, from 0: of several processes each reads its own.
-        shares: the number of shares.
-        to_disk: bring the files to the disk too.
-    """
-
-    return sums_of(folder, _names(folder)[share::shares], to_disk=to_disk)
+def file_names(folder: Path) -> list[str]:
+    """Lists the files of a step's folder but its seal, by their paths in it. Hidden files are not the run's."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    names = (path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+    return sorted(name for name in names if name != files.SEAL)
 
 
 def find_damage(folder: Path, step: int, *, share: int = 0, shares: int = 1) -> str | None:
@@ -90,21 +85,29 @@ def find_damage(folder: Path, step: int, *, share: int = 0, shares: int = 1) -> 
         step: the number of the step that it must hold.
         share: which share of the files to read, from 0: of several processes each reads its own.
         shares: the number of shares.
+
+    Raises:
+        CheckpointError: a file is there and cannot be read, which need not be damage.
     """
     try:
         seal = Seal.read(folder)
         if seal.step != step:
             return f"{files.SEAL} is that of step {seal.step}"
-        names = _names(folder)
-        if missing := sorted(seal.sums.keys() - set(names)):
-            return f"{missing[0]} is missing"
-        if added := sorted(set(names) - seal.sums.keys()):
-            return f"{added[0]} is no file of this step"
-        return _first_difference(seal, sum_files(folder, share=share, shares=shares).items())
+        if share == 0:
+            names = file_names(folder)
+            if missing := sorted(seal.sums.keys() - set(names)):
+                return f"{missing[0]} is missing"
+            if added := sorted(set(names) - seal.sums.keys()):
+                return f"{added[0]} is no file of this step"
+        return _first_difference(seal, sums_of(folder, sorted(seal.sums)[share::shares]).items())
     except ValueError as error:
         return str(error)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        return f"{error.filename} is missing"
     except OSError as error:
-        return f"{error.filename or folder} cannot be read ({error.strerror})"
+        raise CheckpointError(
+            f"{error.filename or folder} cannot be read: {error.strerror}. Mend that and start the same command again"
+        ) from error
 
 
 def _first_difference(seal: Seal, sums: Iterable[tuple[str, Sum]]) -> str | None:
@@ -115,9 +118,3 @@ def _first_difference(seal: Seal, sums: Iterable[tuple[str, Sum]]) -> str | None
         if found != sealed:
             return f"{name} has changed since it was saved: its checksum does not fit"
     return None
-
-
-def _names(folder: Path) -> list[str]:
-    """Lists the files of a folder but its seal, by their paths in it."""
-    paths = (path for path in folder.rglob("*") if not path.is_dir())
-    return sorted(name for path in paths if (name := path.relative_to(folder).as_posix()) != files.SEAL)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from jax_simpo.run.whole import remove, sync_folder
 
 _WRITING = re.compile(r"\.(\d+)\.writing(\..*)?|\d+\.orbax-checkpoint-tmp.*")  # Orbax adds to a name while it writes
 _REMOVED = re.compile(r"\.\d+\.removed")
+_DAMAGED = re.compile(r"\d+\.damaged")
 
 
 @dataclass(frozen=True)
@@ -55,33 +57,39 @@ class StepFolders:
         sync_folder(self.directory)
         shutil.rmtree(removed, ignore_errors=True)
 
-    def thin_out(self, newest: int | None, *, saved: int, best: int | None) -> None:
-        """Removes the older steps once a step is saved, and those that come after it: the run went back behind them.
+    def leave_behind(self, step: int, damaged: Collection[int]) -> None:
+        """Clears away the steps after the one that a run goes on from. Damaged ones are set aside as `STEP.damaged`."""
+        for later in [other for other in self.all() if other > step]:
+            if later in damaged:
+                aside = self.directory / f"{later}.damaged"
+                remove(aside)
+                self[later].rename(aside)
+            else:
+                remove(self[later])
+
+    def thin_out(self, newest: int | None, *, besides: Collection[int | None]) -> None:
+        """Removes all steps but the newest ones.
 
         Args:
             newest: how many to keep; None keeps all.
-            saved: the step that was saved.
-            best: a step that stays, however old it is.
+            besides: steps that stay, however old they are.
         """
-        steps = [step for step in self.all() if step <= saved]
-        old = steps[:-newest] if newest else []
-        for step in self.all():
-            if step > saved or (step in old and step != best):
+        for step in self.all()[:-newest] if newest else []:
+            if step not in besides:
                 remove(self[step])
 
     def clean(self) -> None:
         """Removes what killed saves and removals left. A step that only had to be moved to its place is moved there."""
         for entry in list(self.directory.iterdir()) if self.directory.is_dir() else []:
-            if found := _WRITING.fullmatch(entry.name):
-                if found[1] and (entry / files.SEAL).exists():
-                    self.finish(int(found[1]))
-                else:
-                    shutil.rmtree(entry)
+            found = _WRITING.fullmatch(entry.name)
+            if found and found[1] and (entry / files.SEAL).exists():
+                self.finish(int(found[1]))
         for entry in list(self.directory.iterdir()) if self.directory.is_dir() else []:
-            if _REMOVED.fullmatch(entry.name):
-                shutil.rmtree(entry)
+            if _WRITING.fullmatch(entry.name) or _REMOVED.fullmatch(entry.name):
+                shutil.rmtree(entry, ignore_errors=True)
 
 
 def is_beside_steps(name: str) -> bool:
-    """Returns True for what the trainers leave in `checkpoints` beside step folders: unfinished steps and helpers."""
-    return bool(_WRITING.fullmatch(name) or _REMOVED.fullmatch(name)) or name in ("zero_to_fp32.py", "latest")
+    """Returns True for what the trainers leave in `checkpoints` beside whole steps."""
+    patterns = (_WRITING, _REMOVED, _DAMAGED)
+    return any(pattern.fullmatch(name) for pattern in patterns) or name in ("zero_to_fp32.py", "latest")

@@ -158,7 +158,7 @@ def remove(path: Path) -> None:
         shutil.rmtree(removed)
     if path.is_dir() and not path.is_symlink():
         path.rename(removed)
-        shutil.rmtree(removed)
+        shutil.rmtree(removed, ignore_errors=True)  # somebody may still read it; the next start removes the rest
     else:
         path.unlink(missing_ok=True)
 

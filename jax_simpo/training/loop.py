@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jax
 import optax
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from jax_simpo.data.loader import GroupSource, Known, StepBatch, step_batches
 from jax_simpo.data.packing import StepPlan
-from jax_simpo.errors import StoppedError, TrainingError
+from jax_simpo.errors import CheckpointError, StoppedError, TrainingError
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
 from jax_simpo.run import signals
@@ -82,24 +82,20 @@ class TrainingLoop:
         """
         self._first_step = self._last_saved = done = first_step
         self._stop_asked = self._passed_on = False
-        # Process 0 writes the records, and what it reads counts for all.
-        evaluated = evaluations(self.output, first_step) if first_step else []
-        self._evaluated: list[dict[str, Any]] = distributed.collect("evaluations", evaluated)[0]
-        if self.best_rule is not None:
-            self.best_rule.check_saved(self._evaluated, self.checkpoints.steps(), self.output)
-        self.ended_early = self._ends(first_step)  # a run that was killed before its export has nothing else to do
-        steps = range(first_step, first_step if self.ended_early else self.total_steps)
         before = self.checkpoints.metrics(first_step) if first_step else None
         rows = local_rows(self.setup.mesh, self.plan.rows_per_micro_batch)
         with (
             MetricsLog(self.output, before=before, write=distributed.is_first()) as self._log,
             TrainingProgress(self.console, self.total_steps, first_step) as self._progress,
-            closing(step_batches(self.plan, self.pairs, steps, rows=rows.tolist(), known=self.known)) as batches,
         ):
+            self._evaluated = self._evaluations_before(first_step)
+            self.ended_early = self._ends(first_step)  # a run that was killed before its export has no step left
+            steps = range(first_step, first_step if self.ended_early else self.total_steps)
             if self.evaluation is not None and not first_step:
                 self._evaluate(params, step=0, epoch=0.0)
             self._clock = _Clock(_counted_before(self.output, self.plan, first_step))
-            with signals.noted():
+            batches = step_batches(self.plan, self.pairs, steps, rows=rows.tolist(), known=self.known)
+            with closing(batches), signals.noted():
                 for batch in self._clock.waiting(batches):
                     params, state, metrics = run_step(self.functions, params, state, batch)
                     self._clock.count(len(batch.groups), batch.input_tokens)
@@ -107,6 +103,8 @@ class TrainingLoop:
                     done = batch.step + 1
                     if self._stop_asked or self.ended_early:
                         break
+                if (stop := self._signal_alone()) is not None:  # it came while the last step was saved
+                    self._end(stop, done, params, state)
         counted = self._clock.total
         if counted.seconds:
             share = counted.waited / counted.seconds
@@ -137,15 +135,25 @@ class TrainingLoop:
                 self.ended_early = self._ends(done)
                 save |= self.best_step == done or (self.ended_early and self.setup.config.save_strategy != "no")
                 stop = stop or self._signal_alone()
-            if save or stop or self._stop_asked:
+            if save or self._stop_asked:
                 self._save(done, params, state)
         if stop is not None:
-            raise StoppedError(
-                f"ended by {stop.name} after step {done} of {self.total_steps}, which is saved. Start the same command "
-                "again to go on from there",
-                stop,
-                saved=True,
-            )
+            self._end(stop, done, params, state)
+
+    def _end(self, stop: signal.Signals, done: int, params: Params, state: StepState) -> NoReturn:
+        """Ends the run after a step, which is saved.
+
+        Raises:
+            StoppedError: always.
+        """
+        if self._last_saved < done:
+            self._save(done, params, state)
+        raise StoppedError(
+            f"ended by {stop.name} after step {done} of {self.total_steps}, which is saved. Start the same command "
+            "again to go on from there",
+            stop,
+            saved=True,
+        )
 
     def _ending_signal(self, done: int) -> signal.Signals | None:
         """Returns the signal that ends the run after this step. All processes return one after the same step."""
@@ -197,7 +205,9 @@ class TrainingLoop:
     def _save(self, done: int, params: Params, state: StepState) -> None:
         self._last_saved = done
         trained, _ = self.setup.model.split(params)
-        self.checkpoints.save(done, trained, state.optimizer, self.identity, self._log.sum, keep_step=self.best_step)
+        self.checkpoints.save(
+            done, trained, state.optimizer, self.identity, self._log.synced(), keep_step=self.best_step
+        )
 
     def _write(self, batch: StepBatch, values: Mapping[str, float]) -> None:
         rates = self._clock.rates()
@@ -230,6 +240,26 @@ class TrainingLoop:
         self._evaluated.append({"eval_step": step, "eval_epoch": epoch, **metrics})
         self._record(self._evaluated[-1])
         self.console.print(evaluation_line(step, metrics, list(self.evaluation.source.splits)))
+
+    def _evaluations_before(self, first_step: int) -> list[dict[str, Any]]:
+        """Reads the evaluations of the steps before. Process 0 writes the records, and what it reads counts for all.
+
+        Raises:
+            CheckpointError: the best of them has no checkpoint, or a damaged one.
+        """
+        before = evaluations(self.output, first_step) if first_step and distributed.is_first() else []
+        before = distributed.collect("evaluations", before)[0]
+        rule = self.best_rule
+        if rule is not None:
+            steps = distributed.collect("steps", self.checkpoints.steps())[0]
+            rule.check_saved(before, steps, self.output)
+            best = rule.best_step(before) if rule.keep else None
+            if best is not None and (damage := self.checkpoints.damage(best)):
+                raise CheckpointError(
+                    f"{self.output}: the best step so far is {best}, and it is damaged: {damage}. Set "
+                    "`load_best_model_at_end: false` to go on"
+                )
+        return before
 
     def _ends(self, done: int) -> bool:
         """Returns True, and says so, if early stopping ends the run after this step."""

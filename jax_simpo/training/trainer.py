@@ -27,7 +27,7 @@ from jax_simpo.run.facts import note_export, write_facts
 from jax_simpo.run.lock import locked
 from jax_simpo.run.manifest import claim, write_file
 from jax_simpo.run.metrics import check_records, read_metrics
-from jax_simpo.run.output import check_output, prepare_output
+from jax_simpo.run.output import check_output, make_output, prepare_output
 from jax_simpo.run.resume import check_not_finished, check_same_run, run_identity
 from jax_simpo.run.samples import read_answers, read_samples, sample_prompts, with_answers, write_samples
 from jax_simpo.sharding import hosts_share_tensor
@@ -68,7 +68,6 @@ class TrainRun:
         return read_metrics(self.output_dir)
 
 
-@signals.handled()
 def train(
     config: TrainConfig,
     console: Console,
@@ -93,9 +92,12 @@ def train(
         UserError: a mistake that the user can mend; its text says where it is and what to do.
     """
     output = Path(config.output_dir)
-    distributed.on_first("output directory", lambda: check_output(config, output))
+    distributed.on_first("output directory", lambda: make_output(output))
     distributed.check_shared(output, "output_dir")
-    with locked(output) if distributed.is_first() else nullcontext():
+    with (
+        signals.handled(sigterm=distributed.count() == 1),  # of several processes JAX listens to SIGTERM
+        locked(output) if distributed.is_first() else nullcontext(),
+    ):
         return _train(config, output, console, pairs, eval_pairs, on_record)
 
 
@@ -107,6 +109,7 @@ def _train(
     eval_pairs: RawSplit | None,
     on_record: Callable[[dict[str, Any]], bool] | None,
 ) -> TrainRun:
+    distributed.on_first("former run", lambda: check_output(config, output))
     keep_compiled_programs()
     setup = Setup(config, memory_pairs=pairs, memory_eval_pairs=eval_pairs)
     mesh = setup.mesh
@@ -142,6 +145,8 @@ def _train(
     if reference is not None:
         _check_weights(reference.setup, resumes=False)
     distributed.on_first("output", lambda: prepare_output(config, output))
+    if first_step:
+        distributed.on_first("later steps", lambda: checkpoints.folders.leave_behind(first_step, resume.damaged))
     sums, start = None, None
     if reference is not None:
         sums = reference.sums(training, console)

@@ -77,4 +77,20 @@ def test_a_file_system_without_locks_is_used_without_one(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(fcntl, "flock", none)
     with locked(tmp_path), locked(tmp_path):
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_of_somebody_else_is_not_removed(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        (tmp_path / ".jax-simpo.lock").unlink()  # somebody takes it for left over
+        (tmp_path / ".jax-simpo.lock").write_text("another run's")
+    assert (tmp_path / ".jax-simpo.lock").read_text() == "another run's"
+
+
+def test_a_full_disk_takes_the_owners_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with locked(tmp_path), pytest.raises(CheckpointError, match="it has not yet said which"), locked(tmp_path):
         pass

@@ -20,19 +20,19 @@ from jax_simpo.run.metrics import (
     evaluation_line,
     read_metrics,
 )
-from jax_simpo.run.sums import Sum
+from jax_simpo.run.sums import NOTHING, Sum
 
 
 def test_a_resumed_run_drops_the_records_that_it_writes_again(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
         for record in ({"eval_step": 0}, {"step": 1}, {"step": 2}, {"eval_step": 2}):
             log.write(record)
-        before = log.sum
+        before = log.synced()
         log.write({"step": 3})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # a killed run leaves half a line
     with MetricsLog(tmp_path, before=before) as log:
-        assert log.sum == before
+        assert log.synced() == before
         log.write({"step": 3, "again": True})
     assert read_metrics(tmp_path) == [
         *({"eval_step": 0}, {"step": 1}, {"step": 2}, {"eval_step": 2}),
@@ -47,7 +47,7 @@ def written(output: Path) -> Sum:
     with MetricsLog(output) as log:
         for step in range(1, 4):
             log.write({"step": step, "loss": 0.5})
-        return log.sum
+        return log.synced()
 
 
 @given(bit=st.integers(0, 8 * 75 - 1))
@@ -62,6 +62,31 @@ def test_records_that_changed_are_found_whichever_bit_it_is(bit: int, tmp_path_f
     with pytest.raises(CheckpointError, match=r"metrics.jsonl: its first 75 bytes are not the records that the run"):
         MetricsLog(output, before=before)
     assert (output / "metrics.jsonl").read_bytes() == data
+
+
+def test_what_follows_the_records_of_a_step_is_dropped_unread(tmp_path: Path) -> None:
+    before = written(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0\xff no record\n")
+    with MetricsLog(tmp_path, before=before) as log:
+        log.write({"step": 4})
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_step_saved_before_any_record_needs_no_file(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, before=NOTHING) as log:
+        log.write({"step": 1})
+    assert read_metrics(tmp_path) == [{"step": 1}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrainingError, match=r"cannot be written: No space left on device\. Make room, or mend"):
+        with MetricsLog(tmp_path) as log:
+            monkeypatch.setattr(log, "_check_own", lambda _: None)
+            log.__exit__(None, None, None)
+            log._file = open("/dev/full", "ab", buffering=0)
+            log.write({"step": 1})
 
 
 def test_missing_records_are_said_and_refused_where_the_run_needs_them(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_a_small_file_that_changed_since_the_run_wrote_it_is_named(tmp_path: Pat
         for text in texts:
             write_file(tmp_path, name, text)
     check_output(config_of(tmp_path), tmp_path)
-    for name in (files.FACTS, files.SAMPLES, files.CONFIG):
+    for name in (files.FACTS, files.SAMPLES):
         content = (tmp_path / name).read_bytes()
         for changed in (content[:-1] + bytes([content[-1] ^ 1]), content[:-1], b""):
             (tmp_path / name).write_bytes(changed)

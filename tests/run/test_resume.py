@@ -66,8 +66,9 @@ def test_a_damaged_step_is_named_and_the_newest_whole_one_is_continued() -> None
         4,
         [
             "warning: run/checkpoints/12: params/d/0 is missing; run/checkpoints/8: params/d/0 is missing; the run "
-            "goes on from step 4, the newest that is whole"
+            "goes on from step 4, the newest that is whole. The damaged ones are set aside: 8.damaged, 12.damaged"
         ],
+        [8, 12],
     )
     with pytest.raises(CheckpointError, match=r"checkpoints/4: params/d/0 is missing. No step is whole, so the run"):
         choose_step(True, [4, 8], Path("run"), damaged(4, 8))
@@ -78,7 +79,7 @@ def test_a_damaged_step_is_named_and_the_newest_whole_one_is_continued() -> None
 def test_going_back_says_which_steps_it_will_cost() -> None:
     assert choose_step(8, [4, 8], Path("run"), whole).notes == []
     (note,) = choose_step(4, [4, 8, 12], Path("run"), whole).notes
-    assert note == "note: the run goes back to step 4; when it saves its next step, it removes the later ones: 8, 12"
+    assert note == "note: the run goes back to step 4, and removes the later ones: 8, 12"
 
 
 def test_another_run_is_refused_with_every_key_that_differs() -> None:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_simpo.run.seal import Seal, find_damage, sum_files
-from jax_simpo.run.sums import NOTHING, Sum
+from jax_simpo.errors import CheckpointError
+from jax_simpo.run.seal import Seal, file_names, find_damage
+from jax_simpo.run.sums import NOTHING, Sum, sums_of
 
 CONTENTS = {"params/d/0": b"weights" * 9, "params/manifest": b"", "run/metadata": b"{}"}
 
@@ -20,7 +21,7 @@ def make_step(folder: Path, step: int = 8) -> Path:
     for name, content in CONTENTS.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content + (str(step).encode() if content else b""))
-    Seal(step, Sum(75, "ab" * 32), sum_files(folder, to_disk=True)).write(folder)
+    Seal(step, Sum(75, "ab" * 32), sums_of(folder, file_names(folder), to_disk=True)).write(folder)
     return folder
 
 
@@ -93,8 +94,27 @@ def test_a_step_without_a_seal_was_not_finished(tmp_path: Path) -> None:
 
 def test_several_processes_share_the_reading(tmp_path: Path) -> None:
     make_step(tmp_path)
-    cut(tmp_path / "params" / "d" / "0")
-    parts = [sum_files(tmp_path, share=share, shares=2) for share in range(2)]
-    assert {**parts[0], **parts[1]} == sum_files(tmp_path) and not parts[0].keys() & parts[1].keys()
-    found = [find_damage(tmp_path, 8, share=share, shares=2) for share in range(2)]
-    assert len(list(filter(None, found))) == 1
+    for name in CONTENTS:
+        cut(tmp_path / name)
+        found = [find_damage(tmp_path, 8, share=share, shares=2) for share in range(2)]
+        if CONTENTS[name]:
+            assert [damage.partition(" ")[0] for damage in found if damage] == [name]
+        make_step(tmp_path)
+
+
+def test_a_hidden_file_is_not_the_runs(tmp_path: Path) -> None:
+    make_step(tmp_path)
+    (tmp_path / "params" / ".nfs0001").touch()
+    (tmp_path / ".DS_Store").touch()
+    assert find_damage(tmp_path, 8) is None
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_step(tmp_path)
+
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(116, "Stale file handle", "params/d/0")
+
+    monkeypatch.setattr(Sum, "of_file", stale)
+    with pytest.raises(CheckpointError, match=r"params/d/0 cannot be read: Stale file handle\. Mend that"):
+        find_damage(tmp_path, 8)

@@ -43,9 +43,10 @@ folder = steps.writing(8)
 folder.mkdir()
 for name in ("params", "run"):
     (folder / name).write_text(sys.argv[3])
-seal.Seal(8, sums.NOTHING, seal.sum_files(folder, to_disk=True)).write(folder)
+own = sums.sums_of(folder, seal.file_names(folder), to_disk=True)
+seal.Seal(8, sums.NOTHING, own).write(folder)
 steps.finish(8)
-steps.thin_out(1, saved=8, best=None)
+steps.thin_out(1, besides=(8,))
 """
 
 
@@ -95,19 +96,21 @@ def test_steps_are_listed_by_number_and_unfinished_ones_are_not(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("newest", "saved", "best", "kept"),
-    [
-        (None, 16, None, [4, 8, 12, 16]),
-        (1, 16, None, [16]),
-        (2, 16, 4, [4, 12, 16]),
-        (1, 8, None, [8]),  # the run went back to 4 and saves 8 again
-        (None, 8, 4, [4, 8]),
-        (3, 12, None, [4, 8, 12]),
-    ],
+    ("newest", "besides", "kept"),
+    [(None, (16,), [4, 8, 12, 16]), (1, (16,), [16]), (2, (16, 4), [4, 12, 16]), (1, (16, None), [16])],
 )
 def test_which_steps_stay_after_a_save(
-    newest: int | None, saved: int, best: int | None, kept: list[int], tmp_path: Path
+    newest: int | None, besides: tuple[int | None, ...], kept: list[int], tmp_path: Path
 ) -> None:
     steps = make_steps(tmp_path, 4, 8, 12, 16)
-    steps.thin_out(newest, saved=saved, best=best)
+    steps.thin_out(newest, besides=besides)
     assert steps.all() == kept
+
+
+def test_a_run_that_goes_back_leaves_damaged_steps_aside_and_no_later_ones(tmp_path: Path) -> None:
+    steps = make_steps(tmp_path, 4, 8, 12)
+    for _ in range(2):
+        make_steps(tmp_path, *{8, 12} - set(steps.all()))
+        steps.leave_behind(4, damaged=[12])
+        assert steps.all() == [4] and sorted(os.listdir(tmp_path)) == ["12.damaged", "4"]
+        assert is_beside_steps("12.damaged") and text_of(tmp_path / "12.damaged") == "former"

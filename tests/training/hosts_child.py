@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from jax_simpo import cli
+from jax_simpo.errors import StoppedError
 from jax_simpo.processes import launch
+from jax_simpo.run import signals
 
 
 def main() -> None:
@@ -21,8 +23,13 @@ def main() -> None:
     try:
         if "fails_at" in job and os.environ["JAX_PROCESS_ID"] == "1":
             _fail_at(job["fails_at"])
-        for command in job["commands"]:
-            cli.app(command, standalone_mode=False)
+        with signals.handled(ends_process=True, before_end=launch.fail):
+            for command in job["commands"]:
+                cli.app(command, standalone_mode=False)
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        launch.finish() if error.saved else launch.fail(error)
+        sys.exit(error.status)
     except BaseException as error:
         launch.fail(error)
         raise

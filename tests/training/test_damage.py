@@ -7,17 +7,23 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jax_simpo.config import TrainConfig
-from jax_simpo.data.loader import StepBatch
+from jax_simpo.data.loader import StepBatch, build_step
 from jax_simpo.errors import CheckpointError, TrainingError
+from jax_simpo.models.policy import Forward
 from jax_simpo.objectives import Objective
 from jax_simpo.run.checkpoint import Checkpoints, starting_point
 from jax_simpo.training import loop, step
 from tests.training.runs import Records, config_of, losses, run, run_printing
+from tests.training.support import OBJECTIVE, mesh_of, plan_of, some_pairs, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +78,8 @@ def test_a_run_goes_on_from_the_newest_whole_step_with_the_same_numbers(
     )
     records, printed = run_printing(config)
     assert "checkpoints/3: params/" in printed and "checkpoints/2: optimizer/" in printed
-    assert "the run goes on from step 1, the newest that is whole" in printed
+    assert "the newest that is whole. The damaged ones are set aside: 2.damaged, 3.damaged" in printed
+    assert (output / "checkpoints" / "2.damaged").is_dir()
     assert losses(records) == losses(finished[1]) and [r["step"] for r in records] == [1, 2, 3]
     weights = [Path(run) / "model" / "model.safetensors" for run in (output, finished[0].output_dir)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -111,7 +118,7 @@ def test_going_back_to_a_step_takes_the_later_ones_with_the_next_save(
 ) -> None:
     config = copy_of(finished, tmp_path / "run").model_copy(update={"resume_from_checkpoint": 1})
     records, printed = run_printing(config)
-    assert "the run goes back to step 1; when it saves its next step, it removes the later ones: 2, 3" in printed
+    assert "the run goes back to step 1, and removes the later ones: 2, 3" in printed
     assert losses(records) == losses(finished[1])
     assert json.loads((tmp_path / "run" / "run.json").read_text())["exported_step"] == 3
 
@@ -133,7 +140,7 @@ def test_a_disk_without_room_is_an_error_and_the_former_steps_stay(
         patch.setattr(shutil, "disk_usage", lambda _: usage)
         with pytest.raises(CheckpointError, match=r"takes up to .* GB, but the disk has 1e-06 GB left\. Make room"):
             run(config)
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["1", "2", "3"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
     assert losses(run(config)) == losses(finished[1])
 
 
@@ -165,9 +172,26 @@ def test_a_step_that_is_not_finite_is_not_applied_and_the_state_before_it_is_kep
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
-    config = config_of(tmp_path, max_steps=3, save_steps=1, learning_rate=1e39, warmup_ratio=0)
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def infinite(*args: Any) -> Any:
+        params, state, metrics = step.run_step(*args)
+        return params, state._replace(finite=jnp.zeros((), bool)), metrics
+
+    monkeypatch.setattr(loop, "run_step", infinite)
     with pytest.raises(TrainingError, match=r"step 1: its update made weights that are not finite\. The newest"):
-        run(config)
+        run(config_of(tmp_path, max_steps=3, save_steps=1))
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == []
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_an_update_that_makes_infinite_weights_is_noticed() -> None:
+    pairs, mesh, model = some_pairs(4), mesh_of((1, 1, 1)), tiny_model()
+    batch = build_step(plan_of(pairs, mesh, batch=4), pairs, 0)
+    with jax.set_mesh(mesh):
+        for scale, finite in ((-1e-3, True), (-3e38, False)):
+            functions = step.make_train_functions(
+                Forward(model, "blockwise", 64), OBJECTIVE, optax.scale(scale), mesh, accumulates=False
+            )
+            params = model.init(0, mesh)
+            _, state, _ = step.run_step(functions, params, functions.init_state(params), batch)
+            assert (bool(state.finite), bool(state.stopped), int(state.updates)) == (finite, False, 1)
