@@ -307,7 +307,6 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         "trainer's and is too high for most pretrained models. Lion wants a third to a tenth of AdamW's.",
         identity=True,
         gt=0,
-        le=3e38,  # the largest numbers of float32
     )
     lr_scheduler_type: Literal[
         "linear",
