@@ -21,6 +21,7 @@ from jax_simpo.run.checkpoint import Checkpoints
 from jax_simpo.run.manifest import claim, read_manifest
 from jax_simpo.run.metrics import read_metrics
 from jax_simpo.run.resume import run_identity
+from jax_simpo.run.sums import write_model_sums
 from jax_simpo.training import trainer
 from jax_simpo.training.evaluate import GroupScores, evaluation_metrics, split_metrics
 from tests.pairs import random_pairs
@@ -234,6 +235,12 @@ def of_another_shape(start: Path) -> None:
     (start / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
 
 
+def changed_since_its_export(start: Path) -> None:
+    write_model_sums(start)
+    weights = start / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+
+
 def without_weights(start: Path) -> None:
     (start / "model.safetensors").unlink()
 
@@ -244,6 +251,7 @@ def without_weights(start: Path) -> None:
         (cut_short, {}, ModelError, "model.safetensors: cannot be read as safetensors .* it may be cut short"),
         (of_another_shape, {}, ModelError, "has shape .*, but config.json makes it"),
         (without_weights, {}, ModelError, "no model.safetensors"),
+        (changed_since_its_export, {}, ModelError, r"model.safetensors: is not the file that was exported"),
         (None, {"mesh": {"fsdp": -1, "tensor": 4}}, MeshError, "do not divide the model's num_attention_heads=2"),
         (None, {"tokenizer_name_or_path": "nowhere/"}, UserError, "nowhere"),
         (None, {"dataset_mixer": {"nowhere.jsonl": 1.0}}, DataError, "nowhere.jsonl: no such file"),
@@ -259,7 +267,8 @@ def test_overwriting_keeps_the_finished_run_until_all_that_the_new_one_needs_is_
 ) -> None:
     output = tmp_path / "run"
     shutil.copytree(finished[0].output_dir, output)
-    shutil.copytree(output / "model", tmp_path / "start")
+    # A model from elsewhere, which has no checksums.
+    shutil.copytree(output / "model", tmp_path / "start", ignore=shutil.ignore_patterns("SHA256SUMS"))
     if damage is not None:
         damage(tmp_path / "start")
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
