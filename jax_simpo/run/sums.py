@@ -77,7 +77,9 @@ def write_model_sums(folder: Path) -> None:
 
 
 def check_model_sums(folder: Path, *, share: int = 0, shares: int = 1) -> None:
-    """Makes sure that an exported model is as it was exported. A folder without `SHA256SUMS` is not checked.
+    """Makes sure that the weights of an exported model are as they were exported.
+
+    Other files, such as a chat template, may have been edited. A folder without `SHA256SUMS` is not checked.
 
     Args:
         folder: the folder.
@@ -85,13 +87,13 @@ def check_model_sums(folder: Path, *, share: int = 0, shares: int = 1) -> None:
         shares: the number of shares.
 
     Raises:
-        ModelError: a file is missing or has changed.
+        ModelError: a file of weights is missing or has changed.
     """
     file = folder / MODEL_SUMS
     if not file.exists():
         return
     lines = [line.split("  ", 1) for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
-    known = {line[-1]: line[0] for line in lines}
+    known = {line[-1]: line[0] for line in lines if line[-1].endswith(".safetensors")}
     try:
         found = sums_of(folder, list(known)[share::shares])
     except (OSError, ValueError) as error:

@@ -212,10 +212,10 @@ class Setup:
 
     @cached_property
     def start_folder(self) -> Path | None:
-        """The folder of the base model with its weights, which is as it was exported; None for a new model.
+        """The folder of the base model with its weights, which are as they were exported; None for a new model.
 
         Raises:
-            ModelError: a file of it, or of the adapter that lies on it, is missing or has changed.
+            ModelError: weights of it, or of the adapter that lies on it, are missing or have changed.
         """
         base, adapter = self.start.folder(weights=True), self.start.adapter
         for folder in (base, None if adapter is None else adapter.folder):
