@@ -149,7 +149,7 @@ class Trainee:
     def fresh_weights(self, params: Any = None) -> Weights:
         """Returns weights to start from: these parameters, or random ones."""
         params = self.model.init(0, self.mesh) if params is None else params
-        return Weights(params, self.functions.init_state(params))
+        return Weights(params, self.functions.init_optimizer(params))
 
     def build(self, step: int) -> StepBatch:
         """Builds the rows of a step; steps go round the pairs as often as needed."""

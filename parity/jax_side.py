@@ -160,7 +160,7 @@ class Runner:
             self.save(accumulated.gradients, folder / GRADIENTS)
             records, final = [_numbers(accumulated.metrics)], None
             if steps:
-                records, state = [], self.functions.init_state(params)
+                records, state = [], self.functions.init_optimizer(params)
                 for k in range(steps):
                     params, state, metrics = run_step(self.functions, params, state, build(k), variant.micro_batches)
                     # Waits for the step: on a CPU that stands for eight devices, the collectives of many programs in

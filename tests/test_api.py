@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import jax_simpo as js
 from jax_simpo.cli import app
 from jax_simpo.errors import ConfigError, DataError, ModelError
+from tests.training.runs import MODEL
 
 ROOT = Path(__file__).parents[1]
 PAIRS = [
@@ -28,14 +29,6 @@ PAIRS = [
     for guest in ("Anna", "Ben", "Clara")
     for drink in ("tea", "coffee", "cocoa", "juice")
 ]
-MODEL = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 128,
-}
 
 
 def config_of(folder: Path, **changes: Any) -> js.TrainConfig:

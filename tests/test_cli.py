@@ -13,17 +13,11 @@ import yaml
 
 from jax_simpo import cli
 from jax_simpo.data.synthetic import make_rows
+from tests.training.runs import MODEL
 
 PAIRS = make_rows("cafe", "train")[:40]
 BASE = {
-    "model_config": {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 128,
-    },
+    "model_config": MODEL,
     "tokenizer_name_or_path": "builtin:cafe",
     "max_length": 128,
     "learning_rate": 1e-3,

@@ -28,6 +28,7 @@ from jax_simpo.run.manifest import claim, write_file
 from jax_simpo.run.metrics import MetricsLog, check_finite, check_records, evaluation_line, read_metrics
 from jax_simpo.run.output import check_output, make_output, prepare_output
 from jax_simpo.run.resume import check_not_finished, check_same_run, run_identity
+from jax_simpo.run.sums import Sum
 from torch_ref.batches import Batch, RankStep, rank_steps
 from torch_ref.best import Choice
 from torch_ref.checkpoint import Checkpoints
@@ -96,7 +97,7 @@ def _train(
     if resume:
         check_same_run(saved, identity, output)
         ranks.first(lambda: check_not_finished(output, resume, total_steps))
-    best_rule = BestRule.of(config)
+    best_rule, before = BestRule.of(config), None
     if resume:
         before = ranks.first(lambda: checkpoints.metrics(resume))
         if lost := ranks.first(lambda: check_records(output, before, needed=best_rule is not None)):
@@ -136,6 +137,7 @@ def _train(
         identity=identity,
         total_steps=total_steps,
         output=output,
+        records_before=before,
     )
     done = run.steps(resume)
     model_step = run.take_best(done)
@@ -219,6 +221,7 @@ class Run:
         identity: the run's identity, saved with every step.
         total_steps: optimizer steps of the whole run.
         output: the output directory.
+        records_before: the sum of the records up to the step that the run goes on from; None where it starts afresh.
     """
 
     config: TrainConfig
@@ -235,6 +238,7 @@ class Run:
     identity: Mapping[str, Any]
     total_steps: int
     output: Path
+    records_before: Sum | None
 
     def steps(self, first_step: int) -> int:
         """Runs the steps that are left, and returns the number of steps done; early stopping may leave some out.
@@ -246,8 +250,7 @@ class Run:
         ranks = self.setup.ranks
         self.clock = Clock()
         done = first_step
-        before = ranks.first(lambda: self.checkpoints.metrics(first_step)) if first_step else None
-        with MetricsLog(self.output, before=before, write=ranks.is_first) as self.log:
+        with MetricsLog(self.output, before=self.records_before, write=ranks.is_first) as self.log:
             if first_step:
                 self.choice.resume(self.output, first_step, self.checkpoints.steps())
             # A run that early stopping has ended, but that was killed before its export, takes no further step.

@@ -94,8 +94,8 @@ class Programs:
         _, optimizer = run_optimizer(setup.config, count_steps(setup.config, step_plan.steps_per_epoch))
         self._functions: Any = make_train_functions(setup.training_forward, setup.objective, optimizer, mesh)
         self._params: Any = _placed(model.abstract, model.shardings(mesh))
-        state = jax.eval_shape(self._functions.init_state, model.abstract)
-        self._state = _placed(state, self._functions.state_shardings)
+        state = jax.eval_shape(self._functions.init_optimizer, model.abstract)
+        self._state = _placed(state, self._functions.optimizer_shardings)
         accumulate = self._functions.accumulate
         first_output = self._lower(accumulate, self._params, None, self._rows(1), self._denominators).out_info
         # Gradients have the shardings of their parameters; frozen parameters have none.
@@ -132,7 +132,7 @@ class Programs:
 
     def update(self) -> Compiled:
         """Compiles the program that ends a step."""
-        return self._compile(self._functions.update, self._params, self._state, self._accumulated)
+        return self._compile(self._functions.update, self._params, self._state, self._accumulated.gradients)
 
     def memory(self, micro_batch: Compiled, rows_per_device: int, update: Compiled) -> Memory:
         """Returns the memory of a device at the peak of a step."""

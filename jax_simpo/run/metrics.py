@@ -153,6 +153,9 @@ def record_step(record: Mapping[str, Any]) -> int:
     return record["step"] if "step" in record else record["eval_step"]
 
 
+NOT_FINITE_ADVICE = "Lower `learning_rate`, raise `warmup_ratio`, or try `dtype: float32`"
+
+
 def check_finite(step: int, loss: float, gradient_norm: float, saved_steps: Callable[[], Sequence[int]]) -> None:
     """Stops a run whose loss or gradient is no longer finite.
 
@@ -168,7 +171,7 @@ def check_finite(step: int, loss: float, gradient_norm: float, saved_steps: Call
     if not math.isfinite(loss) or not math.isfinite(gradient_norm):
         raise TrainingError(
             f"step {step}: the loss is {loss}, the gradient norm {gradient_norm}. The newest checkpoint is of step "
-            f"{max(saved_steps(), default=0)}. Lower `learning_rate`, raise `warmup_ratio`, or try `dtype: float32`"
+            f"{max(saved_steps(), default=0)}. {NOT_FINITE_ADVICE}"
         )
 
 

@@ -23,7 +23,7 @@ _NOTE = "Sizes and SHA-256 checksums of the files of this step. A step without t
 
 @dataclass(frozen=True)
 class Seal:
-    """What a seal says.
+    """Holds the sums of a step's files and of the records so far, as they were when the step was saved.
 
     Attributes:
         step: optimizer steps done.

@@ -1,4 +1,4 @@
-"""What a run does when it is told to end: SIGINT (Ctrl-C), SIGTERM (a scheduler), SIGHUP (a lost terminal).
+"""Ends a run that is told to end: by SIGINT (Ctrl-C), SIGTERM (a scheduler) or SIGHUP (a lost terminal).
 
 While a run takes steps, the first signal is noted: the step is finished and saved, and then the run ends. At all other
 times it ends at once, because nothing would be lost. A second signal ends it at once, whatever it does; the same
@@ -27,7 +27,7 @@ _SAME_WISH_SECONDS, _SAME_SIGNAL_SECONDS = 2.0, 0.25
 
 
 class _State:
-    """What this process has been told. Signals come to a process, so there is one."""
+    """Holds what this process has been told. Signals come to a process, so there is one."""
 
     handling = False
     watched = False  # a thread answers signals, and not the handler

@@ -25,12 +25,13 @@ from jax_simpo.run import signals
 from jax_simpo.run.best import BestRule, evaluations
 from jax_simpo.run.cadence import is_due
 from jax_simpo.run.checkpoint import Checkpoints
-from jax_simpo.run.metrics import MetricsLog, evaluation_line, read_metrics
+from jax_simpo.run.metrics import NOT_FINITE_ADVICE, MetricsLog, evaluation_line, read_metrics
+from jax_simpo.run.sums import Sum
 from jax_simpo.sharding import local_rows
 from jax_simpo.training.evaluate import Evaluation
 from jax_simpo.training.progress import TrainingProgress
 from jax_simpo.training.setup import Setup
-from jax_simpo.training.step import StepState, TrainFunctions, run_step
+from jax_simpo.training.step import TrainFunctions, is_finite, run_step
 
 
 @dataclass
@@ -50,6 +51,7 @@ class TrainingLoop:
         identity: the run's identity, saved with every step.
         total_steps: optimizer steps of the whole run.
         output: the output directory.
+        records_before: the sum of the records up to the step that the run goes on from; None where it starts afresh.
         console: where progress and notes go.
         on_record: is given every record on the first process; True stops the run once its state is saved. None where
             the user has no callback.
@@ -67,10 +69,11 @@ class TrainingLoop:
     identity: Mapping[str, Any]
     total_steps: int
     output: Path
+    records_before: Sum | None
     console: Console
     on_record: Callable[[dict[str, Any]], bool] | None = None
 
-    def run(self, params: Params, state: StepState, first_step: int) -> tuple[Params, int]:
+    def run(self, params: Params, state: Any, first_step: int) -> tuple[Params, int]:
         """Runs the steps from `first_step` on; returns the trained parameters and the number of steps they have had.
 
         Afterwards `ended_early` says whether early stopping has ended the run.
@@ -80,12 +83,11 @@ class TrainingLoop:
             StoppedError: a process was told to end; the last step is saved.
             CheckpointError: the best step of a resumed run has no checkpoint.
         """
-        self._first_step = self._last_saved = done = first_step
+        self._last_saved = done = first_step
         self._stop_asked = self._passed_on = False
-        before = self.checkpoints.metrics(first_step) if first_step else None
         rows = local_rows(self.setup.mesh, self.plan.rows_per_micro_batch)
         with (
-            MetricsLog(self.output, before=before, write=distributed.is_first()) as self._log,
+            MetricsLog(self.output, before=self.records_before, write=distributed.is_first()) as self._log,
             TrainingProgress(self.console, self.total_steps, first_step) as self._progress,
         ):
             self._evaluated = self._evaluations_before(first_step)
@@ -105,6 +107,7 @@ class TrainingLoop:
                         break
                 if (stop := self._signal_alone()) is not None:  # it came while the last step was saved
                     self._end(stop, done, params, state)
+        self._check_weights(done, params)
         counted = self._clock.total
         if counted.seconds:
             share = counted.waited / counted.seconds
@@ -117,18 +120,18 @@ class TrainingLoop:
         rule = self.best_rule
         return rule.best_step(self._evaluated) if rule is not None and rule.keep else None
 
-    def _after(self, batch: StepBatch, params: Params, state: StepState, metrics: Mapping[str, Any]) -> None:
-        """Logs, evaluates and saves where it is due. Otherwise it does not wait for the device."""
+    def _after(self, batch: StepBatch, params: Params, state: Any, metrics: Mapping[str, Any]) -> None:
+        """Logs, evaluates and saves where it is due."""
         done = batch.step + 1
+        self._check_step(done, params, state, metrics)
         log = done % self.setup.config.logging_steps == 0 or done == self.total_steps
         evaluate, save = self.evaluation is not None and self._is_due("eval", done), self._is_due("save", done)
         stop = self._ending_signal(done)
         if not (log or evaluate or save or stop or self._stop_asked):
             self._progress.advance(done)
             return
-        values = self._values(params, state, metrics)  # before saving too: what is not finite is never saved
         if log:
-            self._write(batch, values)
+            self._write(batch, {name: float(value) for name, value in jax.device_get(dict(metrics)).items()})
         with self._clock.paused():
             if evaluate:
                 self._evaluate(params, done, batch.epoch)
@@ -140,7 +143,7 @@ class TrainingLoop:
         if stop is not None:
             self._end(stop, done, params, state)
 
-    def _end(self, stop: signal.Signals, done: int, params: Params, state: StepState) -> NoReturn:
+    def _end(self, stop: signal.Signals, done: int, params: Params, state: Any) -> NoReturn:
         """Ends the run after a step, which is saved.
 
         Raises:
@@ -178,36 +181,39 @@ class TrainingLoop:
             steps_per_epoch=self.plan.steps_per_epoch,
         )
 
-    def _values(self, params: Params, state: StepState, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Waits for the device to finish the step, and returns its metrics on the host.
+    def _check_step(self, done: int, params: Params, state: Any, metrics: Mapping[str, Any]) -> None:
+        """Ends the run if the step is not finite. It was not applied then, and the state before it is saved.
 
         Raises:
-            TrainingError: the loss or the gradient of a step since the last call was not finite; the step before it is
-                saved. Or an update made weights that are not finite.
+            TrainingError: the loss or the gradient is not finite.
         """
-        values, updates, stopped, finite = jax.device_get((dict(metrics), state.updates, state.stopped, state.finite))
-        good = self._first_step + int(updates)
-        advice = "Lower `learning_rate`, raise `warmup_ratio`, or try `dtype: float32`"
-        if not finite:
-            raise TrainingError(
-                f"step {good}: its update made weights that are not finite. The newest checkpoint is of step "
-                f"{max(self.checkpoints.steps(), default=0)}. {advice}"
-            )
-        if stopped:
-            if good > self._last_saved:
-                self._save(good, params, state)
-            raise TrainingError(
-                f"step {good + 1}: the loss or the gradient is not finite. Its update was not applied. The newest "
-                f"checkpoint is of step {good}. {advice}"
-            )
-        return {name: float(value) for name, value in values.items()}
-
-    def _save(self, done: int, params: Params, state: StepState) -> None:
-        self._last_saved = done
-        trained, _ = self.setup.model.split(params)
-        self.checkpoints.save(
-            done, trained, state.optimizer, self.identity, self._log.synced(), keep_step=self.best_step
+        if is_finite(metrics):
+            return
+        if done - 1 > self._last_saved:
+            self._save(done - 1, params, state)
+        raise TrainingError(
+            f"step {done}: the loss is {float(metrics['loss'])}, the gradient norm {float(metrics['grad_norm'])}. Its "
+            f"update was not applied. The newest checkpoint is of step {done - 1}. {NOT_FINITE_ADVICE}"
         )
+
+    def _check_weights(self, done: int, params: Params) -> None:
+        """Makes sure that an update has not made weights that are not finite, before they are saved or exported.
+
+        Raises:
+            TrainingError: one has.
+        """
+        if not self.functions.all_finite(params):
+            raise TrainingError(
+                f"step {done}: the weights are no longer finite. The newest checkpoint is of step {self._last_saved}. "
+                f"{NOT_FINITE_ADVICE}"
+            )
+
+    def _save(self, done: int, params: Params, state: Any) -> None:
+        self._check_weights(done, params)
+        trained, _ = self.setup.model.split(params)
+        records = self._log.synced()
+        self.checkpoints.save(done, trained, state, self.identity, records, keep_step=self.best_step)
+        self._last_saved = done
 
     def _write(self, batch: StepBatch, values: Mapping[str, float]) -> None:
         rates = self._clock.rates()

@@ -187,9 +187,7 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
-def optimizer_state_shardings(
-    optimizer: optax.GradientTransformation, params: Any, shardings: Any, scalars: Any
-) -> Any:
+def state_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any, scalars: Any) -> Any:
     """Returns the shardings of the optimizer state.
 
     A moment, which has the shape of its parameter and ends its path, lies where the parameter does. Everything else is

@@ -11,6 +11,7 @@ The trainer, the parity check, the benchmarks and the tests all call `run_step`:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from jax_simpo.data.loader import StepBatch
 from jax_simpo.data.rows import RowBatch
@@ -32,7 +33,7 @@ from jax_simpo.objectives import Objective, Responses
 from jax_simpo.objectives.groups import Ranking, group_terms
 from jax_simpo.ops.responses import ResponseLogps
 from jax_simpo.sharding import put_rows
-from jax_simpo.training.optim import optimizer_state_shardings
+from jax_simpo.training.optim import state_shardings
 
 
 class Denominators(NamedTuple):
@@ -108,30 +109,6 @@ class Accumulated(NamedTuple):
     metrics: dict[str, Any]
 
 
-class StepState(NamedTuple):
-    """What a step needs and changes besides the parameters.
-
-    A step whose loss or gradient is not finite changes nothing, and no step after it does: so the host, which does not
-    look at every step, finds the parameters of the step before.
-
-    Attributes:
-        optimizer: the state of the optimizer.
-        updates: how many updates were applied since the state was made.
-        stopped: such a step has come.
-        finite: the parameters are finite after the last update.
-    """
-
-    optimizer: Any
-    updates: Int[Array, ""]
-    stopped: Bool[Array, ""]
-    finite: Bool[Array, ""]
-
-    @classmethod
-    def of(cls, optimizer: Any) -> StepState:
-        """Begins with the state of an optimizer."""
-        return cls(optimizer, jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.ones((), bool))
-
-
 @dataclass(frozen=True)
 class TrainFunctions:
     """The compiled functions of a run, which `run_step` calls.
@@ -146,10 +123,11 @@ class TrainFunctions:
         start_sum: `() -> Accumulated`, zeros.
         accumulate: `params, so far, rows, Denominators -> Accumulated`. It donates the sum so far. None for that sum
             gives the micro-batch's own gradients and metrics.
-        update: `params, StepState, Accumulated -> params, StepState, gradient norm before clipping`. It donates the
-            first two.
-        init_state: `params -> StepState`.
-        state_shardings: the shardings of the `StepState`.
+        norm: `gradients -> their norm`, before clipping.
+        update: `params, optimizer state, gradients -> params, optimizer state`. It donates the first two.
+        all_finite: `params -> bool`, True if every trained parameter is finite.
+        init_optimizer: `params -> optimizer state`.
+        optimizer_shardings: the shardings of the optimizer state.
     """
 
     objective: Objective
@@ -157,9 +135,11 @@ class TrainFunctions:
     accumulates: bool
     start_sum: Callable[[], Accumulated]
     accumulate: Callable[[Params, Accumulated | None, Rows, Denominators], Accumulated]
-    update: Callable[[Params, StepState, Accumulated], tuple[Params, StepState, Array]]
-    init_state: Callable[[Params], StepState]
-    state_shardings: Any
+    norm: Callable[[Params], Array]
+    update: Callable[[Params, Any, Params], tuple[Params, Any]]
+    all_finite: Callable[[Params], Array]
+    init_optimizer: Callable[[Params], Any]
+    optimizer_shardings: Any
 
 
 def make_train_functions(
@@ -185,8 +165,7 @@ def make_train_functions(
     everywhere = NamedSharding(mesh, P())
     trained_shardings = model.split(param_shardings)[0]
     abstract_trained = model.split(model.abstract)[0]
-    optimizer_shardings = optimizer_state_shardings(optimizer, abstract_trained, trained_shardings, everywhere)
-    state_shardings: Any = StepState(optimizer_shardings, *[everywhere] * 3)  # type: ignore[arg-type]
+    optimizer_shardings = state_shardings(optimizer, abstract_trained, trained_shardings, everywhere)
     accumulated = Accumulated(trained_shardings, dict.fromkeys(objective.metrics, everywhere))
 
     def start_sum() -> Accumulated:
@@ -202,22 +181,16 @@ def make_train_functions(
         added = Accumulated(*jax.grad(loss, has_aux=True)(trained))
         return added if so_far is None else jax.tree.map(jnp.add, so_far, added)
 
-    def update(params: Params, state: StepState, step: Accumulated) -> tuple[Params, StepState, Array]:
-        former, frozen = model.split(params)
-        norm = optax.tree.norm(step.gradients)
-        stopped = state.stopped | ~jnp.isfinite(norm) | ~jnp.isfinite(step.metrics["loss"])
-        updates, optimizer_state = optimizer.update(step.gradients, state.optimizer, former)
-        trained, optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(stopped, old, new),
-            (optax.apply_updates(former, updates), optimizer_state),
-            (former, state.optimizer),
-        )
-        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(trained)]).all()
-        state = StepState(optimizer_state, state.updates + ~stopped, stopped, finite)
-        return model.join(trained, frozen), state, norm
+    def update(params: Params, state: Any, gradients: Params) -> tuple[Params, Any]:
+        trained, frozen = model.split(params)
+        updates, state = optimizer.update(gradients, state, trained)
+        return model.join(optax.apply_updates(trained, updates), frozen), state
 
-    def init_state(params: Params) -> StepState:
-        return StepState.of(optimizer.init(model.split(params)[0]))
+    def all_finite(params: Params) -> Array:
+        return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(model.split(params)[0])]).all()
+
+    def init_optimizer(params: Params) -> Any:
+        return optimizer.init(model.split(params)[0])
 
     return TrainFunctions(
         objective=objective,
@@ -225,9 +198,11 @@ def make_train_functions(
         accumulates=accumulates,
         start_sum=jax.jit(start_sum, out_shardings=accumulated),
         accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=accumulated),
-        update=jax.jit(update, donate_argnums=(0, 1), out_shardings=(param_shardings, state_shardings, everywhere)),
-        init_state=jax.jit(init_state, out_shardings=state_shardings),
-        state_shardings=state_shardings,
+        norm=jax.jit(optax.tree.norm, out_shardings=everywhere),
+        update=jax.jit(update, donate_argnums=(0, 1), out_shardings=(param_shardings, optimizer_shardings)),
+        all_finite=jax.jit(all_finite, out_shardings=everywhere),
+        init_optimizer=jax.jit(init_optimizer, out_shardings=optimizer_shardings),
+        optimizer_shardings=optimizer_shardings,
     )
 
 
@@ -293,26 +268,38 @@ def accumulate_step(
 def run_step(
     functions: TrainFunctions,
     params: Params,
-    state: StepState,
+    state: Any,
     step: StepBatch,
     split: Split = split_step,
-) -> tuple[Params, StepState, dict[str, Array]]:
-    """Makes an optimizer step. Called under `jax.set_mesh(functions.mesh)`; does not wait for the devices.
+) -> tuple[Params, Any, dict[str, Array]]:
+    """Makes an optimizer step, unless its loss or its gradient is not finite. Called under `jax.set_mesh`.
+
+    It waits for the gradients, because the update takes the memory of the parameters before it. (To decide on the
+    devices costs memory: on a CPU, a compiled choice between old and new state held 7 bytes a parameter more.) It does
+    not wait for the update.
 
     Args:
         functions: from `make_train_functions`.
         params: the model's parameters. Their memory is reused for the new ones.
-        state: from `functions.init_state`, or the former step's. Its memory is reused too.
+        state: the optimizer state. Its memory is reused too.
         step: the rows of the step; at least one micro-batch.
         split: as for `accumulate_step`.
 
     Returns:
-        The new parameters, the new state, and the step's metrics as float32 scalars on the devices: those
-        of the objective, and `grad_norm`, the norm of the gradients before clipping.
+        The new parameters and the new optimizer state, or those that were given if the step is not finite; and the
+        step's metrics as float32 scalars on the devices: those of the objective, and `grad_norm`, the norm of the
+        gradients before clipping.
     """
     accumulated = accumulate_step(functions, params, step, split)
-    params, state, norm = functions.update(params, state, accumulated)
-    return params, state, {**accumulated.metrics, "grad_norm": norm}
+    metrics = {**accumulated.metrics, "grad_norm": functions.norm(accumulated.gradients)}
+    if is_finite(metrics):
+        params, state = functions.update(params, state, accumulated.gradients)
+    return params, state, metrics
+
+
+def is_finite(metrics: Mapping[str, Array]) -> bool:
+    """Returns True if the loss and the gradient of a step are finite. It waits for them."""
+    return all(math.isfinite(value) for value in jax.device_get((metrics["loss"], metrics["grad_norm"])))
 
 
 def make_score_function(

@@ -38,7 +38,7 @@ from jax_simpo.training.loop import TrainingLoop
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.reference import Reference
 from jax_simpo.training.setup import Setup
-from jax_simpo.training.step import StepState, make_score_function, make_train_functions
+from jax_simpo.training.step import make_score_function, make_train_functions
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def _train(
     identity = run_identity(config, plan.global_batch_size, training)
     advice = "Start all processes with the same config and options, on the same files"
     distributed.check_same("the run", {**identity, "step to begin at": first_step, "rows": str(plan.shape)}, advice)
+    records = None
     if saved:
         check_same_run(saved, identity, output)
         check_not_finished(output, first_step, total_steps)
@@ -163,20 +164,19 @@ def _train(
         if first_step:
             start = None
             params = setup.restore_params(checkpoints, first_step)
-            shapes = jax.eval_shape(functions.init_state, setup.model.abstract).optimizer
-            saved_state = checkpoints.optimizer(first_step, abstract_state(shapes, functions.state_shardings.optimizer))
-            state = jax.device_put(StepState.of(saved_state), functions.state_shardings)
+            shapes = jax.eval_shape(functions.init_optimizer, setup.model.abstract)
+            state = checkpoints.optimizer(first_step, abstract_state(shapes, functions.optimizer_shardings))
             console.print(f"resuming at step {first_step} of {total_steps}")
         else:
             params = setup.load_params() if start is None else start
             start = None  # the first step gives its memory to the new parameters
-            state = functions.init_state(params)
+            state = functions.init_optimizer(params)
             count, trained = setup.model.parameter_count, setup.model.trained_count
             frozen = f" (beside {count - trained:,} frozen ones)" if trained < count else ""
             console.print(f"training {trained:,} parameters{frozen} for {total_steps} steps")
         if config.save_strategy != "no":
             of_a_step = setup.model.split(params)[0]
-            distributed.on_first("room", lambda: checkpoints.check_room(of_a_step, state.optimizer))
+            distributed.on_first("room", lambda: checkpoints.check_room(of_a_step, state))
         if distributed.is_first():
             write_file(output, files.CONFIG, config.to_yaml())
             write_facts(
@@ -205,6 +205,7 @@ def _train(
             identity=identity,
             total_steps=total_steps,
             output=output,
+            records_before=records,
             console=console,
             on_record=on_record,
         )

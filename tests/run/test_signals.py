@@ -10,7 +10,6 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,9 +17,10 @@ from jax_simpo.errors import StoppedError
 from jax_simpo.run import signals
 
 RUN = """
-import hashlib, sys, time
+import hashlib, signal, sys, time
 from jax_simpo.run import signals
 
+signal.alarm(120)  # no test that fails leaves it running
 with signals.handled(ends_process=True), signals.handled():  # as the command and the trainer
     print("starts", flush=True)
     if sys.argv[1] == "start":
@@ -37,10 +37,9 @@ with signals.handled(ends_process=True), signals.handled():  # as the command an
 """
 
 
-def start(kind: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", RUN, kind, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    run: subprocess.Popen[str] = subprocess.Popen(command, **{**pipes, **options})
+def start(kind: str, *arguments: str, under: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    command = [*under, sys.executable, "-c", RUN, kind, *arguments]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdout is not None and run.stdout.readline() == "starts\n"
     if kind != "start":
         assert run.stdout.readline() == "steps\n"
@@ -83,7 +82,7 @@ def test_what_a_launcher_adds_to_ctrl_c_is_no_second_signal(second: signal.Signa
 
 @pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT])  # by `nohup`; by a shell in what it starts with `&`
 def test_a_signal_that_the_caller_ignores_stays_ignored(ignored: signal.Signals) -> None:
-    run = start("steps", preexec_fn=lambda: signal.signal(ignored, signal.SIG_IGN))
+    run = start("steps", under=("sh", "-c", f"trap '' {ignored.name.removeprefix('SIG')}; exec \"$@\"", "sh"))
     run.send_signal(ignored)
     time.sleep(0.3)
     assert run.poll() is None
@@ -124,13 +123,21 @@ def test_somebody_is_told_before_the_process_ends() -> None:
     assert run.communicate(timeout=10)[0] == "130\n" and run.returncode == 130
 
 
+FORK = """
+import os, signal
+from jax_simpo.run import signals
+
+with signals.handled():
+    child = os.fork()
+    if not child:
+        os._exit(0 if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert signal.getsignal(signal.SIGTERM) is signals._on_signal
+"""
+
+
 def test_a_forked_process_has_the_systems_answers() -> None:
-    with signals.handled():
-        child = os.fork()
-        if not child:
-            os._exit(0 if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert signal.getsignal(signal.SIGTERM) is signals._on_signal
+    subprocess.run([sys.executable, "-c", FORK], check=True)
 
 
 def test_in_a_program_that_goes_on_signals_are_exceptions_and_handlers_are_given_back() -> None:

@@ -120,7 +120,7 @@ def run_steps(
     with jax.set_mesh(mesh):
         functions = make_train_functions(Forward(model, attention, 64, logits_bytes), objective, optimizer, mesh)
         params = model.init(0, mesh) if params is None else jax.device_put(params, model.shardings(mesh))
-        state = functions.init_state(params)
+        state = functions.init_optimizer(params)
         for k in range(steps):
             params, state, metrics = run_step(functions, params, state, build_step(plan, pairs, k))
             records.append({name: float(value) for name, value in metrics.items()})

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jax_simpo.training.optim import decay_mask, make_optimizer, optimizer_state_shardings
+from jax_simpo.training.optim import decay_mask, make_optimizer, state_shardings
 
 MATRICES = {"q": (3, 6, 4), "down": (3, 8, 6)}  # matrices of three stacked layers
 
@@ -166,7 +166,7 @@ def test_moments_lie_where_their_parameters_do_and_all_else_on_every_device(kind
     params = stacked_params(np.random.default_rng(2))
     shardings = jax.tree.map(lambda p: f"as {p.shape}", params)
     optimizer = make_optimizer(lambda _: 1e-3, kind=kind, **settings())
-    placed = optimizer_state_shardings(optimizer, params, shardings, "everywhere")
+    placed = state_shardings(optimizer, params, shardings, "everywhere")
     state = jax.eval_shape(optimizer.init, params)
     assert jax.tree.structure(placed) == jax.tree.structure(state)
     moments = 0

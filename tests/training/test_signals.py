@@ -71,10 +71,13 @@ def test_a_signal_ends_the_run_after_its_step_and_nothing_is_lost(
     assert len({path.read_bytes() for path in weights}) == 1
 
 
-def test_a_signal_before_the_first_step_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_before_the_first_step_changes_nothing(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_of(tmp_path, **KEYS)
     with monkeypatch.context() as patch:
         signalled_in("_evaluate", signal.SIGINT, 1, patch)
         with pytest.raises(StoppedError, match="ended by SIGINT"):
             run(config)
-    assert not (tmp_path / "run" / "checkpoints").exists() or not any((tmp_path / "run" / "checkpoints").iterdir())
+    assert not list((tmp_path / "run").rglob("checkpoints/*")) and read_metrics(tmp_path / "run") == []
+    assert losses(run(config)) == [record["loss"] for record in read_metrics(unbroken) if "step" in record]
