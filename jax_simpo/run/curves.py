@@ -51,6 +51,7 @@ def draw_curves(
     *,
     eval_name: str = "evaluation",
     target_margin: float | None = None,
+    starts_as_reference: bool = False,
     theme: Theme = "light",
 ) -> bytes:
     """Draws a PNG with three panels: training as a line, evaluations as points with the value of the last.
@@ -60,6 +61,8 @@ def draw_curves(
         evals: evaluation records, with their `eval_` keys.
         eval_name: the label of the evaluations in the legend.
         target_margin: gamma, drawn as a dashed line into the panel of the margin; None draws no line.
+        starts_as_reference: leave out the accuracy before the first update. All rewards of a run that starts from its
+            reference are 0 there, so none of them is higher than another.
         theme: the theme of the page that shows the picture.
     """
     colors = _THEMES[theme]
@@ -74,7 +77,13 @@ def draw_curves(
         figure = Figure(figsize=(13.5, 4.1), dpi=150, facecolor=colors.paper, layout=layout)
         all_axes = figure.subplots(1, 3)
         for axes, panel in zip(all_axes, panels, strict=True):
-            _draw_panel(axes, panel, train, evals, colors, eval_name)
+            shown_train, shown_evals = train, evals
+            if starts_as_reference and panel.key == "rewards/accuracies":
+                shown_train = [record for record in train if record["step"] > 1]
+                shown_evals = [record for record in evals if record["eval_step"] > 0]
+            _draw_panel(axes, panel, shown_train, shown_evals, colors, eval_name)
+            last = max([train[-1]["step"], *(record["eval_step"] for record in evals)])
+            _style_axes(axes, panel, colors, first=0.0 if evals else train[0]["step"], last=last)
         picture = io.BytesIO()
         FigureCanvasAgg(figure).print_png(picture)
     return picture.getvalue()
@@ -137,9 +146,6 @@ def _draw_panel(
             fontweight="bold",
             annotation_clip=False,
         )
-    _style_axes(
-        axes, panel, colors, first=0.0 if evals else steps[0], last=max([*steps, *(r["eval_step"] for r in evals)])
-    )
 
 
 def _style_axes(axes: Axes, panel: _Panel, colors: _Colors, *, first: float, last: float) -> None:

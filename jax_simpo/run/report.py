@@ -32,6 +32,7 @@ from jax_simpo.run.objective_texts import ObjectiveText, texts_of
 from jax_simpo.run.samples import Sample, read_samples
 
 MEASURES = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
+NO_ACCURACY = "-"  # stands for an accuracy that says nothing yet
 _SHORT = 240  # characters of a text on the console
 _SUMMARY_SAMPLES = 2
 
@@ -93,6 +94,13 @@ class Run:
         named = objective_weights(objective) if isinstance(objective, str | dict) else {}
         return not self.config.get("ref_model_name_or_path") and not WITH_REFERENCE.keys().isdisjoint(named)
 
+    def accuracy(self, record: Mapping[str, Any]) -> str:
+        """Writes the accuracy of a record, or a dash where all rewards are 0 because nothing has been trained yet."""
+        if self.starts_as_reference and (record.get("eval_step") == 0 or record.get("step") == 1):
+            return NO_ACCURACY
+        prefix = "eval_" if "eval_step" in record else ""
+        return f"{record[f'{prefix}rewards/accuracies']:.1%}"
+
     @property
     def pairs_seen(self) -> int:
         """Pairs trained on."""
@@ -130,10 +138,11 @@ class Run:
     def _outcome(self) -> str:
         key = "rewards/accuracies"
         if not self.evals:
-            start, end = (f"{self.train[i][key]:.1%}" for i in (0, -1))
+            start, end = (self.accuracy(self.train[i]) for i in (0, -1))
+            at_first = "" if start == NO_ACCURACY else f"; in the first it was {start}"
             return (
-                f"In the last training step the model preferred the chosen answer in {end} of the pairs; in the first "
-                f"it was {start}. The run was not evaluated."
+                f"In the last training step the model preferred the chosen answer in {end} of the pairs{at_first}. The "
+                "run was not evaluated."
             )
         first, last = self.evals[0], self.exported_eval
         before, after = first[f"eval_{key}"], last[f"eval_{key}"]
@@ -176,7 +185,14 @@ class Run:
         """Draws the curves, as the bytes of a PNG."""
         beta, ratio = (self.config.get(key) for key in ("beta", "gamma_beta_ratio"))
         gamma = beta * ratio if isinstance(beta, int | float) and isinstance(ratio, int | float) else None
-        return draw_curves(self.train, self.evals, eval_name=self.eval_name, target_margin=gamma, theme=theme)
+        return draw_curves(
+            self.train,
+            self.evals,
+            eval_name=self.eval_name,
+            target_margin=gamma,
+            starts_as_reference=self.starts_as_reference,
+            theme=theme,
+        )
 
 
 def read_run(output: Path) -> Run:
@@ -252,8 +268,11 @@ def print_summary(console: Console, output: Path) -> None:
         table.add_column(Text(f"{name}\nstep {records[0][step]}"), justify="right")
         table.add_column(Text(f"\nstep {records[-1][step]}"), justify="right", style="bold")
     for key, label in MEASURES.items():
-        cells = [_value(key, records[i][prefix + key]) for _, records, prefix, _ in columns for i in (0, -1)]
-        table.add_row(label, *cells)
+        cells = [(records[i], prefix) for _, records, prefix, _ in columns for i in (0, -1)]
+        if key == "rewards/accuracies":
+            table.add_row(label, *(run.accuracy(record) for record, _ in cells))
+        else:
+            table.add_row(label, *(f"{record[prefix + key]:.4f}" for record, prefix in cells))
     parts: list[Any] = [Text(run.outcome(), style="bold"), table]
     if run.last_by_split:
         parts.append(_splits_on_console(run))

@@ -275,3 +275,22 @@ def test_before_training_the_rewards_of_a_run_that_starts_as_the_reference_mean_
     assert "because the model is the reference" in report.read_run(tmp_path).outcome()
     (tmp_path / "config.yaml").write_text(f"{CONFIG}objective: dpo\nref_model_name_or_path: other\n")
     assert "up from 0.0% before training" in report.read_run(tmp_path).outcome()
+
+
+def test_the_accuracy_of_a_run_that_starts_as_the_reference_is_left_out_before_its_first_update(tmp_path: Path) -> None:
+    records = [training_record(1), training_record(8), evaluation_record(0, 0.0), evaluation_record(8, 0.6)]
+    make_run(tmp_path, *records)
+    (tmp_path / "config.yaml").write_text(f"{CONFIG}objective: dpo\n")
+    run = report.read_run(tmp_path)
+    assert [run.accuracy(record) for record in run.evals] == ["-", "60.0%"]
+    assert run.accuracy(run.train[0]) == "-" != run.accuracy(run.train[1])
+    console = Console(record=True, width=100, file=io.StringIO())
+    report.print_summary(console, tmp_path)
+    report.write_report(tmp_path)
+    for shown in (console.export_text(), (tmp_path / "report.html").read_text(encoding="utf-8")):
+        assert "60.0%" in shown and " 0.0%" not in shown and ">0.0%" not in shown
+    # The picture is the same as that of a run whose start says something else.
+    (tmp_path / "other").mkdir()
+    other = make_run(tmp_path / "other", *records[:2], evaluation_record(0, 0.9), evaluation_record(8, 0.6))
+    (other / "config.yaml").write_text(f"{CONFIG}objective: dpo\n")
+    assert report.read_run(other).draw() == run.draw()
