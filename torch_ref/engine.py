@@ -40,7 +40,10 @@ class Engine(Protocol):
         """Returns the step's gradients by Hugging Face name. Call it between the last `backward` and `update`."""
 
     def update(self, learning_rate: float) -> float:
-        """Clips the gradients and makes one optimizer step; returns the gradients' norm before clipping."""
+        """Clips the gradients and makes one optimizer step; returns the gradients' norm before clipping.
+
+        If a gradient is not finite, no step is made, and neither is the norm that is returned.
+        """
 
     def weights(self, dtype: torch.dtype, *, trained_only: bool = False) -> dict[str, Tensor]:
         """Returns the weights by Hugging Face name, on the first rank's host; an empty dict on other ranks."""
@@ -122,6 +125,9 @@ class PlainEngine:
     def update(self, learning_rate: float) -> float:
         masters = list(self._masters.values())
         norm = total_norm([m.grad for m in masters if m.grad is not None])
+        if not torch.isfinite(norm):
+            self._optimizer.zero_grad()
+            return float(norm)
         if self._max_norm:
             nn.utils.clip_grads_with_norm_(masters, self._max_norm, norm)
         set_learning_rate(self._optimizer, learning_rate)

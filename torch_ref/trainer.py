@@ -18,14 +18,14 @@ from jax_simpo.config import TrainConfig, jax_only
 from jax_simpo.data.loader import Known
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.tokenize import GroupDataset
-from jax_simpo.errors import ConfigError, StoppedError
+from jax_simpo.errors import ConfigError, StoppedError, TrainingError
 from jax_simpo.run import files, signals
 from jax_simpo.run.best import BestRule
 from jax_simpo.run.cadence import count_steps, is_due
 from jax_simpo.run.facts import note_export
 from jax_simpo.run.lock import locked
 from jax_simpo.run.manifest import claim, write_file
-from jax_simpo.run.metrics import MetricsLog, check_finite, check_records, evaluation_line, read_metrics
+from jax_simpo.run.metrics import NOT_FINITE_ADVICE, MetricsLog, check_records, evaluation_line, read_metrics
 from jax_simpo.run.output import check_output, make_output, prepare_output
 from jax_simpo.run.resume import check_not_finished, check_same_run, run_identity
 from jax_simpo.run.sums import Sum
@@ -249,7 +249,7 @@ class Run:
         """
         ranks = self.setup.ranks
         self.clock = Clock()
-        done = first_step
+        self._last_saved = done = first_step
         with MetricsLog(self.output, before=self.records_before, write=ranks.is_first) as self.log:
             if first_step:
                 self.choice.resume(self.output, first_step, self.checkpoints.steps())
@@ -300,15 +300,16 @@ class Run:
             part = batch_part(self.engine, objective, batch.to(ranks.device), step)
             self.engine.backward(part.loss, last=number == len(step.micro_batches))
             sums += part.metrics.cpu().numpy()
-        norm = self.engine.update(self.schedule(step.step))
         tokens = [sum(b.input_tokens for b in step.micro_batches), sum(b.tokens.numel() for b in step.micro_batches)]
         *totals, used, computed = ranks.sum(np.array([*sums, *tokens])).tolist()
         metrics = dict(zip(objective.metrics, totals, strict=True))
+        # The gradient of a loss that is not finite may be.
+        norm = self.engine.update(self.schedule(step.step)) if math.isfinite(metrics["loss"]) else math.nan
         return {**metrics, "grad_norm": norm, "tokens": int(used), "packing_fill": used / computed}
 
     def _write(self, step: RankStep, metrics: dict[str, Any]) -> None:
         done = step.step + 1
-        check_finite(done, metrics["loss"], metrics["grad_norm"], self.checkpoints.steps)
+        self._check_finite(done, metrics)
         self.clock.add(metrics["tokens"], len(step.groups))
         if done % self.config.logging_steps and done != self.total_steps:
             return
@@ -330,6 +331,22 @@ class Run:
             f"{record['pairs_per_second']:.1f} pairs/s"
         )
 
+    def _check_finite(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Ends the run if a step is not finite. Its update was not applied, and the state before it is saved.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite.
+        """
+        loss, norm = metrics["loss"], metrics["grad_norm"]
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        if self._last_saved < done - 1:
+            self._save(done - 1)
+        raise TrainingError(
+            f"step {done}: the loss is {loss}, the gradient norm {norm}. Its update was not applied. The newest "
+            f"checkpoint is of step {done - 1}. {NOT_FINITE_ADVICE}"
+        )
+
     def _ending_signal(self) -> signal.Signals | None:
         """Returns the signal that ends the run after this step. All ranks return one after the same step."""
         asked = signals.asked()
@@ -349,8 +366,13 @@ class Run:
         wanted = best == done or (self.choice.ends and self.config.save_strategy != "no")
         stop = self._ending_signal()
         if stop is not None or wanted or self._is_due("save", done):
-            self.checkpoints.save(done, self.engine, self.identity, self.log.synced(), keep_step=best)
+            self._save(done)
         return stop
+
+    def _save(self, done: int) -> None:
+        records = self.log.synced()
+        self.checkpoints.save(done, self.engine, self.identity, records, keep_step=self.choice.best_step)
+        self._last_saved = done
 
     def _evaluate(self, step: int, epoch: float) -> None:
         assert self.evaluation is not None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -142,9 +143,19 @@ class Zero3Engine:
         return {name: safe_get_full_grad(parameter) for name, parameter in trained.items()}
 
     def update(self, learning_rate: float) -> float:
+        if not self._gradients_are_finite():  # DeepSpeed itself would apply them
+            return float("nan")
         set_learning_rate(self._optimizer, learning_rate)
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
+
+    def _gradients_are_finite(self) -> bool:
+        """Returns True on all ranks if every gradient of every rank is finite."""
+        from deepspeed.utils import safe_get_local_grad
+
+        parts = [safe_get_local_grad(p) for p in self.policy.parameters() if p.requires_grad]
+        here = all(torch.isfinite(part).all() for part in parts if part is not None)
+        return not self._ranks.sum(np.array([not here]))[0]
 
     def weights(self, dtype: torch.dtype, *, trained_only: bool = False) -> dict[str, Tensor]:
         """Collects the weights, one parameter at a time; trained ones from their float32 masters, rounded once."""

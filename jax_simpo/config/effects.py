@@ -16,6 +16,8 @@ def unused(config: TrainConfig) -> dict[str, str]:
     reasons = {key: f"with `optim: {config.optim}`" for key in _UNREAD.get(config.optim, ())}
     if not config.use_peft:
         reasons |= dict.fromkeys((k for k in TrainConfig.model_fields if k.startswith("lora_")), "without `use_peft`")
+    if config.on_bad_step == "error":
+        reasons["max_bad_steps"] = "without `on_bad_step: skip`"
     if config.early_stopping_patience is None:
         reasons["early_stopping_threshold"] = "without `early_stopping_patience`"
         if not config.load_best_model_at_end:
@@ -29,6 +31,8 @@ def unused(config: TrainConfig) -> dict[str, str]:
 _JAX_ONLY = {
     "optim": "it trains with AdamW only; remove the key",
     "adam_mu_dtype": "it keeps AdamW's moments in float32; remove the key",
+    "on_bad_step": "it ends at the first step that is not finite; remove the key",
+    "spike_sigma": "it looks for no spikes; remove the key",
 }
 
 

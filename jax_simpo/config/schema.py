@@ -423,6 +423,18 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         "steps", "When to write checkpoints during training. The last step is always exported."
     )
     save_steps: Whole = _key(500, "Steps between checkpoints, with `save_strategy: steps`.", ge=1)
+    on_bad_step: Literal["error", "skip"] = _key(
+        "error",
+        "What a step that must not be applied does: end the run, or be left out. Its loss or its gradient is not "
+        "finite, or it is a spike (`spike_sigma`).",
+    )
+    max_bad_steps: Whole = _key(10, "Steps that a run may leave out, with `on_bad_step: skip`.", ge=1)
+    spike_sigma: Number | None = _key(
+        None,
+        "Standard deviations above the mean of the last 128 steps from which on a loss or a gradient norm is a spike; "
+        "6 is usual. Default: no spikes are looked for.",
+        gt=0,
+    )
     save_total_limit: Whole | None = _key(
         None, "Checkpoints to keep, newest first; the best one is kept besides. Default: all.", ge=1
     )

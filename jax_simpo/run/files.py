@@ -9,6 +9,7 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 SAMPLES = "samples.jsonl"
+BAD_STEPS = "bad_steps.jsonl"  # what the steps would have trained on that were not applied
 FACTS = "run.json"
 CARD = "README.md"
 REPORT = "report.html"
@@ -17,6 +18,6 @@ SEAL = "seal.json"  # in a step folder: sizes and checksums of its files, writte
 STEP_RUN = "run.json"  # in a step folder of the PyTorch reference: the identity of the run and the engine
 
 # Everything but the manifest and the lock, in the order in which a run writes it.
-ALL = (CONFIG, METRICS, FACTS, SAMPLES, CHECKPOINTS, MODEL, REPORT, CURVES, CARD)
+ALL = (CONFIG, METRICS, FACTS, SAMPLES, BAD_STEPS, CHECKPOINTS, MODEL, REPORT, CURVES, CARD)
 # The PyTorch reference writes only these.
 OF_TORCH_REF = (CONFIG, METRICS, FACTS, CHECKPOINTS, MODEL)

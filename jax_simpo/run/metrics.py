@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from io import FileIO
 from pathlib import Path
@@ -154,25 +153,6 @@ def record_step(record: Mapping[str, Any]) -> int:
 
 
 NOT_FINITE_ADVICE = "Lower `learning_rate`, raise `warmup_ratio`, or try `dtype: float32`"
-
-
-def check_finite(step: int, loss: float, gradient_norm: float, saved_steps: Callable[[], Sequence[int]]) -> None:
-    """Stops a run whose loss or gradient is no longer finite.
-
-    Args:
-        step: optimizer steps done.
-        loss: the loss of the last step.
-        gradient_norm: the norm of its gradient.
-        saved_steps: lists the steps that have a checkpoint; called only for the error text.
-
-    Raises:
-        TrainingError: one of the two is infinite or no number.
-    """
-    if not math.isfinite(loss) or not math.isfinite(gradient_norm):
-        raise TrainingError(
-            f"step {step}: the loss is {loss}, the gradient norm {gradient_norm}. The newest checkpoint is of step "
-            f"{max(saved_steps(), default=0)}. {NOT_FINITE_ADVICE}"
-        )
 
 
 # --- the keys of an evaluation

@@ -24,6 +24,7 @@ from jax_simpo.config import objective_weights, yaml_files
 from jax_simpo.config.objectives import WITH_REFERENCE
 from jax_simpo.errors import CheckpointError
 from jax_simpo.run import files
+from jax_simpo.run.bad_steps import read_bad_steps
 from jax_simpo.run.curves import Theme, draw_curves
 from jax_simpo.run.facts import read_facts
 from jax_simpo.run.manifest import check_unchanged, write_file
@@ -42,7 +43,7 @@ _SUMMARY_SAMPLES = 2
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of an output directory."""
+    """The contents of an output directory; `left_out` counts the steps whose update was not applied."""
 
     output: Path
     config: Mapping[str, Any]
@@ -51,6 +52,7 @@ class Run:
     evals: Sequence[Mapping[str, Any]]
     samples: Sequence[Sample]
     facts: Mapping[str, Any]
+    left_out: int
 
     @property
     def name(self) -> str:
@@ -167,6 +169,7 @@ class Run:
         figures = [
             ("pairs trained on", f"{self.pairs_seen:,}", f"{of_pairs}{last['epoch']:.3g} epochs"),
             ("steps", f"{last['step']:,}", of_steps),
+            *([("steps left out", f"{self.left_out:,}", f"see {files.BAD_STEPS}")] if self.left_out else []),
             ("tokens computed", _large(self.tokens_computed), "padding not counted"),
         ]
         if facts.get("tokens_saved"):
@@ -217,6 +220,7 @@ def read_run(output: Path) -> Run:
         evals=[record for record in records if "eval_step" in record],
         samples=read_samples(output),
         facts=read_facts(output),
+        left_out=sum(record["left_out"] for record in read_bad_steps(output)),
     )
 
 

@@ -20,7 +20,9 @@ from jax_simpo.run.facts import read_facts
 
 Trainer = Literal["jax-simpo train", "python -m torch_ref train"]
 
-ENGINE = "engine"  # key under which the PyTorch reference saves which engine wrote a step; no part of the identity
+# Keys beside the identity of the run that saved a step.
+ENGINE = "engine"  # the engine of the PyTorch reference that wrote it
+GUARD = "guard"  # the state of the guard that looks at steps
 
 
 def run_identity(config: TrainConfig, global_batch_size: int, pairs: GroupDataset) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], output:
     Raises:
         CheckpointError: names every key that differs, with both values, and what to do.
     """
-    keys = [key for key in {**saved, **current} if key != ENGINE and saved.get(key) != current.get(key)]
+    keys = [key for key in {**saved, **current} if key not in (ENGINE, GUARD) and saved.get(key) != current.get(key)]
     if keys:
         differences = "\n".join(f"  {key}: was {saved.get(key)!r}, is {current.get(key)!r}" for key in keys)
         raise CheckpointError(

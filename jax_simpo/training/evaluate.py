@@ -114,8 +114,30 @@ def score_groups(
     for step, scored in zip(steps, score_steps(score, params, plan, source, mesh, steps), strict=True):
         groups = plan.groups(step)
         sums[lengths.responses_of(groups)], prompt_sums[groups] = scored
-    prompt_lengths = (lengths.best_targets(prompt=True) - lengths.best_targets()) * plan.prompt_targets
-    return GroupScores(lengths, sums, prompt_sums, prompt_lengths, known or Known())
+    return GroupScores(lengths, sums, prompt_sums, _prompt_lengths(plan, lengths), known or Known())
+
+
+def score_step(
+    score: ScoreFunction,
+    params: Params,
+    plan: StepPlan,
+    source: GroupSource,
+    mesh: Mesh,
+    step: int,
+    known: Known | None = None,
+) -> GroupScores:
+    """Computes the log-probs of every response of one step of the plan. The arguments are those of `score_groups`."""
+    groups = plan.groups(step)
+    lengths = plan.lengths.of_groups(groups)
+    ((sums, prompt_sums),) = score_steps(score, params, plan, source, mesh, range(step, step + 1))
+    known = (known or Known()).of(groups, plan.lengths.responses_of(groups))
+    return GroupScores(lengths, sums, prompt_sums, _prompt_lengths(plan, lengths), known)
+
+
+def _prompt_lengths(plan: StepPlan, lengths: GroupLengths) -> Int[np.ndarray, " G"]:
+    """Counts the scored tokens in the prompts of groups of the plan."""
+    counts: np.ndarray = (lengths.best_targets(prompt=True) - lengths.best_targets()) * plan.prompt_targets
+    return counts
 
 
 def score_steps(

@@ -16,22 +16,27 @@ import optax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 from rich.console import Console
 
-from jax_simpo.data.loader import GroupSource, Known, StepBatch, step_batches
+from jax_simpo.data.loader import Known, StepBatch, step_batches
 from jax_simpo.data.packing import StepPlan
+from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.errors import CheckpointError, StoppedError, TrainingError
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
-from jax_simpo.run import signals
+from jax_simpo.run import files, signals
+from jax_simpo.run.bad_steps import drop_later, write_bad_step
 from jax_simpo.run.best import BestRule, evaluations
 from jax_simpo.run.cadence import is_due
 from jax_simpo.run.checkpoint import Checkpoints
 from jax_simpo.run.metrics import NOT_FINITE_ADVICE, MetricsLog, evaluation_line, read_metrics
+from jax_simpo.run.resume import GUARD
 from jax_simpo.run.sums import Sum
 from jax_simpo.sharding import local_rows
-from jax_simpo.training.evaluate import Evaluation
+from jax_simpo.training.bad_steps import describe
+from jax_simpo.training.evaluate import Evaluation, score_step
+from jax_simpo.training.guard import StepGuard
 from jax_simpo.training.progress import TrainingProgress
 from jax_simpo.training.setup import Setup
-from jax_simpo.training.step import TrainFunctions, is_finite, run_step
+from jax_simpo.training.step import TrainFunctions, make_score_function, run_step
 
 
 @dataclass
@@ -44,7 +49,8 @@ class TrainingLoop:
         pairs: the training pairs.
         known: what is known of them besides their tokens: sums under the reference, scores, weights.
         functions: the compiled functions.
-        schedule: gives the learning rate of a step.
+        schedule: gives the learning rate of an update.
+        guard: decides which steps are applied.
         evaluation: evaluates the evaluation pairs; None where the run has none.
         best_rule: chooses among the evaluations; None where the config asks for no choice.
         checkpoints: the checkpoints of the output directory.
@@ -59,10 +65,11 @@ class TrainingLoop:
 
     setup: Setup
     plan: StepPlan
-    pairs: GroupSource
+    pairs: GroupDataset
     known: Known
     functions: TrainFunctions
     schedule: optax.Schedule
+    guard: StepGuard
     evaluation: Evaluation | None
     best_rule: BestRule | None
     checkpoints: Checkpoints
@@ -79,12 +86,13 @@ class TrainingLoop:
         Afterwards `ended_early` says whether early stopping has ended the run.
 
         Raises:
-            TrainingError: a loss, a gradient or a weight is not finite.
+            TrainingError: a weight is not finite, or a step is bad and none more may be left out.
             StoppedError: a process was told to end; the last step is saved.
             CheckpointError: the best step of a resumed run has no checkpoint.
         """
         self._last_saved = done = first_step
         self._stop_asked = self._passed_on = False
+        distributed.on_first("bad steps", lambda: drop_later(self.output, first_step))
         rows = local_rows(self.setup.mesh, self.plan.rows_per_micro_batch)
         with (
             MetricsLog(self.output, before=self.records_before, write=distributed.is_first()) as self._log,
@@ -99,7 +107,7 @@ class TrainingLoop:
             batches = step_batches(self.plan, self.pairs, steps, rows=rows.tolist(), known=self.known)
             with closing(batches), signals.noted():
                 for batch in self._clock.waiting(batches):
-                    params, state, metrics = run_step(self.functions, params, state, batch)
+                    params, state, metrics = run_step(self.functions, params, state, batch, accepts=self.guard.accepts)
                     self._clock.count(len(batch.groups), batch.input_tokens)
                     self._after(batch, params, state, metrics)
                     done = batch.step + 1
@@ -123,14 +131,17 @@ class TrainingLoop:
     def _after(self, batch: StepBatch, params: Params, state: Any, metrics: Mapping[str, Any]) -> None:
         """Logs, evaluates and saves where it is due."""
         done = batch.step + 1
-        self._check_step(done, params, state, metrics)
+        if self.guard.fault:
+            with self._clock.paused():
+                self._leave_out(batch, params, state, metrics)
+        self.guard.count()
         log = done % self.setup.config.logging_steps == 0 or done == self.total_steps
         evaluate, save = self.evaluation is not None and self._is_due("eval", done), self._is_due("save", done)
         stop = self._ending_signal(done)
         if not (log or evaluate or save or stop or self._stop_asked):
             self._progress.advance(done)
             return
-        if log:
+        if log and not self.guard.fault:
             self._write(batch, {name: float(value) for name, value in jax.device_get(dict(metrics)).items()})
         with self._clock.paused():
             if evaluate:
@@ -181,20 +192,43 @@ class TrainingLoop:
             steps_per_epoch=self.plan.steps_per_epoch,
         )
 
-    def _check_step(self, done: int, params: Params, state: Any, metrics: Mapping[str, Any]) -> None:
-        """Ends the run if the step is not finite. It was not applied then, and the state before it is saved.
+    def _leave_out(self, batch: StepBatch, params: Params, state: Any, metrics: Mapping[str, Any]) -> None:
+        """Writes down what a bad step would have trained on. Ends the run, saved, unless the step may be left out.
 
         Raises:
-            TrainingError: the loss or the gradient is not finite.
+            TrainingError: `on_bad_step` is `error`, or too many steps have been left out.
         """
-        if is_finite(metrics):
-            return
-        if done - 1 > self._last_saved:
+        config, done = self.setup.config, batch.step + 1
+        left_out, most = self.guard.left_out, config.max_bad_steps
+        goes_on = config.on_bad_step == "skip" and left_out < most
+        if not goes_on and done - 1 > self._last_saved:
             self._save(done - 1, params, state)
+        self._write_down(batch, params, metrics, left_out=goes_on)
+        text = f"step {done}: {self.guard.fault}. Its update was not applied"
+        file = self.output / files.BAD_STEPS
+        if goes_on:
+            count = f"{left_out + 1} of at most {most} such steps"
+            self.console.print(f"warning: {text} ({count}). What it would have trained on is in {file}", style="yellow")
+            return
+        if config.on_bad_step == "skip":
+            advice = f"`max_bad_steps: {most}` allows to leave out no more"
+        else:
+            advice = "Set `on_bad_step: skip` to go on without such steps"
         raise TrainingError(
-            f"step {done}: the loss is {float(metrics['loss'])}, the gradient norm {float(metrics['grad_norm'])}. Its "
-            f"update was not applied. The newest checkpoint is of step {done - 1}. {NOT_FINITE_ADVICE}"
+            f"{text}. What it would have trained on is in {file}. The newest checkpoint is of step {done - 1}. "
+            f"{NOT_FINITE_ADVICE}. {advice}"
         )
+
+    def _write_down(self, batch: StepBatch, params: Params, metrics: Mapping[str, Any], *, left_out: bool) -> None:
+        """Writes a bad step and its groups to `bad_steps.jsonl`."""
+        if self.evaluation is not None:
+            score = self.evaluation.score
+        else:
+            score = make_score_function(self.setup.forward, self.setup.mesh, prompts=self.setup.objective.reads_prompts)
+        scores = score_step(score, params, self.plan, self.pairs, self.setup.mesh, batch.step, self.known)
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        record = describe(batch, self.guard.fault, values, scores, self.pairs, self.setup.objective)
+        distributed.on_first("bad step", lambda: write_bad_step(self.output, {**record, "left_out": left_out}))
 
     def _check_weights(self, done: int, params: Params) -> None:
         """Makes sure that an update has not made weights that are not finite, before they are saved or exported.
@@ -212,7 +246,8 @@ class TrainingLoop:
         self._check_weights(done, params)
         trained, _ = self.setup.model.split(params)
         records = self._log.synced()
-        self.checkpoints.save(done, trained, state, self.identity, records, keep_step=self.best_step)
+        run = {**self.identity, GUARD: self.guard.state}
+        self.checkpoints.save(done, trained, state, run, records, keep_step=self.best_step)
         self._last_saved = done
 
     def _write(self, batch: StepBatch, values: Mapping[str, float]) -> None:
@@ -220,7 +255,7 @@ class TrainingLoop:
         record = {
             "step": batch.step + 1,
             **values,
-            "learning_rate": float(self.schedule(batch.step)),
+            "learning_rate": float(self.schedule(batch.step - self.guard.left_out)),
             "epoch": batch.epoch,
             "pairs": len(batch.groups),
             "tokens": batch.input_tokens,

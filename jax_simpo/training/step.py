@@ -271,6 +271,7 @@ def run_step(
     state: Any,
     step: StepBatch,
     split: Split = split_step,
+    accepts: Callable[[Mapping[str, Array]], bool] | None = None,
 ) -> tuple[Params, Any, dict[str, Array]]:
     """Makes an optimizer step, unless its loss or its gradient is not finite. Called under `jax.set_mesh`.
 
@@ -284,15 +285,16 @@ def run_step(
         state: the optimizer state. Its memory is reused too.
         step: the rows of the step; at least one micro-batch.
         split: as for `accumulate_step`.
+        accepts: is given the metrics before the update; False leaves the update out. None stands for `is_finite`.
 
     Returns:
-        The new parameters and the new optimizer state, or those that were given if the step is not finite; and the
+        The new parameters and the new optimizer state, or those that were given if the step is left out; and the
         step's metrics as float32 scalars on the devices: those of the objective, and `grad_norm`, the norm of the
         gradients before clipping.
     """
     accumulated = accumulate_step(functions, params, step, split)
     metrics = {**accumulated.metrics, "grad_norm": functions.norm(accumulated.gradients)}
-    if is_finite(metrics):
+    if (accepts or is_finite)(metrics):
         params, state = functions.update(params, state, accumulated.gradients)
     return params, state, metrics
 

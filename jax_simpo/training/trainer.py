@@ -28,12 +28,13 @@ from jax_simpo.run.lock import locked
 from jax_simpo.run.manifest import claim, write_file
 from jax_simpo.run.metrics import check_records, read_metrics
 from jax_simpo.run.output import check_output, make_output, prepare_output
-from jax_simpo.run.resume import check_not_finished, check_same_run, run_identity
+from jax_simpo.run.resume import GUARD, check_not_finished, check_same_run, run_identity
 from jax_simpo.run.samples import read_answers, read_samples, sample_prompts, with_answers, write_samples
 from jax_simpo.sharding import hosts_share_tensor
 from jax_simpo.training.compilation import keep_compiled_programs
 from jax_simpo.training.evaluate import GROUPS_PER_PLAN, Evaluation
 from jax_simpo.training.groups import idle_warning, notes_on, packing_line
+from jax_simpo.training.guard import StepGuard
 from jax_simpo.training.loop import TrainingLoop
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.reference import Reference
@@ -199,6 +200,7 @@ def _train(
             known=setup.known(training, sums, training=True),
             functions=functions,
             schedule=schedule,
+            guard=StepGuard(config.spike_sigma, saved.get(GUARD)),
             evaluation=evaluation,
             best_rule=best_rule,
             checkpoints=checkpoints,

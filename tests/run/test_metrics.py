@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from jax_simpo.errors import CheckpointError, ConfigError, TrainingError
 from jax_simpo.run.metrics import (
     MetricsLog,
-    check_finite,
     check_records,
     check_split_names,
     evaluation_figures,
@@ -161,13 +160,6 @@ def test_the_line_of_an_evaluation_names_several_splits() -> None:
     assert line == "evaluation at step 8: loss 0.5000, accuracy 0.750, margin 1.000"
     figures |= {"eval_a_rewards/accuracies": 0.5, "eval_b_rewards/accuracies": 1.0}
     assert evaluation_line(8, figures, ["a", "b"]) == f"{line} (accuracy by split: a 0.500, b 1.000)"
-
-
-def test_a_loss_or_gradient_that_is_not_finite_stops_the_run() -> None:
-    check_finite(3, 0.5, 1.0, lambda: pytest.fail("the checkpoints are listed for an error only"))
-    for loss, norm in ((float("nan"), 1.0), (0.5, float("inf"))):
-        with pytest.raises(TrainingError, match=r"step 3: .* The newest checkpoint is of step 2\. Lower"):
-            check_finite(3, loss, norm, lambda: [1, 2])
 
 
 def test_the_records_are_json_lines(tmp_path: Path) -> None:

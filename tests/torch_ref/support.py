@@ -20,7 +20,7 @@ from tests.objectives.oracles import Numbers
 from tests.pairs import random_pairs
 from torch_ref.attention_choice import choose_attention
 from torch_ref.batches import Batch, RankStep, build_rank_step
-from torch_ref.losses import response_sums
+from torch_ref.losses import StepPart, response_sums
 from torch_ref.model import Policy, load_model_config, load_policy
 from torch_ref.objectives import Objective, Responses, Settings
 from torch_ref.setup import Setup
@@ -254,3 +254,13 @@ def record_memory(loads: list[int]) -> Callable[..., Policy]:
         return load(*arguments, **keys)
 
     return recorded
+
+
+def poisoned(at: int) -> Callable[..., StepPart]:
+    """`batch_part` with gradients of NaN in step `at`. Its metrics are as they should be."""
+
+    def part(engine: Any, objective: Objective, batch: Batch, step: RankStep) -> StepPart:
+        good = batch_part(engine, objective, batch, step)
+        return replace(good, loss=good.loss * float("nan")) if step.step + 1 == at else good
+
+    return part

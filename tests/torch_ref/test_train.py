@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from jax_simpo.errors import CheckpointError, ConfigError, ModelError, UserError
+from jax_simpo.errors import CheckpointError, ConfigError, ModelError, TrainingError, UserError
 from jax_simpo.run.metrics import read_metrics
 from tests.torch_ref.start import TEST_PAIRS, config_file, make_start
+from tests.torch_ref.support import poisoned
+from torch_ref import trainer
 from torch_ref.__main__ import app
 from torch_ref.attention_choice import choose_attention
 from torch_ref.distributed import Ranks
@@ -80,6 +82,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(dtype: str, start: Path, tmp_pat
     assert timeless[:STEPS] == timeless[STEPS:]
     for name, weight in load_weights(tmp_path / "run/model").items():
         assert torch.equal(weight, weights[name]), name
+
+
+def test_a_step_that_is_not_finite_is_not_applied_and_the_state_before_it_is_kept(
+    start: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "batch_part", poisoned(3))
+        message = refused(start, tmp_path, "--save_steps=100", kind=TrainingError)
+    assert "step 3: the loss is " in message and "the gradient norm nan. Its update was not applied" in message
+    run(start, tmp_path, "--save_steps=100")
+    ours, oracle = (load_weights(folder / "run/model") for folder in (tmp_path, finished))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in oracle.items())
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -92,6 +92,12 @@ def test_dpo_starts_at_log_2_and_has_the_curve_of_a_single_process(folder: Path)
     assert read_metrics(folder / "dpo/run")[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_a_gradient_that_is_not_finite_on_one_rank_is_applied_on_none(found: dict[str, Any]) -> None:
+    """`test_a_resumed_run_is_the_uninterrupted_one` compares the run that goes on from there."""
+    assert "step 5: the loss is " in found["bad step"] and "Its update was not applied" in found["bad step"]
+    assert found["saved"] == [3, 4]
+
+
 def test_nothing_of_the_reference_is_left_when_the_policy_is_made(found: dict[str, Any]) -> None:
     before_reference, before_policy = found["memory"]
     assert before_policy - before_reference < 1000 < found["rows"]["held"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
@@ -22,8 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jax_simpo.config import TrainConfig, load_config
 from jax_simpo.errors import UserError
 from tests.torch_ref.start import BEST, DPO, config_file
-from tests.torch_ref.support import record_memory
+from tests.torch_ref.support import poisoned, record_memory
+from torch_ref import trainer
 from torch_ref.batches import build_rank_step
+from torch_ref.checkpoint import Checkpoints
 from torch_ref.distributed import Ranks, open_ranks
 from torch_ref.evaluate import group_records, open_model, score_groups
 from torch_ref.setup import Setup
@@ -110,12 +113,17 @@ def cells(folder: Path, ranks: Ranks) -> dict[str, Any]:
         gc.collect()
         train(settings(folder, layout, *overrides), quiet, ranks, deepspeed)
         gc.collect()
-    # The run with rows once more from step 3, in a folder of its own; and one evaluated, with an adapter.
+    # The run with rows once more from step 3, in a folder of its own. Its last step is bad on one rank at first.
     if ranks.is_first:
         config = folder / "resumed"
         config.mkdir()
         os.system(f"cp -r {folder}/rows/run {config}/run && rm -r {config}/run/checkpoints/5 {config}/run/model")
     ranks.wait()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "batch_part", poisoned(5 if ranks.is_first else 0))
+        found["bad step"] = refused(lambda: train(settings(folder, "resumed"), quiet, ranks, deepspeed))
+    found["saved"] = Checkpoints(folder / "resumed/run", ranks).steps()
+    gc.collect()
     train(settings(folder, "resumed"), quiet, ranks, deepspeed)
     gc.collect()
     train(settings(folder, "adapter", "--use_peft=true", "--do_eval=true"), quiet, ranks, deepspeed)

@@ -5,21 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jax_simpo.config import TrainConfig
-from jax_simpo.data.loader import StepBatch
-from jax_simpo.errors import CheckpointError, TrainingError
-from jax_simpo.objectives import Objective
+from jax_simpo.errors import CheckpointError
 from jax_simpo.run.checkpoint import Checkpoints, starting_point
-from jax_simpo.training import loop, step
 from tests.training.runs import Records, config_of, losses, run, run_printing
 
 
@@ -139,46 +131,3 @@ def test_a_disk_without_room_is_an_error_and_the_former_steps_stay(
             run(config)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
     assert losses(run(config)) == losses(finished[1])
-
-
-def poisoned(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the loss of a step NaN."""
-    split = step.split_step
-
-    def with_nan(batch: StepBatch, objective: Objective) -> list[step.MicroBatch]:
-        micro_batches = split(batch, objective)
-        if batch.step + 1 != at:
-            return micro_batches
-        return [m._replace(denominators=m.denominators._replace(groups=np.float32(np.nan))) for m in micro_batches]
-
-    monkeypatch.setattr(loop, "run_step", partial(step.run_step, split=with_nan))
-
-
-def test_a_step_that_is_not_finite_is_not_applied_and_the_state_before_it_is_kept(
-    finished: tuple[TrainConfig, Records], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = config_of(tmp_path, max_steps=3, save_steps=100, logging_steps=100)
-    with monkeypatch.context() as patch:
-        poisoned(2, patch)
-        with pytest.raises(TrainingError, match=r"step 2: the loss is nan, the gradient norm nan\. Its update was"):
-            run(config)
-    kept = Checkpoints(tmp_path / "run" / "checkpoints")
-    assert kept.steps() == [1]
-    assert [r["step"] for r in run(config)] == [3]
-    weights = [Path(output) / "model" / "model.safetensors" for output in (config.output_dir, finished[0].output_dir)]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-
-
-@pytest.mark.parametrize("save_strategy", ["steps", "no"])
-def test_weights_that_are_not_finite_are_neither_saved_nor_exported(
-    save_strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def infinite(*args: Any) -> Any:
-        params, state, metrics = step.run_step(*args)
-        return jax.tree.map(lambda x: x.at[..., -1].set(jnp.inf), params), state, metrics
-
-    monkeypatch.setattr(loop, "run_step", infinite)
-    with pytest.raises(TrainingError, match=r"step 1: the weights are no longer finite\. The newest checkpoint is of"):
-        run(config_of(tmp_path, max_steps=1, save_steps=1, save_strategy=save_strategy))
-    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == []
-    assert not (tmp_path / "run" / "model").exists()
