@@ -34,7 +34,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "ones where SIMPO_SHARED names a folder of them); `curves` draws the picture of two runs",
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/parity"), help="folder to write to (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="float32 only, and one of the tiny Llamas on one mesh")
+    parser.add_argument("--quick", action="store_true", help="float32, short rows, fewer models on fewer meshes")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="how many of CONFIG's pairs to use (%(default)s)")
     parser.add_argument("--inject", choices=list(VARIANTS), help="put a mistake into JAX, to see the check fail")
     parser.add_argument("--report-only", action="store_true", help="compare again what an earlier call has computed")

@@ -74,6 +74,7 @@ ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3 + LoRA": ("qwen3", {"use_peft": True, "lora_r": 2, "lora_alpha": 4}),
 }
+QUICK_ADAPTED = ("llama3 + LoRA", "gemma2 + LoRA")  # the adapters of the quick matrix, on all and on some layers
 # Objectives other than SimPO: name -> the family whose start model is trained, the family whose start model is the
 # reference (None: its own), and the keys that its config adds. One of them also gives the pairs weights.
 OBJECTIVES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
@@ -193,6 +194,8 @@ class Cell:
     @property
     def is_quick(self) -> bool:
         """True if the cell is part of the quick matrix, provided that it exists."""
+        if self.family in ADAPTED and self.family not in QUICK_ADAPTED:
+            return False
         small_llama = self.family in FULL_FAMILIES and self.family != QUICK_FAMILY
         return self.dtype == "float32" and (not small_llama or self._in_every_family or self.backend in GPU_BACKENDS)
 

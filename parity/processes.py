@@ -41,12 +41,12 @@ from parity.cases import (
 
 ROOT = Path(__file__).parents[1]
 ROW_TOKENS = 256  # the longest row of the tiny models
+QUICK_ROW_TOKENS = 128  # the same in the quick matrix, whose steps take half the time for it
 CPU_DEVICES = 8  # JAX splits the CPU into as many devices
 # With 13 pairs a step, packed rows cannot all hold the same number of pairs, and the last step of an epoch has only 4.
 PAIRS, BATCH, STEPS = 30, 13, 20
 # These settings switch on everything that a side could divide or scale wrongly.
 SETTINGS: dict[str, Any] = {
-    "max_length": ROW_TOKENS,
     "beta": 2.5,
     "gamma_beta_ratio": 0.55,
     "sft_weight": 0.1,
@@ -70,7 +70,8 @@ def built_in_job(work: Path, variants: Sequence[str], inject: str | None = None,
     tokenizer = f"{shared}/tokenizers/bpe4k" if shared else "builtin:cafe"
     data = work / "pairs.jsonl"
     data.parent.mkdir(parents=True, exist_ok=True)
-    rows = _short_pairs(shared, tokenizer)
+    row_tokens = QUICK_ROW_TOKENS if quick else ROW_TOKENS
+    rows = _short_pairs(shared, tokenizer, row_tokens)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     groups = data.with_name("groups.jsonl")
     groups.write_text("".join(json.dumps(row) + "\n" for row in _short_groups(rows)), encoding="utf-8")
@@ -88,6 +89,7 @@ def built_in_job(work: Path, variants: Sequence[str], inject: str | None = None,
             "tokenizer_name_or_path": tokenizer,
             "dataset_mixer": {str(data): 1.0},
             "data_cache_dir": str(work / "cache"),
+            "max_length": row_tokens,
             **SETTINGS,
             **extra_keys,
         }
@@ -173,7 +175,7 @@ def count_gpus() -> int:
     return len(listing.stdout.splitlines()) if listing.returncode == 0 else 0
 
 
-def _short_pairs(shared: str | None, tokenizer_name: str) -> list[dict[str, Any]]:
+def _short_pairs(shared: str | None, tokenizer_name: str, row_tokens: int) -> list[dict[str, Any]]:
     """Returns the first pairs that fit a row even when nothing is shared, with a weight each."""
     tokenizer = chat.load_tokenizer(tokenizer_name)
     if shared:
@@ -181,7 +183,7 @@ def _short_pairs(shared: str | None, tokenizer_name: str) -> list[dict[str, Any]
             rows = [json.loads(line) for line in islice(file, 400)]
     else:
         rows = synthetic.make_rows("cafe", "train")
-    short = (row for row in rows if _row_tokens(row, tokenizer) <= ROW_TOKENS)
+    short = (row for row in rows if _row_tokens(row, tokenizer) <= row_tokens)
     # Weights are read only where a config names their column. Some are 0, and they are not 1 on average.
     return [{**row, "weight": number % 4 * 0.7} for number, row in enumerate(islice(short, PAIRS))]
 
@@ -218,7 +220,7 @@ def _row_tokens(row: dict[str, Any], tokenizer: Any) -> int:
         text = chat.render_group(read_conversation(row), tokenizer, False)
         pair = tokenize_group(text, tokenizer, max_length=2048, max_prompt_length=1800, truncation_mode="keep_end")
     except BadRow:
-        return ROW_TOKENS + 1
+        return 2 * ROW_TOKENS
     # Two tokens more, because the wrong variant with two BOS has to fit too.
     return int(GroupLengths.of([pair]).row_tokens(False)[0]) + 2
 

@@ -18,6 +18,9 @@ import jax_simpo as js
 from jax_simpo.cli import app
 from jax_simpo.errors import ConfigError, DataError, ModelError
 from tests.training.runs import MODEL
+from tests.whole_runs import quick_runs
+
+__all__ = ["quick_runs"]
 
 ROOT = Path(__file__).parents[1]
 PAIRS = [

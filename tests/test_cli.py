@@ -14,6 +14,9 @@ import yaml
 from jax_simpo import cli
 from jax_simpo.data.synthetic import make_rows
 from tests.training.runs import MODEL
+from tests.whole_runs import quick_runs
+
+__all__ = ["quick_runs"]
 
 PAIRS = make_rows("cafe", "train")[:40]
 BASE = {

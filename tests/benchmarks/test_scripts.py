@@ -37,6 +37,7 @@ PAGES = {
     "trees": Page("trees", "measured"),
     "host": Page("host", "host"),
     "streaming": Page("streaming", "equal"),
+    "saving": Page("saving", "measured"),
 }
 QUICK = ("streaming",)
 

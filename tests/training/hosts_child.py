@@ -16,6 +16,7 @@ from jax_simpo import cli
 from jax_simpo.errors import StoppedError
 from jax_simpo.processes import launch
 from jax_simpo.run import signals
+from tests.whole_runs import made_quick
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     try:
         if "fails_at" in job and os.environ["JAX_PROCESS_ID"] == "1":
             _fail_at(job["fails_at"])
-        with signals.handled(ends_process=True, before_end=launch.fail):
+        with made_quick(), signals.handled(ends_process=True, before_end=launch.fail):
             for command in job["commands"]:
                 cli.app(command, standalone_mode=False)
     except StoppedError as error:

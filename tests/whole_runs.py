@@ -1,0 +1,50 @@
+"""Makes whole runs quick in tests: runs of the same settings share their traced programs, and no pictures are drawn.
+
+Import the fixture `quick_runs` into a test module (or a `conftest.py`), and all runs of its process are quick. The
+pictures have tests of their own, and so has a run as a user starts it, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import pytest
+
+from jax_simpo.config import TrainConfig, identity_of
+from jax_simpo.run import report
+from jax_simpo.training import optim, reference, step, trainer
+
+_PICTURE = b"\x89PNG\r\n\x1a\n"  # the first bytes of a PNG
+_optimizers: dict[tuple[str, int], Any] = {}
+
+
+def _run_optimizer(config: TrainConfig, total_steps: int) -> Any:
+    """Returns the same optimizer for the same settings, so that the functions made with it are found again."""
+    key = json.dumps(identity_of(config), default=str), total_steps
+    return _optimizers.setdefault(key, optim.run_optimizer(config, total_steps))
+
+
+_make_train_functions = lru_cache(maxsize=8)(step.make_train_functions)
+_make_score_function = lru_cache(maxsize=8)(step.make_score_function)
+
+
+@contextmanager
+def made_quick() -> Iterator[None]:
+    """Makes the runs of this process quick inside the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "run_optimizer", _run_optimizer)
+        patch.setattr(trainer, "make_train_functions", _make_train_functions)
+        for module in (trainer, reference):
+            patch.setattr(module, "make_score_function", _make_score_function)
+        patch.setattr(report, "draw_curves", lambda *_, **__: _PICTURE)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_runs() -> Iterator[None]:
+    with made_quick():
+        yield
