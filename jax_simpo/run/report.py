@@ -189,7 +189,7 @@ class Run:
         return draw_curves(
             self.train,
             self.evals,
-            eval_name=self.eval_name,
+            eval_name=visible(self.eval_name),
             target_margin=gamma,
             starts_as_reference=self.starts_as_reference,
             theme=theme,
@@ -236,6 +236,7 @@ def write_report(output: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jax_simpo.run", "templates"),
         autoescape=True,  # prompts and answers may hold markup
+        finalize=lambda value: visible(value) if isinstance(value, str) else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
