@@ -24,6 +24,7 @@ from jax_simpo.errors import ConfigError
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import launch
 from jax_simpo.run import files
+from jax_simpo.terminal import open_console
 from jax_simpo.training import evaluate as evaluation
 from jax_simpo.training import trainer
 from jax_simpo.training.compilation import keep_compiled_programs
@@ -69,7 +70,7 @@ def train(
     Raises:
         UserError: a mistake that you can mend; its text says where it is and what to do.
     """
-    console = console or make_console(quiet=quiet)
+    console = console or open_console(quiet=quiet or not launch.is_first())
     print_notices(config, console)
     if eval_pairs is not None:  # the config that the run records says what was evaluated
         config = config.model_copy(update={"dataset_splits": [*config.train_splits, "eval_pairs"], "do_eval": True})
@@ -229,7 +230,7 @@ def score_dataset(
     """
     setup = model.setup
     if reference is None:
-        reference = reference_sums(setup, pairs, console or make_console(quiet=True))
+        reference = reference_sums(setup, pairs, console or open_console(quiet=True))
     plan = setup.step_plan(pairs, batch=evaluation.GROUPS_PER_PLAN, seed=None)
     if console is not None:
         console.print(packing_line(pairs.name, plan, measure(plan)))
@@ -242,16 +243,6 @@ def score_dataset(
 def print_notes(pairs: GroupDataset, console: Console) -> None:
     """Prints which rows were skipped and why. Every process calls it."""
     trainer.print_notes(console, notes_on(pairs))
-
-
-def make_console(*, stderr: bool = True, quiet: bool = False) -> Console:
-    """Opens the console for notes and progress. Of several processes only the first prints.
-
-    What is printed holds paths and texts of users: nothing in it is markup or an emoji's name, and the lines of stderr
-    are left unwrapped.
-    """
-    quiet = quiet or not launch.is_first()
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=stderr, quiet=quiet)
 
 
 def print_notices(config: TrainConfig, console: Console) -> None:

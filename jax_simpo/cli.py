@@ -20,6 +20,7 @@ from jax_simpo.errors import CheckpointError, ConfigError, MeshError, StoppedErr
 from jax_simpo.processes import launch
 from jax_simpo.run import signals
 from jax_simpo.run.whole import writing
+from jax_simpo.terminal import open_console
 
 if TYPE_CHECKING:  # importing jax takes seconds, which `--help` and a misspelt key need not wait for
     from jax_simpo.training.setup import Setup
@@ -313,13 +314,8 @@ def _begin(path: str, overrides: list[str]) -> tuple[TrainConfig, Console]:
 
 
 def _console(*, stderr: bool = True) -> Console:
-    """Opens a console. Of several processes only the first prints.
-
-    What is printed holds paths and texts of users: nothing in it is markup or an emoji's name, and the lines of stderr
-    are left unwrapped.
-    """
-    quiet = not launch.is_first()
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=stderr, quiet=quiet)
+    """Opens a console. Of several processes only the first prints."""
+    return open_console(stderr=stderr, quiet=not launch.is_first())
 
 
 def _setup(settings: TrainConfig, console: Console, model: str | None) -> Setup:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import signal
 
+from jax_simpo.terminal import visible
+
 
 class UserError(Exception):
     """Base class of the mistakes that you can mend without reading this code.
@@ -17,6 +19,10 @@ class UserError(Exception):
     """
 
     status = 1
+
+    def __str__(self) -> str:
+        """Returns the message. It quotes rows and file names, so it is made visible, also for Python's tracebacks."""
+        return visible(super().__str__())
 
 
 class ConfigError(UserError):

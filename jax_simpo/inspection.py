@@ -29,6 +29,7 @@ from jax_simpo.data.packing import StepPlan, measure
 from jax_simpo.data.rows import RowBatch
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.data.tree import lay_out
+from jax_simpo.terminal import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -239,7 +240,7 @@ def _print_row(
         responses = scored if noun == "pair" else [", ".join(map(str, scored))]
         prompt, separate = int(lengths.prompts[own][0]), int(lengths.inputs[own].sum())
         cells = (group, Path(file).name, line, prompt, shared, *responses, in_row, separate)
-        table.add_row(*(Text(str(cell)) for cell in cells))
+        table.add_row(*(Text(visible(str(cell))) for cell in cells))
     console.print(table)
     for group in groups:
         for segment in (s for s in segments if s.group == group):
@@ -350,7 +351,7 @@ def _print_split(
 ) -> None:
     lengths = pairs.lengths
     noun = _noun(lengths.sizes)
-    console.print(Rule(Text(f"{name}: {_count(len(pairs), noun)}", style="bold"), align="left", style="dim"))
+    console.print(Rule(Text(f"{visible(name)}: {_count(len(pairs), noun)}", style="bold"), align="left", style="dim"))
     table = _table("tokens", "min", "median", "mean", "95 %", "max", "sum")
     is_best = np.zeros(len(lengths.inputs), bool)
     is_best[lengths.starts] = True
@@ -388,7 +389,7 @@ def _print_split(
     }
     grid = Table.grid(padding=(0, 2))
     for label, value in facts.items():
-        grid.add_row(Text(label, style="dim"), Text(value))
+        grid.add_row(Text(label, style="dim"), Text(visible(value)))
     console.print(grid)
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from jax_simpo import cli
 from jax_simpo.data.synthetic import make_rows
+from jax_simpo.terminal import visible
 from tests.training.runs import MODEL
 from tests.whole_runs import quick_runs
 
@@ -204,6 +205,33 @@ def test_paths_are_printed_as_they_are_however_long_and_odd(user: User, monkeypa
     file = f"[bold]/{'long ' * 20}.jsonl"
     status, _, err = user.types(f"inspect config.yaml --json '{file}'")
     assert status == 0 and err.endswith(f"written: {file}\n")
+
+
+def test_text_of_the_data_and_names_of_files_cannot_steer_the_terminal(user: User) -> None:
+    clear, title, reverse = "\x1b[2J", "\x1b]0;owned\x07", "\u202e\x9b31m"
+    file = user.writes(
+        f"a{title}b/pairs{clear}.jsonl", [{"prompt": clear, "chosen": f"{reverse} tea", "rejected": title}]
+    )
+    user.configures(dataset_mixer={file: 1.0}, output_dir=f"run{clear}", global_batch_size=8)
+    printed = "".join(
+        "".join(user.types(command)[1:])
+        for command in (
+            "train config.yaml --max_steps=1 --sample_prompts=1 --sample_tokens=4",
+            "inspect config.yaml",
+            f"inspect config.yaml --json '{file}.json'",
+            f"score config.yaml --split train --output '{file}.json'",
+            "eval config.yaml --split train",
+            f"eval config.yaml --split '{clear}'",
+            f"train config.yaml '--learning_rat{title}=1'",
+            f"train config.yaml '--objective={clear}'",
+            f"train '{file}.yaml'",
+            f"score config.yaml --split train --output x --model '{clear}'",
+            f"configs '{clear}'",
+        )
+    )
+    for part in ("run\u241b[2J", "\u241b]0;owned\u2407", "\ufffd\ufffd31m tea", "pairs scored"):
+        assert part in printed
+    assert visible(printed) == printed
 
 
 def test_a_folder_of_files_has_their_names_as_splits(user: User) -> None:

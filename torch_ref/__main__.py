@@ -21,6 +21,7 @@ from jax_simpo.config import TrainConfig, load_config
 from jax_simpo.errors import ConfigError, StoppedError, UserError
 from jax_simpo.run import signals
 from jax_simpo.run.whole import writing
+from jax_simpo.terminal import open_console
 
 if TYPE_CHECKING:  # importing torch takes seconds, which `--help` and a misspelt key need not wait for
     from torch_ref.distributed import Ranks
@@ -104,7 +105,7 @@ def _load(config: str, overrides: list[str]) -> TrainConfig:
 
 def _console(settings: TrainConfig, ranks: Ranks) -> Console:
     """Opens the console for notes: stderr, of the first rank only."""
-    console = Console(stderr=True, quiet=not ranks.is_first, markup=False, emoji=False)  # paths may hold both
+    console = open_console(quiet=not ranks.is_first)
     for notice in settings.notices:
         console.print(f"note: {notice}", style="yellow")
     return console
@@ -121,9 +122,8 @@ def main() -> None:
             app(arguments)
     except UserError as error:
         if rank in (None, "0"):
-            console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
             stopped = isinstance(error, StoppedError)
-            console.print(str(error) if stopped else f"error: {error}", style="yellow" if stopped else "red")
+            open_console().print(str(error) if stopped else f"error: {error}", style="yellow" if stopped else "red")
         status = error.status
     except SystemExit as end:  # how typer ends, well or not
         status = end.code

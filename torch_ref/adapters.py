@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from jax_simpo.config import TrainConfig
-from jax_simpo.errors import ConfigError
+from jax_simpo.errors import ConfigError, ModelError
 
 
 def add_adapter(config: TrainConfig, causal_lm: Any) -> Any:
@@ -49,11 +49,21 @@ def add_adapter(config: TrainConfig, causal_lm: Any) -> Any:
 
 
 def base_of_adapter(name: str | None) -> str | None:
-    """Returns the base model that an adapter's folder names; None if `name` is no such folder."""
+    """Returns the base model that an adapter's folder names; None if `name` is no such folder.
+
+    Raises:
+        ModelError: the folder's configuration names none.
+    """
     file = Path(name or "") / "adapter_config.json"
     if name is None or not file.is_file() or (file.parent / "config.json").exists():
         return None
-    return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file}: not the configuration of an adapter with a base model ({error!r})") from error
+    if not isinstance(base, str):
+        raise ModelError(f"{file}: `base_model_name_or_path` is {base!r}; expected a folder or hub id")
+    return base
 
 
 def load_adapter(causal_lm: Any, folder: str) -> Any:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import ConfigError, ModelError
+from jax_simpo.run.listed import weight_files
 from jax_simpo.run.sums import check_model_sums
 from torch_ref.adapters import add_adapter, base_of_adapter, load_adapter, quantization
 from torch_ref.attention import RowMask, register
@@ -21,6 +22,7 @@ from torch_ref.attention_choice import AttentionChoice, uses_rows
 from torch_ref.batches import Batch
 
 TARGETS_A_CHUNK = 1024  # unless `logprob_chunk` says otherwise
+_MOST_LAYERS = 10_000  # as on the other side
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -125,18 +127,20 @@ def load_model_config(config: TrainConfig, choice: str | None, new_model: dict[s
     Raises:
         ModelError: there is no such model, transformers does not know its family, or the family is not supported.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
     name = base_of_adapter(choice) or choice or config.model_name_or_path
     try:
         if name is not None:
-            revision = config.model_revision if choice is None else None
-            model_config = AutoConfig.from_pretrained(name, revision=revision or "main")
+            revision = (config.model_revision if choice is None else None) or "main"
+            _check_layers(f"model {name}", PretrainedConfig.get_config_dict(name, revision=revision)[0])
+            model_config = AutoConfig.from_pretrained(name, revision=revision)
         else:
             fields = dict(new_model)
             model_type = fields.pop("model_type", None)
             if model_type is None:
                 raise ModelError("`model_config` has no `model_type`, such as llama, mistral, gemma2 or qwen3; add it")
+            _check_layers("`model_config`", fields)
             model_config = AutoConfig.for_model(model_type, **fields)
     # transformers raises different types for a missing folder, no network, broken JSON and an unknown family.
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -159,6 +163,13 @@ def load_model_config(config: TrainConfig, choice: str | None, new_model: dict[s
         if key.endswith(("dropout", "pdrop")) and isinstance(getattr(model_config, key), float):
             setattr(model_config, key, 0.0)
     return model_config
+
+
+def _check_layers(name: str, fields: dict[str, Any]) -> None:
+    """Raises ModelError for more layers than any model has: transformers lists them all before it sees the weights."""
+    layers = fields.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise ModelError(f"{name}: num_hidden_layers={layers}, expected at most {_MOST_LAYERS:,}")
 
 
 def count_parameters(model_config: Any) -> int:
@@ -214,6 +225,7 @@ def load_policy(
     name = base or choice or config.model_name_or_path
     for folder in filter(None, (name, choice)):  # what a hub id names has no such folder
         check_model_sums(Path(folder))
+        weight_files(Path(folder))  # transformers would read whatever file an index names
     extra: dict[str, Any] = {"attn_implementation": attention.registered, "dtype": dtype}
     torch.manual_seed(config.seed)
     if name is None:

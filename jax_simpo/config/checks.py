@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from typing import Any
 
@@ -27,6 +28,11 @@ def check(config: Any) -> None:
             )
         if config.tokenizer_name_or_path is None:
             raise ValueError("`model_config` makes a new model, which has no tokenizer: give `tokenizer_name_or_path`")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in config.run_name or ""):
+        raise ValueError(
+            f"`run_name` {config.run_name!r} holds a control character, such as a line end; give a name of visible "
+            "characters. Without the key it is the name of the config file"
+        )
     if config.dataset_mixer and not any(config.dataset_mixer.values()):
         raise ValueError("`dataset_mixer` takes nothing: give at least one source a fraction above 0")
     for source, fraction in config.dataset_mixer.items():

@@ -13,6 +13,7 @@ from jax_simpo.data import synthetic
 from jax_simpo.data.conversations import Conversation
 from jax_simpo.data.messages import BadRow, Message
 from jax_simpo.errors import DataError
+from jax_simpo.terminal import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,7 +159,7 @@ def _check_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
             "The chat template of %s puts %r before every answer, so the model is trained to write it. "
             "The original SimPO does the same. To avoid it, set `chat_template` to a template without a default "
             "system prompt.",
-            name,
+            visible(name),
             lone_answer.removesuffix(answer),
         )
 

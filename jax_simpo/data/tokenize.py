@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jax_simpo.data.chat import GroupText, render_group
@@ -23,6 +22,7 @@ from jax_simpo.data.ranking import GroupSettings
 from jax_simpo.data.sources import RawSplit, decode_rows
 from jax_simpo.data.store import GroupDataset, Skipped, Store, cache_key
 from jax_simpo.errors import DataError
+from jax_simpo.terminal import open_console, visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -290,7 +290,7 @@ def _tokenize_chunks(
     raw: RawSplit, tokenizer: PreTrainedTokenizerBase, settings: TokenSettings, progress: bool | None
 ) -> Iterator[Chunk]:
     with _progress_bar(progress) as bar:
-        task = bar.add_task(f"tokenise {raw.name}", total=len(raw))
+        task = bar.add_task(f"tokenise {visible(raw.name)}", total=len(raw))
         for rows in _gathered(raw, settings):
             chunk, conversations = Chunk(), []
             for read in rows:
@@ -448,7 +448,7 @@ def _encoder_threads(num_proc: int | None) -> Iterator[None]:
 
 
 def _progress_bar(show: bool | None) -> Progress:
-    console = Console(stderr=True)
+    console = open_console()
     # A split may be named `[x]`, which rich would read as markup.
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=not (console.is_terminal if show is None else show))

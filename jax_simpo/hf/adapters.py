@@ -111,6 +111,9 @@ def find(folder: Path) -> AdapterFolder | None:
             f"{file}: `{unsupported[0]}` is {fields[unsupported[0]]!r}, which is not built in; merge the adapter with "
             "peft (`merge_and_unload`) and use the merged model"
         )
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(fields.get(key), str | None):
+            raise ModelError(f"{file}: `{key}` is {fields[key]!r}; expected text or null")
     return AdapterFolder(folder, fields.get("base_model_name_or_path") or None, fields.get("revision"), rank, alpha)
 
 
@@ -131,16 +134,17 @@ def load(folder: Path, model: Model, mesh: Mesh) -> Params:
 
     def load_matrix(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
         keys = [key.key for key in path]  # layers, attention, q, adapter, a
-        stacked = np.empty(leaf.shape, np.float32)
-        for layer, matrix, name in _peft_tensors(model.config, "/".join(keys[1:-2])):
-            if matrix != keys[-1]:
-                continue
+        tensors = _peft_tensors(model.config, "/".join(keys[1:-2]))
+        names = {layer: name for layer, matrix, name in tensors if matrix == keys[-1]}
+        for name in names.values():  # all before memory is taken for what `r` says
             files.check_dtype(name)
             if files.shape(name) != leaf.shape[:0:-1]:
                 raise ModelError(
                     f"{files.locate(name)} has shape {list(files.shape(name))}, but the base model and `r` of {CONFIG} "
                     f"make it {list(leaf.shape[:0:-1])}; give the base model that the adapter was trained on"
                 )
+        stacked = np.empty(leaf.shape, np.float32)
+        for layer, name in names.items():
             stacked[layer] = files.read(name, (slice(None), slice(None))).T
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: stacked[index])
 

@@ -11,6 +11,10 @@ from jax_simpo.hf.families import FAMILIES
 from jax_simpo.hf.fields import Fields
 from jax_simpo.models.config import LinearScaling, Llama3Scaling, ModelConfig, Rope
 
+# A hundred times as deep as the largest published models. Everything that is listed once for each layer, such as the
+# names of tensors, is listed before the weights are looked at.
+MOST_LAYERS = 10_000
+
 
 def read_model_config(raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
     """Reads a Hugging Face model configuration, as transformers 4 or 5 writes it.
@@ -41,7 +45,7 @@ def read_model_config(raw: Mapping[str, Any], source: str = "config.json") -> Mo
     head_dim = fields.size("head_dim", hidden_size // num_heads)
     if head_dim % 2:
         raise ModelError(f"{source}: head_dim={head_dim} is odd; rotary positions turn pairs, so it must be even")
-    num_layers = fields.size("num_hidden_layers")
+    num_layers = fields.size("num_hidden_layers", most=MOST_LAYERS)
     common = ModelConfig(
         model_type=model_type,
         vocab_size=fields.size("vocab_size"),

@@ -65,7 +65,7 @@ def load_model_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise ModelError(f"{path}: no such file; a model folder has a config.json{hint}")
     try:
         raw = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also a number of thousands of digits
         raise ModelError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(raw, dict):
         raise ModelError(f"{path}: expected a JSON object, got {type(raw).__name__}")

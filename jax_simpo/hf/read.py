@@ -95,7 +95,7 @@ def _check_tensors(files: WeightFiles, model: Model, tensors: list[CheckpointTen
     if missing:
         raise ModelError(
             f"{files.folder}: {_name_tensors(missing)} missing from the safetensors files; config.json asks for "
-            f"{model.config.num_layers} layers of a {model.config.model_type} model"
+            f"{model.config.num_layers} layers (`num_hidden_layers`) of a {model.config.model_type} model"
         )
     family = FAMILIES[model.config.model_type]
     ignored = "|".join(family.ignored)

@@ -16,9 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jax_simpo.errors import ModelError
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from jax_simpo.run.listed import INDEX, SINGLE, weight_files
 
 _WRITE_DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16))}
 _READ_DTYPES = {"F32": 4, "BF16": 2, "F16": 2}  # dtype -> bytes of a number
@@ -96,17 +94,10 @@ def _weight_files(folder: Path) -> list[str]:
     """Returns the names of a model folder's weight files.
 
     Raises:
-        ModelError: there are none, or one that the index names is missing.
+        ModelError: there are none, or the index names one that is missing or lies elsewhere.
     """
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
-    if (folder / INDEX).is_file():
-        try:
-            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{folder / INDEX}: not an index of safetensors files ({error!r})") from error
-        missing = [file for file in files if not (folder / file).is_file()]
-        if missing:
+    if files := weight_files(folder):
+        if missing := [file for file in files if not (folder / file).is_file()]:
             raise ModelError(f"{folder}: {', '.join(missing)} is named in {INDEX} but not there; download it again")
         return files
     if (folder / "adapter_config.json").is_file():

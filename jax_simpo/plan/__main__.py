@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
-
 from jax_simpo.config import load_config
 from jax_simpo.errors import UserError
 from jax_simpo.plan.topology import Topology
+from jax_simpo.terminal import open_console
 
 
 def main(task: dict[str, Any]) -> None:
@@ -20,7 +19,7 @@ def main(task: dict[str, Any]) -> None:
     stream = _only_python_writes_to_stderr(task["log"])
     from jax_simpo.plan.program import TopologySetup, measure_step  # imports jax, after the redirection
 
-    console = Console(file=stream, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    console = open_console(file=stream)
 
     def write(result: dict[str, Any]) -> None:
         Path(task["result"]).write_text(json.dumps(result), encoding="utf-8")

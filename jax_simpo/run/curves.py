@@ -72,7 +72,8 @@ def draw_curves(
         _Panel("Reward margin", "rewards/margins", target_margin, "target margin"),
     )
     # The style applies to this picture alone, and a user's matplotlibrc does not apply.
-    with rc_context({"font.family": "DejaVu Sans", "font.size": 10.5, "path.simplify": True}):
+    style = {"font.family": "DejaVu Sans", "font.size": 10.5, "path.simplify": True}
+    with rc_context({**style, "text.parse_math": False}):  # a split may be named `$x$`, which is no formula
         layout = ConstrainedLayoutEngine(w_pad=0.16, h_pad=0.08)
         figure = Figure(figsize=(13.5, 4.1), dpi=150, facecolor=colors.paper, layout=layout)
         all_axes = figure.subplots(1, 3)

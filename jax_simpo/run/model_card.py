@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,13 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from jax_simpo.config import TrainConfig, objective_weights
 from jax_simpo.config.objectives import ALL_KEYS as OBJECTIVE_SETTINGS
+from jax_simpo.config.objectives import code_of, described, is_own
 from jax_simpo.data.readers import FILE_TYPES
 from jax_simpo.data.sources import BUILTIN
 from jax_simpo.run import files
 from jax_simpo.run.facts import PACKAGES
 from jax_simpo.run.manifest import CARD_SENTENCE, claim
+from jax_simpo.run.markdown import code, escape, one_line, table
 from jax_simpo.run.objective_texts import texts_of
 from jax_simpo.run.report import MEASURES, Run, read_run
 from jax_simpo.run.whole import write_text
@@ -60,7 +61,7 @@ def write(output: Path, config: TrainConfig, *, global_batch_size: int | None = 
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[*objective_weights(config.objective), "jax", "preference-optimization", *(["lora"] if adapter else [])],
-        model_name=run.name,
+        model_name=one_line(run.name),
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(run, config, global_batch_size)}\n")
     claim(output, files.CARD)
@@ -78,15 +79,16 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
     )
     last = run.train[-1]
     texts = texts_of(config.objective)
-    titles = " and ".join(text.title for text in texts)
+    own = is_own(config.objective)
+    titles = f"the objective {code(_objective(config))}" if own else " and ".join(text.title for text in texts)
     adapter = " These are the weights of a LoRA adapter, to be loaded on that model." if _is_adapter(config) else ""
     parts = [
-        f"# {run.name}",
+        f"# {escape(run.name)}",
         f"Trained from {start} on the preference pairs of {sources} with {titles}{CARD_SENTENCE}{adapter}",
-        run.outcome(),
+        escape(run.outcome()),
         "## Training",
         f"{last['step']:,} steps, {run.pairs_seen:,} pairs ({last['epoch']:.3g} epochs).",
-        _table(["setting", "value"], _settings(config, global_batch_size or config.global_batch_size)),
+        table(["setting", "value"], _settings(config, global_batch_size or config.global_batch_size)),
     ]
     if run.evals:
         rows = [[str(r["eval_step"]), *(f"{r[f'eval_{key}']:.4f}" for key in MEASURES)] for r in run.evals]
@@ -94,18 +96,19 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
             "## Evaluation",
             f"On the {run.evals[-1]['eval_pairs']:,} {_evaluated(config)}. A reward is {texts[0].reward}; "
             "accuracy is the share of pairs whose chosen response has the higher one.",
-            _table(["step", *MEASURES.values()], rows),
+            table(["step", *MEASURES.values()], rows),
         ]
         if by_split := run.last_by_split:
             rows = [
-                [f"`{split}`", f"{values['pairs']:,}", *(f"{values[key]:.4f}" for key in MEASURES)]
+                [code(split), f"{values['pairs']:,}", *(f"{values[key]:.4f}" for key in MEASURES)]
                 for split, values in by_split.items()
             ]
             parts += [f"By split, at step {run.evals[-1]['eval_step']}:"]
-            parts += [_table(["split", "pairs", *MEASURES.values()], rows)]
+            parts += [table(["split", "pairs", *MEASURES.values()], rows)]
     versions = {name: run.facts.get("versions", {}).get(name) for name in ("python", *PACKAGES)}
     if any(versions.values()):
-        parts += ["## Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)]
+        named = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        parts += ["## Versions", escape(named)]
     if citations := "\n\n".join(dict.fromkeys(text.citation for text in texts if text.citation)):
         parts += ["## Citation", f"```bibtex\n{citations}\n```"]
     return "\n\n".join(parts)
@@ -113,7 +116,7 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
 
 def _evaluated(config: TrainConfig) -> str:
     """Names the evaluated pairs: "pairs of the split `test`", "pairs of the splits `a` and `b`"."""
-    *others, last = [f"`{split}`" for split in config.eval_splits] or [""]
+    *others, last = [code(split) for split in config.eval_splits] or [""]
     if not last:
         return "evaluation pairs"
     return f"pairs of the splits {', '.join(others)} and {last}" if others else f"pairs of the split {last}"
@@ -123,14 +126,13 @@ def _settings(config: TrainConfig, global_batch_size: int | None) -> list[list[s
     rows = [] if global_batch_size is None else [["`global_batch_size`", str(global_batch_size)]]
     not_worth_a_line = {"label_smoothing": 0.0, "sft_weight": 0.0, "sft_over": "response"}
     keys = _HYPERPARAMETERS + (_ADAPTER if config.use_peft else ())
-    values: dict[str, Any] = {key: getattr(config, key) for key in keys}
+    values: dict[str, Any] = {key: getattr(config, key) for key in keys} | {"objective": _objective(config)}
+    if config.ref_model_name_or_path is not None:
+        values["ref_model_name_or_path"] = _name(config.ref_model_name_or_path)
     shown = {key: value for key, value in values.items() if value not in (None, not_worth_a_line.get(key))}
-    return rows + [[f"`{key}`", str(value)] for key, value in shown.items()]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return rows + [
+        [f"`{key}`", str(value) if isinstance(value, int | float) else code(str(value))] for key, value in shown.items()
+    ]
 
 
 def _is_adapter(config: TrainConfig) -> bool:
@@ -146,9 +148,17 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _shown(name: str) -> str:
+    """Returns what the card calls a model or data set in a sentence."""
+    built_in = name.startswith(BUILTIN)
+    return f"the built-in {code(name.removeprefix(BUILTIN))}" if built_in else code(_name(name))
+
+
+def _name(name: str) -> str:
     """Returns the name that the card gives to a model or data set: a hub id, or the last part of a local path."""
-    if name.startswith(BUILTIN):
-        return f"the built-in `{name.removeprefix(BUILTIN)}`"
-    if _is_hub_id(name):
-        return f"`{name}`"
-    return f"`{Path(name).name}`"
+    return name if name.startswith(BUILTIN) or _is_hub_id(name) else Path(name).name or name
+
+
+def _objective(config: TrainConfig) -> str:
+    """Returns what the card calls an objective; of one in a file the last part of the path alone."""
+    file = code_of(config.objective)
+    return f"{Path(file[0]).name}:{file[1]}" if file else described(config.objective)

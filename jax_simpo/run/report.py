@@ -31,6 +31,7 @@ from jax_simpo.run.manifest import check_unchanged, write_file
 from jax_simpo.run.metrics import read_metrics
 from jax_simpo.run.objective_texts import ObjectiveText, texts_of
 from jax_simpo.run.samples import Sample, read_samples
+from jax_simpo.terminal import visible
 
 MEASURES = {"loss": "loss", "rewards/accuracies": "reward accuracy", "rewards/margins": "reward margin"}
 NO_ACCURACY = "-"  # stands for an accuracy that says nothing yet
@@ -191,7 +192,7 @@ class Run:
         return draw_curves(
             self.train,
             self.evals,
-            eval_name=self.eval_name,
+            eval_name=visible(self.eval_name),
             target_margin=gamma,
             starts_as_reference=self.starts_as_reference,
             theme=theme,
@@ -239,6 +240,7 @@ def write_report(output: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jax_simpo.run", "templates"),
         autoescape=True,  # prompts and answers may hold markup
+        finalize=lambda value: visible(value) if isinstance(value, str) else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -269,7 +271,7 @@ def print_summary(console: Console, output: Path) -> None:
     columns = [("training", run.train, "", "step"), (run.eval_name, run.evals, "eval_", "eval_step")]
     columns = [column for column in columns if column[1]]
     for name, records, _, step in columns:
-        table.add_column(Text(f"{name}\nstep {records[0][step]}"), justify="right")
+        table.add_column(Text(f"{visible(name)}\nstep {records[0][step]}"), justify="right")
         table.add_column(Text(f"\nstep {records[-1][step]}"), justify="right", style="bold")
     for key, label in MEASURES.items():
         cells = [(records[i], prefix) for _, records, prefix, _ in columns for i in (0, -1)]
@@ -283,8 +285,12 @@ def print_summary(console: Console, output: Path) -> None:
     for sample in run.samples[:_SUMMARY_SAMPLES]:
         parts += [_sample_on_console(sample), Text()]
     shown = (files.REPORT, files.CURVES, files.METRICS, files.MODEL)
-    parts += [Text.assemble((f"{name:>13}  ", "dim"), str(output / name)) for name in shown if (output / name).exists()]
-    panel = Panel(Group(*parts), title=Text(run.name), title_align="left", box=box.ROUNDED, padding=(1, 2))
+    parts += [
+        Text.assemble((f"{name:>13}  ", "dim"), visible(str(output / name)))
+        for name in shown
+        if (output / name).exists()
+    ]
+    panel = Panel(Group(*parts), title=Text(visible(run.name)), title_align="left", box=box.ROUNDED, padding=(1, 2))
     console.print(panel, soft_wrap=False)  # the console leaves lines as they are; inside the frame they must wrap
 
 
@@ -294,7 +300,7 @@ def _splits_on_console(run: Run) -> Table:
     for label in MEASURES.values():
         table.add_column(label, justify="right")
     for split, figures in run.last_by_split.items():
-        table.add_row(Text(split), *(_value(key, figures[key]) for key in MEASURES))
+        table.add_row(Text(visible(split)), *(_value(key, figures[key]) for key in MEASURES))
     return table
 
 
@@ -311,7 +317,7 @@ def _sample_on_console(sample: Sample) -> Table:
 def _shorten(text: str | None) -> str:
     if text is None:
         return "(not answered yet)"
-    line = " ".join(text.split()) or "(empty)"
+    line = visible(" ".join(text.split())) or "(empty)"
     return line if len(line) <= _SHORT else line[: _SHORT - 1] + "…"
 
 

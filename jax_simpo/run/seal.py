@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from jax_simpo.errors import CheckpointError
 from jax_simpo.run import files
+from jax_simpo.run.listed import is_inside
 from jax_simpo.run.sums import Sum, sums_of
 from jax_simpo.run.whole import write_text
 
@@ -57,6 +58,8 @@ class Seal:
             if content.pop("sha256") != _own_sum(content):
                 raise ValueError("its own checksum does not fit")
             sums = {name: Sum(*values) for name, values in content["files"].items()}
+            if outside := [name for name in sums if not is_inside(name)]:
+                raise ValueError(f"it lists {outside[0]!r}, which is no file of this step")
             return cls(content["step"], Sum(*content[files.METRICS]), sums)
         except FileNotFoundError:
             raise ValueError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from jax_simpo.errors import ModelError
+from jax_simpo.run.listed import is_inside
 
 MODEL_SUMS = "SHA256SUMS"
 _THREADS = 16  # reading waits for the disk as often as for a core
@@ -87,13 +88,18 @@ def check_model_sums(folder: Path, *, share: int = 0, shares: int = 1) -> None:
         shares: the number of shares.
 
     Raises:
-        ModelError: a file of weights is missing or has changed.
+        ModelError: a file of weights is missing or has changed, or lies elsewhere.
     """
     file = folder / MODEL_SUMS
     if not file.exists():
         return
     lines = [line.split("  ", 1) for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
     known = {line[-1]: line[0] for line in lines if line[-1].endswith(".safetensors")}
+    if outside := [name for name in known if not is_inside(name)]:
+        raise ModelError(
+            f"{file}: lists {outside[0]!r}, which is no file of this folder. If you trust this model, remove "
+            f"{MODEL_SUMS}: it is then not checked"
+        )
     try:
         found = sums_of(folder, list(known)[share::shares])
     except (OSError, ValueError) as error:

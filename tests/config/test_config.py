@@ -322,6 +322,9 @@ def test_an_argument_of_another_form_is_answered_with_the_right_form(message, ar
         ("seed: 1.5", "`seed` is 1.5; expected a whole number >= 0"),
         ("learning_rate: 2e-6", "line 4: not valid YAML: the key `learning_rate` stands twice, first in line 3"),
         ("beta: [1", "run.yaml, line 4: not valid YAML"),
+        (r'run_name: "a\e[2Jb"', r"`run_name` 'a\x1b[2Jb' holds a control character, such as a line end; give a name"),
+        (r'run_name: "a\nb"', r"`run_name` 'a\nb' holds a control character"),
+        (r'run_name: "a\u0085b"', r"`run_name` 'a\x85b' holds a control character"),
     ],
 )
 def test_a_mistake_in_the_file_is_told(message, more, expected):

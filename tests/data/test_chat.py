@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,12 @@ def test_a_template_with_its_own_system_prompt_warns(folder: Path, caplog: pytes
     with caplog.at_level(logging.WARNING):
         load_tokenizer(folder, chat_template=chatty)
     assert "'<system>You help.' before every answer" in caplog.text
+
+
+def test_that_warning_cannot_steer_the_terminal(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    chatty = "{% if messages[0]['role'] != 'system' %}\x1b[2J{% endif %}" + PLAIN
+    load_tokenizer(shutil.copytree(folder, tmp_path / "a\x1b[2Jb"), chat_template=chatty)
+    assert "a\u241b[2Jb puts '\\x1b[2J'" in caplog.text
 
 
 # --- the built-in templates, on a dialogue with and without a system turn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -322,6 +323,11 @@ def test_a_trained_config_turns_the_cache_back_on(hf_config: dict[str, Any]) -> 
         ({"num_attention_heads": 7}, "hidden_size=64 is not a multiple of num_attention_heads=7"),
         ({"num_key_value_heads": 3}, "num_attention_heads=8 is not a multiple of num_key_value_heads=3"),
         ({"head_dim": 15}, "head_dim=15 is odd"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000, expected at most 10,000"),
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings=10{30}, expected at most 2,147,483,647"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps=inf, expected a positive number"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps=nan, expected a positive number"),
+        ({"rope_theta": 10**400}, "rope_theta=10{400}, expected a positive number"),
     ],
 )
 def test_what_is_not_supported_is_an_error_that_names_it(

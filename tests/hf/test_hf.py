@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,8 +290,66 @@ def test_a_lost_shard_is_named(make_hf: Callable[..., LlamaForCausalLM], tmp_pat
         load(tmp_path)
 
 
+@pytest.mark.parametrize("where", ["../outside", "absolute", "sub"])
+def test_an_index_names_files_of_its_folder_only(
+    where: str, make_hf: Callable[..., LlamaForCausalLM], tmp_path: Path
+) -> None:
+    folder, index = tmp_path / "model", tmp_path / "model" / "model.safetensors.index.json"
+    make_hf().save_pretrained(folder, max_shard_size="100KB")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    other = (folder / where if where != "absolute" else tmp_path).resolve() / shard.name
+    other.parent.mkdir(exist_ok=True)
+    shard.rename(other)  # it can be read there
+    named = str(other) if where == "absolute" else f"{where}/{shard.name}"
+    index.write_text(index.read_text().replace(shard.name, named))
+    with pytest.raises(ModelError, match=r"index.json: `weight_map` names '.*', which is no file of this folder"):
+        load(folder)
+
+
+def test_files_that_are_links_to_elsewhere_are_read(make_hf: Callable[..., LlamaForCausalLM], tmp_path: Path) -> None:
+    make_hf().save_pretrained(tmp_path / "plain", max_shard_size="100KB")
+    for file in (tmp_path / "plain").iterdir():  # as in the cache of the hub
+        (tmp_path / "blobs").mkdir(exist_ok=True)
+        shutil.copy(file, tmp_path / "blobs" / f"blob-{file.name}")
+        (tmp_path / "snapshots" / "linked").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "snapshots" / "linked" / file.name).symlink_to(f"../../blobs/blob-{file.name}")
+    linked, plain = load(tmp_path / "snapshots" / "linked")[0], load(tmp_path / "plain")[0]
+    jax.tree.map(np.testing.assert_array_equal, linked, plain)
+
+
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "not valid JSON"), ("[]", "expected a JSON object"), (None, "no such file")]
+    ("content", "message"),
+    [
+        ("{", "not an index"),
+        ("[]", "not an index"),
+        ('{"weight_map": {"a": 5}}', "`weight_map` names 5, which is no file of this folder"),
+        ('{"weight_map": {"a": ["x"]}}', r"`weight_map` names \['x'\]"),
+        ('{"weight_map": {"a": null, "b": "x"}}', "`weight_map` names None"),
+        ('{"weight_map": {"a": "\\u0000"}}', "`weight_map` names"),
+        ('{"weight_map": {}}', "names no file"),
+    ],
+)
+def test_a_broken_index_is_named(content: str, message: str, saved: Path) -> None:
+    (saved / "model.safetensors").rename(saved / "x")
+    (saved / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match=rf"model.safetensors.index.json: {message}"):
+        load(saved)
+
+
+def test_more_layers_in_the_config_than_in_the_weights_name_the_key(saved: Path) -> None:
+    edit_config(saved, num_hidden_layers=10_000)
+    with pytest.raises(ModelError, match=r"missing .*config.json asks for 10000 layers \(`num_hidden_layers`\)"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+        (f'{{"hidden_size": {"9" * 5000}}}', "not valid JSON"),
+        (None, "no such file"),
+    ],
 )
 def test_a_bad_config_file_is_named(content: str | None, message: str, tmp_path: Path) -> None:
     if content is not None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 from jax_simpo.config import TrainConfig
-from jax_simpo.run import model_card
+from jax_simpo.run import markdown, model_card
 
 
 @pytest.fixture
@@ -77,3 +81,86 @@ def test_figures_over_all_pairs_name_all_splits_and_each_split_has_its_own(outpu
     assert "On the 200 pairs of the splits `helpful` and `harmless`" in text
     assert "By split, at step 16:" in text
     assert "| `harmless` | 200 | 0.4000 | 0.8000 | 1.2500 |" in text
+
+
+# --- names and values stay text
+
+HOSTILE = (
+    "<script>alert(1)</script> <img src=x onerror=alert(2)> [a](https://evil.example) ![b](https://evil.example/b.png)",
+    "https://evil.example www.evil.example <https://evil.example> me@evil.example [x]: https://evil.example",
+    "a | b \\| c `d` ``e`` `` f `",
+    "`",
+    "``` ",
+    "*a* __b__ ~~c~~ # $d$ :smile: &lt;e&gt; \\",
+    "a\n---\nlicense: mit\n---\n# A title\n\n- a list\n\n<b>\n",
+    "a\r\n\r\n> quoted\x85b\u2028c\x1b[31m\u202ed",
+    "|",
+    "  ",
+)
+PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+
+
+def parsed(text: str) -> list[Token]:
+    """The tokens of markdown, with those inside of lines in their order."""
+    return [inner for token in PARSER.parse(text) for inner in (token, *(token.children or ()))]
+
+
+def shape(text: str) -> list[tuple[str, int]]:
+    """The kinds of all tokens but texts: what is a heading, a cell or code."""
+    return [(token.type, token.level) for token in parsed(text) if token.type not in ("text", "text_special")]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_text_in_markdown_is_read_as_it_is(text: str) -> None:
+    line = markdown.one_line(text)
+    assert "".join(token.content for token in parsed(f"# {markdown.escape(text)}")[2:-1]).strip() == line.strip()
+    (span,) = [token for token in parsed(f"x {markdown.code(text)} x") if token.type == "code_inline"]
+    assert span.content == line
+    page = markdown.table(["a", "b"], [[markdown.code(text), "1"], [markdown.escape(text), "2"]])
+    cells = [token.content for token in parsed(page) if token.type == "inline"]
+    assert [cells[i] for i in (0, 1, 3, 5)] == ["a", "b", "1", "2"] and len(cells) == 6
+    assert [token.content for token in parsed(page) if token.type == "code_inline"] == [line]
+
+
+def card_of(output: Path, name: str) -> tuple[dict[str, Any], str]:
+    """The front matter and the text of the card of a run that has one word everywhere."""
+    splits = ["train", f"{name}1", f"{name}2"]
+    step, evaluation = (json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines())
+    for split in splits[1:]:
+        evaluation |= {f"eval_{split}_{key}": 0.5 for key in ("loss", "pairs", "rewards/accuracies", "rewards/margins")}
+    (output / "metrics.jsonl").write_text(json.dumps(step) + "\n" + json.dumps(evaluation) + "\n")
+    words = {"run_name": name, "dataset_splits": splits, "metric_for_best_model": name}
+    (output / "config.yaml").write_text(yaml.safe_dump(words))
+    facts = {"model_step": 8, "exported_step": 16, "versions": {"python": name, "jax": name}}
+    (output / "run.json").write_text(json.dumps(facts))
+    settings = config(
+        f"./{name}",
+        f"./{name}.jsonl",
+        dataset_splits=splits,
+        objective="dpo",
+        ref_model_name_or_path=f"./{name}",
+        use_peft=True,
+        lora_target_modules=[name],
+    )
+    _, front, text = model_card.write(output, settings).read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_name_with_markup_changes_nothing_of_a_card_but_words(text: str, output: Path, tmp_path: Path) -> None:
+    shutil.copytree(output, tmp_path / "plain")
+    (front, card), (hostile_front, hostile_card) = card_of(tmp_path / "plain", "name"), card_of(output, text)
+    assert hostile_front == {**front, "model_name": markdown.one_line(text)}
+    assert shape(hostile_card) == shape(card)
+    assert not {kind for kind, _ in shape(card)} & {"html_inline", "html_block", "link_open", "image"}
+    assert {"heading_open", "table_open", "td_open", "code_inline"} < {kind for kind, _ in shape(card)}
+
+
+def test_the_card_gives_no_path_of_a_reference_or_an_objective_away(output: Path, tmp_path: Path) -> None:
+    reference = tmp_path / "secret-project" / "model"
+    settings = config("a/b", "c/d", objective="dpo", ref_model_name_or_path=str(reference))
+    card = model_card.write(output, settings).read_text()
+    assert "| `ref_model_name_or_path` | `model` |" in card and "secret-project" not in card
+    card = model_card.write(output, config("a/b", "c/d", objective="secret-project/mine.py:Mine")).read_text()
+    assert "with the objective `mine.py:Mine`, using" in card and "secret-project" not in card
+    assert "| `objective` | `mine.py:Mine` |" in card

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from jax_simpo.errors import CheckpointError
 from jax_simpo.run import report
 from jax_simpo.run.facts import write_facts
 from jax_simpo.run.samples import Sample, read_samples, write_samples
+from jax_simpo.terminal import visible
 
 CONFIG = """\
 model_name_or_path: someone/some-model
@@ -25,6 +27,7 @@ beta: 2.0
 gamma_beta_ratio: 0.25
 run_name: café & <b>co</b>
 """
+STEERING = "\x1b[31m\x07\r\x7f\x9b\u202e\u2066"
 SAMPLE = Sample(
     prompt="<script>alert(1)</script>\nA tea, please.",
     chosen="[bold]One tea[/bold] & milk.",
@@ -123,6 +126,28 @@ def test_figures_over_all_pairs_name_all_splits_and_each_split_has_its_own(tmp_p
     report.print_summary(Console(file=out, width=110), tmp_path)
     assert "evaluation (helpful, harmless)" in out.getvalue()
     assert re.search(r"harmless +0\.\d{4} +80\.0% +\d", out.getvalue())
+
+
+def test_text_of_the_data_stays_text_on_the_page(tmp_path: Path) -> None:
+    plain = Page(report.write_report(two_splits(tmp_path)))
+    write_samples(tmp_path, [Sample(*[text := f"</p>\" onload='x' {{{{ 1 }}}} --> </title>{STEERING}"] * 5)])
+    write_facts(tmp_path, mesh={"data": 1}, device=text, parameters=1, training_pairs=1, total_steps=64, tokens_saved=0)
+    name = "</h2><script>x</script>\x9b\u202e $\\frac$"  # would be a formula with a mistake in the picture
+    metrics = (tmp_path / "metrics.jsonl").read_text().replace("helpful", json.dumps(name)[1:-1])
+    (tmp_path / "metrics.jsonl").write_text(metrics)
+    words = {**yaml.safe_load(CONFIG), "run_name": text, "dataset_splits": ["train", name, "harmless"]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(words))
+    page = Page(report.write_report(tmp_path))
+    assert set(page.tags) == {*plain.tags, "article", "p", "h3"} and "script" not in page.tags
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert page.text.count(visible(text)) >= 7 and page.text.count(visible(name)) >= 2
+    assert visible(page.text) == page.text
+
+
+def test_the_page_may_load_and_run_nothing(run_folder: Path) -> None:
+    page = report.write_report(run_folder).read_text(encoding="utf-8")
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    assert f'<meta http-equiv="Content-Security-Policy" content="{policy}">' in page.partition("<title>")[0]
 
 
 def test_a_single_split_has_no_table_of_splits(run_folder: Path) -> None:

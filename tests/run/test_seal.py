@@ -102,6 +102,16 @@ def test_several_processes_share_the_reading(tmp_path: Path) -> None:
         make_step(tmp_path)
 
 
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_seal_names_files_of_its_folder_only(share: int, tmp_path: Path) -> None:
+    folder = make_step(tmp_path / "8")
+    (tmp_path / "other").write_bytes(b"x")
+    seal = Seal.read(folder)
+    Seal(8, seal.metrics, {**seal.sums, "../other": Sum.of_file(tmp_path / "other")}).write(folder)
+    damage = find_damage(folder, 8, share=share, shares=2)
+    assert damage == "seal.json is damaged (it lists '../other', which is no file of this step)"
+
+
 def test_a_hidden_file_is_not_the_runs(tmp_path: Path) -> None:
     make_step(tmp_path)
     (tmp_path / "params" / ".nfs0001").touch()

@@ -57,6 +57,22 @@ def test_a_list_that_is_none_is_an_error_and_no_crash(model: Path) -> None:
             check_model_sums(model)
 
 
+@pytest.mark.parametrize(
+    "name", ["../other.safetensors", "absolute", "sub/../../other.safetensors", "C:\\\\o.safetensors"]
+)
+def test_a_list_names_files_of_its_folder_only(name: str, model: Path) -> None:
+    other = model.parent / "other.safetensors"
+    other.write_bytes(b"weights")
+    (model / "sub").mkdir()
+    listed = str(other) if name == "absolute" else name
+    (model / "SHA256SUMS").write_text(f"{Sum.of_file(other).sha256}  {listed}\n")
+    with pytest.raises(ModelError, match=r"SHA256SUMS: lists '.*', which is no file of this folder"):
+        check_model_sums(model)
+    other.rename(model / "sub" / "other.safetensors")
+    (model / "SHA256SUMS").write_text(f"{Sum.of_file(model / 'sub' / other.name).sha256}  ./sub/other.safetensors\n")
+    check_model_sums(model)
+
+
 def test_processes_share_the_reading(model: Path) -> None:
     (model / "model.safetensors").write_bytes(b"Weights")
     outcomes = []

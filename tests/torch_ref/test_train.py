@@ -322,6 +322,23 @@ def test_a_checkpoint_that_lacks_tensors_is_told(start: Path, tmp_path: Path) ->
     assert "lacks 1 tensors, such as model.norm.weight" in message
 
 
+def test_an_index_of_weights_names_files_of_its_folder_only(start: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(start, tmp_path / "model")
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = refused(start, tmp_path, f"--model_name_or_path={folder}", kind=ModelError)
+    assert "`weight_map` names '../outside.safetensors', which is no file of this folder" in message
+
+
+def test_more_layers_than_any_model_has_are_refused_at_once(start: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(start, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    message = refused(start, tmp_path, f"--model_name_or_path={folder}", kind=ModelError)
+    assert "num_hidden_layers=1000000000, expected at most 10,000" in message
+
+
 def test_a_batch_that_the_ranks_cannot_share_out_is_refused() -> None:
 
     from tests.torch_ref.support import settings

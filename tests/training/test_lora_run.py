@@ -172,3 +172,9 @@ def test_an_adapter_without_its_base_is_told(
     new = config_of(tmp_path, **ADAPTER)
     with pytest.raises(UserError, match=r"adapter_config.json: names no `base_model_name_or_path`"):
         _ = Setup(new, str(folder)).model
+    file.write_text(json.dumps({**fields, "base_model_name_or_path": ["x"]}))
+    with pytest.raises(UserError, match=r"adapter_config.json: `base_model_name_or_path` is \['x'\]; expected text"):
+        _ = Setup(new, str(folder)).model
+    file.write_text(json.dumps({**fields, "r": 10**9}))
+    with pytest.raises(UserError, match=r"has shape .* but the base model and `r` of adapter_config.json make it"):
+        _ = Setup(finished[0], str(folder)).load_params()
