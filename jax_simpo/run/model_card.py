@@ -18,7 +18,7 @@ from jax_simpo.run.facts import PACKAGES
 from jax_simpo.run.manifest import CARD_SENTENCE, claim
 from jax_simpo.run.markdown import code, escape, one_line, table
 from jax_simpo.run.objective_texts import texts_of
-from jax_simpo.run.report import MEASURES, Run, read_run
+from jax_simpo.run.report import MEASURES, Run, epochs, read_run
 from jax_simpo.run.whole import write_text
 
 # The settings by which runs are compared, in the order of the table.
@@ -87,7 +87,7 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
         f"Trained from {start} on the preference pairs of {sources} with {titles}{CARD_SENTENCE}{adapter}",
         escape(run.outcome()),
         "## Training",
-        f"{last['step']:,} steps, {run.pairs_seen:,} pairs ({last['epoch']:.3g} epochs).",
+        f"{last['step']:,} steps, {run.pairs_seen:,} pairs ({epochs(last['epoch'])}).",
         table(["setting", "value"], _settings(config, global_batch_size or config.global_batch_size)),
     ]
     if run.evals:

@@ -168,7 +168,7 @@ class Run:
         speed = statistics.median(record["pairs_per_second"] for record in self.train)
         token_speed = statistics.median(record["tokens_per_second"] for record in self.train)
         figures = [
-            ("pairs trained on", f"{self.pairs_seen:,}", f"{of_pairs}{last['epoch']:.3g} epochs"),
+            ("pairs trained on", f"{self.pairs_seen:,}", of_pairs + epochs(last["epoch"])),
             ("steps", f"{last['step']:,}", of_steps),
             *([("steps left out", f"{self.left_out:,}", f"see {files.BAD_STEPS}")] if self.left_out else []),
             ("tokens computed", _large(self.tokens_computed), "padding not counted"),
@@ -323,6 +323,12 @@ def _shorten(text: str | None) -> str:
 
 def _value(key: str, value: float) -> str:
     return f"{value:.1%}" if key == "rewards/accuracies" else f"{value:.4f}"
+
+
+def epochs(count: float) -> str:
+    """Writes a number of epochs: 0.5 epochs, 1 epoch."""
+    shown = f"{count:.3g}"
+    return f"{shown} epoch{'' if shown == '1' else 's'}"
 
 
 def duration(seconds: float) -> str:
