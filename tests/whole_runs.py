@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from jax_simpo.config import TrainConfig, identity_of
-from jax_simpo.run import report
+from jax_simpo.run import curves
 from jax_simpo.training import optim, reference, step, trainer
 
 _PICTURE = b"\x89PNG\r\n\x1a\n"  # the first bytes of a PNG
@@ -40,7 +40,7 @@ def made_quick() -> Iterator[None]:
         patch.setattr(trainer, "make_train_functions", _make_train_functions)
         for module in (trainer, reference):
             patch.setattr(module, "make_score_function", _make_score_function)
-        patch.setattr(report, "draw_curves", lambda *_, **__: _PICTURE)
+        patch.setattr(curves, "draw_curves", lambda *_, **__: _PICTURE)
         yield
 
 

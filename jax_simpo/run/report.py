@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 from rich import box
@@ -25,7 +25,6 @@ from jax_simpo.config.objectives import WITH_REFERENCE
 from jax_simpo.errors import CheckpointError
 from jax_simpo.run import files
 from jax_simpo.run.bad_steps import read_bad_steps
-from jax_simpo.run.curves import Theme, draw_curves
 from jax_simpo.run.facts import read_facts
 from jax_simpo.run.manifest import check_unchanged, write_file
 from jax_simpo.run.metrics import read_metrics
@@ -185,11 +184,13 @@ class Run:
             figures.append(("evaluation time", duration(seconds), f"{len(self.evals)} evaluations"))
         return figures
 
-    def draw(self, theme: Theme = "light") -> bytes:
+    def draw(self, theme: Literal["light", "dark"] = "light") -> bytes:
         """Draws the curves, as the bytes of a PNG."""
         beta, ratio = (self.config.get(key) for key in ("beta", "gamma_beta_ratio"))
         gamma = beta * ratio if isinstance(beta, int | float) and isinstance(ratio, int | float) else None
-        return draw_curves(
+        from jax_simpo.run import curves  # matplotlib takes a sixth of the start of a run, which needs no picture yet
+
+        return curves.draw_curves(
             self.train,
             self.evals,
             eval_name=visible(self.eval_name),
