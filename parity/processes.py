@@ -75,6 +75,8 @@ def built_in_job(work: Path, variants: Sequence[str], inject: str | None = None,
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     groups = data.with_name("groups.jsonl")
     groups.write_text("".join(json.dumps(row) + "\n" for row in _short_groups(rows)), encoding="utf-8")
+    cells = matrix([*FAMILIES, *ADAPTED, *OBJECTIVES, *GROUPS], [*backends(), *gpu_backends()], quick=quick)
+    run = {cell.family for cell in cells}
     configs = {}
     plain: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for family in FAMILIES}
     others = {
@@ -82,7 +84,8 @@ def built_in_job(work: Path, variants: Sequence[str], inject: str | None = None,
         for name, (model, of, keys) in OBJECTIVES.items()
     }
     of_groups = {name: (model, {**keys, "dataset_mixer": {str(groups): 1.0}}) for name, (model, keys) in GROUPS.items()}
-    for family, (model, extra_keys) in {**plain, **ADAPTED, **others, **of_groups}.items():
+    everything = {**plain, **ADAPTED, **others, **of_groups}
+    for family, (model, extra_keys) in ((name, found) for name, found in everything.items() if name in run):
         file = work / family / "config.yaml"
         values = {
             "model_name_or_path": str(work / model / "start"),
@@ -99,14 +102,14 @@ def built_in_job(work: Path, variants: Sequence[str], inject: str | None = None,
         work=str(work),
         configs=configs,
         new_models=FAMILIES,
-        cells=matrix([*FAMILIES, *ADAPTED, *OBJECTIVES, *GROUPS], [*backends(), *gpu_backends()], quick=quick),
+        cells=cells,
         variants=list(variants),
         pairs=len(rows),
         batch=BATCH,
         rows=CPU_DEVICES,
         steps=STEPS,
         inject=inject,
-        adapters={family: str(work / family / "start") for family in ADAPTED},
+        adapters={family: str(work / family / "start") for family in ADAPTED if family in run},
     )
 
 

@@ -28,6 +28,7 @@ from jax_simpo.run.manifest import claim, write_file
 from jax_simpo.run.metrics import NOT_FINITE_ADVICE, MetricsLog, check_records, evaluation_line, read_metrics
 from jax_simpo.run.output import check_output, make_output, prepare_output
 from jax_simpo.run.resume import check_not_finished, check_same_run, run_identity
+from jax_simpo.run.stalls import StallWatch
 from jax_simpo.run.sums import Sum
 from torch_ref.batches import Batch, RankStep, rank_steps
 from torch_ref.best import Choice
@@ -96,7 +97,7 @@ def _train(
     identity = ranks.first(lambda: run_identity(config, batch, groups))
     if resume:
         check_same_run(saved, identity, output)
-        ranks.first(lambda: check_not_finished(output, resume, total_steps))
+        ranks.first(lambda: check_not_finished(output, resume, total_steps, writes=(files.MODEL,)))
     best_rule, before = BestRule.of(config), None
     if resume:
         before = ranks.first(lambda: checkpoints.metrics(resume))
@@ -250,7 +251,10 @@ class Run:
         ranks = self.setup.ranks
         self.clock = Clock()
         self._last_saved = done = first_step
-        with MetricsLog(self.output, before=self.records_before, write=ranks.is_first) as self.log:
+        with (
+            MetricsLog(self.output, before=self.records_before, write=ranks.is_first) as self.log,
+            StallWatch(self.config.stall_seconds) as watch,
+        ):
             if first_step:
                 self.choice.resume(self.output, first_step, self.checkpoints.steps())
             # A run that early stopping has ended, but that was killed before its export, takes no further step.
@@ -265,6 +269,7 @@ class Run:
                     done = step.step + 1
                     with self.clock.paused():
                         stop = self._evaluate_and_save(done, step.epoch)
+                    watch.headway()
                     if stop is not None:
                         raise StoppedError(
                             f"ended by {stop.name} after step {done} of {self.total_steps}, which is saved. Start the "

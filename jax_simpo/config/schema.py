@@ -435,6 +435,12 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         "6 is usual. Default: no spikes are looked for.",
         gt=0,
     )
+    stall_seconds: Number | None = _key(
+        1800,
+        "Seconds without a finished step, evaluation or save after which each process prints where its threads stand, "
+        "and goes on; null never does.",
+        gt=0,
+    )
     save_total_limit: Whole | None = _key(
         None, "Checkpoints to keep, newest first; the best one is kept besides. Default: all.", ge=1
     )

@@ -19,5 +19,7 @@ STEP_RUN = "run.json"  # in a step folder of the PyTorch reference: the identity
 
 # Everything but the manifest and the lock, in the order in which a run writes it.
 ALL = (CONFIG, METRICS, FACTS, SAMPLES, BAD_STEPS, CHECKPOINTS, MODEL, REPORT, CURVES, CARD)
+# What is written once the last step is done.
+AT_THE_END = (MODEL, REPORT, CURVES, CARD)
 # The PyTorch reference writes only these.
 OF_TORCH_REF = (CONFIG, METRICS, FACTS, CHECKPOINTS, MODEL)

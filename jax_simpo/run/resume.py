@@ -6,7 +6,7 @@ Nothing here reads a checkpoint's arrays. Both trainers use it; each says which 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -186,18 +186,21 @@ def _read_step(wanted: int | str, folder: Path) -> int:
     return int(number)
 
 
-def check_not_finished(output: Path, step: int, total_steps: int) -> None:
-    """Refuses to train nothing. A run that was killed before its last step was exported is not finished.
+def check_not_finished(
+    output: Path, step: int, total_steps: int, *, writes: Collection[str] = files.AT_THE_END
+) -> None:
+    """Refuses to train nothing. A run that was killed before it had written everything is not finished.
 
     Args:
         output: the output directory.
         step: the step to continue from.
         total_steps: optimizer steps of the whole run.
+        writes: what a run writes after its last step.
 
     Raises:
-        CheckpointError: all steps are done, or early stopping has ended the run, and the model is exported.
+        CheckpointError: all steps are done, or early stopping has ended the run, and the rest is written.
     """
-    facts = read_facts(output) if (output / files.MODEL).exists() else {}
+    facts = read_facts(output) if all((output / name).exists() for name in writes) else {}
     early = bool(facts.get("ended_early"))
     if facts.get("exported_step") == step and (step >= total_steps or early):
         by = " by early stopping" if early else ""

@@ -29,6 +29,7 @@ from jax_simpo.run.cadence import is_due
 from jax_simpo.run.checkpoint import Checkpoints
 from jax_simpo.run.metrics import NOT_FINITE_ADVICE, MetricsLog, evaluation_line, read_metrics
 from jax_simpo.run.resume import GUARD
+from jax_simpo.run.stalls import StallWatch
 from jax_simpo.run.sums import Sum
 from jax_simpo.sharding import local_rows
 from jax_simpo.training.bad_steps import describe
@@ -97,6 +98,7 @@ class TrainingLoop:
         with (
             MetricsLog(self.output, before=self.records_before, write=distributed.is_first()) as self._log,
             TrainingProgress(self.console, self.total_steps, first_step) as self._progress,
+            StallWatch(self.setup.config.stall_seconds) as self._watch,
         ):
             self._evaluated = self._evaluations_before(first_step)
             self.ended_early = self._ends(first_step)  # a run that was killed before its export has no step left
@@ -109,6 +111,7 @@ class TrainingLoop:
                 for batch in self._clock.waiting(batches):
                     params, state, metrics = run_step(self.functions, params, state, batch, accepts=self.guard.accepts)
                     self._clock.count(len(batch.groups), batch.input_tokens)
+                    self._watch.headway()
                     self._after(batch, params, state, metrics)
                     done = batch.step + 1
                     if self._stop_asked or self.ended_early:
@@ -249,6 +252,7 @@ class TrainingLoop:
         run = {**self.identity, GUARD: self.guard.state}
         self.checkpoints.save(done, trained, state, run, records, keep_step=self.best_step)
         self._last_saved = done
+        self._watch.headway()
 
     def _write(self, batch: StepBatch, values: Mapping[str, float]) -> None:
         rates = self._clock.rates()
@@ -278,6 +282,7 @@ class TrainingLoop:
     def _evaluate(self, params: Params, step: int, epoch: float) -> None:
         assert self.evaluation is not None
         metrics = self.evaluation.run(params)
+        self._watch.headway()
         self._evaluated.append({"eval_step": step, "eval_epoch": epoch, **metrics})
         self._record(self._evaluated[-1])
         self.console.print(evaluation_line(step, metrics, list(self.evaluation.source.splits)))
