@@ -30,7 +30,7 @@ class Checkpoints:
     """The checkpoints of one output directory; closes when used as a context manager.
 
     Nothing is read from a step before its files are known to be those that were saved. All processes of a run call the
-    methods together, except for `steps`, `latest` and `check_room`.
+    methods together, except for `steps`, `latest`, `check_room` and `thin_out`.
 
     Args:
         directory: the folder of the steps; `save` makes it if it is missing.
@@ -131,9 +131,13 @@ class Checkpoints:
                 self.folders.finish(step)
             except (OSError, ConfigError) as error:
                 raise self._not_saved(step, error) from error
-            self.folders.thin_out(self._keep, besides=(step, keep_step))
+            self.thin_out(step, keep_step)
 
         distributed.on_first("step is whole", finish)
+
+    def thin_out(self, *besides: int | None) -> None:
+        """Removes the oldest steps, as many as are too many, but none of `besides`. One process calls it."""
+        self.folders.thin_out(self._keep, besides=besides)
 
     def check_room(self, params: Any, optimizer: Any) -> None:
         """Makes sure that the disk has room for a step of these arrays.

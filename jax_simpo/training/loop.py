@@ -101,6 +101,8 @@ class TrainingLoop:
             StallWatch(self.setup.config.stall_seconds) as self._watch,
         ):
             self._evaluated = self._evaluations_before(first_step)
+            if first_step:  # the run may have been killed before it had removed an old step
+                distributed.on_first("old steps", lambda: self.checkpoints.thin_out(first_step, self.best_step))
             self.ended_early = self._ends(first_step)  # a run that was killed before its export has no step left
             steps = range(first_step, first_step if self.ended_early else self.total_steps)
             if self.evaluation is not None and not first_step:
