@@ -41,7 +41,7 @@ def read_model_config(raw: Mapping[str, Any], source: str = "config.json") -> Mo
     head_dim = fields.size("head_dim", hidden_size // num_heads)
     if head_dim % 2:
         raise ModelError(f"{source}: head_dim={head_dim} is odd; rotary positions turn pairs, so it must be even")
-    num_layers = fields.size("num_hidden_layers")
+    num_layers = fields.size("num_hidden_layers", most=100_000)
     common = ModelConfig(
         model_type=model_type,
         vocab_size=fields.size("vocab_size"),
@@ -109,6 +109,10 @@ def _model_type(raw: Mapping[str, Any], source: str) -> str:
     supported = ", ".join(f"{kind} ({family.architecture})" for kind, family in FAMILIES.items())
     architectures = raw.get("architectures") or []
     model_type = raw.get("model_type")
+    if not isinstance(architectures, list | tuple) or not isinstance(model_type, str | None):
+        raise ModelError(
+            f"{source}: model_type={model_type!r}, architectures={architectures!r}; expected text and a list of texts"
+        )
     if model_type is None:  # old files and hand-written mappings name the class alone
         model_type = next((kind for kind, family in FAMILIES.items() if family.architecture in architectures), None)
     if model_type not in FAMILIES:

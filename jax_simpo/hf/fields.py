@@ -6,6 +6,7 @@ a model that runs and is wrong.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,18 +63,18 @@ class Fields:
             raise ModelError(f"{self.source}: no field `{key}`; a model cannot be built without it")
         return default
 
-    def size(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """Reads a whole number of at least `least` (0 or 1)."""
+    def size(self, key: str, default: int | None = None, *, least: int = 1, most: int = 2**31 - 1) -> int:
+        """Reads a whole number of at least `least` (0 or 1) and at most `most`."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             kind = "positive whole number" if least else "whole number that is not negative"
-            raise ModelError(f"{self.source}: {key}={value!r}, expected a {kind}")
+            raise ModelError(f"{self.source}: {key}={value!r}, expected a {kind} of at most {most:,}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """Reads a positive number."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise ModelError(f"{self.source}: {key}={value!r}, expected a positive number")
         return float(value)
 
