@@ -7,6 +7,7 @@ Keys are those of the original SimPO files where they exist, so that a published
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -55,6 +56,10 @@ def _name(value: Any) -> Any:
             raise ValueError("is empty; give a name or a path, or leave the key out")
         if len(value.encode()) > 4095 or any(len(part.encode()) > 255 for part in value.split("/")):
             raise ValueError("is too long; a path has at most 4095 bytes, and 255 between two slashes")
+        try:
+            Path(value).expanduser()
+        except RuntimeError:
+            raise ValueError("begins with the home folder of a user who has none here") from None
     return value
 
 

@@ -104,6 +104,10 @@ def test_any_key_of_an_override_is_told(path: Path, key: str) -> None:
         ('run_name: "\\UFFFFFFFF"', "line 4: not valid YAML: "),
         ('output_dir: "a\\0b"', "line 4: `output_dir` holds the character NUL; remove it"),
         ('data_cache_dir: ""', "line 4: `data_cache_dir` is empty; give a name or a path, or leave the key out"),
+        (
+            "output_dir: ~nobody-of-this-name/x",
+            "line 4: `output_dir` begins with the home folder of a user who has none",
+        ),
         ("output_dir: " + "x" * 300, "line 4: `output_dir` is too long"),
         ("bf16: nan\n", "line 4: `bf16` is 'nan'; expected true or false"),
         ("max_seq_length: .nan", "line 4: `max_seq_length` is nan; expected a whole number >= 2"),
