@@ -8,6 +8,19 @@ from typing import Any
 
 from jax_simpo.config import objectives, schedules
 
+_STEPS = (2**31 - 1, "the optimizer counts steps in 32 bits")
+# Key -> the largest number that can work, and the reason.
+_MOST: dict[str, tuple[int, str]] = {
+    "seed": (2**63 - 1, "a seed has 64 bits"),
+    "max_steps": _STEPS,
+    "warmup_steps": _STEPS,
+    "lora_r": (2**16, "no layer is as wide, and a rank above a layer's width adds nothing"),
+    "rows_per_device": (2**16, "no device holds more rows at a time"),
+    "logprob_chunk": (2**20, "the logits of all its states are in memory at once"),
+    "sample_tokens": (2**16, "no report shows longer answers"),
+    "preprocessing_num_workers": (2**12, "no machine runs more threads at a time"),
+}
+
 
 def check(config: Any) -> None:
     """Checks the keys of a `TrainConfig` against one another.
@@ -15,6 +28,9 @@ def check(config: Any) -> None:
     Raises:
         ValueError: with the first contradiction, in the words that the user reads.
     """
+    for key, (most, why) in _MOST.items():
+        if isinstance(number := getattr(config, key), int) and number > most:
+            raise ValueError(f"`{key}` is {number}; expected at most {most}: {why}")
     if config.model_name_or_path is not None and config.new_model_config is not None:
         raise ValueError(
             "`model_name_or_path` (a model to start from) and `model_config` (a new model) contradict each other; "
@@ -58,8 +74,8 @@ def check(config: Any) -> None:
         )
     if mistake := objectives.check(config.objective) or objectives.check_keys(config.objective, config.__dict__):
         raise ValueError(mistake)
-    if config.row_length != "auto" and (config.row_length < 128 or config.row_length % 128):
-        near = max(128, round(config.row_length / 128) * 128)
+    if config.row_length != "auto" and (not 128 <= config.row_length < 2**31 or config.row_length % 128):
+        near = min(max(128, (config.row_length + 64) // 128 * 128), 2**31 - 128)  # a place in a row has 32 bits
         raise ValueError(f"`row_length` is {config.row_length}; expected auto or a multiple of 128, such as {near}")
     if mistake := schedules.check(config.lr_scheduler_type, config.lr_scheduler_kwargs, config.learning_rate):
         raise ValueError(mistake)

@@ -7,9 +7,12 @@ unless their value asks for nothing.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
+from jax_simpo.config import shown
 from jax_simpo.errors import ConfigError
 
 # A value that asks for nothing is accepted without a notice, whatever its key.
@@ -158,11 +161,12 @@ def translate(values: dict[str, Any], place: Callable[[str], str]) -> tuple[dict
         if key in RENAMED:
             ours, read = RENAMED[key]
             if read is not None and not isinstance(value, bool):
-                raise ConfigError(f"{place(key)}: `{key}` is {value!r}; expected true or false")
+                raise ConfigError(f"{place(key)}: `{key}` is {shown.value(value)}; expected true or false")
             translated = value if read is None else read(value)
-            if values.get(ours, translated) != translated:
+            other = origin.get(ours, ours)
+            if other in values and (result if ours in origin else values)[ours] != translated:
                 raise ConfigError(
-                    f"{place(key)}: `{key}: {_show(value)}` and `{ours}: {_show(values[ours])}` contradict each "
+                    f"{place(key)}: `{key}: {_show(value)}` and `{other}: {_show(values[other])}` contradict each "
                     f"other; keep `{ours}`"
                 )
             if read is not None:
@@ -192,14 +196,21 @@ def read_gamma(values: dict[str, Any], beta: Any, place: str) -> str:
     gamma = values.pop("gamma")
     if "gamma_beta_ratio" in values:
         raise ConfigError(f"{place}: `gamma` and `gamma_beta_ratio` are one setting; keep `gamma_beta_ratio`")
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (gamma, beta))
-    if not numbers or gamma < 0 or beta <= 0:
-        raise ConfigError(f"{place}: `gamma` ({gamma!r}) is read as gamma / beta ({beta!r}); both must be numbers > 0")
+    if not (_is_finite(gamma) and _is_finite(beta) and gamma >= 0 and beta > 0 and math.isfinite(gamma / beta)):
+        raise ConfigError(
+            f"{place}: `gamma` ({shown.value(gamma)}) is read as gamma / beta ({shown.value(beta)}); both must be "
+            "numbers > 0"
+        )
     values["gamma_beta_ratio"] = gamma / beta
     return f"{place}: `gamma: {gamma}` is read as `gamma_beta_ratio: {gamma / beta:g}` (gamma / beta)"
+
+
+def _is_finite(value: Any) -> bool:
+    """Returns True for a number that is finite as a float, too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _show(value: Any) -> str:
     if value is None:
         return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else shown.one_line(str(value))

@@ -13,11 +13,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from jax_simpo.config import foreign, yaml_files
+from jax_simpo.config import foreign, shown, yaml_files
 from jax_simpo.config.objectives import OwnObjective
 
 _SIGNS = {annotated_types.Gt: "gt", annotated_types.Ge: "ge", annotated_types.Lt: "lt", annotated_types.Le: "le"}
 _SYMBOLS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+_MOST_MISTAKES = 50
+_LONGEST_REASON = 1000
 
 
 def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
@@ -88,8 +90,10 @@ def explain_all(
     names: Mapping[str, str],
     source: str,
 ) -> str:
-    """Words every mistake that pydantic has found, a line each. The arguments are those of `explain`."""
-    lines = [explain(detail, model, values, places, names, source) for detail in error.errors()]
+    """Words the mistakes that pydantic has found, a line each. The arguments are those of `explain`."""
+    lines = [explain(detail, model, values, places, names, source) for detail in error.errors()[:_MOST_MISTAKES]]
+    if error.error_count() > _MOST_MISTAKES:
+        lines.append(f"{source}: these are the first of {error.error_count():,} mistakes")
     return "\n".join(dict.fromkeys(lines))  # a key that may be one of two types complains once for each
 
 
@@ -113,13 +117,14 @@ def explain(
     """
     location = [str(part) for part in error["loc"]]
     reason = str(error.get("ctx", {}).get("error", "")) if error["type"] == "value_error" else ""
+    reason = shown.one_line(reason, _LONGEST_REASON)
     if not location:
         return f"{_place_of_check(reason, places, path)}: {reason or error['msg']}"
     top = location[0]
     place = places.get(top, path)
     if error["type"] == "extra_forbidden":
-        dotted = ".".join(location)
-        return f"{place}: unknown key `{dotted}` (value {_show(error['input'])}).{did_you_mean(dotted, model)}"
+        dotted = shown.one_line(".".join(location))
+        return f"{place}: unknown key `{dotted}` (value {shown.value(error['input'])}).{did_you_mean(dotted, model)}"
     if error["type"] == "missing":
         return f"{path}: the key `{top}` is required"
     if "`" in reason:
@@ -129,13 +134,15 @@ def explain(
     kinds = members(field.annotation)
     if len(location) > 1 and isinstance(value, Mapping) and location[1] in value:
         below = nested(field)
-        key, value = f"{key}.{location[1]}", value[location[1]]
+        key, value = f"{key}.{shown.one_line(location[1])}", value[location[1]]
         wanted = expected(below.model_fields[location[1]]) if below else "a number from 0 to 1"
         kinds = members(below.model_fields[location[1]].annotation) if below else [float]
     elif len(location) > 1 and isinstance(value, list) and location[1].isdigit():
         value = value[int(location[1])]
         key, wanted = f"{key}[{location[1]}]", wanted.removeprefix("a list of ")
-    return f"{place}: `{key}` is {_show(value)}; expected {wanted}{_hint(field, key, value, wanted, kinds)}"
+    if reason:
+        return f"{place}: `{key}` {reason}"
+    return f"{place}: `{key}` is {shown.value(value)}; expected {wanted}{_hint(field, key, value, wanted, kinds)}"
 
 
 def _hint(field: FieldInfo, key: str, value: Any, wanted: str, kinds: list[Any]) -> str:
@@ -145,14 +152,15 @@ def _hint(field: FieldInfo, key: str, value: Any, wanted: str, kinds: list[Any])
     if (meant := _meant(value, kinds)) is not None:
         return f". Write {meant} without quotes" if meant == value else f". Write {meant}"
     choices = [str(c) for kind in kinds if get_origin(kind) is Literal for c in get_args(kind)]
-    if near := difflib.get_close_matches(str(value).lower(), choices, 1, 0.6):
+    text = shown.one_line(str(value))
+    if near := difflib.get_close_matches(text.lower(), choices, 1, 0.6):
         return f". Did you mean `{near[0]}`?"
     if key == "dataset_mixer" and isinstance(value, str):
-        return f". Write `dataset_mixer: {{{value}: 1.0}}`"
+        return f". Write `dataset_mixer: {{{text}: 1.0}}`"
     if wanted.startswith("text") and isinstance(value, int | float):
         return ". Put it in quotes"
     if wanted.startswith("a list of text") and isinstance(value, str):
-        return f". Write `{key}: [{value}]`"
+        return f". Write `{key}: [{text}]`"
     return ""
 
 
@@ -165,7 +173,7 @@ def _meant(value: Any, kinds: list[Any]) -> str | None:
     if bool in kinds:
         return text if text in ("true", "false") else _TRUTH.get(text)
     if isinstance(value, str) and not {int, float}.isdisjoint(kinds):
-        number = yaml_files.parse_value(text) if re.fullmatch(r"[-+.\w]+", text) else None
+        number = yaml_files.parse_value(text) if re.fullmatch(r"[-+]?\.?\w[-+.\w]{0,50}", text) else None
         return text if isinstance(number, int | float) and not isinstance(number, bool) else None
     return None
 
@@ -186,11 +194,6 @@ def did_you_mean(key: str, model: type[BaseModel]) -> str:
     own = [*keys_of(model), *below]
     near = difflib.get_close_matches(plain, own, 1, 0.7) or difflib.get_close_matches(plain, foreign.KEYS, 1, 0.8)
     return f" Did you mean `{near[0]}`?" if near else " `python -m jax_simpo.config` lists all keys."
-
-
-def _show(value: Any) -> str:
-    shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def show_default(field: FieldInfo) -> str:

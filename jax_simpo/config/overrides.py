@@ -9,8 +9,10 @@ from typing import Any, get_origin
 import yaml
 from pydantic import BaseModel
 
-from jax_simpo.config import foreign, help, yaml_files
+from jax_simpo.config import foreign, help, shown, yaml_files
 from jax_simpo.errors import ConfigError
+
+_MOST_LEVELS = 50
 
 
 @dataclass
@@ -39,9 +41,10 @@ def apply(overrides: Sequence[str], to: Values, model: type[BaseModel]) -> None:
 
 def _apply(override: str, to: Values, model: type[BaseModel]) -> None:
     key, equals, text = override.removeprefix("--").partition("=")
+    place = shown.one_line(override)
     if not override.startswith("--") or not equals or not key:
-        form = f"--{key.lstrip('-') or 'key'}={text or 'VALUE'}"
-        raise ConfigError(f"{override}: not an override; write `--key=value` as one argument, here `{form}`")
+        form = shown.one_line(f"--{key.lstrip('-') or 'key'}={text or 'VALUE'}")
+        raise ConfigError(f"{place}: not an override; write `--key=value` as one argument, here `{form}`")
     top, dot, rest = key.partition(".")
     top = top.replace("-", "_")
     if dot and top == "dataset_mixer":
@@ -51,23 +54,25 @@ def _apply(override: str, to: Values, model: type[BaseModel]) -> None:
     else:
         path = rest.split(".") if dot else []
     if not all(path):
-        raise ConfigError(f"{override}: the key `{key}` ends in a dot or has two in a row")
-    value = _read_value(top, path, text, override, model)
+        raise ConfigError(f"{place}: the key `{shown.one_line(key)}` ends in a dot or has two in a row")
+    if len(path) > _MOST_LEVELS:
+        raise ConfigError(f"{place}: the key has {len(path):,} dots; no key is below more than {_MOST_LEVELS} others")
+    value = _read_value(top, path, text, place, model)
     if not path:
-        translated, notices, origin = foreign.translate({top: value}, lambda _: override)
+        translated, notices, origin = foreign.translate({top: value}, lambda _: place)
         for one, other in (("gamma", "gamma_beta_ratio"), ("gamma_beta_ratio", "gamma")):
             if one in translated:  # two names of one setting, of which the last one counts
                 to.values.pop(other, None)
         to.values.update(translated)
         to.notices.extend(notices)
         for ours in translated:
-            to.places[ours] = override
+            to.places[ours] = place
             to.names[ours] = origin.get(ours, ours)
     elif top in foreign.KEYS:
-        to.notices.extend(foreign.translate({top: {rest: value}}, lambda _: override)[1])
+        to.notices.extend(foreign.translate({top: {rest: value}}, lambda _: place)[1])
     else:
-        _check_nested(top, override, model)
-        to.places[top] = override
+        _check_nested(top, place, model)
+        to.places[top] = place
         to.values[top] = _with(to.values.get(top), path, value, remove=top == "dataset_mixer" and value is None)
 
 
@@ -83,7 +88,7 @@ def _with(old: Any, path: list[str], value: Any, remove: bool) -> dict[str, Any]
     return copy
 
 
-def _read_value(top: str, path: list[str], text: str, override: str, model: type[BaseModel]) -> Any:
+def _read_value(top: str, path: list[str], text: str, place: str, model: type[BaseModel]) -> Any:
     """Reads a value as YAML; for a key that holds text, returns the text as it is."""
     key = help.keys_of(model).get(top)
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
@@ -91,15 +96,15 @@ def _read_value(top: str, path: list[str], text: str, override: str, model: type
         return None if text in ("", "~", "null") else text
     try:
         return yaml_files.parse_value(text)
-    except (yaml.YAMLError, ValueError) as error:
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{override}: the value is not valid YAML ({problem}); text may be put in quotes") from None
+    except yaml.MarkedYAMLError as error:
+        problem = shown.one_line(str(error.problem))
+        raise ConfigError(f"{place}: the value is not valid YAML ({problem}); text may be put in quotes") from None
 
 
-def _check_nested(top: str, override: str, model: type[BaseModel]) -> None:
+def _check_nested(top: str, place: str, model: type[BaseModel]) -> None:
     """Raises for a dotted key whose first part has no keys below it."""
     key = help.keys_of(model).get(top)
     if key is None:
-        raise ConfigError(f"{override}: unknown key `{top}`.{help.did_you_mean(top, model)}")
+        raise ConfigError(f"{place}: unknown key `{shown.one_line(top)}`.{help.did_you_mean(top, model)}")
     if not help.nested(key) and not any(get_origin(m) is dict for m in help.members(key.annotation)):
-        raise ConfigError(f"{override}: `{top}` has no keys below it; write `--{top}=VALUE`")
+        raise ConfigError(f"{place}: `{top}` has no keys below it; write `--{top}=VALUE`")

@@ -7,9 +7,19 @@ Keys are those of the original SimPO files where they exist, so that a published
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 from pydantic.config import JsonDict
 
 from jax_simpo.config import checks, foreign, help, objectives, yaml_files
@@ -20,7 +30,7 @@ from jax_simpo.errors import ConfigError
 def _no_bool(value: Any) -> Any:
     """Refuses true and false, which Python would take for 1 and 0."""
     if isinstance(value, bool):
-        raise ValueError("a number, not true or false")
+        raise ValueError  # without a reason: the message says that a number is expected
     return value
 
 
@@ -30,8 +40,33 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _text(value: Any) -> Any:
+    """Refuses text that names nothing and that no file of a run can hold."""
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("holds the character NUL; remove it")
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("holds bytes that are not UTF-8, or half of a surrogate pair; write it in Unicode")
+    return value
+
+
+def _name(value: Any) -> Any:
+    """Refuses text that is no path, nor a name on the hub."""
+    if isinstance(_text(value), str):
+        if not value.strip():
+            raise ValueError("is empty; give a name or a path, or leave the key out")
+        if len(value.encode()) > 4095 or any(len(part.encode()) > 255 for part in value.split("/")):
+            raise ValueError("is too long; a path has at most 4095 bytes, and 255 between two slashes")
+        try:
+            Path(value).expanduser()
+        except RuntimeError:
+            raise ValueError("begins with the home folder of a user who has none here") from None
+    return value
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Text = Annotated[str, AfterValidator(_text)]
+Name = Annotated[str, AfterValidator(_name)]
 
 
 def _key(
@@ -79,14 +114,14 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     """
 
     # --- model
-    model_name_or_path: str | None = _key(
+    model_name_or_path: Name | None = _key(
         None,
         "Model to start from: a Hugging Face hub id, or a folder with `config.json` and safetensors. "
         "Required, unless `model_config` and `tokenizer_name_or_path` are given.",
         section="Model and tokenizer",
         identity=True,
     )
-    model_revision: str | None = _key("main", "Branch, tag or commit of a hub model.", identity=True)
+    model_revision: Name | None = _key("main", "Branch, tag or commit of a hub model.", identity=True)
     # pydantic keeps the attribute name `model_config` for itself; in files the key is `model_config`.
     new_model_config: dict[str, Any] | None = _key(
         None,
@@ -95,13 +130,13 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         alias="model_config",
         identity=True,
     )
-    tokenizer_name_or_path: str | None = _key(
+    tokenizer_name_or_path: Name | None = _key(
         None, "Tokenizer: a hub id, a folder, or `builtin:NAME`. Default: the model's.", identity=True
     )
     trust_remote_code: bool = _key(
         False, "Lets a tokenizer run code from its repository. Models never do: they are built in."
     )
-    chat_template: str | None = _key(
+    chat_template: Text | None = _key(
         None,
         "Chat template: the Jinja text itself, a file, or the name of one that comes with the program. "
         "Default: the tokenizer's own; it is never guessed from a path.",
@@ -109,7 +144,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     )
 
     # --- data
-    dataset_mixer: dict[str, Number] = _key(
+    dataset_mixer: dict[Name, Number] = _key(
         dict,
         "Data sources and the fraction of the training pairs taken from each (`{source: 1.0}`). A source is a hub id, "
         "a `.jsonl`, `.json` or `.parquet` file, a folder of `train`/`test` files, a saved dataset, or `builtin:NAME`. "
@@ -119,11 +154,11 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         identity=True,
         entries="source to fraction",
     )
-    dataset_splits: list[str] = _key(
+    dataset_splits: list[Name] = _key(
         lambda: ["train", "test"],
         "Splits to use: those with `train` in their name are trained on, the others evaluated.",
     )
-    dataset_configs: list[str | None] | None = _key(
+    dataset_configs: list[Text | None] | None = _key(
         None,
         "Configuration name of each hub data set, one for each entry of `dataset_mixer`, null where it has none.",
         identity=True,
@@ -147,7 +182,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     truncation_mode: Literal["keep_end", "keep_start"] = _key(
         "keep_end", "Which end of a prompt that is too long stays.", identity=True
     )
-    weight_column: str | None = _key(
+    weight_column: Text | None = _key(
         None,
         "Column with a weight for each training pair, a number >= 0 by which its part of the loss is multiplied. The "
         "loss stays divided by the number of pairs; evaluation counts every pair once. Default: all weights are 1.",
@@ -187,7 +222,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         "error", "What a row that cannot be trained on does: stop the run, or be skipped and counted.", identity=True
     )
     preprocessing_num_workers: Whole | None = _key(None, "Threads that tokenise. Default: one per core.", ge=1)
-    data_cache_dir: str | None = _key(
+    data_cache_dir: Name | None = _key(
         None, "Folder that keeps tokenised data between runs. Default: a folder in the Hugging Face cache."
     )
 
@@ -208,7 +243,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         ge=0,
         lt=1,
     )
-    lora_target_modules: list[str] | None = _key(
+    lora_target_modules: list[Text] | None = _key(
         None,
         "Names of the layers that get an adapter, such as `[q_proj, v_proj]`. Default: all linear layers but the head.",
         identity=True,
@@ -221,7 +256,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     )
 
     # --- objective. The defaults of its keys depend on it: `_derive` fills them in. What it does not read stays null.
-    objective: str | dict[str, Number] | OwnObjective = _key(
+    objective: Annotated[str | dict[str, Number] | OwnObjective, AfterValidator(_text)] = _key(
         "simpo",
         "What is minimised: an objective (docs/objectives.md lists all), several of them with weights "
         "(`{dpo: 1.0, sft: 0.1}`), or a class of your own (`my_file.py:MyObjective`, with `--allow_code`).",
@@ -229,7 +264,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         identity=True,
         entries="objective to weight",
     )
-    ref_model_name_or_path: str | None = _key(
+    ref_model_name_or_path: Name | None = _key(
         None,
         "Reference model of objectives that have one: a hub id or a folder. Default: the model the run starts from.",
         identity=True,
@@ -449,7 +484,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         "Exports the model of the best evaluation instead of the last step's. Every new best step is saved, besides "
         "those that `save_strategy` saves. The evaluation before the first step does not count.",
     )
-    metric_for_best_model: str = _key(
+    metric_for_best_model: Text = _key(
         "eval_loss",
         "The evaluation's metric that says which model is best, with or without `eval_`, such as "
         "`eval_rewards/accuracies`.",
@@ -463,9 +498,9 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     early_stopping_threshold: Number = _key(
         0.0, "By how much the metric must improve to count, with `early_stopping_patience`.", ge=0
     )
-    output_dir: str = _key("outputs/run", "Folder for everything a run writes. Default: `outputs/` + `run_name`.")
+    output_dir: Name = _key("outputs/run", "Folder for everything a run writes. Default: `outputs/` + `run_name`.")
     overwrite_output_dir: bool = _key(False, "Starts afresh in a folder that holds another run, removing it.")
-    resume_from_checkpoint: bool | Whole | str | None = _key(
+    resume_from_checkpoint: Annotated[bool | Whole | str | None, AfterValidator(_name)] = _key(
         None,
         "A step number or checkpoint folder to resume from. Default (and true): the newest of `output_dir` if it has "
         "one; false: never resume.",
@@ -477,7 +512,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         ge=0,
     )
     sample_tokens: Whole = _key(64, "Longest sample answer, in tokens.", ge=1)
-    run_name: str | None = _key(None, "Name of the run. Default: the config file's name.")
+    run_name: Text | None = _key(None, "Name of the run. Default: the config file's name.")
 
     _notices: tuple[str, ...] = PrivateAttr(default=())
 

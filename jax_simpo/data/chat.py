@@ -9,9 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jax_simpo.data import synthetic
+from jax_simpo.data import synthetic, template_limits
 from jax_simpo.data.conversations import Conversation
-from jax_simpo.data.messages import BadRow, Message
+from jax_simpo.data.messages import BadRow, Message, short
 from jax_simpo.errors import DataError
 from jax_simpo.terminal import visible
 
@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 REASONABLE_LENGTH = 100_000
 """Tokenizers without a maximum length report a number above this one."""
+
+TOO_MUCH = "too much for the chat template"
+"""The `kind` of a row that the chat template takes too much time or memory for."""
 
 
 Spans = tuple[tuple[int, int], ...]
@@ -128,13 +131,16 @@ def resolve_template(chat_template: str) -> str:
         return (resources.files("jax_simpo.data") / "templates" / f"{chat_template}.jinja").read_text("utf-8")
     if "{%" in chat_template or "{{" in chat_template:
         return chat_template
-    path = Path(chat_template).expanduser()
-    if path.is_file():
-        return path.read_text("utf-8")
+    try:
+        path = Path(chat_template).expanduser()
+        if path.is_file():
+            return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # the last of a user without a home folder
+        raise DataError(f"chat_template {short(chat_template, 300)}: cannot be read ({reason_of(error)})") from error
     near = difflib.get_close_matches(chat_template, built_in_templates(), n=1)
     raise DataError(
-        f"chat_template {chat_template!r}: neither a built-in name ({', '.join(built_in_templates())}), a file, nor a "
-        "jinja template" + (f"; did you mean {near[0]}?" if near else "")
+        f"chat_template {short(chat_template, 300)}: neither a built-in name ({', '.join(built_in_templates())}), a "
+        "file, nor a jinja template" + (f"; did you mean {near[0]}?" if near else "")
     )
 
 
@@ -143,25 +149,45 @@ def _check_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     from jinja2 import TemplateError, TemplateSyntaxError
 
     user, assistant = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    dialogues = [[assistant], [user], [user, assistant]]
+    remedy = f"set `chat_template`, for example to one of {', '.join(built_in_templates())}"
     try:
-        lone_answer = _strip_bos(_render(tokenizer, [assistant]), tokenizer)
-        prompt, dialogue = _render(tokenizer, [user]), _render(tokenizer, [user, assistant])
+        line = template_limits.limited(lambda: template_limits.line_of_a_power(tokenizer.get_chat_template()))
+        texts = [] if line else template_limits.limited(lambda: [_render(tokenizer, turns) for turns in dialogues])
+        template_limits.check_written(texts, dialogues)
     except TemplateSyntaxError as error:
-        raise DataError(f"chat template of {name}, line {error.lineno}: {error.message}: correct it") from error
+        raise DataError(f"chat template of {name}, line {error.lineno}: {reason_of(error)}: correct it") from error
     except TemplateError as error:
         raise DataError(
-            f"chat template of {name}: cannot write an answer by itself, as SimPO needs ({error}): set "
-            f"`chat_template`, for example to one of {', '.join(built_in_templates())}"
+            f"chat template of {name}: cannot write an answer by itself, as SimPO needs ({reason_of(error)}): {remedy}"
         ) from error
+    except Exception as error:  # a template may raise anything
+        raise DataError(f"chat template of {name}: cannot write a message ({reason_of(error)}): {remedy}") from error
+    if line:
+        raise DataError(
+            f"chat template of {name}, line {line}: the power `**` may take for ever: remove it, or {remedy}"
+        )
+    lone_answer, prompt, dialogue = texts
+    lone_answer = _strip_bos(lone_answer, tokenizer)
     answer = dialogue.removeprefix(prompt)
     if answer != lone_answer and answer and lone_answer.endswith(answer):
         logger.warning(
-            "The chat template of %s puts %r before every answer, so the model is trained to write it. "
+            "The chat template of %s puts %s before every answer, so the model is trained to write it. "
             "The original SimPO does the same. To avoid it, set `chat_template` to a template without a default "
             "system prompt.",
             visible(name),
-            lone_answer.removesuffix(answer),
+            visible(short(lone_answer.removesuffix(answer), 1000)),
         )
+
+
+def reason_of(error: Exception) -> str:
+    """Returns what an exception says, in a line."""
+    from jinja2 import TemplateError
+
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else text[:297] + "..."
+    plain = isinstance(error, TemplateError | template_limits.TooMuchError) and text
+    return text if plain else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -195,14 +221,14 @@ def render_group(
     if auto_insert_empty_system_msg and takes_system and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": ""}, *prompt]
     try:
-        rendered = _render(tokenizer, prompt, turns.tools)
-        answers = [
-            _render_answer(tokenizer, prompt, rendered, answer, turns.tools, train_on) for answer in turns.answers
-        ]
+        rendered, answers = template_limits.limited(lambda: _render_all(tokenizer, prompt, turns, train_on))
+        template_limits.check_written([rendered, *(text for text, _ in answers)], turns)
     except BadRow:
         raise
+    except template_limits.TooMuchError as error:
+        raise BadRow(TOO_MUCH, str(error)) from error
     except Exception as error:  # a template may raise anything, `raise_exception` included: this row is at fault
-        raise BadRow("refused by the chat template", str(error)) from error
+        raise BadRow("refused by the chat template", reason_of(error)) from error
     all_scored = all(spans == ((0, len(answer)),) for answer, spans in answers)
     scored = () if all_scored else tuple(spans for _, spans in answers)
     text = GroupText(rendered, tuple(answer for answer, _ in answers), scored)
@@ -213,6 +239,15 @@ def render_group(
     if len(set(text.responses)) == 1:
         raise BadRow("chosen = rejected", "the two answers read the same after the chat template")
     return text
+
+
+def _render_all(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], turns: Conversation, train_on: str
+) -> tuple[str, list[tuple[str, Spans]]]:
+    """Returns the text of the prompt, and of each answer the text and its scored characters."""
+    rendered = _render(tokenizer, prompt, turns.tools)
+    answers = [_render_answer(tokenizer, prompt, rendered, answer, turns.tools, train_on) for answer in turns.answers]
+    return rendered, answers
 
 
 def _render_answer(

@@ -123,7 +123,7 @@ def _check_text(text: str | None, place: str) -> None:
             raise BadRow("broken text", f"{place} holds half of a Unicode surrogate pair") from error
 
 
-def short(value: Any) -> str:
+def short(value: Any, most: int = 60) -> str:
     """Returns a value as Python writes it, cut to what fits a message."""
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jax_simpo.data.chat import GroupText, render_group
+from jax_simpo.data import template_limits
+from jax_simpo.data.chat import TOO_MUCH, GroupText, render_group
 from jax_simpo.data.conversations import Conversation, Row, make_conversation, read_row, read_weight
 from jax_simpo.data.groups import Group, Response
 from jax_simpo.data.messages import BadRow
@@ -32,6 +33,7 @@ __all__ = ["GroupDataset", "TokenSettings", "tokenize_group", "tokenize_split"]
 TruncationMode = Literal["keep_end", "keep_start"]
 
 CHUNK_ROWS = 512
+_MOST_TOO_MUCH = 10
 
 
 @dataclass(frozen=True)
@@ -359,12 +361,19 @@ def _tokenize_chunk(
     settings: TokenSettings,
 ) -> None:
     rendered: list[tuple[_Read, Conversation, GroupText]] = []
-    for read, turns in conversations:
-        try:
-            text = render_group(turns, tokenizer, settings.auto_insert_empty_system_msg, settings.train_on)
-            rendered.append((read, turns, text))
-        except BadRow as bad:
-            chunk.skip(read, bad)
+    with template_limits.prepared():
+        for read, turns in conversations:
+            try:
+                text = render_group(turns, tokenizer, settings.auto_insert_empty_system_msg, settings.train_on)
+                rendered.append((read, turns, text))
+            except BadRow as bad:
+                chunk.skip(read, bad)
+                too_much = [row for row in chunk.skipped if row.kind == TOO_MUCH]
+                if len(too_much) >= _MOST_TOO_MUCH:  # each may have taken seconds
+                    raise DataError(
+                        f"{too_much[0].reason}, in row {too_much[0].index} and in {len(too_much) - 1} of the "
+                        f"{len(conversations)} read with it (rows count from 0): set another `chat_template`"
+                    ) from bad
 
     # One call encodes the chunk in the tokenizer's own Rust threads. Worker processes would be slower: 1300 pairs
     # (0.6 M tokens, Llama-3 vocabulary) take 0.33 s to encode on two cores and 0.25 s for the rest, and a spawned

@@ -113,6 +113,10 @@ def _model_type(raw: Mapping[str, Any], source: str) -> str:
     supported = ", ".join(f"{kind} ({family.architecture})" for kind, family in FAMILIES.items())
     architectures = raw.get("architectures") or []
     model_type = raw.get("model_type")
+    if not isinstance(architectures, list | tuple) or not isinstance(model_type, str | None):
+        raise ModelError(
+            f"{source}: model_type={model_type!r}, architectures={architectures!r}; expected text and a list of texts"
+        )
     if model_type is None:  # old files and hand-written mappings name the class alone
         model_type = next((kind for kind, family in FAMILIES.items() if family.architecture in architectures), None)
     if model_type not in FAMILIES:

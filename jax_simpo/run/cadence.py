@@ -6,12 +6,22 @@ import math
 from typing import Literal
 
 from jax_simpo.config import TrainConfig
+from jax_simpo.errors import ConfigError
 
 
 def count_steps(config: TrainConfig, steps_per_epoch: int) -> int:
-    """Returns the number of optimizer steps of the whole run: `max_steps`, or those of `num_train_epochs`."""
+    """Returns the number of optimizer steps of the whole run: `max_steps`, or those of `num_train_epochs`.
+
+    Raises:
+        ConfigError: so many epochs take more steps than the 32 bits of an optimizer's counter hold.
+    """
     if config.max_steps > 0:
         return config.max_steps
+    if config.num_train_epochs * steps_per_epoch >= 2**31:
+        raise ConfigError(
+            f"`num_train_epochs` is {config.num_train_epochs:g}: at {steps_per_epoch} steps an epoch that is more than "
+            "the 2,147,483,647 steps that a run can count. Lower it, or set `max_steps`"
+        )
     return math.ceil(config.num_train_epochs * steps_per_epoch)
 
 

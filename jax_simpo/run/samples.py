@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from jaxtyping import Int
 
+from jax_simpo.data import template_limits
+from jax_simpo.data.chat import reason_of
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.data.tree import common_prefix_length
+from jax_simpo.errors import DataError
 from jax_simpo.run import files
 from jax_simpo.run.manifest import write_file
 
@@ -123,13 +126,28 @@ def _plain(content: str) -> str:
 
 
 def _assistant_header(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the generation prompt of the chat template; an empty text where the template has none."""
+    """Returns the generation prompt of the chat template; an empty text where the template has none.
+
+    Raises:
+        DataError: the template cannot write it.
+    """
     turn = [{"role": "user", "content": "x"}]
     extra = {"bos_token": ""} if tokenizer.bos_token is None else {}
-    without, with_header = (
-        str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=add, **extra))
-        for add in (False, True)
-    )
+
+    def write() -> list[str]:
+        return [
+            str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=add, **extra))
+            for add in (False, True)
+        ]
+
+    try:
+        without, with_header = template_limits.limited(write)
+        template_limits.check_written([with_header], turn)
+    except Exception as error:  # a template may raise anything
+        raise DataError(
+            f"chat template: cannot write what an answer begins with ({reason_of(error)}): correct it, or set "
+            "`sample_prompts: 0`"
+        ) from error
     return with_header.removeprefix(without) if with_header.startswith(without) else ""
 
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 import jax
 from jax.sharding import Mesh
 
+from jax_simpo.config import TrainConfig
+from jax_simpo.errors import ConfigError
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
 
@@ -46,6 +48,40 @@ def longest_row(model: Model, mesh: Mesh, rows_per_device: int, memory: int) -> 
     per_token = width * (config.num_layers * kept[model.remat] + 2 * layer) + 4 * 2 * config.hidden_size
     remaining = _remaining(model, mesh, memory)
     return max(0, min(_LONGEST, int(_SPARE * remaining) // (per_token * rows_per_device)))
+
+
+def check_fits(config: TrainConfig, model: Model, mesh: Mesh, memory: int) -> None:
+    """Makes sure that neither the parameters alone nor a hidden state of every token alone are more than the memory.
+
+    Training takes several times as much, and `jax-simpo plan` computes it. This finds sizes that cannot be meant.
+
+    Args:
+        config: the settings of the run.
+        model: the model that is trained.
+        mesh: the mesh.
+        memory: bytes of a device.
+
+    Raises:
+        ConfigError: they are.
+    """
+    frozen = model.parameter_count - model.trained_count
+    parameters = (4 * model.trained_count + model.dtype.itemsize * frozen) // (
+        mesh.shape["fsdp"] * mesh.shape["tensor"]
+    )
+    if parameters > memory:
+        adapter = "" if model.lora is None else f", with an adapter of `lora_r` {config.lora_r}"
+        raise ConfigError(
+            f"the model has {model.parameter_count:,} parameters{adapter}: they alone take {parameters / 1e9:,.1f} GB "
+            f"of a device, which has {memory / 1e9:,.1f} GB. Use more devices (`mesh.fsdp`), or a smaller model"
+        )
+    tokens = config.rows_per_device * (1 if config.row_length == "auto" else config.row_length)
+    states = tokens * model.config.hidden_size * model.dtype.itemsize
+    if states > memory:
+        raise ConfigError(
+            f"`rows_per_device` ({config.rows_per_device}) rows of `row_length` ({config.row_length}) tokens: one "
+            f"hidden state of each takes {states / 1e9:,.1f} GB of a device, which has {memory / 1e9:,.1f} GB. Lower "
+            "one of the two"
+        )
 
 
 def training_forward(forward: Forward, mesh: Mesh, memory: int) -> Forward:

@@ -31,6 +31,7 @@ from jax_simpo.run.output import check_output, make_output, prepare_output
 from jax_simpo.run.resume import GUARD, check_not_finished, check_same_run, run_identity
 from jax_simpo.run.samples import read_answers, read_samples, sample_prompts, with_answers, write_samples
 from jax_simpo.sharding import hosts_share_tensor
+from jax_simpo.training import capacity
 from jax_simpo.training.compilation import keep_compiled_programs
 from jax_simpo.training.evaluate import GROUPS_PER_PLAN, Evaluation
 from jax_simpo.training.groups import idle_warning, notes_on, packing_line
@@ -121,6 +122,7 @@ def _train(
     resume, saved = starting_point(config, output, checkpoints)
     print_notes(console, resume.notes)
     first_step = resume.step
+    capacity.check_fits(config, setup.model, mesh, setup.device_memory)
     plan = setup.step_plan(training, batch=setup.global_batch_size(saved.get("global_batch_size")), seed=config.seed)
     total_steps = count_steps(config, plan.steps_per_epoch)
     identity = run_identity(config, plan.global_batch_size, training)

@@ -11,6 +11,7 @@ from jax_simpo.data import sources
 from jax_simpo.data.chat import load_tokenizer
 from jax_simpo.data.synthetic import make_tokenizer
 from jax_simpo.data.tokenize import GroupDataset, tokenize_split
+from jax_simpo.errors import DataError
 from jax_simpo.run.samples import read_answers, readable, sample_prompts, with_answers
 
 HARMLESS = "hh_harmless.test.jsonl"
@@ -51,6 +52,18 @@ def test_a_template_without_a_header_gets_none(shared: Path, tmp_path: Path) -> 
     pairs = tokenized(str(shared / "data" / HARMLESS), "train", tokenizer, tmp_path)
     _, prompts = sample_prompts(pairs, tokenizer, 20)
     assert [len(ids) for ids in prompts] == [pairs.group(index).responses[0].prompt_length for index in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"), ("{{ 'a' * 10000000000 }}", "it takes more than 1.1 GB")],
+)
+def test_a_template_that_fails_to_write_a_header_is_told(header: str, told: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("cafe")
+    pairs = tokenized("builtin:cafe", "test", tokenizer, tmp_path)
+    tokenizer.chat_template += f"{{% if add_generation_prompt %}}{header}{{% endif %}}"
+    with pytest.raises(DataError, match=rf"cannot write what an answer begins with \({told}.*set `sample_prompts: 0`"):
+        sample_prompts(pairs, tokenizer, 3)
 
 
 def test_turns_of_a_conversation_are_named(shared: Path) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from jax_simpo.config import TrainConfig
+from jax_simpo.errors import ConfigError
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.hf.lora_targets import choose_targets
 from jax_simpo.models.lora import Lora
 from jax_simpo.models.transformer import Model
-from jax_simpo.training.capacity import device_memory, logits_bytes, longest_row
+from jax_simpo.training.capacity import check_fits, device_memory, logits_bytes, longest_row
 from tests.training.support import mesh_of
 
 GIB = 1 << 30
@@ -45,6 +48,32 @@ def lengths(model: Model = MODEL, sizes: tuple[int, int, int] = (1, 1, 1), rows:
 def logits(model: Model, mesh: object = ONE) -> np.ndarray:
     """The bytes for logits of each of `MEMORIES`."""
     return np.array([logits_bytes(model, mesh, memory) for memory in MEMORIES])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("keys", "model", "message"),
+    [
+        ({}, MODEL, r"the model has 1,100,048,384 parameters: they alone take 4\.4 GB of a device, which has 3\.2 GB"),
+        (
+            {"use_peft": True, "lora_r": 1024},
+            Model(CONFIG, lora=Lora(1024, 32, choose_targets(None, "llama"))),
+            r"parameters, with an adapter of `lora_r` 1024: they alone take 5\.4 GB",
+        ),
+        (
+            {"row_length": 1 << 21, "use_peft": True},
+            ADAPTED,
+            r"`rows_per_device` \(1\) rows of `row_length` \(2097152\) tokens: one hidden state of each takes 8\.6 GB",
+        ),
+        ({"rows_per_device": 512, "row_length": 4096, "use_peft": True}, ADAPTED, r"`rows_per_device` \(512\) rows of"),
+    ],
+)
+def test_sizes_of_which_a_part_alone_is_more_than_the_memory_are_an_error(
+    keys: dict[str, Any], model: Model, message: str
+) -> None:
+    config = TrainConfig(model_name_or_path="m", **keys)
+    with pytest.raises(ConfigError, match=message):
+        check_fits(config, model, ONE, 3 * GIB)
+    check_fits(config, model, ONE, 16 * GIB)
 
 
 def test_more_memory_never_gives_shorter_rows_and_neither_do_more_devices() -> None:

@@ -1,0 +1,18 @@
+"""Shortens the texts of users that a message quotes: keys and values may be of any length and hold any character."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def one_line(text: str, most: int = 120) -> str:
+    """Returns a text without line ends and other characters that do not print, cut to `most` characters."""
+    cut = text if len(text) <= most else text[: most - 3] + "..."
+    return cut if cut.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+
+
+def value(of: Any, most: int = 80) -> str:
+    """Returns a value as YAML has it where it is null, true or false, and else as Python writes it."""
+    if of is None:
+        return "null"
+    return str(of).lower() if isinstance(of, bool) else one_line(repr(of), most)
