@@ -385,6 +385,7 @@ def _print_split(
         "saved by prefix sharing": f"{saved:.1%} of the tokens{_by_level(pairs)}{sharing_note}",
         "skipped rows": pairs.skipped_summary() or "none",
         **({"left out": pairs.left_out_summary()} if pairs.left_out else {}),
+        **({"special tokens": pairs.special_summary()} if pairs.special_text else {}),
         **training_facts,
     }
     grid = Table.grid(padding=(0, 2))

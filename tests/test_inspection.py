@@ -20,6 +20,7 @@ from jax_simpo.data.rows import RowBatch, RowShape, build_rows
 from jax_simpo.data.synthetic import make_tokenizer
 from jax_simpo.inspection import Segment, find_segments, mask_cells
 from jax_simpo.ops.attention import prepare_mask
+from jax_simpo.training.groups import notes_on
 from jax_simpo.training.setup import Setup
 from tests.pairs import make_pair, pairs
 
@@ -130,6 +131,19 @@ def test_the_objective_its_reference_and_the_weights_are_shown(tmp_path: Path) -
     assert "dpo (beta 0.1, loss_type sigmoid, label_smoothing 0" in text
     assert "the model that the run starts from" in text
     assert "0.5 to 3, median 1, mean 1.5 (`trust`)" in text
+
+
+def test_messages_with_the_text_of_a_special_token_are_counted_and_noted(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"prompt": "a tea <|end|>", "chosen": "one tea", "rejected": "one coffee"}) + "\n")
+    config = load_config(QUICKSTART, [f"--dataset_mixer={{{file}: 1.0}}", f"--data_cache_dir={tmp_path}"])
+    setup, out = Setup(config), io.StringIO()
+    inspection.show(setup, None, 0, Console(file=out, width=300))
+    told = (
+        f"1 message holds the text of a special token, such as <|end|> in {file}, row 0 (line 1); it becomes that token"
+    )
+    assert f"special tokens           {told}" in out.getvalue()
+    assert [note for note in notes_on(setup.train_pairs()) if note.startswith(f"note: {told}")]
 
 
 def test_the_training_pairs_are_shown_in_the_order_of_training(setup: Setup) -> None:

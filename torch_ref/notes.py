@@ -32,6 +32,8 @@ def print_split(console: Console, setup: Setup, name: str, groups: GroupDataset,
         console.print(groups.skipped_summary(), style="yellow")
     if groups.left_out:
         console.print(groups.left_out_summary(), style="yellow")
+    if groups.special_text:
+        console.print(f"note: {groups.special_summary()}", style="yellow")
     text = f"{name}: {len(plan.lengths)} pairs"
     if uses_rows(setup.config):
         cost = measure(plan)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,7 @@ from jax_simpo.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENISATION_VERSION = 4
+TOKENISATION_VERSION = 5
 """Raise this number with every change that can change a token or the stored columns: it ends old caches."""
 
 SHOWN_SKIPPED = 10
@@ -68,6 +68,14 @@ class Skipped:
         return f"{self.kind}: {self.detail}"
 
 
+class SpecialText(NamedTuple):
+    """The messages of a split that hold the text of a special token: how many, and the row and token of the first."""
+
+    messages: int
+    row: int
+    token: str
+
+
 class GroupDataset:
     """The tokenised groups of a split, in file order, read from disk on demand.
 
@@ -75,6 +83,7 @@ class GroupDataset:
         name: the split's name.
         skipped: the rows that could not be used, in file order, also when the tokens came from the cache.
         left_out: how many responses were left out of groups, by reason.
+        special_text: the messages that hold the text of a special token; None if there are none.
         cache_hit: True if the tokens came from the cache.
         cache_damage: what was wrong with the tokens in the cache, which were made again; empty if nothing was.
         fingerprint: a hash of rows, tokenizer, template and settings. Moving a file does not change it.
@@ -86,6 +95,7 @@ class GroupDataset:
         raw: RawSplit,
         skipped: list[Skipped],
         left_out: Mapping[str, int],
+        special_text: SpecialText | None = None,
         *,
         cache_hit: bool,
         cache_damage: str = "",
@@ -94,6 +104,7 @@ class GroupDataset:
         self.name = raw.name
         self.skipped = skipped
         self.left_out = left_out
+        self.special_text = special_text
         self.cache_hit, self.cache_damage = cache_hit, cache_damage
         self.fingerprint = fingerprint
         self._table = table
@@ -200,6 +211,17 @@ class GroupDataset:
         total = sum(self.left_out.values())
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
         return f"{total} responses left out of their groups: {reasons}" if total else ""
+
+    def special_summary(self) -> str:
+        """Counts the messages that hold the text of a special token, in one line; empty if there are none."""
+        if self.special_text is None:
+            return ""
+        count, row, token = self.special_text
+        hold = "1 message holds" if count == 1 else f"{count:,} messages hold"
+        return (
+            f"{hold} the text of a special token, such as {token} in {self._raw.place(row)}; it becomes that token "
+            "(docs/your-own-pairs.md)"
+        )
 
     def skipped_lines(self) -> list[str]:
         """Lists the first skipped rows with file, row and reason, one line each."""
@@ -382,7 +404,11 @@ class Store:
                 writer = Writer(stream)
                 yield writer
             writer.skipped.sort(key=lambda row: row.index)
-            notes = {"skipped": [asdict(row) for row in writer.skipped], "left_out": writer.left_out}
+            notes = {
+                "skipped": [asdict(row) for row in writer.skipped],
+                "left_out": writer.left_out,
+                "special_text": writer.special_text,
+            }
             (temporary / _NOTES).write_text(json.dumps(notes), encoding="utf-8")
             sums = {name: _checksum(temporary / name) for name in (_GROUPS, _NOTES)}
             (temporary / _SUMS).write_text(json.dumps(sums), encoding="utf-8")
@@ -401,11 +427,13 @@ class Store:
             table = pa.ipc.open_file(source).read_all()
         notes = json.loads((self.folder / _NOTES).read_text(encoding="utf-8"))
         skipped, left_out = [Skipped(**row) for row in notes["skipped"]], notes["left_out"]
+        special_text = notes["special_text"] and SpecialText(*notes["special_text"])
         return GroupDataset(
             table,
             raw,
             skipped,
             left_out,
+            special_text,
             cache_hit=cache_hit,
             cache_damage=cache_damage,
             fingerprint=self.folder.name,
@@ -424,6 +452,7 @@ class Writer:
         self._stream = stream
         self.skipped: list[Skipped] = []
         self.left_out: Counter[str] = Counter()
+        self.special_text: SpecialText | None = None
 
     def write(
         self,
@@ -433,10 +462,14 @@ class Writer:
         weights: list[float],
         skipped: list[Skipped],
         left_out: Mapping[str, int],
+        special_texts: list[SpecialText],
     ) -> None:
-        """Writes the groups of a chunk, and notes the rows that were skipped and the responses that were left out."""
+        """Writes the groups of a chunk, and notes what was skipped or left out of it and which rows are special."""
         self.skipped += skipped
         self.left_out.update(left_out)
+        for one in special_texts:
+            former = self.special_text or one._replace(messages=0)
+            self.special_text = former._replace(messages=former.messages + one.messages)
         if not groups:
             return
         lengths = GroupLengths.of(groups)

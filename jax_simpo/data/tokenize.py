@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from jax_simpo.data.groups import Group, Response
 from jax_simpo.data.messages import BadRow
 from jax_simpo.data.ranking import GroupSettings
 from jax_simpo.data.sources import RawSplit, decode_rows
-from jax_simpo.data.store import GroupDataset, Skipped, Store, cache_key
+from jax_simpo.data.store import GroupDataset, Skipped, SpecialText, Store, cache_key
 from jax_simpo.errors import DataError
 from jax_simpo.terminal import open_console, visible
 
@@ -275,7 +276,15 @@ def tokenize_split(
         if not cache_hit:
             with _encoder_threads(num_proc), store.writer() as writer:
                 for chunk in _tokenize_chunks(raw, tokenizer, settings, progress):
-                    writer.write(chunk.indices, chunk.texts, chunk.groups, chunk.weights, chunk.skipped, chunk.left_out)
+                    writer.write(
+                        chunk.indices,
+                        chunk.texts,
+                        chunk.groups,
+                        chunk.weights,
+                        chunk.skipped,
+                        chunk.left_out,
+                        chunk.special_texts,
+                    )
     dataset = store.open(raw, cache_hit, damage)
     if dataset.skipped and on_bad_row == "error":
         first = f"{len(dataset.skipped)} of {len(raw)} rows of {raw.name} cannot be used:"
@@ -291,6 +300,7 @@ def tokenize_split(
 def _tokenize_chunks(
     raw: RawSplit, tokenizer: PreTrainedTokenizerBase, settings: TokenSettings, progress: bool | None
 ) -> Iterator[Chunk]:
+    special = _special_tokens(tokenizer)
     with _progress_bar(progress) as bar:
         task = bar.add_task(f"tokenise {visible(raw.name)}", total=len(raw))
         for rows in _gathered(raw, settings):
@@ -301,8 +311,20 @@ def _tokenize_chunks(
                 except BadRow as bad:
                     chunk.skip(read, bad)
             _tokenize_chunk(chunk, conversations, tokenizer, settings)
+            if special is not None:
+                for read, turns in conversations:
+                    chunk.look_for(special, read, turns)
             yield chunk
             bar.advance(task, sum(len(read.indices) for read in rows))
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Returns a pattern of the texts that become special tokens, wherever they stand; None if there are none."""
+    if getattr(tokenizer, "split_special_tokens", False):
+        return None
+    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens |= set(tokenizer.all_special_tokens)
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))) if tokens else None
 
 
 class _Read(NamedTuple):
@@ -401,6 +423,7 @@ class Chunk:
         weights: its weight.
         skipped: the rows that cannot be used.
         left_out: how many responses were left out of groups, by reason.
+        special_texts: the rows with messages that hold the text of a special token.
     """
 
     indices: list[int] = field(default_factory=list)
@@ -409,6 +432,14 @@ class Chunk:
     weights: list[float] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    special_texts: list[SpecialText] = field(default_factory=list)
+
+    def look_for(self, special: re.Pattern[str], read: _Read, turns: Conversation) -> None:
+        """Notes the messages of a row that hold the text of a special token."""
+        messages = chain(turns.prompt, *turns.answers)
+        found = [match for message in messages if (match := special.search(message["content"]))]
+        if found:
+            self.special_texts.append(SpecialText(len(found), read.indices[0], found[0].group()))
 
     def skip(self, read: _Read, bad: BadRow) -> None:
         """Notes that rows cannot be used."""

@@ -45,7 +45,7 @@ def tokenize_on_first(config: TrainConfig, raw: RawSplit, tokenizer: PreTrainedT
 
 
 def notes_on(pairs: GroupDataset) -> list[str]:
-    """Lists the skipped rows, and which tokens of the cache could not be used. Every process calls it."""
+    """Lists what the user should know of the rows, and of their tokens in the cache. Every process calls it."""
     notes = []
     repeated = distributed.collect("cache", pairs.cache_hit)[1:].count(False)
     if repeated:
@@ -59,6 +59,8 @@ def notes_on(pairs: GroupDataset) -> list[str]:
         notes.append(pairs.skipped_report())
     if pairs.left_out:
         notes.append(pairs.left_out_summary())
+    if pairs.special_text:
+        notes.append(f"note: {pairs.special_summary()}")
     return notes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,27 @@ def test_what_is_left_out_is_counted_and_reported(tmp_path: Path) -> None:
     )
     again = tokenized(tmp_path, [row] * 2, groups=GroupSettings(max_responses=2))
     assert again.cache_hit and again.left_out == dataset.left_out
+
+
+def test_messages_with_the_text_of_a_special_token_are_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "chosen": f"a{n}", "rejected": "b"} for n in range(4)]
+    assert tokenized(tmp_path, rows).special_summary() == ""
+    rows[1] |= {"prompt": "what is </s>?", "rejected": "<s> and </s>"}
+    rows[3]["chosen"] = "</s>"
+    dataset = tokenized(tmp_path, rows)
+    assert re.fullmatch(
+        r"3 messages hold the text of a special token, such as </s> in .*, row 1.*; it becomes that token \(docs/.*\)",
+        dataset.special_summary(),
+    )
+    again = tokenized(tmp_path, rows)
+    assert again.cache_hit and again.special_text == dataset.special_text
+
+
+def test_a_tokenizer_that_splits_special_tokens_makes_none_of_text(tmp_path: Path) -> None:
+    tokenizer = train(template=TEMPLATE)
+    tokenizer.split_special_tokens = True
+    rows = [{"prompt": "</s>", "chosen": "a", "rejected": "b"}]
+    assert tokenized(tmp_path, rows, tokenizer=tokenizer).special_summary() == ""
 
 
 def test_responses_that_truncation_makes_equal_count_once(tmp_path: Path) -> None:
