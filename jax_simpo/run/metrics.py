@@ -6,7 +6,6 @@ import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +14,7 @@ from typing import Any, Self
 from jax_simpo.errors import CheckpointError, ConfigError, TrainingError
 from jax_simpo.run import files
 from jax_simpo.run.manifest import write_file
-from jax_simpo.run.sums import Sum
+from jax_simpo.run.sums import Sum, new_digest
 
 
 class MetricsLog:
@@ -32,7 +31,7 @@ class MetricsLog:
     """
 
     def __init__(self, output: Path, *, before: Sum | None = None, write: bool = True) -> None:
-        self._path, self._size, self._digest = output / files.METRICS, 0, sha256()
+        self._path, self._size, self._digest = output / files.METRICS, 0, new_digest()
         self._file: FileIO | None = None
         if not write:
             return

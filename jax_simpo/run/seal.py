@@ -16,10 +16,10 @@ from typing import Any, Self
 from jax_simpo.errors import CheckpointError
 from jax_simpo.run import files
 from jax_simpo.run.listed import is_inside
-from jax_simpo.run.sums import Sum, sums_of
+from jax_simpo.run.sums import CHECKSUM, Sum, sums_of
 from jax_simpo.run.whole import write_text
 
-_NOTE = "Sizes and SHA-256 checksums of the files of this step. A step without this file was not finished."
+_NOTE = "Sizes and checksums of the files of this step. A step without this file was not finished."
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Seal:
         content: dict[str, Any] = {
             "note": _NOTE,
             "step": self.step,
+            "checksum": CHECKSUM,
             files.METRICS: self.metrics.to_json(),
             "files": {name: self.sums[name].to_json() for name in sorted(self.sums)},
         }
@@ -57,6 +58,8 @@ class Seal:
             content = dict(json.loads((folder / files.SEAL).read_text(encoding="utf-8")))
             if content.pop("sha256") != _own_sum(content):
                 raise ValueError("its own checksum does not fit")
+            if content.get("checksum") != CHECKSUM:
+                raise ValueError("another version of the program wrote it, with other checksums")
             sums = {name: Sum(*values) for name, values in content["files"].items()}
             if outside := [name for name in sums if not is_inside(name)]:
                 raise ValueError(f"it lists {outside[0]!r}, which is no file of this step")

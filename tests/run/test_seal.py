@@ -128,3 +128,12 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_damage(tmp_path: Path, monk
     monkeypatch.setattr(Sum, "of_file", stale)
     with pytest.raises(CheckpointError, match=r"params/d/0 cannot be read: Stale file handle\. Mend that"):
         find_damage(tmp_path, 8)
+
+
+def test_a_seal_with_other_checksums_is_of_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("jax_simpo.run.seal.CHECKSUM", "md5")
+        make_step(tmp_path)
+    assert "another version of the program wrote it" in (find_damage(tmp_path, 8) or "")
