@@ -14,10 +14,16 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and metadata.version("jax
     # The older way to emit a fusion's code compiles twice as fast without optimisations. Later releases have only one.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
+import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# `nohup` and `&` start the tests with these signals ignored, and what was ignored stays so: runs would not end by them.
+for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _usual)
 
 settings.register_profile("default", deadline=None, max_examples=50, print_blob=True)
 settings.load_profile("default")

@@ -251,7 +251,8 @@ class TrainingLoop:
         self._check_weights(done, params)
         trained, _ = self.setup.model.split(params)
         records = self._log.synced()
-        run = {**self.identity, GUARD: self.guard.state}
+        guard = self.guard.state
+        run = {**self.identity, **({GUARD: guard} if guard else {})}
         self.checkpoints.save(done, trained, state, run, records, keep_step=self.best_step)
         self._last_saved = done
         self._watch.headway()

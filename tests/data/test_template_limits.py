@@ -21,7 +21,11 @@ from jax_simpo.data.tokenize import tokenize_split
 from jax_simpo.errors import DataError
 from tests.small_tokenizer import save
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limits of memory are those of Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the limits of memory are those of Linux"),
+    # The exception that ends a template may fall into a callback of the garbage collector. It is raised again then.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 ANSWERS = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

@@ -130,9 +130,7 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_damage(tmp_path: Path, monk
         find_damage(tmp_path, 8)
 
 
-def test_a_seal_with_other_checksums_is_of_another_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_seal_with_other_checksums_is_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("jax_simpo.run.seal.CHECKSUM", "md5")
         make_step(tmp_path)

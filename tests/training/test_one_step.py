@@ -21,6 +21,12 @@ from parity.jax_side import Runner
 from parity.variants import RIGHT
 from tests.training.support import OBJECTIVE, mesh_of, plan_of, some_pairs, tiny_model
 
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_runs() -> None:
+    """Leaves the functions of this module's runs as they are: whether they are the same ones is the question here."""
+
+
 ROOT = Path(__file__).parents[2]
 # The function -> the modules that call it in place of a copy.
 CALLERS: dict[Any, tuple[str, ...]] = {
