@@ -1,4 +1,4 @@
-"""What does a checkpoint cost? How long does saving take, how much of it are the checksums, and how long is resuming?
+"""Measures what a checkpoint costs: the time of saving, the share of its checksums, and the time of resuming.
 
 Saves the float32 weights and AdamW's moments of models of several sizes with the trainer's own checkpoints, then checks
 and restores them as a run does that goes on.

@@ -7,13 +7,11 @@ Keys are those of the original SimPO files where they exist, so that a published
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     Field,
     PrivateAttr,
     ValidationError,
@@ -22,51 +20,10 @@ from pydantic import (
 )
 from pydantic.config import JsonDict
 
-from jax_simpo.config import checks, foreign, help, objectives, yaml_files
+from jax_simpo.config import checks, foreign, help, kinds, objectives, yaml_files
+from jax_simpo.config.kinds import Name, Number, Text, Whole
 from jax_simpo.config.objectives import OwnObjective
 from jax_simpo.errors import ConfigError
-
-
-def _no_bool(value: Any) -> Any:
-    """Refuses true and false, which Python would take for 1 and 0."""
-    if isinstance(value, bool):
-        raise ValueError  # without a reason: the message says that a number is expected
-    return value
-
-
-def _whole(value: Any) -> Any:
-    """Reads 1e6 and 12.0 as the whole numbers they are."""
-    value = _no_bool(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _text(value: Any) -> Any:
-    """Refuses text that names nothing and that no file of a run can hold."""
-    if isinstance(value, str) and "\0" in value:
-        raise ValueError("holds the character NUL; remove it")
-    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError("holds bytes that are not UTF-8, or half of a surrogate pair; write it in Unicode")
-    return value
-
-
-def _name(value: Any) -> Any:
-    """Refuses text that is no path, nor a name on the hub."""
-    if isinstance(_text(value), str):
-        if not value.strip():
-            raise ValueError("is empty; give a name or a path, or leave the key out")
-        if len(value.encode()) > 4095 or any(len(part.encode()) > 255 for part in value.split("/")):
-            raise ValueError("is too long; a path has at most 4095 bytes, and 255 between two slashes")
-        try:
-            Path(value).expanduser()
-        except RuntimeError:
-            raise ValueError("begins with the home folder of a user who has none here") from None
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-Text = Annotated[str, AfterValidator(_text)]
-Name = Annotated[str, AfterValidator(_name)]
 
 
 def _key(
@@ -256,7 +213,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     )
 
     # --- objective. The defaults of its keys depend on it: `_derive` fills them in. What it does not read stays null.
-    objective: Annotated[str | dict[str, Number] | OwnObjective, AfterValidator(_text)] = _key(
+    objective: Annotated[str | dict[str, Number] | OwnObjective, AfterValidator(kinds.text)] = _key(
         "simpo",
         "What is minimised: an objective (docs/objectives.md lists all), several of them with weights "
         "(`{dpo: 1.0, sft: 0.1}`), or a class of your own (`my_file.py:MyObjective`, with `--allow_code`).",
@@ -500,7 +457,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     )
     output_dir: Name = _key("outputs/run", "Folder for everything a run writes. Default: `outputs/` + `run_name`.")
     overwrite_output_dir: bool = _key(False, "Starts afresh in a folder that holds another run, removing it.")
-    resume_from_checkpoint: Annotated[bool | Whole | str | None, AfterValidator(_name)] = _key(
+    resume_from_checkpoint: Annotated[bool | Whole | str | None, AfterValidator(kinds.name)] = _key(
         None,
         "A step number or checkpoint folder to resume from. Default (and true): the newest of `output_dir` if it has "
         "one; false: never resume.",

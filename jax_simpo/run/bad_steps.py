@@ -40,7 +40,9 @@ def read_bad_steps(output: Path) -> list[dict[str, Any]]:
         return []
     try:
         records = [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [record for record in records if int(record["step"])]
+        if not all(type(record["step"]) is int and type(record["left_out"]) is bool for record in records):
+            raise ValueError("`step` or `left_out` is of another kind")
+        return records
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: is damaged ({error!r}). Put a good copy back, or remove the file") from error
 

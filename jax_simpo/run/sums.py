@@ -1,7 +1,8 @@
 """Sizes and checksums of files, and `SHA256SUMS` of an exported model.
 
-A run's own files have XXH3 checksums of 128 bits, which find every kind of damage, and take a fraction of the time that
-SHA-256 takes. `SHA256SUMS` has the format of the command `sha256sum`, so `sha256sum -c SHA256SUMS` checks a model too.
+A run's own files have XXH3 checksums of 128 bits. They find damage in a fraction of the time that SHA-256 takes, but
+not somebody who changes a file on purpose. `SHA256SUMS` has the format of the command `sha256sum`, so
+`sha256sum -c SHA256SUMS` checks a model too.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class StepGuard:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a run needs to go on as if it had not been interrupted, as JSON takes it; empty if that is nothing."""
+        """Returns what a run needs to go on as if it had not been interrupted, as JSON; empty if that is nothing."""
         if self._sigma is None and not self.left_out:
             return {}
         return {"left_out": self.left_out, **{key: list(values) for key, values in self._last.items()}}
