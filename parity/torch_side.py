@@ -181,7 +181,8 @@ class Run:
             if k == 0:
                 table = step_table
                 self._save_gradients()
-            norm = self.engine.update(self.schedule(k))
+            norm = self.engine.gradient_norm()
+            self.engine.update(self.schedule(k), norm)
             records.append({**metrics, "grad_norm": norm})
         assert table is not None
         self.engine.policy.eval()

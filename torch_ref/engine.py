@@ -39,11 +39,25 @@ class Engine(Protocol):
     def gradients(self) -> dict[str, Tensor]:
         """Returns the step's gradients by Hugging Face name. Call it between the last `backward` and `update`."""
 
-    def update(self, learning_rate: float) -> float:
-        """Clips the gradients and makes one optimizer step; returns the gradients' norm before clipping.
+    def gradient_norm(self) -> float:
+        """Returns the L2 norm of the step's gradients before clipping, over all ranks. It is finite if all of them are.
 
-        If a gradient is not finite, no step is made, and neither is the norm that is returned.
+        Call it between the last `backward` and `update`.
         """
+
+    def update(self, learning_rate: float, norm: float) -> None:
+        """Clips the gradients and makes one optimizer step.
+
+        Args:
+            learning_rate: the learning rate of the step.
+            norm: what `gradient_norm` returned.
+        """
+
+    def discard(self) -> None:
+        """Drops the step's gradients, in place of `update`."""
+
+    def is_finite(self) -> bool:
+        """Returns True if every trained weight of every rank is finite."""
 
     def weights(self, dtype: torch.dtype, *, trained_only: bool = False) -> dict[str, Tensor]:
         """Returns the weights by Hugging Face name, on the first rank's host; an empty dict on other ranks."""
@@ -66,9 +80,12 @@ def hugging_face_names(policy: Policy) -> dict[str, nn.Parameter]:
 
 
 def total_norm(gradients: Iterable[Tensor]) -> Float[Tensor, ""]:
-    """Returns the L2 norm of all gradients as one vector. (PyTorch's, in float32, is up to 1e-5 too small on CPUs.)"""
+    """Returns the L2 norm of all gradients as one vector, float64.
+
+    (PyTorch's own, in float32, is up to 1e-5 too small on CPUs.)
+    """
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms)).float()
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def round_parameters(policy: Policy, dtype: torch.dtype) -> None:
@@ -122,14 +139,12 @@ class PlainEngine:
         gradients = {name: self._masters[p].grad for name, p in self._trained.items()}
         return {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
 
-    def update(self, learning_rate: float) -> float:
-        masters = list(self._masters.values())
-        norm = total_norm([m.grad for m in masters if m.grad is not None])
-        if not torch.isfinite(norm):
-            self._optimizer.zero_grad()
-            return float(norm)
+    def gradient_norm(self) -> float:
+        return float(total_norm(m.grad for m in self._masters.values() if m.grad is not None).float())
+
+    def update(self, learning_rate: float, norm: float) -> None:
         if self._max_norm:
-            nn.utils.clip_grads_with_norm_(masters, self._max_norm, norm)
+            nn.utils.clip_grads_with_norm_(list(self._masters.values()), self._max_norm, torch.tensor(norm))
         set_learning_rate(self._optimizer, learning_rate)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -137,7 +152,12 @@ class PlainEngine:
             with torch.no_grad():
                 for parameter, master in self._masters.items():
                     parameter.copy_(master)
-        return float(norm)
+
+    def discard(self) -> None:
+        self._optimizer.zero_grad()
+
+    def is_finite(self) -> bool:
+        return all(bool(torch.isfinite(master).all()) for master in self._masters.values())
 
     def weights(self, dtype: torch.dtype, *, trained_only: bool = False) -> dict[str, Tensor]:
         parameters = self._trained if trained_only else hugging_face_names(self.policy)

@@ -107,14 +107,36 @@ def score_groups(
         ranks: the ranks of the run.
         known: the responses' sums under the reference and their scores, where the objective needs them.
     """
-    known = known or Known()
     steps = score_steps(forward, plan, source, ranks)
-    sums, prompt_sums = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*steps, strict=True))
+    sums, prompt_sums = (np.concatenate(parts) for parts in zip(*steps, strict=True))
+    return _scores(plan, plan.lengths, sums, prompt_sums, known or Known())
+
+
+def score_step(
+    forward: Forward, plan: StepPlan, source: GroupSource, ranks: Ranks, step: int, known: Known | None = None
+) -> GroupScores:
+    """Computes the log-probs of every response of one step, from 0, in the order of the step's groups.
+
+    The other arguments are those of `score_groups`.
+    """
+    [(sums, prompt_sums)] = score_steps(forward, plan, source, ranks, range(step, step + 1))
+    groups = plan.groups(step)
+    own = (known or Known()).of(groups, plan.lengths.responses_of(groups))
+    return _scores(plan, plan.lengths.of_groups(groups), sums, prompt_sums, own)
+
+
+def _scores(
+    plan: StepPlan,
+    lengths: GroupLengths,
+    sums: Float[np.ndarray, " R"],
+    prompt_sums: Float[np.ndarray, " G"],
+    known: Known,
+) -> GroupScores:
+    """Joins the sums of groups with what else is known of them."""
     reference = None if known.reference is None else torch.from_numpy(known.reference)
-    lengths = plan.lengths
     prompt_length = (lengths.best_targets(prompt=True) - lengths.best_targets()) * plan.prompt_targets
-    responses = Responses(sums, _integers(lengths.targets), reference)
-    return GroupScores(lengths, responses, prompt_sums, _integers(prompt_length), known.scores)
+    responses = Responses(torch.from_numpy(sums), _integers(lengths.targets), reference)
+    return GroupScores(lengths, responses, torch.from_numpy(prompt_sums), _integers(prompt_length), known.scores)
 
 
 def _integers(values: Int[np.ndarray, " P"]) -> Int[Tensor, " P"]:

@@ -13,20 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from jaxtyping import Float
 from rich.console import Console
 
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.store import cache_root
 from jax_simpo.data.tokenize import GroupDataset
-from jax_simpo.run.reference_cache import ReferenceCache, model_digest
-from torch_ref.adapters import base_of_adapter
+from jax_simpo.run.reference_cache import ReferenceCache
 from torch_ref.distributed import Ranks
 from torch_ref.evaluate import GROUPS_PER_PLAN, Forward, open_model, score_steps
 from torch_ref.setup import Setup
-from torch_ref.start_weights import weights_folder
 
 ReferenceSums = Float[np.ndarray, " R"]
 
@@ -63,6 +59,21 @@ def reference_sums(
             for one in passes:
                 one.run(forward)
     return [np.concatenate(one.parts) for one in passes]
+
+
+def frozen_weights(setup: Setup) -> dict[str, Any]:
+    """Returns digests of the weights that a run needs and does not save. Every rank calls it.
+
+    They are those of its reference, and those under its adapter where they are not the same.
+    """
+    config, apart = setup.config, True
+    frozen: dict[str, Any] = {}
+    if setup.objective.needs_reference:
+        frozen["reference weights"] = setup.reference.start_weights
+        apart = config.ref_model_name_or_path is not None
+    if config.use_peft and apart:
+        frozen["base weights"] = list(setup.start_weights)[:1]  # an adapter has a model to lie on
+    return frozen
 
 
 @dataclass
@@ -107,28 +118,6 @@ class _Pass:
 
 def _identity(reference: Setup) -> dict[str, Any]:
     """Returns everything about the reference that its log-probs depend on. Every rank calls it."""
-    config, ranks, name = reference.config, reference.ranks, reference.start_name
-    if name is None:
-        # What a seed gives depends on the libraries, on the device, and on whether models are made partitioned.
-        weights: Any = {
-            "model": reference.new_model_mapping(),
-            "seed": config.seed,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": ranks.device.type,
-            "partitioned": ranks.launched,
-        }
-    else:
-        weights = ranks.first(
-            partial(_digests, name, config.model_revision if reference.model_choice is None else None)
-        )
-    own = reference.model_choice is None  # another reference is never quantised
+    config, own = reference.config, reference.model_choice is None  # another reference is never quantised
     quantized = {key: own and getattr(config, key) for key in ("load_in_4bit", "load_in_8bit")}
-    return {"trainer": "torch_ref", "weights": weights, "dtype": config.dtype, **quantized}
-
-
-def _digests(name: str, revision: str | None) -> list[str]:
-    """Returns the digest of a model's folder; of an adapter, those of its base's folder and its own."""
-    base = base_of_adapter(name)
-    folders = [weights_folder(name, revision)] if base is None else [weights_folder(base, None), Path(name)]
-    return [model_digest(folder) for folder in folders]
+    return {"trainer": "torch_ref", "weights": reference.start_weights, "dtype": config.dtype, **quantized}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from jaxtyping import Float
 
 from jax_simpo.config import TrainConfig
@@ -17,10 +19,13 @@ from jax_simpo.data.loader import Known
 from jax_simpo.data.packing import StepPlan, make_step_plan
 from jax_simpo.data.tokenize import GroupDataset, settings_of, tokenize_split
 from jax_simpo.errors import ConfigError, ModelError
+from jax_simpo.run.reference_cache import model_digest
+from torch_ref.adapters import base_of_adapter
 from torch_ref.attention_choice import AttentionChoice, choose_attention
 from torch_ref.distributed import Ranks
 from torch_ref.model import DTYPES, Policy, count_parameters, load_model_config, load_policy
 from torch_ref.objectives import Objective
+from torch_ref.start_weights import weights_folder
 
 _LONGEST_ROW = 16384  # longer rows would not be filled better
 _LONGEST_DENSE_ROW = 2048  # attention that skips no blocks costs the square of the length
@@ -61,6 +66,26 @@ class Setup:
         scores the tokens of the run, whatever its own tokenizer.
         """
         return Setup(self.config, self.ranks, self.config.ref_model_name_or_path, self.tokenizer)
+
+    @cached_property
+    def start_weights(self) -> list[str] | dict[str, Any]:
+        """What the weights to start from follow from. Every rank asks for it.
+
+        It is the digest of the model's folder; for an adapter, those of its base's folder and its own. For a new model
+        it is all that random weights depend on.
+        """
+        config, ranks, name = self.config, self.ranks, self.start_name
+        if name is not None:
+            return ranks.first(lambda: _digests(name, config.model_revision if self.model_choice is None else None))
+        # What a seed gives depends on the libraries, on the device, and on whether models are made partitioned.
+        return {
+            "model": self.new_model_mapping(),
+            "seed": config.seed,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": ranks.device.type,
+            "partitioned": ranks.launched,
+        }
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -236,3 +261,10 @@ class Setup:
         width = self.model_config.hidden_size + 2 * self.model_config.num_hidden_layers
         fits = max(0, left) // (_BYTES_PER_TOKEN_AND_WIDTH * width * self.config.rows_per_device)
         return min(fits, _LONGEST_ROW if self.attention.name == "flex" else _LONGEST_DENSE_ROW)
+
+
+def _digests(name: str, revision: str | None) -> list[str]:
+    """Returns the digest of a model's folder; of an adapter, those of its base's folder and its own."""
+    base = base_of_adapter(name)
+    folders = [weights_folder(name, revision)] if base is None else [weights_folder(base, None), Path(name)]
+    return [model_digest(folder) for folder in folders]

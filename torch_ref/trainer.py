@@ -20,14 +20,16 @@ from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.errors import ConfigError, StoppedError, TrainingError
 from jax_simpo.run import files, signals
+from jax_simpo.run.bad_steps import describe, drop_later, write_bad_step
 from jax_simpo.run.best import BestRule
 from jax_simpo.run.cadence import count_steps, is_due
 from jax_simpo.run.facts import note_export
+from jax_simpo.run.guard import StepGuard, weights_error
 from jax_simpo.run.lock import locked
 from jax_simpo.run.manifest import claim, write_file
-from jax_simpo.run.metrics import NOT_FINITE_ADVICE, MetricsLog, check_records, evaluation_line, read_metrics
+from jax_simpo.run.metrics import MetricsLog, check_records, evaluation_line, read_metrics
 from jax_simpo.run.output import check_output, make_output, prepare_output
-from jax_simpo.run.resume import check_not_finished, check_same_run, run_identity
+from jax_simpo.run.resume import GUARD, check_not_finished, check_same_run, run_identity
 from jax_simpo.run.stalls import StallWatch
 from jax_simpo.run.sums import Sum
 from torch_ref.batches import Batch, RankStep, rank_steps
@@ -36,17 +38,19 @@ from torch_ref.checkpoint import Checkpoints
 from torch_ref.clock import Clock
 from torch_ref.distributed import Ranks
 from torch_ref.engine import Engine, PlainEngine
-from torch_ref.evaluate import GROUPS_PER_PLAN, Evaluation
+from torch_ref.evaluate import GROUPS_PER_PLAN, Evaluation, group_records, score_step
 from torch_ref.export import export_model
 from torch_ref.losses import StepPart, response_sums, step_part
 from torch_ref.model import DTYPES
 from torch_ref.notes import print_attention, print_split
 from torch_ref.objectives import Objective, Responses
 from torch_ref.optim import Schedule, learning_rate_schedule
-from torch_ref.reference import reference_sums
+from torch_ref.reference import frozen_weights, reference_sums
 from torch_ref.setup import Setup
 from torch_ref.start_weights import StartWeights
 from torch_ref.zero3 import Zero3Engine, Zero3Model, deepspeed_settings
+
+_LARGEST_RATE = 1e37  # AdamW divides it by 1 - beta1 at first, in float32
 
 
 def train(config: TrainConfig, console: Console, ranks: Ranks, deepspeed_file: Path | None = None) -> dict[str, Any]:
@@ -94,7 +98,8 @@ def _train(
     print_attention(console, setup)
     print_split(console, setup, "training", groups, plan)
     total_steps = count_steps(config, plan.steps_per_epoch)
-    identity = ranks.first(lambda: run_identity(config, batch, groups))
+    frozen = frozen_weights(setup)
+    identity = ranks.first(lambda: run_identity(config, batch, groups, frozen))
     if resume:
         check_same_run(saved, identity, output)
         ranks.first(lambda: check_not_finished(output, resume, total_steps, writes=(files.MODEL,)))
@@ -132,6 +137,7 @@ def _train(
         known=known,
         engine=engine,
         schedule=schedule,
+        guard=StepGuard.of(config, saved.get(GUARD)),
         evaluation=evaluation,
         choice=Choice(best_rule, ranks),
         checkpoints=checkpoints,
@@ -175,6 +181,8 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError("\n".join(not_here.values()))
     if (config.load_in_4bit or config.load_in_8bit) and not config.use_peft:
         raise ConfigError("quantised weights cannot be trained; add an adapter to them with `use_peft: true`")
+    if config.learning_rate > _LARGEST_RATE:
+        raise ConfigError(f"`learning_rate` is {config.learning_rate:g}; PyTorch's AdamW computes with at most 1e37")
     if config.use_peft and config.model_name_or_path is None:
         raise ConfigError("`use_peft` adds to a model that exists; give `model_name_or_path`, not `model_config`")
 
@@ -215,7 +223,8 @@ class Run:
         groups: the training groups.
         known: what is known of them besides their tokens: sums under the reference, scores, weights.
         engine: the model with its optimizer.
-        schedule: gives the learning rate of a step.
+        schedule: gives the learning rate of an update.
+        guard: decides which steps are applied.
         evaluation: evaluates the evaluation groups; None where the run has none.
         choice: chooses among the evaluations.
         checkpoints: the checkpoints of the output directory.
@@ -233,6 +242,7 @@ class Run:
     known: Known
     engine: Engine
     schedule: Schedule
+    guard: StepGuard
     evaluation: Evaluation | None
     choice: Choice
     checkpoints: Checkpoints
@@ -245,12 +255,13 @@ class Run:
         """Runs the steps that are left, and returns the number of steps done; early stopping may leave some out.
 
         Raises:
-            TrainingError: the loss or the gradient is no longer finite.
+            TrainingError: a step is bad and none more may be left out, or a weight is not finite.
             StoppedError: a rank was told to end; the last step is saved.
         """
         ranks = self.setup.ranks
         self.clock = Clock()
         self._last_saved = done = first_step
+        ranks.first(lambda: drop_later(self.output, first_step))
         with (
             MetricsLog(self.output, before=self.records_before, write=ranks.is_first) as self.log,
             StallWatch(self.config.stall_seconds) as watch,
@@ -265,9 +276,14 @@ class Run:
                     self._evaluate(0, 0.0)
             with closing(shares), signals.noted():
                 for step in shares:
-                    self._write(step, self._step(step))
+                    metrics = self._step(step)
                     done = step.step + 1
+                    if not self.guard.fault:
+                        self._write(step, metrics)
                     with self.clock.paused():
+                        if self.guard.fault:
+                            self._leave_out(step, metrics)
+                        self.guard.count()
                         stop = self._evaluate_and_save(done, step.epoch)
                     watch.headway()
                     if stop is not None:
@@ -279,6 +295,7 @@ class Run:
                         )
                     if self.choice.ends:
                         break
+        self._check_weights(done)
         if done < self.total_steps and self.choice.rule is not None:
             self.console.print(
                 f"early stopping: {self.choice.rule.patience} evaluations without a better {self.choice.rule.metric}; "
@@ -296,7 +313,7 @@ class Run:
         return best
 
     def _step(self, step: RankStep) -> dict[str, float]:
-        """Runs one optimizer step and returns its metrics over all ranks."""
+        """Runs one optimizer step, applied if `guard` accepts it, and returns its metrics over all ranks."""
         ranks, objective = self.setup.ranks, self.setup.objective
         # The dropout of an adapter depends on the step alone, so that a resumed run has the same.
         torch.manual_seed(hash((self.config.seed, step.step, ranks.rank)) % 2**63)
@@ -309,20 +326,27 @@ class Run:
         *totals, used, computed = ranks.sum(np.array([*sums, *tokens])).tolist()
         metrics = dict(zip(objective.metrics, totals, strict=True))
         # The gradient of a loss that is not finite may be.
-        norm = self.engine.update(self.schedule(step.step)) if math.isfinite(metrics["loss"]) else math.nan
-        return {**metrics, "grad_norm": norm, "tokens": int(used), "packing_fill": used / computed}
+        metrics["grad_norm"] = self.engine.gradient_norm() if math.isfinite(metrics["loss"]) else math.nan
+        if self.guard.accepts(metrics):
+            self.engine.update(self._learning_rate(step), metrics["grad_norm"])
+        else:
+            self.engine.discard()
+        self.clock.add(int(used), len(step.groups))
+        return {**metrics, "tokens": int(used), "packing_fill": used / computed}
+
+    def _learning_rate(self, step: RankStep) -> float:
+        """Returns the learning rate of a step's update. The schedule counts updates."""
+        return self.schedule(step.step - self.guard.left_out)
 
     def _write(self, step: RankStep, metrics: dict[str, Any]) -> None:
         done = step.step + 1
-        self._check_finite(done, metrics)
-        self.clock.add(metrics["tokens"], len(step.groups))
         if done % self.config.logging_steps and done != self.total_steps:
             return
         tokens, fill = metrics.pop("tokens"), metrics.pop("packing_fill")
         record = {
             "step": done,
             **metrics,
-            "learning_rate": self.schedule(step.step),
+            "learning_rate": self._learning_rate(step),
             "epoch": step.epoch,
             "pairs": len(step.groups),
             "tokens": tokens,
@@ -336,21 +360,25 @@ class Run:
             f"{record['pairs_per_second']:.1f} pairs/s"
         )
 
-    def _check_finite(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Ends the run if a step is not finite. Its update was not applied, and the state before it is saved.
+    def _leave_out(self, step: RankStep, metrics: Mapping[str, float]) -> None:
+        """Writes down what a bad step would have trained on. Ends the run, saved, unless the step may be left out.
 
         Raises:
-            TrainingError: the loss or the gradient is not finite.
+            TrainingError: it may not.
         """
-        loss, norm = metrics["loss"], metrics["grad_norm"]
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        if self._last_saved < done - 1:
+        done, guard, file = step.step + 1, self.guard, self.output / files.BAD_STEPS
+        goes_on = guard.may_leave_out
+        if not goes_on and self._last_saved < done - 1:
             self._save(done - 1)
-        raise TrainingError(
-            f"step {done}: the loss is {loss}, the gradient norm {norm}. Its update was not applied. The newest "
-            f"checkpoint is of step {done - 1}. {NOT_FINITE_ADVICE}"
-        )
+        self.engine.policy.eval()
+        scores = score_step(self.engine.logps, self.plan, self.groups, self.setup.ranks, step.step, self.known)
+        self.engine.policy.train()
+        scored = group_records(scores, self.setup.objective)
+        record = describe(done, guard.fault, metrics, step.groups.tolist(), scored, self.groups)
+        self.setup.ranks.first(lambda: write_bad_step(self.output, {**record, "left_out": goes_on}))
+        if not goes_on:
+            raise TrainingError(guard.error(done, file))
+        self.console.print(guard.warning(done, file), style="yellow")
 
     def _ending_signal(self) -> signal.Signals | None:
         """Returns the signal that ends the run after this step. All ranks return one after the same step."""
@@ -374,9 +402,21 @@ class Run:
             self._save(done)
         return stop
 
+    def _check_weights(self, done: int) -> None:
+        """Makes sure that an update has not made weights that are not finite, before they are saved or exported.
+
+        Raises:
+            TrainingError: one has.
+        """
+        if not self.engine.is_finite():
+            raise TrainingError(weights_error(done, self._last_saved))
+
     def _save(self, done: int) -> None:
+        self._check_weights(done)
         records = self.log.synced()
-        self.checkpoints.save(done, self.engine, self.identity, records, keep_step=self.choice.best_step)
+        guard = self.guard.state
+        run = {**self.identity, **({GUARD: guard} if guard else {})}
+        self.checkpoints.save(done, self.engine, run, records, keep_step=self.choice.best_step)
         self._last_saved = done
 
     def _evaluate(self, step: int, epoch: float) -> None:

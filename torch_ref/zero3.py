@@ -21,7 +21,7 @@ from jax_simpo.config.builtin import configs_folder
 from jax_simpo.errors import CheckpointError, ConfigError
 from torch_ref.batches import Batch
 from torch_ref.distributed import Ranks
-from torch_ref.engine import hugging_face_names
+from torch_ref.engine import hugging_face_names, total_norm
 from torch_ref.model import Policy
 from torch_ref.optim import make_adamw, parameter_groups, set_learning_rate
 from torch_ref.start_weights import StartWeights
@@ -142,19 +142,26 @@ class Zero3Engine:
         trained = {n: p for n, p in hugging_face_names(self.policy).items() if p.requires_grad}
         return {name: safe_get_full_grad(parameter) for name, parameter in trained.items()}
 
-    def update(self, learning_rate: float) -> float:
-        if not self._gradients_are_finite():  # DeepSpeed itself would apply them
-            return float("nan")
-        set_learning_rate(self._optimizer, learning_rate)
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm())
-
-    def _gradients_are_finite(self) -> bool:
-        """Returns True on all ranks if every gradient of every rank is finite."""
+    def gradient_norm(self) -> float:
         from deepspeed.utils import safe_get_local_grad
 
         parts = [safe_get_local_grad(p) for p in self.policy.parameters() if p.requires_grad]
-        here = all(torch.isfinite(part).all() for part in parts if part is not None)
+        own = total_norm(part for part in parts if part is not None)
+        return float(np.sqrt(self._ranks.sum(np.array([float(own) ** 2]))[0]))
+
+    def update(self, learning_rate: float, norm: float) -> None:
+        """Makes one optimizer step. DeepSpeed clips by a norm that it computes itself."""
+        set_learning_rate(self._optimizer, learning_rate)
+        self._engine.step()
+
+    def discard(self) -> None:
+        self._optimizer.zero_grad()  # the next gradients take the place of these, and are not added to them
+
+    def is_finite(self) -> bool:
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        parts = [safe_get_local_fp32_param(p) for p in self.policy.parameters() if p.requires_grad]
+        here = all(bool(torch.isfinite(part).all()) for part in parts)
         return not self._ranks.sum(np.array([not here]))[0]
 
     def weights(self, dtype: torch.dtype, *, trained_only: bool = False) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ def main(file: str, dtype: str, layout: str) -> None:
     def torch_step(number: int) -> float:
         step = build_rank_step(plan, pairs, number, 0, 1, known)
         loss = accumulate(step, len(step.micro_batches))
-        engine.update(LEARNING_RATE)
+        engine.update(LEARNING_RATE, engine.gradient_norm())
         if job.device == "gpu":
             torch.cuda.synchronize()
         return loss
@@ -84,7 +84,7 @@ def main(file: str, dtype: str, layout: str) -> None:
     def handle(request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "warm":  # one micro-batch, and an update with a learning rate of 0
             accumulate(build_rank_step(plan, pairs, 0, 0, 1, known), 1)
-            engine.update(0.0)
+            engine.update(0.0, engine.gradient_norm())
             return {}
         loss, seconds = timed(lambda: torch_step(request["step"]))
         return {"seconds": seconds, "loss": loss, "peak_bytes": peak_bytes(job.device)}

@@ -31,8 +31,6 @@ def unused(config: TrainConfig) -> dict[str, str]:
 _JAX_ONLY = {
     "optim": "it trains with AdamW only; remove the key",
     "adam_mu_dtype": "it keeps AdamW's moments in float32; remove the key",
-    "on_bad_step": "it ends at the first step that is not finite; remove the key",
-    "spike_sigma": "it looks for no spikes; remove the key",
 }
 
 

@@ -20,7 +20,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,8 +43,17 @@ _EXIT_SECONDS = 10.0  # process 0, which runs the store, waits so long for the o
 _SHARED_SECONDS = 60.0  # a network file system may show a new file late
 _FAILED, _EXITED = "jax_simpo/failed/", "jax_simpo/left/"  # keys in the store
 
-_calls = itertools.count()
 _ending = threading.Event()
+
+
+class _Line(threading.local):
+    """Names the line of calls that this thread makes together with a thread of every other process."""
+
+    name = "main"
+
+
+_line = _Line()
+_calls: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 def join(address: str | None, count: int | None, number: int | None, local_device_ids: Sequence[int] | None) -> None:
@@ -114,17 +125,36 @@ def number() -> int:
 # --- waiting and comparing
 
 
+@contextmanager
+def own_line(name: str) -> Iterator[None]:
+    """Lets this thread wait for the threads of other processes that are in a block of the same name.
+
+    Outside such a block a thread waits for the other processes' main threads. So work in the background may wait for
+    that of others at any moment, whatever the main threads wait for.
+    """
+    former, _line.name = _line.name, name
+    try:
+        yield
+    finally:
+        _line.name = former
+
+
+def _next_call() -> str:
+    """Returns the beginning of this call's key in the store: the calls of a line have the same order everywhere."""
+    return f"jax_simpo/{_line.name}/{next(_calls[_line.name])}"
+
+
 def barrier(name: str) -> None:
     """Waits until every process has called this. All processes must pass the same barriers in the same order."""
     if count() > 1:
-        _client().wait_at_barrier(f"jax_simpo/{next(_calls)}/{name}", _LONGEST_WAIT_MS)
+        _client().wait_at_barrier(f"{_next_call()}/{name}", _LONGEST_WAIT_MS)
 
 
 def collect(name: str, value: T) -> list[T]:
     """Returns the values of all processes, ordered by process. A value must be representable in JSON."""
     if count() == 1:
         return [value]
-    key = f"jax_simpo/{next(_calls)}/{name}/"
+    key = f"{_next_call()}/{name}/"
     _client().key_value_set(f"{key}{number()}", json.dumps(value))
     barrier(name)
     texts = {int(path.rpartition("/")[2]): text for path, text in _client().key_value_dir_get(key)}

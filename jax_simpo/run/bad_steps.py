@@ -9,13 +9,43 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.errors import CheckpointError
 from jax_simpo.run import files
 from jax_simpo.run.manifest import claim, read_manifest, write_file
+
+
+def describe(
+    step: int,
+    reason: str,
+    metrics: Mapping[str, float],
+    indices: Sequence[int],
+    scored: Iterable[Mapping[str, Any]],
+    groups: GroupDataset,
+) -> dict[str, Any]:
+    """Returns what the file says about a step, but for `left_out`.
+
+    Args:
+        step: the step's number, from 1.
+        reason: why it was not applied.
+        metrics: its metrics.
+        indices: its groups, as indices into the data.
+        scored: of each of these groups what `score` writes of it, under the weights before the step.
+        groups: the training groups.
+    """
+    described = []
+    for index, record in zip(indices, scored, strict=True):
+        (file, row), texts = groups.origin(index), groups.texts(index)
+        responses = [
+            {"text": text, **figures} for text, figures in zip(texts.responses, record["responses"], strict=True)
+        ]
+        of_group = {"file": file, "row": row, "weight": float(groups.weights[index]), "loss": record["loss"]}
+        described.append({**of_group, "prompt": texts.prompt, "responses": responses})
+    return {"step": step, "reason": reason, "metrics": dict(metrics), "groups": described}
 
 
 def write_bad_step(output: Path, record: Mapping[str, Any]) -> Path:

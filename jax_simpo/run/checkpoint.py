@@ -3,12 +3,16 @@
 A step holds three items. `params` (those that are trained) and `optimizer` are saved and restored shard by shard; `run`
 is a small JSON object, the run's identity. Beside them lies the step's seal. No iterator state is needed: the step
 number determines the batches that follow.
+
+Training waits only until a step's arrays are copied. They are written, summed and sealed in a thread of their own.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,12 +29,16 @@ from jax_simpo.run.seal import Seal, file_names, find_damage
 from jax_simpo.run.steps import StepFolders
 from jax_simpo.run.sums import Sum, sums_of
 
+_LONGEST_SECONDS = 24 * 3600  # that a process waits for the others' files: a dead one is detected by its heartbeats
+_MEMORY = Path("/proc/meminfo")
+
 
 class Checkpoints:
     """The checkpoints of one output directory; closes when used as a context manager.
 
-    Nothing is read from a step before its files are known to be those that were saved. All processes of a run call the
-    methods together, except for `steps`, `latest`, `check_room` and `thin_out`.
+    Nothing is read from a step before its files are known to be those that were saved. A step is whole when `save` has
+    been followed by `wait`, by another `save`, or by the end of the context. All processes of a run call the methods
+    together, except for `steps`, `latest`, `saving`, `check`, `check_room` and `thin_out`.
 
     Args:
         directory: the folder of the steps; `save` makes it if it is missing.
@@ -41,8 +49,10 @@ class Checkpoints:
         self.directory, self._keep = directory.absolute(), keep
         self.folders = StepFolders(self.directory)
         self._whole: set[int] = set()
-        # A background save would read buffers that the next update takes for itself.
-        self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        patient = ocp.options.AsyncOptions(timeout_secs=_LONGEST_SECONDS)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=patient)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
+        self._saving: Future[None] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -50,7 +60,11 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._orbax.close()
+        self._thread.shutdown()
+        with suppress(OSError, ValueError):  # what a failed save raises, `wait` raises too, in a user's words
+            self._orbax.close()
+        if error is None:
+            self.wait()
 
     def steps(self) -> list[int]:
         """The steps, oldest first."""
@@ -90,6 +104,9 @@ class Checkpoints:
     ) -> None:
         """Writes a step whole or not at all, and then removes the oldest ones. One of the same number goes.
 
+        Returns as soon as the arrays may change. Where a CPU's memory has no room for a copy of them, that is when the
+        step is whole.
+
         Args:
             step: optimizer steps done.
             params: the trained parameters.
@@ -99,8 +116,10 @@ class Checkpoints:
             keep_step: a step that is not to be removed, however old it is.
 
         Raises:
-            CheckpointError: the disk has no room, or the step cannot be written; the former steps are as they were.
+            CheckpointError: the disk has no room, or this step or the one before cannot be written; the former steps
+                are as they were.
         """
+        self.wait()
 
         def begin() -> None:
             self.folders.begin()
@@ -108,19 +127,53 @@ class Checkpoints:
 
         distributed.on_first("step begins", begin)
         writing = self.folders.writing(step)
+        arrays, apart = _apart((params, optimizer))
         args = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            optimizer=ocp.args.StandardSave(optimizer),
+            params=ocp.args.StandardSave(arrays[0]),
+            optimizer=ocp.args.StandardSave(arrays[1]),
             run=ocp.args.JsonSave(dict(run)),
         )
         try:
             self._orbax.save(writing, args=args)
+        except (OSError, ValueError) as error:
+            raise self._not_saved(step, error) from error
+        self._saving = self._thread.submit(self._finish, step, metrics, keep_step)
+        if not apart:
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the step that is being saved is whole.
+
+        Raises:
+            CheckpointError: it cannot be written; the former steps are as they were.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    @property
+    def saving(self) -> bool:
+        """True while a step is being written."""
+        return self._saving is not None and not self._saving.done()
+
+    def check(self) -> None:
+        """Does not wait, and raises what `wait` would raise if the step that was being saved has failed."""
+        if not self.saving:
+            self.wait()
+
+    def _finish(self, step: int, metrics: Sum, keep_step: int | None) -> None:
+        """Waits until a step is written, sums its files, seals it and moves it to its place."""
+        with distributed.own_line("saving"):
+            self._seal(step, metrics)
+            distributed.on_first("step is whole", lambda: self.thin_out(step, keep_step))
+
+    def _seal(self, step: int, metrics: Sum) -> None:
+        writing = self.folders.writing(step)
+        try:
+            self._orbax.wait_until_finished()
             names = distributed.collect("files", file_names(writing))[0]
             own = sums_of(writing, names[distributed.number() :: distributed.count()], to_disk=True)
         except (OSError, ValueError) as error:  # a full disk, a quota, a folder that is gone
-            if distributed.count() == 1:
-                shutil.rmtree(writing, ignore_errors=True)
-                self.folders.clean()
             raise self._not_saved(step, error) from error
         parts = distributed.collect("sums", {name: found.to_json() for name, found in own.items()})
         sums = {name: Sum(*values) for part in parts for name, values in part.items()}
@@ -131,9 +184,8 @@ class Checkpoints:
                 self.folders.finish(step)
             except (OSError, ConfigError) as error:
                 raise self._not_saved(step, error) from error
-            self.thin_out(step, keep_step)
 
-        distributed.on_first("step is whole", finish)
+        distributed.on_first("step is sealed", finish)
 
     def thin_out(self, *besides: int | None) -> None:
         """Removes the oldest steps, as many as are too many, but none of `besides`. One process calls it."""
@@ -156,6 +208,10 @@ class Checkpoints:
             )
 
     def _not_saved(self, step: int, error: Exception) -> CheckpointError:
+        """Returns the error for a step that cannot be written. A run of one process removes what there is of it."""
+        if distributed.count() == 1:
+            shutil.rmtree(self.folders.writing(step), ignore_errors=True)
+            self.folders.clean()
         text = (str(error).splitlines() or [type(error).__name__])[0]
         reason = error.strerror if isinstance(error, OSError) and error.strerror else text.rpartition(": ")[2]
         return CheckpointError(f"{self.directory}: step {step} cannot be saved: {reason}. {self._outlook()}")
@@ -194,12 +250,37 @@ class Checkpoints:
             ) from error
 
     def _check(self, step: int) -> None:
+        self.wait()
         if step not in self.steps():
             steps = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(f"{self.directory}: there is no checkpoint of step {step}; there are: {steps}")
         if damage := self.damage(step):
             others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
             raise CheckpointError(f"{self.folders[step]}: {damage}. Take another step; there are: {others}")
+
+
+def _apart(arrays: Any) -> tuple[Any, bool]:
+    """Returns arrays that a save may read while the run goes on, and True; or the same ones and False.
+
+    Orbax itself copies the arrays of an accelerator to the host. From a CPU device it would read the run's own buffers,
+    which the next update takes for itself. So they are copied, if twice their size is left of the memory.
+    """
+    leaves = jax.tree.leaves(arrays)
+    if all(device.platform != "cpu" for leaf in leaves for device in leaf.sharding.device_set):
+        return arrays, True
+    size = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+    if 2 * size > _memory_left():
+        return arrays, False
+    return jax.tree.map(lambda array: array.copy(), arrays), True
+
+
+def _memory_left() -> int:
+    """Returns the bytes of memory that this machine can still give; 0 on a system that does not say."""
+    try:
+        lines = _MEMORY.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
 
 
 def abstract_state(shapes: Any, shardings: Any) -> Any:

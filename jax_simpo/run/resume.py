@@ -25,13 +25,17 @@ ENGINE = "engine"  # the engine of the PyTorch reference that wrote it
 GUARD = "guard"  # the state of the guard that looks at steps
 
 
-def run_identity(config: TrainConfig, global_batch_size: int, pairs: GroupDataset) -> dict[str, Any]:
-    """Returns what makes a run this run and no other: its settings, its batch size and the tokens it trains on.
+def run_identity(
+    config: TrainConfig, global_batch_size: int, pairs: GroupDataset, frozen: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns what makes a run this run and no other: its settings, batch size, tokens, and the weights it reads again.
 
     Args:
         config: the settings of the run.
         global_batch_size: pairs per optimizer step.
         pairs: the training pairs.
+        frozen: digests of the weights that no step holds, because they are not trained: those of the reference, and
+            those under an adapter.
     """
     digest = sha256()
     for group in pairs.groups(range(len(pairs))):
@@ -48,6 +52,7 @@ def run_identity(config: TrainConfig, global_batch_size: int, pairs: GroupDatase
         **identity_of(config),
         "global_batch_size": global_batch_size,
         "training pairs": f"{len(pairs)} pairs, tokens {digest.hexdigest()[:16]}",
+        **(frozen or {}),
     }
     return dict(json.loads(json.dumps(identity)))  # as it comes back from a checkpoint: all keys are text, say
 

@@ -23,18 +23,17 @@ from jax_simpo.errors import CheckpointError, StoppedError, TrainingError
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
 from jax_simpo.run import files, signals
-from jax_simpo.run.bad_steps import drop_later, write_bad_step
+from jax_simpo.run.bad_steps import describe, drop_later, write_bad_step
 from jax_simpo.run.best import BestRule, evaluations
 from jax_simpo.run.cadence import is_due
 from jax_simpo.run.checkpoint import Checkpoints
-from jax_simpo.run.metrics import NOT_FINITE_ADVICE, MetricsLog, evaluation_line, read_metrics
+from jax_simpo.run.guard import StepGuard, weights_error
+from jax_simpo.run.metrics import MetricsLog, evaluation_line, read_metrics
 from jax_simpo.run.resume import GUARD
 from jax_simpo.run.stalls import StallWatch
 from jax_simpo.run.sums import Sum
 from jax_simpo.sharding import local_rows
-from jax_simpo.training.bad_steps import describe
-from jax_simpo.training.evaluate import Evaluation, score_step
-from jax_simpo.training.guard import StepGuard
+from jax_simpo.training.evaluate import Evaluation, group_records, score_step
 from jax_simpo.training.progress import TrainingProgress
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import TrainFunctions, make_score_function, run_step
@@ -112,12 +111,14 @@ class TrainingLoop:
             with closing(batches), signals.noted():
                 for batch in self._clock.waiting(batches):
                     params, state, metrics = run_step(self.functions, params, state, batch, accepts=self.guard.accepts)
+                    self.checkpoints.check()
                     self._clock.count(len(batch.groups), batch.input_tokens)
                     self._watch.headway()
                     self._after(batch, params, state, metrics)
                     done = batch.step + 1
                     if self._stop_asked or self.ended_early:
                         break
+                self.checkpoints.wait()
                 if (stop := self._signal_alone()) is not None:  # it came while the last step was saved
                     self._end(stop, done, params, state)
         self._check_weights(done, params)
@@ -167,6 +168,7 @@ class TrainingLoop:
         """
         if self._last_saved < done:
             self._save(done, params, state)
+        self.checkpoints.wait()
         raise StoppedError(
             f"ended by {stop.name} after step {done} of {self.total_steps}, which is saved. Start the same command "
             "again to go on from there",
@@ -203,26 +205,15 @@ class TrainingLoop:
         Raises:
             TrainingError: `on_bad_step` is `error`, or too many steps have been left out.
         """
-        config, done = self.setup.config, batch.step + 1
-        left_out, most = self.guard.left_out, config.max_bad_steps
-        goes_on = config.on_bad_step == "skip" and left_out < most
+        done, file, goes_on = batch.step + 1, self.output / files.BAD_STEPS, self.guard.may_leave_out
         if not goes_on and done - 1 > self._last_saved:
             self._save(done - 1, params, state)
+        if not goes_on:
+            self.checkpoints.wait()
         self._write_down(batch, params, metrics, left_out=goes_on)
-        text = f"step {done}: {self.guard.fault}. Its update was not applied"
-        file = self.output / files.BAD_STEPS
-        if goes_on:
-            count = f"{left_out + 1} of at most {most} such steps"
-            self.console.print(f"warning: {text} ({count}). What it would have trained on is in {file}", style="yellow")
-            return
-        if config.on_bad_step == "skip":
-            advice = f"`max_bad_steps: {most}` allows to leave out no more"
-        else:
-            advice = "Set `on_bad_step: skip` to go on without such steps"
-        raise TrainingError(
-            f"{text}. What it would have trained on is in {file}. The newest checkpoint is of step {done - 1}. "
-            f"{NOT_FINITE_ADVICE}. {advice}"
-        )
+        if not goes_on:
+            raise TrainingError(self.guard.error(done, file))
+        self.console.print(self.guard.warning(done, file), style="yellow")
 
     def _write_down(self, batch: StepBatch, params: Params, metrics: Mapping[str, Any], *, left_out: bool) -> None:
         """Writes a bad step and its groups to `bad_steps.jsonl`."""
@@ -232,7 +223,8 @@ class TrainingLoop:
             score = make_score_function(self.setup.forward, self.setup.mesh, prompts=self.setup.objective.reads_prompts)
         scores = score_step(score, params, self.plan, self.pairs, self.setup.mesh, batch.step, self.known)
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        record = describe(batch, self.guard.fault, values, scores, self.pairs, self.setup.objective)
+        scored = group_records(scores, self.setup.objective)
+        record = describe(batch.step + 1, self.guard.fault, values, batch.groups.tolist(), scored, self.pairs)
         distributed.on_first("bad step", lambda: write_bad_step(self.output, {**record, "left_out": left_out}))
 
     def _check_weights(self, done: int, params: Params) -> None:
@@ -242,10 +234,8 @@ class TrainingLoop:
             TrainingError: one has.
         """
         if not self.functions.all_finite(params):
-            raise TrainingError(
-                f"step {done}: the weights are no longer finite. The newest checkpoint is of step {self._last_saved}. "
-                f"{NOT_FINITE_ADVICE}"
-            )
+            self.checkpoints.wait()
+            raise TrainingError(weights_error(done, self._last_saved))
 
     def _save(self, done: int, params: Params, state: Any) -> None:
         self._check_weights(done, params)

@@ -6,8 +6,10 @@ Only a sum for each response is kept, in a cache (`run/reference_cache.py`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +28,23 @@ from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import make_score_function
 
 ReferenceSums = Float[np.ndarray, " R"]
+
+
+def frozen_weights(setup: Setup, reference: Reference | None) -> dict[str, Any]:
+    """Returns digests of the weights that a run needs and does not save. Every process calls it.
+
+    They are those of its reference, and those under its adapter where they are not the same.
+    """
+    frozen = {} if reference is None else {"reference weights": reference.identity["weights"]}
+    apart = reference is None or setup.config.ref_model_name_or_path is not None
+    if setup.config.use_peft and apart and (base := setup.start.folder(weights=True)) is not None:
+        frozen["base weights"] = _digests([base])
+    return frozen
+
+
+def _digests(folders: Sequence[Path]) -> list[str]:
+    digests = [model_digest(folder) for folder in folders] if distributed.is_first() else []
+    return distributed.collect("weights", digests)[0]
 
 
 @dataclass
@@ -52,9 +71,7 @@ class Reference:
         if base is None:
             weights: Any = {"model": setup.new_model_mapping(), "seed": setup.config.seed, "jax": jax.__version__}
         else:
-            folders = [base, *([] if adapter is None else [adapter.folder])]
-            digests = [model_digest(folder) for folder in folders] if distributed.is_first() else []
-            weights = distributed.collect("reference weights", digests)[0]
+            weights = _digests([base, *([] if adapter is None else [adapter.folder])])
         return {"weights": weights, "dtype": setup.config.dtype}
 
     def sums(self, pairs: GroupDataset, console: Console) -> ReferenceSums:

@@ -24,6 +24,7 @@ from jax_simpo.run.best import BestRule
 from jax_simpo.run.cadence import count_steps
 from jax_simpo.run.checkpoint import Checkpoints, abstract_state, starting_point
 from jax_simpo.run.facts import note_export, write_facts
+from jax_simpo.run.guard import StepGuard
 from jax_simpo.run.lock import locked
 from jax_simpo.run.manifest import claim, write_file
 from jax_simpo.run.metrics import check_records, read_metrics
@@ -35,10 +36,9 @@ from jax_simpo.training import capacity
 from jax_simpo.training.compilation import keep_compiled_programs
 from jax_simpo.training.evaluate import GROUPS_PER_PLAN, Evaluation
 from jax_simpo.training.groups import idle_warning, notes_on, packing_line
-from jax_simpo.training.guard import StepGuard
 from jax_simpo.training.loop import TrainingLoop
 from jax_simpo.training.optim import run_optimizer
-from jax_simpo.training.reference import Reference
+from jax_simpo.training.reference import Reference, frozen_weights
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import make_score_function, make_train_functions
 
@@ -125,7 +125,8 @@ def _train(
     capacity.check_fits(config, setup.model, mesh, setup.device_memory)
     plan = setup.step_plan(training, batch=setup.global_batch_size(saved.get("global_batch_size")), seed=config.seed)
     total_steps = count_steps(config, plan.steps_per_epoch)
-    identity = run_identity(config, plan.global_batch_size, training)
+    reference = Reference.of(setup) if setup.objective.needs_reference else None
+    identity = run_identity(config, plan.global_batch_size, training, frozen_weights(setup, reference))
     advice = "Start all processes with the same config and options, on the same files"
     distributed.check_same("the run", {**identity, "step to begin at": first_step, "rows": str(plan.shape)}, advice)
     records = None
@@ -145,7 +146,6 @@ def _train(
     console.print("attention: {} ({})".format(*setup.attention_choice))
 
     _check_weights(setup, resumes=bool(first_step))
-    reference = Reference.of(setup) if setup.objective.needs_reference else None
     if reference is not None:
         _check_weights(reference.setup, resumes=False)
     distributed.on_first("output", lambda: prepare_output(config, output))
@@ -202,7 +202,7 @@ def _train(
             known=setup.known(training, sums, training=True),
             functions=functions,
             schedule=schedule,
-            guard=StepGuard(config.spike_sigma, saved.get(GUARD)),
+            guard=StepGuard.of(config, saved.get(GUARD)),
             evaluation=evaluation,
             best_rule=best_rule,
             checkpoints=checkpoints,

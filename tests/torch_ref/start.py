@@ -17,6 +17,8 @@ BEST = (
     *("--load_best_model_at_end=true", "--greater_is_better=true", "--early_stopping_patience=2"),
 )
 """Overrides that take the model with the greatest loss for the best, which is soon reached, and weigh the pairs."""
+SKIPPING = ("--on_bad_step=skip", "--save_strategy=no", "--lr_scheduler_type=linear")
+"""Overrides that leave out bad steps, with a learning rate that shows which updates were counted."""
 
 
 def weight_of(index: int) -> float:

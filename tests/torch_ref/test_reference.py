@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch_ref import reference as reference_module
 from torch_ref.__main__ import app
 from torch_ref.distributed import Ranks
 from torch_ref.evaluate import open_model, score_steps
-from torch_ref.reference import reference_sums
+from torch_ref.reference import frozen_weights, reference_sums
 from torch_ref.setup import Setup
 from torch_ref.trainer import train
 
@@ -167,8 +168,32 @@ def test_what_the_numbers_depend_on_gives_another_entry(start: Path, other: Path
     assert len(entries) == 5 and {entry["trainer"] for entry in entries} == {"torch_ref"}
 
 
+def test_other_weights_in_the_folder_of_the_reference_or_under_an_adapter_make_another_run(
+    other: Path, start: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(other, base)
+
+    def digests() -> list[dict[str, Any]]:
+        reference = f"--ref_model_name_or_path={base}"
+        adapter = [
+            "--use_peft=true",
+            "--objective=simpo",
+            f"--model_name_or_path={base}",
+            f"--tokenizer_name_or_path={start}",
+        ]
+        return [frozen_weights(setup_of(start, tmp_path, *overrides)) for overrides in ([reference], adapter)]
+
+    before = digests()
+    assert [list(found) for found in before] == [["reference weights"], ["base weights"]]
+    assert digests() == before
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert all(now != then for now, then in zip(digests(), before, strict=True))
+
+
 def test_a_reference_that_cannot_be_used_is_told_before_anything_is_written(start: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="its configuration cannot be used"):
+    with pytest.raises(ModelError, match="its weights cannot be found"):
         run(start, tmp_path, f"--ref_model_name_or_path={tmp_path / 'missing'}")
     small = tmp_path / "small"
     small.mkdir()

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from jax_simpo.errors import CheckpointError, ConfigError, ModelError, TrainingError, UserError
+from jax_simpo.run import guard
+from jax_simpo.run.bad_steps import read_bad_steps
 from jax_simpo.run.metrics import read_metrics
 from tests.torch_ref.start import TEST_PAIRS, config_file, make_start
 from tests.torch_ref.support import poisoned
@@ -19,6 +21,7 @@ from torch_ref import trainer
 from torch_ref.__main__ import app
 from torch_ref.attention_choice import choose_attention
 from torch_ref.distributed import Ranks
+from torch_ref.trainer import batch_part
 
 STEPS = 5
 
@@ -94,6 +97,64 @@ def test_a_step_that_is_not_finite_is_not_applied_and_the_state_before_it_is_kep
     run(start, tmp_path, "--save_steps=100")
     ours, oracle = (load_weights(folder / "run/model") for folder in (tmp_path, finished))
     assert all(torch.equal(ours[name], tensor) for name, tensor in oracle.items())
+
+
+def test_a_step_that_is_left_out_leaves_the_weights_alone_and_is_written_down(
+    start: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "batch_part", poisoned(STEPS))
+    records = run(start, tmp_path, "--on_bad_step=skip", "--save_steps=1")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    state = torch.load(tmp_path / "run/checkpoints/4/state.pt", weights_only=True)["weights"]
+    assert all(torch.equal(weight, state[name]) for name, weight in load_weights(tmp_path / "run/model").items())
+    (bad,) = read_bad_steps(tmp_path / "run")
+    assert (bad["step"], bad["left_out"], bad["metrics"]["grad_norm"]) == (STEPS, True, "nan")
+    good = read_metrics(finished / "run")[-2]  # the step's record in a run where it is good
+    rewards = [[response["reward"] for response in group["responses"]] for group in bad["groups"]]
+    assert np.mean([chosen - rejected for chosen, rejected in rewards]) == pytest.approx(
+        good["rewards/margins"], abs=1e-5
+    )
+    assert all(group["prompt"] and group["file"] for group in bad["groups"])
+
+
+def test_a_run_that_left_a_step_out_goes_on_to_the_same_weights_and_leaves_out_no_more_than_it_may(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "batch_part", poisoned(2))
+    keys = ("step", "loss", "grad_norm", "learning_rate")
+    settings = ("--on_bad_step=skip", "--max_bad_steps=1", "--save_steps=1", "--lr_scheduler_type=linear")
+    records = run(start, tmp_path, *settings)
+    weights = load_weights(tmp_path / "run/model")
+    for later in (4, 5):
+        shutil.rmtree(tmp_path / "run/checkpoints" / str(later))
+    shutil.rmtree(tmp_path / "run/model")
+    resumed = run(start, tmp_path, *settings)
+    assert [[r[key] for key in keys] for r in resumed] == [[r[key] for key in keys] for r in records]
+    assert all(torch.equal(weight, weights[name]) for name, weight in load_weights(tmp_path / "run/model").items())
+    (tmp_path / "other").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(guard, "WINDOW", 4)
+        patch.setattr(trainer, "batch_part", batch_part)
+        spike = refused(start, tmp_path / "other", *settings, "--spike_sigma=1e-9", kind=TrainingError)
+    assert "standard deviations" in spike and "`max_bad_steps: 1` allows to leave out no more" in spike
+
+
+def test_a_learning_rate_that_overflows_is_refused(start: Path, tmp_path: Path) -> None:
+    assert "`learning_rate` is 1e+39; PyTorch's AdamW computes with at most 1e37" in refused(
+        start, tmp_path, "--learning_rate=1e39"
+    )
+
+
+@pytest.mark.parametrize("save_strategy", ["steps", "no"])
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(
+    save_strategy: str, start: Path, tmp_path: Path
+) -> None:
+    settings = ("--learning_rate=1e37", "--max_grad_norm=0", "--warmup_ratio=0", "--save_steps=1")
+    message = refused(start, tmp_path, *settings, f"--save_strategy={save_strategy}", kind=TrainingError)
+    assert "The newest checkpoint is of step" in message
+    assert not (tmp_path / "run/model").exists()
+    for state in tmp_path.glob("run/checkpoints/*/state.pt"):
+        assert all(torch.isfinite(w).all() for w in torch.load(state, weights_only=True)["weights"].values())
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:

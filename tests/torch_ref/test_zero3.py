@@ -16,9 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from jax_simpo.run.bad_steps import read_bad_steps
 from jax_simpo.run.facts import read_facts
 from jax_simpo.run.metrics import read_metrics
-from tests.torch_ref.start import BEST, DPO, config_file, make_start
+from tests.torch_ref.start import BEST, DPO, SKIPPING, config_file, make_start
+from tests.torch_ref.support import poisoned
+from torch_ref import trainer
 from torch_ref.__main__ import app
 
 pytest.importorskip("deepspeed")
@@ -62,6 +65,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     own = [*DPO, f"--data_cache_dir={folder}/cache", "--save_strategy=no"]
     app(["train", str(config_file(start, folder / "plain-dpo", steps=STEPS)), *own], standalone_mode=False)
     app(["train", str(config_file(start, folder / "plain-best", steps=STEPS)), *BEST], standalone_mode=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "batch_part", poisoned(3))
+        app(
+            ["train", str(config_file(start, folder / "plain-skipping", steps=STEPS)), *SKIPPING], standalone_mode=False
+        )
     done = torchrun(str(ROOT / "tests/torch_ref/zero3_cells.py"), str(folder))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return folder
@@ -72,9 +80,9 @@ def found(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "found.json").read_text())
 
 
-def curve(folder: Path, name: str, *keys: str) -> np.ndarray:
+def curve(folder: Path, name: str, *keys: str, left_out: int = 0) -> np.ndarray:
     records = [r for r in read_metrics(folder / name / "run") if "step" in r]
-    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in records] == [step for step in range(1, STEPS + 1) if step != left_out]
     return np.array([[r[key] for key in keys] for r in records])
 
 
@@ -96,6 +104,14 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_applied_on_none(found: dic
     """`test_a_resumed_run_is_the_uninterrupted_one` compares the run that goes on from there."""
     assert "step 5: the loss is " in found["bad step"] and "Its update was not applied" in found["bad step"]
     assert found["saved"] == [3, 4]
+
+
+def test_a_step_that_is_bad_on_one_rank_is_left_out_on_all(folder: Path) -> None:
+    keys = ("loss", "grad_norm", "learning_rate", "rewards/margins")
+    ours, oracle = (curve(folder, name, *keys, left_out=3) for name in ("skipping", "plain-skipping"))
+    np.testing.assert_allclose(ours, oracle, atol=1e-5)
+    for name in ("skipping", "plain-skipping"):
+        assert [(bad["step"], bad["left_out"]) for bad in read_bad_steps(folder / name / "run")] == [(3, True)]
 
 
 def test_nothing_of_the_reference_is_left_when_the_policy_is_made(found: dict[str, Any]) -> None:

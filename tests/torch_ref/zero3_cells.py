@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jax_simpo.config import TrainConfig, load_config
 from jax_simpo.errors import UserError
-from tests.torch_ref.start import BEST, DPO, config_file
+from tests.torch_ref.start import BEST, DPO, SKIPPING, config_file
 from tests.torch_ref.support import poisoned, record_memory
 from torch_ref import trainer
 from torch_ref.batches import build_rank_step
@@ -123,6 +123,10 @@ def cells(folder: Path, ranks: Ranks) -> dict[str, Any]:
         patch.setattr(trainer, "batch_part", poisoned(5 if ranks.is_first else 0))
         found["bad step"] = refused(lambda: train(settings(folder, "resumed"), quiet, ranks, deepspeed))
     found["saved"] = Checkpoints(folder / "resumed/run", ranks).steps()
+    gc.collect()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "batch_part", poisoned(3 if ranks.is_first else 0))
+        train(settings(folder, "skipping", *SKIPPING), quiet, ranks, deepspeed)
     gc.collect()
     train(settings(folder, "resumed"), quiet, ranks, deepspeed)
     gc.collect()

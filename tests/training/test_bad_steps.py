@@ -16,10 +16,11 @@ from jax_simpo.config import TrainConfig
 from jax_simpo.data.loader import StepBatch
 from jax_simpo.errors import TrainingError
 from jax_simpo.objectives import Objective
+from jax_simpo.run import guard
 from jax_simpo.run.bad_steps import read_bad_steps
 from jax_simpo.run.checkpoint import Checkpoints
-from jax_simpo.training import guard, loop, step
-from jax_simpo.training.guard import WINDOW, StepGuard
+from jax_simpo.run.guard import WINDOW, StepGuard
+from jax_simpo.training import loop, step
 from tests.training.runs import Records, config_of, run, run_printing, stop_after
 
 SETTINGS: dict[str, Any] = {"max_steps": 4, "lr_scheduler_type": "linear"}

@@ -121,7 +121,7 @@ def test_a_disk_without_room_is_an_error_and_the_former_steps_stay(
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device\n[tensorstore spec of 200 lines]")
 
     with monkeypatch.context() as patch:
-        patch.setattr("orbax.checkpoint.Checkpointer.save", full)
+        patch.setattr("orbax.checkpoint.AsyncCheckpointer.save", full)
         with pytest.raises(CheckpointError, match=r"step 2 cannot be saved: No space left on device\. Make room"):
             run(config)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)

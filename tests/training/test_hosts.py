@@ -72,14 +72,7 @@ class Hosts:
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         self.processes = []
         for number in range(2):
-            place = {
-                "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(number),
-                "JAX_NUM_CPU_DEVICES": "4",
-                "HF_DATASETS_CACHE": str(folder / f"cache.{number}"),
-                "PYTHONPATH": str(ROOT),
-            }
+            place = place_of(number, folder, address)
             own = folder / f"cwd.{number}"
             own.mkdir()
             with ExitStack() as files:
@@ -110,6 +103,18 @@ class Hosts:
     def said(self, number: int, name: str = "stderr") -> str:
         """Returns the output of a process."""
         return (self.folder / f"{name}.{number}").read_text()
+
+
+def place_of(number: int, folder: Path, address: str) -> dict[str, str]:
+    """Returns the variables that make a process one of two."""
+    return {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(number),
+        "JAX_NUM_CPU_DEVICES": "4",
+        "HF_DATASETS_CACHE": str(folder / f"cache.{number}"),
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def here(command: Sequence[str]) -> None:

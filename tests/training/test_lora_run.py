@@ -122,6 +122,14 @@ def test_a_killed_run_goes_on_with_the_same_numbers(
     records = run(config)
     assert [r["step"] for r in records] == list(range(1, 9))
     assert losses(records) == losses(finished[1])
+    weights = base / "model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"another run; these settings differ:\n  base weights: was \["):
+            run(config)
+    finally:
+        weights.write_bytes(good)
     with pytest.raises(CheckpointError, match=r"another run; these settings differ:\n  lora_r: was 4, is 2\n"):
         run(adapter_config(tmp_path, base, lora_r=2))
 

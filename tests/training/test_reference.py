@@ -16,7 +16,7 @@ from rich.console import Console
 
 from jax_simpo import api
 from jax_simpo.config import TrainConfig
-from jax_simpo.errors import DataError, ModelError
+from jax_simpo.errors import CheckpointError, DataError, ModelError
 from jax_simpo.run.metrics import read_metrics
 from jax_simpo.training import reference as reference_module
 from jax_simpo.training import trainer
@@ -146,6 +146,16 @@ def test_the_reference_may_be_another_model_and_its_weights_are_gone_before_trai
     assert alive[1] - alive[0] < 20_000 < 4 * setup.model.parameter_count  # nothing of the reference is left
     own = sums_of(config_of(tmp_path))
     assert np.abs(sums_of(config_of(tmp_path, ref_model_name_or_path=str(other))) - own).max() > 1
+    change(other / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"these settings differ:\n  reference weights: was \["):
+        train(config_of(tmp_path, ref_model_name_or_path=str(other)))
+
+
+def change(weights: Path) -> None:
+    """Changes the last weight of a file by one bit."""
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
 
 
 def test_without_a_cache_the_policy_starts_from_the_loaded_reference(
