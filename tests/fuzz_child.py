@@ -6,11 +6,14 @@ writes the text to `crash-...`, as soon as the program answers with anything but
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import atheris
 
@@ -21,6 +24,11 @@ with atheris.instrument_imports(include=["jax_simpo.config", "jax_simpo.data", "
     from jax_simpo.data.tokenize import tokenize_split
 from jax_simpo.errors import UserError
 
+COLUMNS = [
+    *("prompt", "chosen", "rejected", "responses", "scores", "ranks", "score", "tools", "weight", "id"),
+    *("instruction", "completions", "response", "overall_score", "answers", "answer", "rank", "tool_calls", "content"),
+]
+ROLES = ["user", "assistant", "system", "tool", "", None]
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
 
 
@@ -48,6 +56,29 @@ def table(data: bytes) -> None:
     _tokenized(data, "json")
 
 
+def values(data: bytes) -> None:
+    """Rows with the columns that are known, and whatever values under them."""
+    drawn = atheris.FuzzedDataProvider(data)
+    made = [
+        {drawn.PickValueInList(COLUMNS): _value(drawn, 4) for _ in range(4)}
+        for _ in range(drawn.ConsumeIntInRange(1, 3))
+    ]
+    _tokenized("\n".join(map(json.dumps, made)).encode(), "jsonl")
+
+
+def _value(drawn: atheris.FuzzedDataProvider, depth: int) -> Any:
+    kind = drawn.ConsumeIntInRange(0, 9)
+    if kind < 3 or not depth:
+        return drawn.PickValueInList(["Tea?", "Yes.", "No.", "", " ", "</s>", "\ud83d"]) + drawn.ConsumeUnicode(4)
+    if kind == 3:
+        return drawn.PickValueInList([0, 1, -1, 10**400, 0.5, math.nan, math.inf, True, None])
+    if kind < 6:
+        return [_value(drawn, depth - 1) for _ in range(drawn.ConsumeIntInRange(0, 4))]
+    if kind < 9:
+        return {"role": drawn.PickValueInList(ROLES), "content": _value(drawn, depth - 1)}
+    return {drawn.PickValueInList(COLUMNS): _value(drawn, depth - 1) for _ in range(3)}
+
+
 def _tokenized(data: bytes, suffix: str) -> None:
     file, cache = FOLDER / f"pairs.{suffix}", FOLDER / "cache"
     file.write_bytes(data)
@@ -70,7 +101,7 @@ def _tokenized(data: bytes, suffix: str) -> None:
         shutil.rmtree(cache, ignore_errors=True)
 
 
-TARGETS = {target.__name__: target for target in (config, override, rows, table)}
+TARGETS = {target.__name__: target for target in (config, override, rows, table, values)}
 
 
 def main() -> None:

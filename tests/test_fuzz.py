@@ -32,6 +32,7 @@ CORPUS = {
     "config": [CONFIG],
     "override": ["learning_rate=1e-6", "mesh={fsdp: 4, tensor: 2}", "dataset_splits=[train]", "objective=dpo"],
     "rows": [*LINES, "\n".join(LINES)],
+    "values": ["0123456789" * 20, "tea" * 100],
     "table": [f"[{', '.join(LINES)}]", f'{{"data": [{LINES[0]}]}}'],
 }
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jax_simpo.data.messages import BadRow, Message, check_tool_turns, parse_hh, read_turns, short
-from jax_simpo.data.ranking import GroupSettings, rank_answers, read_scores
+from jax_simpo.data.ranking import GroupSettings, is_number, rank_answers, read_scores
 
 _TEXT_KEYS = ("response", "answer", "completion", "text", "content")  # of an answer that is an object
 _SCORE_KEYS = ("score", "overall_score")
@@ -184,6 +183,8 @@ def _read_responses(row: Mapping[str, Any]) -> Answers:
     responses = row["responses"]
     if not isinstance(responses, list):
         raise BadRow("not a list", f"`responses` is {short(responses)}; expected a list of answers")
+    if not responses:
+        raise BadRow("one answer", "`responses` is an empty list; a preference needs two answers")
     scores, ranks = row.get("scores"), row.get("ranks")
     if responses and all(isinstance(item, dict) and "role" not in item for item in responses):
         texts = [next((item[key] for key in _TEXT_KEYS if item.get(key) is not None), None) for item in responses]
@@ -240,9 +241,9 @@ def read_weight(value: Any, column: str) -> float:
     Raises:
         BadRow: it is no number >= 0.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if not is_number(value) or value < 0:
         shown = "missing" if value is None else short(value)
-        raise BadRow("wrong weight", f"`{column}` is {shown}; expected a number >= 0")
+        raise BadRow("wrong weight", f"`{column}` is {shown}; expected a number >= 0, of at most 3.4e38")
     return float(value)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,6 +45,14 @@ class Ranked:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def is_number(value: Any) -> bool:
+    """Returns True for a number that float32, in which scores and weights are kept, can hold."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and -_LARGEST <= value <= _LARGEST
+
+
 def read_scores(values: Any, name: str, count: int) -> list[float]:
     """Reads the scores or ranks of the answers of a row.
 
@@ -57,8 +64,9 @@ def read_scores(values: Any, name: str, count: int) -> list[float]:
     if len(values) != count:
         raise BadRow(f"wrong {name}", f"`{name}` has {len(values)} numbers for {count} answers")
     for number, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise BadRow(f"wrong {name}", f"number {number} of `{name}` is {short(value)}; expected a finite number")
+        if not is_number(value):
+            wanted = "a finite number, of at most 3.4e38"
+            raise BadRow(f"wrong {name}", f"number {number} of `{name}` is {short(value)}; expected {wanted}")
     return [float(np.float32(value)) for value in values]  # as they are kept: scores that are then equal are tied
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -173,7 +172,7 @@ def _check_mixer(dataset_mixer: Mapping[str, float]) -> None:
     if not dataset_mixer:
         raise DataError("dataset_mixer is empty: name at least one dataset, such as `my_pairs.jsonl: 1.0`")
     for source, fraction in dataset_mixer.items():
-        number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool) and math.isfinite(fraction)
+        number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
         if not number or not 0 <= fraction <= 1:
             raise DataError(f"dataset_mixer: the fraction of {source!r} is {fraction!r}: give a number from 0 to 1")
 

@@ -118,6 +118,8 @@ BAD_ROWS = {
     "wrong scores": [
         {"prompt": "q", "responses": ["a", "b"], "scores": [1, "2"]},
         {"prompt": "q", "responses": ["a", "b"], "scores": [1, float("nan")]},
+        {"prompt": "q", "responses": ["a", "b"], "scores": [1, 10**400]},  # a float cannot hold it
+        {"prompt": "q", "responses": ["a", "b"], "scores": [1, 1e300]},  # and neither can a float32
         {"prompt": "q", "responses": ["a", "b"], "scores": [1, True]},
         {"prompt": "q", "responses": ["a", "b"], "scores": [1, None]},
         {"prompt": "q", "responses": ["a", "b"], "scores": 3},
@@ -126,6 +128,7 @@ BAD_ROWS = {
     "wrong ranks": [{"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2, 3]}],
     "one answer": [
         {"prompt": "q", "responses": ["a"], "scores": [1]},
+        {"responses": [], "scores": []},
         {"prompt": "q", "response": "a", "score": 1},
         {"prompt": "q", "responses": ["a", "a"], "scores": [1, 2]},
     ],

@@ -106,7 +106,8 @@ def test_a_column_of_weights_reaches_the_loss_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "told"), [(None, "missing"), (-1, "-1"), ("high", "'high'"), (True, "True"), (float("nan"), "nan")]
+    ("weight", "told"),
+    [(None, "missing"), (-1, "-1"), ("high", "'high'"), (True, "True"), (float("nan"), "nan"), (1e300, r"1e\+300")],
 )
 def test_a_weight_that_is_no_number_from_0_on_is_named_with_its_file_and_row(
     tmp_path: Path, weight: Any, told: str
