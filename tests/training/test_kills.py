@@ -73,7 +73,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     assert whole[0] == 0 and whole[1] > 100
     assert sum(status == -signal.SIGKILL for lives in runs for status, _ in lives) == kills
     for number, lives in enumerate(runs, start=1):
-        assert lives[-1][0] == 0, (tmp_path / str(number) / "log.txt").read_text()[-3000:]
+        log = (tmp_path / str(number) / "log.txt").read_text()
+        # A kill may come when everything is written, right before the end.
+        assert lives[-1][0] == 0 or "finished at step 5: nothing is left to train" in log[-300:], log[-3000:]
         run, oracle = tmp_path / str(number) / "run", tmp_path / "0" / "run"
         assert records(run) == records(oracle)
         model = "model/model.safetensors"
