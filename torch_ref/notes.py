@@ -34,7 +34,7 @@ def print_split(console: Console, setup: Setup, name: str, groups: GroupDataset,
         console.print(groups.left_out_summary(), style="yellow")
     if groups.special_text:
         console.print(f"note: {groups.special_summary()}", style="yellow")
-    text = f"{name}: {len(plan.lengths)} pairs"
+    text = f"{name}: {len(plan.lengths)} {plan.lengths.noun}"
     if uses_rows(setup.config):
         cost = measure(plan)
         saved = 1 - cost.input_tokens / cost.separate_tokens

@@ -101,7 +101,7 @@ class _Pass:
 
     def note(self) -> str:
         """Returns a line on what is found and what is to be computed."""
-        what = f"log-probs of {len(self.groups)} pairs of {self.groups.name}"
+        what = f"log-probs of {len(self.groups)} {self.groups.lengths.noun} of {self.groups.name}"
         if not self.steps_left:
             return f"reference: {what} found in {self.cache.folder}"
         known = len(self.parts) * GROUPS_PER_PLAN

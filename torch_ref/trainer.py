@@ -357,7 +357,7 @@ class Run:
         self.log.write(record)
         self.console.print(
             f"step {done}/{self.total_steps}  loss {metrics['loss']:.4f}  accuracy {metrics['rewards/accuracies']:.2f} "
-            f"{record['pairs_per_second']:.1f} pairs/s"
+            f"{record['pairs_per_second']:.1f} {self.plan.lengths.noun}/s"
         )
 
     def _leave_out(self, step: RankStep, metrics: Mapping[str, float]) -> None:

@@ -146,6 +146,11 @@ class GroupLengths:
             *np.array(columns, np.int32).reshape(-1, 4).T,
         )
 
+    @property
+    def noun(self) -> str:
+        """What these groups are called: "pairs" if each has two responses, "groups" otherwise."""
+        return "pairs" if np.all(self.sizes == 2) else "groups"
+
     @cached_property
     def starts(self) -> Int[np.ndarray, " G"]:
         """The number of the first response of each group, which is its best; int64."""

@@ -28,6 +28,7 @@ def write_facts(
     device: str,
     parameters: int,
     training_pairs: int,
+    noun: str,
     total_steps: int,
     tokens_saved: float,
 ) -> None:
@@ -38,7 +39,8 @@ def write_facts(
         mesh: devices per axis (`mesh.shape`).
         device: kind of device (`jax.devices()[0].device_kind`).
         parameters: numbers that are trained.
-        training_pairs: pairs of an epoch.
+        training_pairs: pairs, or groups, of an epoch.
+        noun: what they are called: "pairs" or "groups".
         total_steps: steps the run is to take.
         tokens_saved: share of the tokens that prefix sharing saves, 0 without it.
     """
@@ -49,6 +51,7 @@ def write_facts(
             "mesh": dict(mesh),
             "parameters": parameters,
             "training_pairs": training_pairs,
+            "noun": noun,
             "total_steps": total_steps,
             "tokens_saved": tokens_saved,
             "versions": versions(),

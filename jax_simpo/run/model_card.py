@@ -84,18 +84,18 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
     adapter = " These are the weights of a LoRA adapter, to be loaded on that model." if _is_adapter(config) else ""
     parts = [
         f"# {escape(run.name)}",
-        f"Trained from {start} on the preference pairs of {sources} with {titles}{CARD_SENTENCE}{adapter}",
+        f"Trained from {start} on the preference {run.noun} of {sources} with {titles}{CARD_SENTENCE}{adapter}",
         escape(run.outcome()),
         "## Training",
-        f"{last['step']:,} steps, {run.pairs_seen:,} pairs ({epochs(last['epoch'])}).",
+        f"{last['step']:,} steps, {run.pairs_seen:,} {run.noun} ({epochs(last['epoch'])}).",
         table(["setting", "value"], _settings(config, global_batch_size or config.global_batch_size)),
     ]
     if run.evals:
         rows = [[str(r["eval_step"]), *(f"{r[f'eval_{key}']:.4f}" for key in MEASURES)] for r in run.evals]
         parts += [
             "## Evaluation",
-            f"On the {run.evals[-1]['eval_pairs']:,} {_evaluated(config)}. A reward is {texts[0].reward}; "
-            "accuracy is the share of pairs whose chosen response has the higher one.",
+            f"On the {run.evals[-1]['eval_pairs']:,} {_evaluated(config, run.noun)}. A reward is {texts[0].reward}; "
+            f"accuracy is {run.accuracy_text}.",
             table(["step", *MEASURES.values()], rows),
         ]
         if by_split := run.last_by_split:
@@ -104,7 +104,7 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
                 for split, values in by_split.items()
             ]
             parts += [f"By split, at step {run.evals[-1]['eval_step']}:"]
-            parts += [table(["split", "pairs", *MEASURES.values()], rows)]
+            parts += [table(["split", run.noun, *MEASURES.values()], rows)]
     versions = {name: run.facts.get("versions", {}).get(name) for name in ("python", *PACKAGES)}
     if any(versions.values()):
         named = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
@@ -114,12 +114,12 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
     return "\n\n".join(parts)
 
 
-def _evaluated(config: TrainConfig) -> str:
-    """Names the evaluated pairs: "pairs of the split `test`", "pairs of the splits `a` and `b`"."""
+def _evaluated(config: TrainConfig, noun: str) -> str:
+    """Names what was evaluated: "pairs of the split `test`", "groups of the splits `a` and `b`"."""
     *others, last = [code(split) for split in config.eval_splits] or [""]
     if not last:
-        return "evaluation pairs"
-    return f"pairs of the splits {', '.join(others)} and {last}" if others else f"pairs of the split {last}"
+        return f"evaluation {noun}"
+    return f"{noun} of the splits {', '.join(others)} and {last}" if others else f"{noun} of the split {last}"
 
 
 def _settings(config: TrainConfig, global_batch_size: int | None) -> list[list[str]]:

@@ -104,8 +104,19 @@ class Run:
         return f"{record[f'{prefix}rewards/accuracies']:.1%}"
 
     @property
+    def noun(self) -> str:
+        """What was trained on: "pairs", or "groups" of more answers."""
+        return str(self.facts.get("noun", "pairs"))
+
+    @property
+    def accuracy_text(self) -> str:
+        """Says what the accuracy is, after "accuracy is"."""
+        compared, better = ("pairs", "chosen") if self.noun == "pairs" else ("comparisons", "better")
+        return f"the share of {compared} whose {better} response has the higher one"
+
+    @property
     def pairs_seen(self) -> int:
-        """Pairs trained on."""
+        """Pairs, or groups, trained on."""
         return int(self.train[-1]["total_pairs"])
 
     @property
@@ -139,16 +150,18 @@ class Run:
 
     def _outcome(self) -> str:
         key = "rewards/accuracies"
+        answer, of = ("chosen", "") if self.noun == "pairs" else ("better", "comparisons of the ")
         if not self.evals:
             start, end = (self.accuracy(self.train[i]) for i in (0, -1))
             at_first = "" if start == NO_ACCURACY else f"; in the first it was {start}"
             return (
-                f"In the last training step the model preferred the chosen answer in {end} of the pairs{at_first}. The "
-                "run was not evaluated."
+                f"In the last training step the model preferred the {answer} answer in {end} of the {of}{self.noun}"
+                f"{at_first}. The run was not evaluated."
             )
         first, last = self.evals[0], self.exported_eval
         before, after = first[f"eval_{key}"], last[f"eval_{key}"]
-        sentence = f"The model prefers the chosen answer in {after:.1%} of the {last['eval_pairs']:,} evaluation pairs"
+        evaluated = f"{of}{last['eval_pairs']:,} evaluation {self.noun}"
+        sentence = f"The model prefers the {answer} answer in {after:.1%} of the {evaluated}"
         if len(self.evals) == 1:
             return f"{sentence} (at step {last['eval_step']})."
         if first["eval_step"] == 0 and self.starts_as_reference:
@@ -162,12 +175,12 @@ class Run:
         """Returns the key figures: name, value and a remark each."""
         last, facts = self.train[-1], self.facts
         of_steps = f"of {facts['total_steps']:,}" if facts.get("total_steps", last["step"]) != last["step"] else ""
-        of_pairs = f"{facts['training_pairs']:,} pairs, " if "training_pairs" in facts else ""
+        of_pairs = f"{facts['training_pairs']:,} {self.noun}, " if "training_pairs" in facts else ""
         fills = [record["packing_fill"] for record in self.train]
         speed = statistics.median(record["pairs_per_second"] for record in self.train)
         token_speed = statistics.median(record["tokens_per_second"] for record in self.train)
         figures = [
-            ("pairs trained on", f"{self.pairs_seen:,}", of_pairs + epochs(last["epoch"])),
+            (f"{self.noun} trained on", f"{self.pairs_seen:,}", of_pairs + epochs(last["epoch"])),
             ("steps", f"{last['step']:,}", of_steps),
             *([("steps left out", f"{self.left_out:,}", f"see {files.BAD_STEPS}")] if self.left_out else []),
             ("tokens computed", _large(self.tokens_computed), "padding not counted"),
@@ -176,7 +189,7 @@ class Run:
             figures.append(("saved by sharing", f"{facts['tokens_saved']:.1%}", "of all tokens"))
         figures += [
             ("packing fill", f"{statistics.fmean(fills):.1%}", "the rest is padding"),
-            ("pairs per second", f"{speed:.3g}", f"median; {_large(token_speed)} tokens/s"),
+            (f"{self.noun} per second", f"{speed:.3g}", f"median; {_large(token_speed)} tokens/s"),
             ("training time", duration(self.training_seconds), "compilation included"),
         ]
         if self.evals:

@@ -68,8 +68,8 @@ def packing_line(name: str, plan: StepPlan, report: PackingReport) -> str:
     """Describes the rows of a split in one line: their size, their fill, and the tokens that sharing saves."""
     saved = 1 - report.input_tokens / report.separate_tokens
     return (
-        f"{name}: {len(plan.lengths)} pairs, rows of {plan.shape.length} tokens and {plan.shape.targets} targets, "
-        f"filled {report.fill:.1%} and {report.targets / report.computed_targets:.1%} (the rest is padding); "
+        f"{name}: {len(plan.lengths)} {plan.lengths.noun}, rows of {plan.shape.length} tokens and "
+        f"{plan.shape.targets} targets, filled {report.fill:.1%} and {report.targets / report.computed_targets:.1%} (the rest is padding); "
         f"prefix sharing saves {saved:.1%} of the tokens"
     )
 
@@ -86,6 +86,6 @@ def idle_warning(plan: StepPlan, report: PackingReport, devices: int) -> str:
         return ""
     return (
         f"warning: {report.empty_rows:.0%} of the rows computed are empty: {devices} devices are "
-        f"too many for {report.groups:.0f} pairs a step in rows of {plan.shape.length} tokens. Raise "
+        f"too many for {report.groups:.0f} {plan.lengths.noun} a step in rows of {plan.shape.length} tokens. Raise "
         "`global_batch_size`, set a shorter `row_length`, or move devices from `fsdp` or `data` to `tensor`"
     )

@@ -96,7 +96,7 @@ class TrainingLoop:
         rows = local_rows(self.setup.mesh, self.plan.rows_per_micro_batch)
         with (
             MetricsLog(self.output, before=self.records_before, write=distributed.is_first()) as self._log,
-            TrainingProgress(self.console, self.total_steps, first_step) as self._progress,
+            TrainingProgress(self.console, self.total_steps, first_step, self.plan.lengths.noun) as self._progress,
             StallWatch(self.setup.config.stall_seconds) as self._watch,
         ):
             self._evaluated = self._evaluations_before(first_step)

@@ -19,8 +19,8 @@ class TrainingProgress:
 
     _SECONDS_BETWEEN_LINES = 5.0
 
-    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
-        self._console = console
+    def __init__(self, console: Console, total_steps: int, first_step: int, noun: str) -> None:
+        self._console, self._noun = console, noun
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -47,10 +47,10 @@ class TrainingProgress:
         self._bar.stop()
 
     def show(self, step: int, record: Mapping[str, Any]) -> None:
-        """Shows the figures of a step's record: its loss, accuracy and pairs per second."""
+        """Shows the figures of a step's record: its loss, accuracy and pairs, or groups, per second."""
         figures = (
             f"loss {record['loss']:.4f}  accuracy {record['rewards/accuracies']:.2f}  "
-            f"{record['pairs_per_second']:.1f} pairs/s"
+            f"{record['pairs_per_second']:.1f} {self._noun}/s"
         )
         self._bar.update(self._task, completed=step, figures=figures)
         if self._notebook is not None:
@@ -64,24 +64,24 @@ class TrainingProgress:
         self._bar.update(self._task, completed=step)
 
 
-class PairLines:
-    """Prints now and then how many pairs are done, and how long the rest will take: on a terminal and elsewhere."""
+class GroupLines:
+    """Prints now and then how many groups are done, and how long the rest will take: on a terminal and elsewhere."""
 
     _SECONDS_BETWEEN_LINES = 30.0
 
-    def __init__(self, console: Console, name: str, total: int, done: int) -> None:
-        self._console, self._name, self._total, self._first = console, name, total, done
+    def __init__(self, console: Console, name: str, total: int, done: int, noun: str) -> None:
+        self._console, self._name, self._total, self._first, self._noun = console, name, total, done, noun
         self._started = time.monotonic()
         self._next_line = self._started + self._SECONDS_BETWEEN_LINES
 
     def show(self, done: int) -> None:
-        """Prints a line if the last one is a while ago and pairs are left."""
+        """Prints a line if the last one is a while ago and groups are left."""
         now = time.monotonic()
         if now < self._next_line or done == self._total:
             return
         left = (now - self._started) / (done - self._first) * (self._total - done)
         minutes = "less than a minute" if left < 60 else f"about {left / 60:.0f} min"
-        self._console.print(f"{self._name}: {done} of {self._total} pairs, {minutes} left")
+        self._console.print(f"{self._name}: {done} of {self._total} {self._noun}, {minutes} left")
         self._next_line = now + self._SECONDS_BETWEEN_LINES
 
 

@@ -23,7 +23,7 @@ from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
 from jax_simpo.run.reference_cache import ReferenceCache, model_digest
 from jax_simpo.training.evaluate import GROUPS_PER_PLAN, score_steps
-from jax_simpo.training.progress import PairLines
+from jax_simpo.training.progress import GroupLines
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import make_score_function
 
@@ -90,13 +90,14 @@ class Reference:
         parts = cache.read()
         first = min(distributed.collect("reference", len(parts)))
         parts, steps = parts[:first], range(first, plan.steps_per_epoch)
+        of_split = f"log-probs of {len(pairs)} {pairs.lengths.noun} of {pairs.name}"
         if not steps:
-            console.print(f"reference: log-probs of {len(pairs)} pairs of {pairs.name} found in {cache.folder}")
+            console.print(f"reference: {of_split} found in {cache.folder}")
             return np.concatenate(parts)
         ready = first * GROUPS_PER_PLAN
         done = f", {ready} of them done" if first else ""
-        console.print(f"reference: computing the log-probs of {len(pairs)} pairs of {pairs.name}{done}")
-        lines = PairLines(console, "reference", len(pairs), ready)
+        console.print(f"reference: computing the {of_split}{done}")
+        lines = GroupLines(console, "reference", len(pairs), ready, pairs.lengths.noun)
         with jax.set_mesh(setup.mesh):
             score = make_score_function(setup.forward, setup.mesh)
             scored = score_steps(score, self.params, plan, pairs, setup.mesh, steps)

@@ -188,6 +188,7 @@ def _train(
                 device=mesh.devices.flat[0].device_kind,
                 parameters=setup.model.trained_count,
                 training_pairs=len(training),
+                noun=training.lengths.noun,
                 total_steps=total_steps,
                 tokens_saved=1 - packing.input_tokens / packing.separate_tokens,
             )

@@ -131,7 +131,16 @@ def test_figures_over_all_pairs_name_all_splits_and_each_split_has_its_own(tmp_p
 def test_text_of_the_data_stays_text_on_the_page(tmp_path: Path) -> None:
     plain = Page(report.write_report(two_splits(tmp_path)))
     write_samples(tmp_path, [Sample(*[text := f"</p>\" onload='x' {{{{ 1 }}}} --> </title>{STEERING}"] * 5)])
-    write_facts(tmp_path, mesh={"data": 1}, device=text, parameters=1, training_pairs=1, total_steps=64, tokens_saved=0)
+    write_facts(
+        tmp_path,
+        mesh={"data": 1},
+        device=text,
+        parameters=1,
+        training_pairs=1,
+        noun="pairs",
+        total_steps=64,
+        tokens_saved=0,
+    )
     name = "</h2><script>x</script>\x9b\u202e $\\frac$"  # would be a formula with a mistake in the picture
     metrics = (tmp_path / "metrics.jsonl").read_text().replace("helpful", json.dumps(name)[1:-1])
     (tmp_path / "metrics.jsonl").write_text(metrics)
@@ -209,6 +218,7 @@ def test_what_the_program_noted_of_the_run_is_shown(run_folder: Path) -> None:
         device="cpu",
         parameters=1_234_567,
         training_pairs=4096,
+        noun="pairs",
         total_steps=96,
         tokens_saved=0.312,
     )
@@ -219,6 +229,18 @@ def test_what_the_program_noted_of_the_run_is_shown(run_folder: Path) -> None:
     assert "1,234,567" in text
     assert "data=1, fsdp=8, tensor=1" in text
     assert re.search(r"jax +0\.", text)
+
+
+def test_groups_of_more_answers_are_called_so(run_folder: Path) -> None:
+    facts = {"mesh": {}, "device": "cpu", "parameters": 1, "training_pairs": 9, "total_steps": 64, "tokens_saved": 0.0}
+    write_facts(run_folder, **facts, noun="groups")
+    text = Page(report.write_report(run_folder)).text
+    assert re.search(
+        r"The model prefers the better answer in \S+ of the comparisons of the [\d,]+ evaluation groups", text
+    )
+    assert "groups trained on" in text and "9 groups" in text and "groups per second" in text
+    assert "the share of comparisons whose better response has the higher one" in text
+    assert "pairs" not in text.partition("Resolved config")[0]
 
 
 def test_the_page_needs_nothing_outside_itself(run_folder: Path) -> None:
