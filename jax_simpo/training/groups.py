@@ -69,7 +69,8 @@ def packing_line(name: str, plan: StepPlan, report: PackingReport) -> str:
     saved = 1 - report.input_tokens / report.separate_tokens
     return (
         f"{name}: {len(plan.lengths)} {plan.lengths.noun}, rows of {plan.shape.length} tokens and "
-        f"{plan.shape.targets} targets, filled {report.fill:.1%} and {report.targets / report.computed_targets:.1%} (the rest is padding); "
+        f"{plan.shape.targets} targets, filled {report.fill:.1%} and {report.targets / report.computed_targets:.1%} "
+        "(the rest is padding); "
         f"prefix sharing saves {saved:.1%} of the tokens"
     )
 
