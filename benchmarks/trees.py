@@ -7,9 +7,9 @@ layout of one prefix is that of the same groups with the tokens after it made di
 own rows and steps. Times include planning, building and sending rows; rows are packed, and as long as the trainer makes
 them.
 
-Expected: trees reach at least 95 % of the speed-up that the number of operations allows, and 3.75 times the speed of
-separate answers on the long prompt with 16 answers, in less memory. (The number of tokens promises more: the tokens
-that trees do not repeat are those of prompts, which see few others and of which none goes through the head.)
+Expected: trees reach at least 95 % of the speed-up that the number of tokens promises, and 3.75 times the speed of
+separate answers on the long prompt with 16 answers, in less memory. The number of operations promises less: the tokens
+that trees do not repeat are those of prompts, which see few others and of which none goes through the head.
 
 Takes about 20 minutes on two CPU cores (`--quick`: one minute).
 """
@@ -193,9 +193,10 @@ def table_of(measured: Mapping[str, Any]) -> Table:
             rows.append((label, slow, tokens, operations, speed, *shares, memory, gib(trees["bytes"]), filled))
     note = (
         "Tokens, operations: by how many times fewer input tokens trees have, and by how many times fewer useful "
-        "operations they need (no padding, no recomputation), which is the most that they can gain in time. Speed: "
-        "total time over total time, and the share of the two that it reaches. Memory: that of the compiled program of "
-        "a micro-batch (parameters, gradients, temporaries), of trees as a share of the other layout's, and in full. "
+        "operations they need (no padding, no recomputation), which is what they gain if each takes the same time. "
+        "Speed: total time over total time, and the share of the two that it reaches. Memory: that of the compiled "
+        "program of a micro-batch (parameters, gradients, temporaries), of trees as a share of the other layout's, "
+        "and in full. "
         "Filled: the share of the trees' rows that is not padding."
     )
     columns = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from contextlib import suppress
@@ -300,8 +299,6 @@ def _load(path: str, overrides: list[str]) -> TrainConfig:
     """Reads the config, or says that it comes first."""
     if path.startswith("--"):
         raise ConfigError(f"{path}: the config file comes first: jax-simpo COMMAND CONFIG.yaml {path}")
-    # Orbax logs, through absl, the traceback of a failed save, which is raised too.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
     return load_config(path, overrides)
 
 

@@ -20,6 +20,7 @@ from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.store import cache_root
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.run.reference_cache import ReferenceCache
+from jax_simpo.run.resume import BASE_WEIGHTS, REFERENCE_WEIGHTS
 from torch_ref.distributed import Ranks
 from torch_ref.evaluate import GROUPS_PER_PLAN, Forward, open_model, score_steps
 from torch_ref.setup import Setup
@@ -69,10 +70,10 @@ def frozen_weights(setup: Setup) -> dict[str, Any]:
     config, apart = setup.config, True
     frozen: dict[str, Any] = {}
     if setup.objective.needs_reference:
-        frozen["reference weights"] = setup.reference.start_weights
+        frozen[REFERENCE_WEIGHTS] = setup.reference.start_weights
         apart = config.ref_model_name_or_path is not None
     if config.use_peft and apart:
-        frozen["base weights"] = list(setup.start_weights)[:1]  # an adapter has a model to lie on
+        frozen[BASE_WEIGHTS] = list(setup.start_weights)[:1]  # an adapter has a model to lie on
     return frozen
 
 

@@ -98,8 +98,7 @@ def _train(
     print_attention(console, setup)
     print_split(console, setup, "training", groups, plan)
     total_steps = count_steps(config, plan.steps_per_epoch)
-    frozen = frozen_weights(setup)
-    identity = ranks.first(lambda: run_identity(config, batch, groups, frozen))
+    identity = ranks.first(lambda: run_identity(config, batch, groups))
     if resume:
         check_same_run(saved, identity, output)
         ranks.first(lambda: check_not_finished(output, resume, total_steps, writes=(files.MODEL,)))
@@ -109,6 +108,11 @@ def _train(
         if lost := ranks.first(lambda: check_records(output, before, needed=best_rule is not None)):
             console.print(lost, style="yellow")
     evaluation = _evaluation(setup, console, best_rule) if config.do_eval else None
+    if setup.objective.needs_reference or config.use_peft:
+        console.print("hashing the weights that are not trained, which no checkpoint holds")
+        identity |= frozen_weights(setup)
+        if saved:
+            check_same_run(saved, identity, output)
     known = setup.known(groups, training=True)
     if setup.objective.needs_reference:
         splits = [groups] if evaluation is None else [groups, evaluation.source]
@@ -332,7 +336,8 @@ class Run:
         else:
             self.engine.discard()
         self.clock.add(int(used), len(step.groups))
-        return {**metrics, "tokens": int(used), "packing_fill": used / computed}
+        self._tokens, self._fill = int(used), used / computed
+        return metrics
 
     def _learning_rate(self, step: RankStep) -> float:
         """Returns the learning rate of a step's update. The schedule counts updates."""
@@ -342,16 +347,15 @@ class Run:
         done = step.step + 1
         if done % self.config.logging_steps and done != self.total_steps:
             return
-        tokens, fill = metrics.pop("tokens"), metrics.pop("packing_fill")
         record = {
             "step": done,
             **metrics,
             "learning_rate": self._learning_rate(step),
             "epoch": step.epoch,
             "pairs": len(step.groups),
-            "tokens": tokens,
+            "tokens": self._tokens,
             **self.clock.speeds(),
-            "packing_fill": fill,
+            "packing_fill": self._fill,
         }
         self.clock.restart()
         self.log.write(record)

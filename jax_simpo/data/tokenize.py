@@ -129,7 +129,8 @@ def _make_responses(
     responses = [_cut(part, longest, settings) for part in parts]
     if all(np.array_equal(responses[0].ids, other.ids) for other in responses[1:]):
         raise BadRow(
-            "nothing left after truncation", f"the answers differ only beyond max_length {settings.max_length}"
+            "same tokens",
+            f"the answers differ only beyond max_length {settings.max_length}, or in words the tokenizer does not know",
         )
     return responses
 
@@ -446,19 +447,22 @@ class Chunk:
         self.skipped += [Skipped(index, bad.kind, bad.detail) for index in read.indices]
 
     def add(self, read: _Read, turns: Conversation, text: GroupText, responses: list[Response]) -> None:
-        """Adds a group. Of responses that are the same after truncation the first stays."""
+        """Adds a group. Of responses with the same tokens the first stays."""
         kept: list[int] = []
         for place, response in enumerate(responses):
             if all(not np.array_equal(response.ids, responses[other].ids) for other in kept):
                 kept.append(place)
         ranks = [turns.ranks[place] for place in kept]
         if ranks[0] == ranks[-1]:
-            bad = BadRow("nothing left after truncation", "the answers that are not tied differ only beyond max_length")
+            detail = (
+                "the answers that are not tied differ only beyond max_length, or in words the tokenizer does not know"
+            )
+            bad = BadRow("same tokens", detail)
             self.skip(read, bad)
             return
         self.left_out += turns.left_out
         if len(kept) < len(responses):
-            self.left_out["equal to a better one after truncation"] += len(responses) - len(kept)
+            self.left_out["with the same tokens as a better one"] += len(responses) - len(kept)
         dense = {rank: number for number, rank in enumerate(dict.fromkeys(ranks))}
         scores = None if turns.scores is None else tuple(turns.scores[place] for place in kept)
         self.groups.append(Group(tuple(responses[n] for n in kept), tuple(dense[rank] for rank in ranks), scores))

@@ -130,7 +130,8 @@ def own_line(name: str) -> Iterator[None]:
     """Lets this thread wait for the threads of other processes that are in a block of the same name.
 
     Outside such a block a thread waits for the other processes' main threads. So work in the background may wait for
-    that of others at any moment, whatever the main threads wait for.
+    that of others at any moment, whatever the main threads wait for. Whoever started the work has to look for its
+    errors: they end no process by themselves.
     """
     former, _line.name = _line.name, name
     try:

@@ -9,10 +9,10 @@ Training waits only until a step's arrays are copied. They are written, summed a
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,7 +30,15 @@ from jax_simpo.run.steps import StepFolders
 from jax_simpo.run.sums import Sum, sums_of
 
 _LONGEST_SECONDS = 24 * 3600  # that a process waits for the others' files: a dead one is detected by its heartbeats
-_MEMORY = Path("/proc/meminfo")
+_MEMORY, _CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Returns False for the tracebacks of errors that Orbax raises as well."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_is_news)
 
 
 class Checkpoints:
@@ -38,7 +46,8 @@ class Checkpoints:
 
     Nothing is read from a step before its files are known to be those that were saved. A step is whole when `save` has
     been followed by `wait`, by another `save`, or by the end of the context. All processes of a run call the methods
-    together, except for `steps`, `latest`, `saving`, `check`, `check_room` and `thin_out`.
+    together, except for `steps`, `latest`, `saving`, `raise_failed`, `check_room` and
+    `thin_out`.
 
     Args:
         directory: the folder of the steps; `save` makes it if it is missing.
@@ -60,11 +69,15 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and distributed.count() > 1:
+            self._thread.shutdown(wait=False)  # the other processes may never write their part; the run ends with them
+            return
         self._thread.shutdown()
-        with suppress(OSError, ValueError):  # what a failed save raises, `wait` raises too, in a user's words
+        try:
+            if error is None:
+                self.wait()
+        finally:
             self._orbax.close()
-        if error is None:
-            self.wait()
 
     def steps(self) -> list[int]:
         """The steps, oldest first."""
@@ -127,7 +140,7 @@ class Checkpoints:
 
         distributed.on_first("step begins", begin)
         writing = self.folders.writing(step)
-        arrays, apart = _apart((params, optimizer))
+        arrays, copied = _safe_from_updates((params, optimizer))
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(arrays[0]),
             optimizer=ocp.args.StandardSave(arrays[1]),
@@ -138,7 +151,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise self._not_saved(step, error) from error
         self._saving = self._thread.submit(self._finish, step, metrics, keep_step)
-        if not apart:
+        if not copied:
             self.wait()
 
     def wait(self) -> None:
@@ -156,8 +169,8 @@ class Checkpoints:
         """True while a step is being written."""
         return self._saving is not None and not self._saving.done()
 
-    def check(self) -> None:
-        """Does not wait, and raises what `wait` would raise if the step that was being saved has failed."""
+    def raise_failed(self) -> None:
+        """Raises what `wait` would raise if the step that was being saved has failed; does not wait."""
         if not self.saving:
             self.wait()
 
@@ -173,6 +186,8 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             names = distributed.collect("files", file_names(writing))[0]
             own = sums_of(writing, names[distributed.number() :: distributed.count()], to_disk=True)
+        except TimeoutError as error:  # Orbax says so of every barrier that fails, as it does when a process dies
+            raise error.__cause__ or error from None
         except (OSError, ValueError) as error:  # a full disk, a quota, a folder that is gone
             raise self._not_saved(step, error) from error
         parts = distributed.collect("sums", {name: found.to_json() for name, found in own.items()})
@@ -227,7 +242,7 @@ class Checkpoints:
 
     def metrics(self, step: int) -> Sum:
         """The sum of the run's records up to a step."""
-        self._check(step)
+        self._check_whole(step)
         return Seal.read(self.folders[step]).metrics
 
     def params(self, step: int, abstract: Any) -> Any:
@@ -239,7 +254,7 @@ class Checkpoints:
         return self._restore(step, optimizer=ocp.args.StandardRestore(abstract))["optimizer"]
 
     def _restore(self, step: int, **items: Any) -> Any:
-        self._check(step)
+        self._check_whole(step)
         try:
             return self._orbax.restore(self.folders[step], args=ocp.args.Composite(**items))
         except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
@@ -249,7 +264,7 @@ class Checkpoints:
                 "version of the program; train into another `output_dir`"
             ) from error
 
-    def _check(self, step: int) -> None:
+    def _check_whole(self, step: int) -> None:
         self.wait()
         if step not in self.steps():
             steps = ", ".join(map(str, self.steps())) or "none"
@@ -259,7 +274,7 @@ class Checkpoints:
             raise CheckpointError(f"{self.folders[step]}: {damage}. Take another step; there are: {others}")
 
 
-def _apart(arrays: Any) -> tuple[Any, bool]:
+def _safe_from_updates(arrays: Any) -> tuple[Any, bool]:
     """Returns arrays that a save may read while the run goes on, and True; or the same ones and False.
 
     Orbax itself copies the arrays of an accelerator to the host. From a CPU device it would read the run's own buffers,
@@ -275,12 +290,22 @@ def _apart(arrays: Any) -> tuple[Any, bool]:
 
 
 def _memory_left() -> int:
-    """Returns the bytes of memory that this machine can still give; 0 on a system that does not say."""
+    """Returns this process's share of the memory that its machine and its container can still give, in bytes.
+
+    It is 0 on a system that does not say. Where all processes of a run have machines of their own, it is too little.
+    """
     try:
         lines = _MEMORY.read_text().splitlines()
     except OSError:
         return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
+    left = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
+    try:
+        limit, used = ((_CONTAINER / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:  # no container, or one of another kind
+        limit, used = "max", "0"
+    if limit != "max":
+        left = min(left, int(limit) - int(used))
+    return left // distributed.count()
 
 
 def abstract_state(shapes: Any, shardings: Any) -> Any:

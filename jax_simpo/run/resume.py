@@ -22,20 +22,19 @@ Trainer = Literal["jax-simpo train", "python -m torch_ref train"]
 
 # Keys beside the identity of the run that saved a step.
 ENGINE = "engine"  # the engine of the PyTorch reference that wrote it
+REFERENCE_WEIGHTS, BASE_WEIGHTS = FROZEN = "reference weights", "base weights"
 GUARD = "guard"  # the state of the guard that looks at steps
 
 
-def run_identity(
-    config: TrainConfig, global_batch_size: int, pairs: GroupDataset, frozen: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Returns what makes a run this run and no other: its settings, batch size, tokens, and the weights it reads again.
+def run_identity(config: TrainConfig, global_batch_size: int, pairs: GroupDataset) -> dict[str, Any]:
+    """Returns what makes a run this run and no other: its settings, its batch size and the tokens it trains on.
+
+    A trainer adds digests of the weights that no step holds, because they are not trained (`FROZEN`).
 
     Args:
         config: the settings of the run.
         global_batch_size: pairs per optimizer step.
         pairs: the training pairs.
-        frozen: digests of the weights that no step holds, because they are not trained: those of the reference, and
-            those under an adapter.
     """
     digest = sha256()
     for group in pairs.groups(range(len(pairs))):
@@ -52,13 +51,12 @@ def run_identity(
         **identity_of(config),
         "global_batch_size": global_batch_size,
         "training pairs": f"{len(pairs)} pairs, tokens {digest.hexdigest()[:16]}",
-        **(frozen or {}),
     }
     return dict(json.loads(json.dumps(identity)))  # as it comes back from a checkpoint: all keys are text, say
 
 
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], output: Path) -> None:
-    """Refuses to continue a run as another one.
+    """Refuses to continue a run as another one. Frozen weights count once they are known.
 
     Args:
         saved: the identity that a checkpoint holds.
@@ -68,7 +66,8 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], output:
     Raises:
         CheckpointError: names every key that differs, with both values, and what to do.
     """
-    keys = [key for key in {**saved, **current} if key not in (ENGINE, GUARD) and saved.get(key) != current.get(key)]
+    left_out = {ENGINE, GUARD, *(key for key in FROZEN if key not in current)}
+    keys = [key for key in {**saved, **current} if key not in left_out and saved.get(key) != current.get(key)]
     if keys:
         differences = "\n".join(f"  {key}: was {saved.get(key)!r}, is {current.get(key)!r}" for key in keys)
         raise CheckpointError(

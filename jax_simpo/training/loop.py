@@ -111,7 +111,7 @@ class TrainingLoop:
             with closing(batches), signals.noted():
                 for batch in self._clock.waiting(batches):
                     params, state, metrics = run_step(self.functions, params, state, batch, accepts=self.guard.accepts)
-                    self.checkpoints.check()
+                    self.checkpoints.raise_failed()
                     self._clock.count(len(batch.groups), batch.input_tokens)
                     self._watch.headway()
                     self._after(batch, params, state, metrics)

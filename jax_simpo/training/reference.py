@@ -6,10 +6,8 @@ Only a sum for each response is kept, in a cache (`run/reference_cache.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +20,7 @@ from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
 from jax_simpo.run.reference_cache import ReferenceCache, model_digest
+from jax_simpo.run.resume import BASE_WEIGHTS, REFERENCE_WEIGHTS
 from jax_simpo.training.evaluate import GROUPS_PER_PLAN, score_steps
 from jax_simpo.training.progress import GroupLines
 from jax_simpo.training.setup import Setup
@@ -31,18 +30,29 @@ ReferenceSums = Float[np.ndarray, " R"]
 
 
 def frozen_weights(setup: Setup, reference: Reference | None) -> dict[str, Any]:
-    """Returns digests of the weights that a run needs and does not save. Every process calls it.
+    """Returns what the weights follow from that a run needs and does not save. Every process calls it.
 
     They are those of its reference, and those under its adapter where they are not the same.
     """
-    frozen = {} if reference is None else {"reference weights": reference.identity["weights"]}
-    apart = reference is None or setup.config.ref_model_name_or_path is not None
-    if setup.config.use_peft and apart and (base := setup.start.folder(weights=True)) is not None:
-        frozen["base weights"] = _digests([base])
+    frozen = {} if reference is None else {REFERENCE_WEIGHTS: reference.identity["weights"]}
+    if setup.config.use_peft and (reference is None or setup.config.ref_model_name_or_path is not None):
+        frozen[BASE_WEIGHTS] = start_weights(setup, adapter=False)
     return frozen
 
 
-def _digests(folders: Sequence[Path]) -> list[str]:
+def start_weights(setup: Setup, *, adapter: bool = True) -> list[str] | dict[str, Any]:
+    """Returns what the weights to start from follow from: digests of folders, or what random weights depend on.
+
+    Every process calls it.
+
+    Args:
+        setup: the setup of the model.
+        adapter: the digest of an adapter is one of them.
+    """
+    base, lora = setup.start.folder(weights=True), setup.start.adapter
+    if base is None:
+        return {"model": setup.new_model_mapping(), "seed": setup.config.seed, "jax": jax.__version__}
+    folders = [base, *([lora.folder] if lora is not None and adapter else [])]
     digests = [model_digest(folder) for folder in folders] if distributed.is_first() else []
     return distributed.collect("weights", digests)[0]
 
@@ -66,13 +76,7 @@ class Reference:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything about the reference that its log-probs depend on. Every process calls it."""
-        setup = self.setup
-        base, adapter = setup.start.folder(weights=True), setup.start.adapter
-        if base is None:
-            weights: Any = {"model": setup.new_model_mapping(), "seed": setup.config.seed, "jax": jax.__version__}
-        else:
-            weights = _digests([base, *([] if adapter is None else [adapter.folder])])
-        return {"weights": weights, "dtype": setup.config.dtype}
+        return {"weights": start_weights(self.setup), "dtype": self.setup.config.dtype}
 
     def sums(self, pairs: GroupDataset, console: Console) -> ReferenceSums:
         """Returns the sum of log-probs of every response, group after group, from the cache or computed.

@@ -125,8 +125,7 @@ def _train(
     capacity.check_fits(config, setup.model, mesh, setup.device_memory)
     plan = setup.step_plan(training, batch=setup.global_batch_size(saved.get("global_batch_size")), seed=config.seed)
     total_steps = count_steps(config, plan.steps_per_epoch)
-    reference = Reference.of(setup) if setup.objective.needs_reference else None
-    identity = run_identity(config, plan.global_batch_size, training, frozen_weights(setup, reference))
+    identity = run_identity(config, plan.global_batch_size, training)
     advice = "Start all processes with the same config and options, on the same files"
     distributed.check_same("the run", {**identity, "step to begin at": first_step, "rows": str(plan.shape)}, advice)
     records = None
@@ -146,8 +145,14 @@ def _train(
     console.print("attention: {} ({})".format(*setup.attention_choice))
 
     _check_weights(setup, resumes=bool(first_step))
+    reference = Reference.of(setup) if setup.objective.needs_reference else None
     if reference is not None:
         _check_weights(reference.setup, resumes=False)
+    if reference is not None or config.use_peft:
+        console.print("hashing the weights that are not trained, which no checkpoint holds")
+        identity |= frozen_weights(setup, reference)
+        if saved:
+            check_same_run(saved, identity, output)
     distributed.on_first("output", lambda: prepare_output(config, output))
     if first_step:
         distributed.on_first("later steps", lambda: checkpoints.folders.leave_behind(first_step, resume.damaged))

@@ -200,7 +200,7 @@ def test_responses_that_truncation_makes_equal_count_once(tmp_path: Path) -> Non
     dataset = tokenized(tmp_path, [row], max_length=60, max_prompt_length=30)
     assert dataset.lengths.sizes.tolist() == [2]
     assert dataset.group(0).ranks == (0, 1)
-    assert dataset.left_out == {"equal to a better one after truncation": 1}
+    assert dataset.left_out == {"with the same tokens as a better one": 1}
     assert len(dataset.texts(0).responses) == 2
 
 

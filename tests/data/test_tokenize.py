@@ -424,7 +424,7 @@ def test_bad_rows_stop_the_run_with_file_row_line_reason_and_total(
         message = str(caught.value)
         assert "4 of 30 rows of train cannot be used" in message
         assert f"{tmp_path / 'pairs.jsonl'}, row 4 (line 5): chosen = rejected" in message
-        assert f"{tmp_path / 'pairs.jsonl'}, row 20 (line 21): nothing left after truncation" in message
+        assert f"{tmp_path / 'pairs.jsonl'}, row 20 (line 21): same tokens: the answers differ only beyond" in message
         assert "on_bad_row: skip" in message
 
 
@@ -444,11 +444,9 @@ def test_skipped_rows_are_counted_and_summarised(second: str, tmp_path: Path, ru
         (4, "chosen = rejected"),
         (7, "empty response"),
         (8, "empty response"),
-        (20, "nothing left after truncation"),
+        (20, "same tokens"),
     ]
-    assert dataset.skipped_summary() == (
-        "4 of 30 rows skipped: 2 empty response, 1 chosen = rejected, 1 nothing left after truncation"
-    )
+    assert dataset.skipped_summary() == ("4 of 30 rows skipped: 2 empty response, 1 chosen = rejected, 1 same tokens")
     lines = dataset.skipped_report().splitlines()
     assert lines[:2] == [
         dataset.skipped_summary(),

@@ -89,13 +89,16 @@ def test_a_process_that_hangs_takes_the_other_down_within_a_minute(hangs: int, o
     folder = tmp_path / "job"
     command = config_in(folder)
     hosts = Hosts(folder, [command], **SLOWLY)
-    hosts.await_file("run/checkpoints/6/seal.json")
-    hosts.processes[hangs].send_signal(signal.SIGSTOP)
-    other, since = hosts.processes[1 - hangs], time.monotonic()
-    assert other.wait(WITHIN) != 0
-    print(f"after {time.monotonic() - since:.1f} s, status {other.returncode}: {hosts.said(1 - hangs)[-500:]}")
-    hosts.processes[hangs].kill()
-    hosts.wait(10)
+    try:
+        hosts.await_file("run/checkpoints/6/seal.json")
+        hosts.processes[hangs].send_signal(signal.SIGSTOP)
+        other, since = hosts.processes[1 - hangs], time.monotonic()
+        assert other.wait(WITHIN) != 0
+        print(f"after {time.monotonic() - since:.1f} s, status {other.returncode}: {hosts.said(1 - hangs)[-500:]}")
+    finally:
+        for process in hosts.processes:
+            process.kill()
+            process.wait()
     goes_on_to(oracle, folder, command)
 
 
@@ -107,7 +110,7 @@ def test_a_slow_disk_of_one_process_changes_nothing(oracle: Any, tmp_path: Path)
 
 
 def test_processes_that_lose_each_other_both_end_within_a_minute(oracle: Any, tmp_path: Path) -> None:
-    unshare = ["unshare", "--user", "--map-root-user", "--net", "--mount"]
+    unshare = ["unshare", "--user", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--kill-child"]
     if not shutil.which("ip") or not shutil.which("unshare") or subprocess.run([*unshare, "true"]).returncode:
         pytest.skip("needs `ip`, `unshare` and user namespaces")
     folder = tmp_path / "job"
