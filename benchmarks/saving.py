@@ -4,8 +4,8 @@ Saves the float32 weights and AdamW's moments of models of several sizes with th
 and restores them as a run does that goes on. Where the memory has room for it, it makes optimizer steps while a step is
 written, and compares their time with that of steps without a save.
 
-Expected: the checksums take less than a twentieth of a save, checking a step takes less time than writing it, and
-training loses less time than a save takes.
+Expected: the checksums take less than a twentieth of a save whose files fit into the memory, checking a step takes less
+time than writing it, and training loses less time than a save takes.
 
 Takes about 6 minutes, most of it in writing to the disk (`--quick`: half a minute). Weights of 1.2 billion parameters
 take 15 GB of memory and 30 GB on the disk.
