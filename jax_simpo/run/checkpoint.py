@@ -46,8 +46,7 @@ class Checkpoints:
 
     Nothing is read from a step before its files are known to be those that were saved. A step is whole when `save` has
     been followed by `wait`, by another `save`, or by the end of the context. All processes of a run call the methods
-    together, except for `steps`, `latest`, `saving`, `raise_failed`, `check_room` and
-    `thin_out`.
+    together, except for `steps`, `latest`, `saving`, `raise_failed`, `check_room` and `thin_out`.
 
     Args:
         directory: the folder of the steps; `save` makes it if it is missing.
@@ -186,9 +185,9 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             names = distributed.collect("files", file_names(writing))[0]
             own = sums_of(writing, names[distributed.number() :: distributed.count()], to_disk=True)
-        except TimeoutError as error:  # Orbax says so of every barrier that fails, as it does when a process dies
-            raise error.__cause__ or error from None
         except (OSError, ValueError) as error:  # a full disk, a quota, a folder that is gone
+            if isinstance(error.__cause__, jax.errors.JaxRuntimeError):  # a barrier failed: another process has died
+                raise error.__cause__ from None
             raise self._not_saved(step, error) from error
         parts = distributed.collect("sums", {name: found.to_json() for name, found in own.items()})
         sums = {name: Sum(*values) for part in parts for name, values in part.items()}
