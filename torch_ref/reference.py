@@ -63,16 +63,13 @@ def reference_sums(
 
 
 def frozen_weights(setup: Setup) -> dict[str, Any]:
-    """Returns digests of the weights that a run needs and does not save. Every rank calls it.
+    """Identifies the weights that a run needs and does not save. Every rank calls it.
 
     They are those of its reference, and those under its adapter where they are not the same.
     """
-    config, apart = setup.config, True
-    frozen: dict[str, Any] = {}
-    if setup.objective.needs_reference:
-        frozen[REFERENCE_WEIGHTS] = setup.reference.start_weights
-        apart = config.ref_model_name_or_path is not None
-    if config.use_peft and apart:
+    has_reference = setup.objective.needs_reference
+    frozen: dict[str, Any] = {REFERENCE_WEIGHTS: setup.reference.start_weights} if has_reference else {}
+    if setup.config.use_peft and (not has_reference or setup.config.ref_model_name_or_path is not None):
         frozen[BASE_WEIGHTS] = list(setup.start_weights)[:1]  # an adapter has a model to lie on
     return frozen
 

@@ -69,7 +69,7 @@ class Setup:
 
     @cached_property
     def start_weights(self) -> list[str] | dict[str, Any]:
-        """What the weights to start from follow from. Every rank asks for it.
+        """Identifies the weights to start from. Every rank asks for it.
 
         It is the digest of the model's folder; for an adapter, those of its base's folder and its own. For a new model
         it is all that random weights depend on.

@@ -280,10 +280,10 @@ class Run:
                     self._evaluate(0, 0.0)
             with closing(shares), signals.noted():
                 for step in shares:
-                    metrics = self._step(step)
+                    metrics, work = self._step(step)
                     done = step.step + 1
                     if not self.guard.fault:
-                        self._write(step, metrics)
+                        self._write(step, metrics, work)
                     with self.clock.paused():
                         if self.guard.fault:
                             self._leave_out(step, metrics)
@@ -316,8 +316,12 @@ class Run:
                 self.checkpoints.load(best, self.engine)
         return best
 
-    def _step(self, step: RankStep) -> dict[str, float]:
-        """Runs one optimizer step, applied if `guard` accepts it, and returns its metrics over all ranks."""
+    def _step(self, step: RankStep) -> tuple[dict[str, float], dict[str, float]]:
+        """Runs one optimizer step, applied if `guard` accepts it.
+
+        Returns:
+            The metrics of its groups, and the tokens that it took and their share of those computed, over all ranks.
+        """
         ranks, objective = self.setup.ranks, self.setup.objective
         # The dropout of an adapter depends on the step alone, so that a resumed run has the same.
         torch.manual_seed(hash((self.config.seed, step.step, ranks.rank)) % 2**63)
@@ -336,14 +340,13 @@ class Run:
         else:
             self.engine.discard()
         self.clock.add(int(used), len(step.groups))
-        self._tokens, self._fill = int(used), used / computed
-        return metrics
+        return metrics, {"tokens": int(used), "packing_fill": used / computed}
 
     def _learning_rate(self, step: RankStep) -> float:
         """Returns the learning rate of a step's update. The schedule counts updates."""
         return self.schedule(step.step - self.guard.left_out)
 
-    def _write(self, step: RankStep, metrics: dict[str, Any]) -> None:
+    def _write(self, step: RankStep, metrics: Mapping[str, float], work: Mapping[str, float]) -> None:
         done = step.step + 1
         if done % self.config.logging_steps and done != self.total_steps:
             return
@@ -353,9 +356,8 @@ class Run:
             "learning_rate": self._learning_rate(step),
             "epoch": step.epoch,
             "pairs": len(step.groups),
-            "tokens": self._tokens,
+            **work,
             **self.clock.speeds(),
-            "packing_fill": self._fill,
         }
         self.clock.restart()
         self.log.write(record)

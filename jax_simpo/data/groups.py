@@ -148,7 +148,7 @@ class GroupLengths:
 
     @property
     def noun(self) -> str:
-        """What these groups are called: "pairs" if each has two responses, "groups" otherwise."""
+        """Names these groups: "pairs" if each has two responses, "groups" otherwise."""
         return "pairs" if np.all(self.sizes == 2) else "groups"
 
     @cached_property

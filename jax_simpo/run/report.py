@@ -105,7 +105,7 @@ class Run:
 
     @property
     def noun(self) -> str:
-        """What was trained on: "pairs", or "groups" of more answers."""
+        """Names what was trained on: "pairs", or "groups" of more answers."""
         return str(self.facts.get("noun", "pairs"))
 
     @property

@@ -7,10 +7,11 @@ renamed. What killed writers left under such names is removed by the next writer
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 from jax_simpo.errors import ConfigError, ModelError
@@ -24,6 +25,7 @@ _MODEL_FILES = (
     *("merges.txt", "vocab.txt", "*.model", "*.tiktoken", "chat_template.*", "additional_chat_templates"),
     *("SHA256SUMS", "processor_config.json", "preprocessor_config.json", "*.py"),
 )
+_LEFT_OVER = re.compile(r"\.(.+)\.writing-\d+")  # of a file that was being written
 
 
 # --- files
@@ -108,12 +110,19 @@ def check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise ModelError(f"{folder}: is a file; export to another folder")
-    foreign = sorted(path.name for path in folder.iterdir() if not any(path.match(name) for name in _MODEL_FILES))
+    foreign = sorted(path.name for path in folder.iterdir() if not _is_of_model(path.name))
     if foreign:
         raise ModelError(
             f"{folder}: holds {foreign[0]!r}, which is not part of a model, and an export replaces the whole "
             "folder; export to another one"
         )
+
+
+def _is_of_model(name: str) -> bool:
+    """Returns True for the name of a model's file, and for what a killed writer of such a file left."""
+    left_over = _LEFT_OVER.fullmatch(name)
+    path = PurePath(left_over[1] if left_over else name)
+    return any(path.match(pattern) for pattern in _MODEL_FILES)
 
 
 @contextmanager

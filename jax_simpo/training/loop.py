@@ -110,7 +110,7 @@ class TrainingLoop:
             batches = step_batches(self.plan, self.pairs, steps, rows=rows.tolist(), known=self.known)
             with closing(batches), signals.noted():
                 for batch in self._clock.waiting(batches):
-                    params, state, metrics = run_step(self.functions, params, state, batch, accepts=self.guard.accepts)
+                    params, state, metrics = run_step(self.functions, params, state, batch, accepts=self._accepts)
                     self.checkpoints.raise_failed()
                     self._clock.count(len(batch.groups), batch.input_tokens)
                     self._watch.headway()
@@ -133,6 +133,10 @@ class TrainingLoop:
         """The step of the best evaluation so far, if its model is the one to export."""
         rule = self.best_rule
         return rule.best_step(self._evaluated) if rule is not None and rule.keep else None
+
+    def _accepts(self, metrics: Mapping[str, Any]) -> bool:
+        """Asks the guard, and brings all of a step's figures to the host at once."""
+        return self.guard.accepts(jax.device_get(dict(metrics)))
 
     def _after(self, batch: StepBatch, params: Params, state: Any, metrics: Mapping[str, Any]) -> None:
         """Logs, evaluates and saves where it is due."""

@@ -30,7 +30,7 @@ ReferenceSums = Float[np.ndarray, " R"]
 
 
 def frozen_weights(setup: Setup, reference: Reference | None) -> dict[str, Any]:
-    """Returns what the weights follow from that a run needs and does not save. Every process calls it.
+    """Identifies the weights that a run needs and does not save. Every process calls it.
 
     They are those of its reference, and those under its adapter where they are not the same.
     """
@@ -41,7 +41,7 @@ def frozen_weights(setup: Setup, reference: Reference | None) -> dict[str, Any]:
 
 
 def start_weights(setup: Setup, *, adapter: bool = True) -> list[str] | dict[str, Any]:
-    """Returns what the weights to start from follow from: digests of folders, or what random weights depend on.
+    """Identifies the weights to start from by digests of their folders, or by all that random weights depend on.
 
     Every process calls it.
 

@@ -161,6 +161,18 @@ def test_a_folder_with_a_file_that_is_no_part_of_a_model_is_never_replaced(name:
     assert names(tmp_path) == sorted(["config.json", name])
 
 
+def test_what_a_killed_writer_of_a_models_file_left_goes_with_the_next_export(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / ".README.md.writing-16821").touch()
+    with replacing(model) as folder:
+        (folder / "config.json").touch()
+    assert not list(model.glob(".*"))
+    (model / ".notes.md.writing-16821").touch()
+    with pytest.raises(ModelError, match=r"holds '\.notes\.md\.writing-16821', which is not part of a model"):
+        check_replaceable(model)
+
+
 def test_a_folder_as_transformers_and_peft_write_it_is_replaceable(tmp_path: Path) -> None:
     model_files = "config.json generation_config.json model.safetensors.index.json model-00001-of-00002.safetensors "
     tokenizer_files = "tokenizer.json tokenizer_config.json special_tokens_map.json merges.txt tokenizer.model "
