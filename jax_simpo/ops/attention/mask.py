@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +42,22 @@ def visible_at(
     return visible
 
 
+class Room(NamedTuple):
+    """The static room that a backend makes for the sequences of a row if it takes the row apart.
+
+    Attributes:
+        sequences: most responses that a row may hold.
+        longest: most tokens that the input sequence of one response may have.
+    """
+
+    sequences: int
+    longest: int
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("key_end", "positions", "tables"),
-    meta_fields=("windows", "backend", "sequences", "interpret"),
+    meta_fields=("windows", "backend", "room", "interpret"),
 )
 @dataclass(frozen=True)
 class Mask:
@@ -59,7 +71,7 @@ class Mask:
         tables: for each of `windows`, what the backend made of the mask, such as lists of live blocks.
         windows: the distinct sliding windows of the model's layers; `None` is full attention.
         backend: one of `backends.BACKENDS`.
-        sequences: most responses that a row may hold, `None` if unknown.
+        room: room for the sequences of a row, `None` if unknown.
         interpret: run kernels without their hardware, slowly, for tests.
     """
 
@@ -68,7 +80,7 @@ class Mask:
     tables: tuple[Any, ...]
     windows: tuple[int | None, ...]
     backend: str
-    sequences: int | None
+    room: Room | None
     interpret: bool
 
     @property

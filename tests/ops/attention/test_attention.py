@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jax_simpo.data.groups import Group, GroupLengths, Response
 from jax_simpo.data.rows import RowBatch, RowShape, build_rows
-from jax_simpo.ops.attention import Mask, attention, prepare_mask
+from jax_simpo.ops.attention import Mask, Room, attention, prepare_mask
 from jax_simpo.ops.attention.blockwise import BLOCK, find_live_blocks
 from jax_simpo.sharding import make_mesh
 from tests.pairs import random_group, random_pairs
@@ -51,12 +51,13 @@ def inputs(seed: int, rows: int, length: int, heads: int, kv_heads: int, width: 
 def make_mask(batch: RowBatch, windows: tuple[int | None, ...], backend: str) -> Mask:
     """Makes the mask of a batch. Kernels whose hardware is missing are interpreted."""
     sequences = (batch.key_end == np.arange(batch.key_end.shape[1]) + 1).sum(1).max()
+    room = Room(max(1, int(sequences)), int(batch.positions.max()) + 1)  # not a token more than they need
     return prepare_mask(
         jnp.array(batch.key_end),
         jnp.array(batch.positions),
         windows,
         backend,
-        sequences=max(1, int(sequences)),
+        room=room,
         interpret=jax.default_backend() == "cpu",
     )
 
