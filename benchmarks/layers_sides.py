@@ -18,9 +18,9 @@ from benchmarks.workers import Requests
 
 # Implementations by platform. On other platforms they are missing, or interpreted and too slow to measure.
 RUNS_ON = {
-    "cpu": ("dense", "blockwise"),
-    "gpu": ("dense", "blockwise", "pallas", "cudnn"),
-    "tpu": ("dense", "blockwise", "splash"),
+    "cpu": ("dense", "blockwise", "banded"),
+    "gpu": ("dense", "blockwise", "banded", "pallas", "triton", "cudnn"),
+    "tpu": ("dense", "blockwise", "banded", "splash"),
 }
 # The most scores of all heads. A device holds some eight copies of them in the backward pass.
 DENSE_LIMIT = {"cpu": 2**28, "gpu": 2**30, "tpu": 2**28}
@@ -93,10 +93,11 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
         if request["do"] == "facts":
             return {"device": device_name(), "implementations": implementations}
         runs: dict[str, Callable[[], object]] = {}
-        room = Room(2, request["prefix"] + request["response"])
+        longest = request["prefix"] + request["response"]
         for name, row in layouts(request["prefix"], request["response"]).items():
             key_end, positions = (jnp.asarray(array) for array in row)
             length = key_end.shape[1]
+            room = Room(2, longest, longest + (request["response"] if name == "shared" else 0))
             x = random(1, length, config.hidden_size)
             q = random(1, length, config.num_heads, config.head_dim)
             k, v = (random(1, length, config.num_kv_heads, config.head_dim) for _ in range(2))

@@ -236,9 +236,7 @@ def score_dataset(
         console.print(packing_line(pairs.name, plan, measure(plan)))
         console.print("attention: {} ({})".format(*setup.attention_choice))
     with jax.set_mesh(setup.mesh):
-        function = make_score_function(
-            setup.forward.up_to(plan.longest), setup.mesh, prompts=setup.objective.reads_prompts
-        )
+        function = make_score_function(setup.forward_of(plan), setup.mesh, prompts=setup.objective.reads_prompts)
         return evaluation.score_groups(function, model.params, plan, pairs, setup.mesh, setup.known(pairs, reference))
 
 

@@ -93,7 +93,7 @@ class Programs:
         mesh, model = setup.mesh, setup.model
         _, optimizer = run_optimizer(setup.config, count_steps(setup.config, step_plan.steps_per_epoch))
         self._functions: Any = make_train_functions(
-            setup.training_forward.up_to(step_plan.longest), setup.objective, optimizer, mesh
+            setup.training_forward_of(step_plan), setup.objective, optimizer, mesh
         )
         self._params: Any = _placed(model.abstract, model.shardings(mesh))
         state = jax.eval_shape(self._functions.init_optimizer, model.abstract)

@@ -208,9 +208,7 @@ class TrainingLoop:
     def _score(self) -> ScoreFunction:
         """The compiled function that scores a bad step; the evaluation's is made for rows of another shape."""
         setup = self.setup
-        return make_score_function(
-            setup.forward.up_to(self.plan.longest), setup.mesh, prompts=setup.objective.reads_prompts
-        )
+        return make_score_function(setup.forward_of(self.plan), setup.mesh, prompts=setup.objective.reads_prompts)
 
     def _leave_out(self, batch: StepBatch, params: Params, state: Any, metrics: Mapping[str, Any]) -> None:
         """Writes down what a bad step would have trained on. Ends the run, saved, unless the step may be left out.

@@ -91,8 +91,7 @@ def attend(
     """
     if rule.softcap is not None:
         raise ConfigError(
-            "`attention: cudnn` cannot cap attention scores, as this model does; choose `pallas` (Hopper GPUs) or "
-            "`blockwise`"
+            "`attention: cudnn` cannot cap attention scores, as this model does; choose `attention: auto`"
         )
     sequences: Sequences = mask.table(rule.window)
     rows, slots, longest = sequences.token.shape
@@ -135,6 +134,8 @@ def obstacle(place: Place) -> str | None:
     largest = 256 if place.capability >= (9, 0) else 128
     if place.platform != "gpu":
         return f"needs an NVIDIA GPU, and this is a {place.kind}"
+    if place.capability < (8, 0):
+        return "needs an NVIDIA GPU of compute capability 8.0 (A100) or later, and this is another"
     if place.dtype != "bfloat16":
         return f"computes in bfloat16, and `dtype` is {place.dtype}"
     if place.softcap:

@@ -34,8 +34,8 @@ def prepare_mask(
         positions: int32 RoPE positions, counted in each response's own sequence.
         windows: the distinct sliding windows (in positions) of the model's layers; `None` is full attention.
         backend: one of `backends.BACKENDS`.
-        room: how many sequences a row may hold, and how long they may be; needed by `cudnn` only.
-        interpret: run `splash`, `pallas` and `cudnn` without their hardware, slowly, for tests.
+        room: bounds of what a row may hold; needed by `cudnn`, and what makes `banded` cheaper than `dense`.
+        interpret: run `splash`, `pallas`, `triton` and `cudnn` without their hardware, slowly, for tests.
 
     Raises:
         ValueError: the backend is unknown, or needs `room`.
@@ -62,7 +62,8 @@ def prepare_causal_mask(
 ) -> Mask:
     """Makes the mask of rows that hold one sequence each, as long as the row; see `prepare_mask`."""
     key_end = jnp.full_like(positions, positions.shape[1])
-    return prepare_mask(key_end, positions, windows, backend, room=Room(1, positions.shape[1]), interpret=interpret)
+    room = Room(1, positions.shape[1], positions.shape[1])
+    return prepare_mask(key_end, positions, windows, backend, room=room, interpret=interpret)
 
 
 def attention(

@@ -43,15 +43,17 @@ def visible_at(
 
 
 class Room(NamedTuple):
-    """The static room that a backend makes for the sequences of a row if it takes the row apart.
+    """What is known of rows before they are made, from which backends take their static sizes.
 
     Attributes:
-        sequences: most responses that a row may hold.
-        longest: most tokens that the input sequence of one response may have.
+        sequences: most responses of a row.
+        longest: most tokens of the input sequence of one response.
+        span: most tokens of a row from a key to a query that sees it, both counted: those of the largest group.
     """
 
     sequences: int
     longest: int
+    span: int
 
 
 @partial(
@@ -71,7 +73,7 @@ class Mask:
         tables: for each of `windows`, what the backend made of the mask, such as lists of live blocks.
         windows: the distinct sliding windows of the model's layers; `None` is full attention.
         backend: one of `backends.BACKENDS`.
-        room: room for the sequences of a row, `None` if unknown.
+        room: bounds of the row's contents, `None` if unknown.
         interpret: run kernels without their hardware, slowly, for tests.
     """
 

@@ -45,7 +45,7 @@ def test_every_response_becomes_one_sequence() -> None:
     # chosen one. The last token of a response is never an input.
     pairs = [make_pair([1, 2, 3], [4, 5, 9], [6, 9]), make_pair([7], [8, 1, 9], [8, 9])]
     batch = build_rows([list(enumerate(pairs))], RowShape(12, 12, 4), prefix_sharing=True)
-    sequences = cudnn.take_apart(jnp.array(batch.key_end), jnp.array(batch.positions), Room(4, 5))
+    sequences = cudnn.take_apart(jnp.array(batch.key_end), jnp.array(batch.positions), Room(4, 5, 5))
     tokens = [
         batch.tokens[0, sequences.token[0, n, :length]].tolist()
         for n, length in enumerate(sequences.length[0].tolist())
@@ -56,7 +56,7 @@ def test_every_response_becomes_one_sequence() -> None:
 
 
 @ON_CPU
-@pytest.mark.parametrize("room", [Room(1, 160), Room(9, 30)])
+@pytest.mark.parametrize("room", [Room(1, 160, 160), Room(9, 30, 160)])
 def test_room_that_is_too_small_gives_nan_not_wrong_numbers(room: Room) -> None:
     batch, (q, k, v, _) = layout(7, 2, 160), inputs(7, 2, 160, 2, 2, 8)
     key_end, positions = jnp.array(batch.key_end), jnp.array(batch.positions)
@@ -88,7 +88,7 @@ def test_slots_are_as_long_as_the_longest_response_of_the_plan(monkeypatch: pyte
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
     forward, rows = Forward(tiny_model(), "cudnn"), RowBatch.empty(2, plan.shape).arrays()
-    for forward_pass in (forward, forward.up_to(plan.longest)):
+    for forward_pass in (forward, forward.up_to(plan.longest, plan.span)):
         jax.eval_shape(forward_pass.response_logps, forward.model.abstract, rows)
     slots = 2 * plan.shape.responses
     assert set(shapes) == {(slots, 1024), (slots, 256)}
