@@ -23,6 +23,8 @@ _FUSED_SCATTER = re.compile(r"%?all-reduce-scatter")  # the name of the computat
 _ARRAY = re.compile(r"\b(pred|token|bf16|[suf]\d+\w*|c\d+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|true_computation|false_computation)=%?([\w.-]+)")
 _CALLED_GROUP = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+# What starts nothing on a GPU.
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "async-done", "copy-done")
 _PASS_THROUGH = ("copy", "bitcast", "convert", "copy-start", "copy-done", "reshape")
 
 
@@ -54,6 +56,35 @@ def collectives(hlo: str) -> list[Collective]:
         ValueError: a collective is in a loop whose trip count is unknown.
     """
     return list(_Module(hlo).collectives())
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of one run of a GPU's program.
+
+    Attributes:
+        launches: kernels and library calls that are started.
+        bytes: bytes that these read and write: every operand and result once a call, of what is sliced the slice.
+        waits: times that the host waits for the device, to learn whether a loop goes on or which branch is taken.
+    """
+
+    launches: float
+    bytes: float
+    waits: float
+
+
+def gpu_work(hlo: str, passes: float) -> Work:
+    """Adds up the work in the text of a module that is compiled for a GPU.
+
+    A kernel of Pallas or of a library counts its operands and results once, however often it reads them.
+
+    Args:
+        hlo: the text.
+        passes: how often a loop is taken to run whose trip count is unknown. Of the branches of a condition, the one
+            that moves the most bytes counts.
+    """
+    module = _Module(hlo)
+    return module.work(module.entry, passes)
 
 
 def loop_states(hlo: str) -> list[tuple[int, tuple[tuple[str, tuple[int, ...]], ...]]]:
@@ -148,6 +179,43 @@ class _Module:
         size = max(input_bytes, sum(array_bytes(*array) for array in outputs))
         return Collective(kind, tuple(shape for _, shape in outputs), size, times, _op_name(instruction))
 
+    # --- what a GPU does
+
+    def work(self, name: str, passes: float) -> Work:
+        """Adds up the work of a computation; see `gpu_work`."""
+        launches, size, waits = 0.0, 0.0, 0.0
+        body = self.bodies[name]
+        for instruction in body.values():
+            times, inner = 1.0, []
+            if instruction.opcode == "while":
+                count = self.trip_count(name, instruction)
+                times = passes if count is None else count
+                inner = [self.work(_attribute(instruction, "body"), passes)]
+                waits += times if count is None else 0
+            elif instruction.opcode == "conditional":
+                branches = [self.work(branch, passes) for branch in self._called(instruction)]
+                inner = [max(branches, key=lambda work: work.bytes)]
+                waits += 1
+            elif instruction.opcode in ("call", "async-start"):
+                inner = [self.work(called, passes) for called in self._called(instruction)]
+            elif instruction.opcode not in _FREE:
+                launches += 1
+                size += self._moved(body, instruction)
+            launches += times * sum(work.launches for work in inner)
+            size += times * sum(work.bytes for work in inner)
+            waits += times * sum(work.waits for work in inner)
+        return Work(launches, size, waits)
+
+    def _moved(self, body: dict[str, _Instruction], instruction: _Instruction) -> int:
+        """Returns the bytes that a kernel reads and writes."""
+        operands = [body[operand] for operand in instruction.operands if operand in body]
+        if instruction.opcode != "fusion":
+            return _bytes(instruction.type) + sum(_bytes(operand.type) for operand in operands)
+        fused = self.bodies[_CALLED.findall(instruction.attributes)[0]]
+        parameters = {int(i.text): i.name for i in fused.values() if i.opcode == "parameter"}
+        read = sum(_read(fused, parameters[n], _bytes(operand.type)) for n, operand in enumerate(operands))
+        return read + sum(_written(fused, result) for result in _results(fused))
+
     # --- how often a loop runs
 
     def trip_count(self, name: str, loop: _Instruction) -> int | None:
@@ -199,6 +267,34 @@ class _Module:
         elements = [s for s in sources if s.opcode == "get-tuple-element" and _index(s) == index]
         steps = [step for s in sources if (step := _constant(s)) is not None]
         return steps[0] if len(elements) == len(steps) == 1 else None
+
+
+def _results(fused: dict[str, _Instruction]) -> list[_Instruction]:
+    root = _root(fused)
+    return [fused[operand] for operand in root.operands] if root.opcode == "tuple" else [root]
+
+
+def _read(fused: dict[str, _Instruction], name: str, size: int) -> int:
+    """Returns the bytes that a fusion reads of a parameter of that size."""
+    read = 0
+    for user in (i for i in fused.values() if name in i.operands):
+        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+            read += _bytes(user.type)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            continue  # what it keeps lies where it is
+        elif user.opcode in _PASS_THROUGH or user.opcode == "bitcast":
+            read += _read(fused, user.name, size)
+        else:
+            read += size
+    return min(read, size)
+
+
+def _written(fused: dict[str, _Instruction], result: _Instruction) -> int:
+    while result.opcode in ("bitcast", "copy") and result.operands[0] in fused:
+        result = fused[result.operands[0]]
+    if result.opcode == "dynamic-update-slice":
+        return _bytes(fused[result.operands[1]].type)
+    return _bytes(result.type)
 
 
 def _parse(line: str) -> _Instruction | None:

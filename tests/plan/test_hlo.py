@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jax_simpo.plan.hlo import collectives, loop_states
+from jax_simpo.plan.hlo import Work, collectives, gpu_work, loop_states
 
 # Cut out of programs compiled by libtpu 0.0.42 and by XLA for CPU and GPU.
 TPU_LOOP = """HloModule jit_accumulate, is_scheduled=true
@@ -155,3 +155,50 @@ def test_a_collective_in_a_loop_of_unknown_length_is_refused() -> None:
     unknown = OTHERS.replace('backend_config={"known_trip_count":{"n":"5"}}', "")
     with pytest.raises(ValueError, match="all-gather in a loop of unknown length: while"):
         collectives(unknown)
+
+
+GPU_LOOPS = """HloModule jit_attend, is_scheduled=true
+
+%sliced (p0: f32[8,100], p1: s32[], p2: f32[1,100]) -> f32[8,100] {
+  %p0 = f32[8,100]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = f32[1,100]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %old = f32[1,100]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,100}
+  %new = f32[1,100]{1,0} add(%old, %p2)
+  ROOT %dus = f32[8,100]{1,0} dynamic-update-slice(%p0, %new, %p1, %zero)
+}
+
+%body (b: (s32[], f32[8,100], f32[1,100])) -> (s32[], f32[8,100], f32[1,100]) {
+  %b = (s32[], f32[8,100]{1,0}, f32[1,100]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %x = f32[8,100]{1,0} get-tuple-element(%b), index=1
+  %y = f32[1,100]{1,0} get-tuple-element(%b), index=2
+  %f = f32[8,100]{1,0} fusion(%x, %i, %y), kind=kLoop, calls=%sliced
+  ROOT %t = (s32[], f32[8,100], f32[1,100]) tuple(%i, %f, %y)
+}
+
+%test (c: (s32[], f32[8,100], f32[1,100])) -> pred[] {
+  %c = (s32[], f32[8,100]{1,0}, f32[1,100]{1,0}) parameter(0)
+  %go = pred[] constant(true)
+  ROOT %copy = pred[] copy(%go)
+}
+
+ENTRY %main (a: s32[], m: f32[8,100], n: f32[1,100]) -> f32[8,100] {
+  %a = s32[] parameter(0)
+  %m = f32[8,100]{1,0} parameter(1)
+  %n = f32[1,100]{1,0} parameter(2)
+  %s = (s32[], f32[8,100]{1,0}, f32[1,100]{1,0}) tuple(%a, %m, %n)
+  %w = (s32[], f32[8,100]{1,0}, f32[1,100]{1,0}) while(%s), condition=%test, body=%body, KNOWN
+  %r = f32[8,100]{1,0} get-tuple-element(%w), index=1
+  ROOT %k = f32[8,100]{1,0} custom-call(%r, %n), custom_call_target="kernel"
+}
+"""
+
+
+def test_a_gpu_waits_for_loops_of_unknown_length_and_moves_of_slices_no_more_than_the_slice() -> None:
+    known = GPU_LOOPS.replace("KNOWN", 'backend_config={"known_trip_count":{"n":"5"}}')
+    # The fusion reads a slice, a row and its index and writes the slice; the kernel reads and writes whole arrays.
+    of_a_pass, of_the_kernel = 3 * 400 + 4, 2 * 3200 + 400
+    assert gpu_work(known, passes=7.0) == Work(6, 5 * of_a_pass + of_the_kernel, 0)
+    assert gpu_work(GPU_LOOPS, passes=7.0) == Work(8, 7 * of_a_pass + of_the_kernel, 7)

@@ -1,4 +1,4 @@
-"""Lists, once per batch, the blocks of the attention matrix that the `pallas` kernels visit.
+"""Lists, once per batch, the blocks of the attention matrix that the kernels of `pallas` and `triton` visit.
 
 A block of queries by keys is dead (no query of it sees a key of it: it is never loaded), full (every query sees every
 key: the mask is not evaluated) or mixed. Each query block gets the list of its live key blocks, each key block the list
