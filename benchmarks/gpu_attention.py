@@ -8,10 +8,10 @@ the report says what the hardware is asked for, not how long it takes.
 
 Expected: `triton` moves the fewest bytes and keeps next to nothing; `cudnn` with slots as long as the longest response
 takes a tenth of the memory it takes with slots as long as the row; only `blockwise` makes the host wait. No kernel of
-`triton` needs more than 99 KiB of shared memory on Ampere and Ada, or spills more than 16 bytes there.
+`triton` needs more than 99 KiB of shared memory on Ampere and Ada, or spills more than 64 bytes there.
 
-Needs the GPU compiler of jax 0.10: `pip install "jax[cuda12]==0.10.2" absl-py jaxtyping typer`. Takes three minutes on
-two CPU cores.
+Needs the GPU compiler of jax 0.10: `pip install "jax[cuda12]==0.10.2" absl-py jaxtyping typer`. Takes ten minutes on
+two busy CPU cores.
 """
 
 from __future__ import annotations
