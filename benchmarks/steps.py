@@ -22,7 +22,7 @@ from jax_simpo.data.packing import StepPlan, make_step_plan
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
 from jax_simpo.objectives import Objective, make_objective
-from jax_simpo.ops.attention import resolve_backend
+from jax_simpo.ops.attention import choose, place_of
 from jax_simpo.sharding import make_mesh, put_rows
 from jax_simpo.training import capacity
 from jax_simpo.training.evaluate import GROUPS_PER_PLAN, ScoreFunction, score_groups
@@ -126,7 +126,7 @@ class Trainee:
         """The implementation that `attention` stands for on this machine."""
         config = self.model.config
         settings = {"dtype": self.model.dtype, "head_dim": config.head_dim, "softcap": config.attention_softcap}
-        return resolve_backend(self.attention, self.mesh.devices.flat[0], **settings)[0]
+        return choose(self.attention, place_of(self.mesh.devices.flat[0], **settings))[0]
 
     @property
     def scoring_forward(self) -> Forward:

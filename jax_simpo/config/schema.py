@@ -384,8 +384,13 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     attention: Literal["auto", "dense", "blockwise", "splash", "pallas", "cudnn"] = _key(
         "auto",
         "Attention backend; all compute the same. `blockwise` runs anywhere, `splash` on TPUs, `pallas` on "
-        "Hopper GPUs, `cudnn` on NVIDIA GPUs without soft caps, `dense` for tiny rows. `auto` takes the best for the "
-        "device; the log says which and why.",
+        "Hopper GPUs, `cudnn` on NVIDIA GPUs without soft caps, `dense` for tiny rows. `auto` takes the fastest "
+        "that is right on the device; the log says which and why.",
+    )
+    attention_check: bool = _key(
+        True,
+        "On an accelerator, tries attention backends before the first step: whether their numbers are right, and how "
+        "fast they are. What was seen is kept for later runs. False takes `attention` untried.",
     )
     torch_attention: Literal["auto", "sdpa", "flex", "flash_attention_2", "flash_attention_3", "dense"] = _key(
         "auto",

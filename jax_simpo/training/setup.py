@@ -28,13 +28,14 @@ from jax_simpo.models.lora import Lora
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model, Params
 from jax_simpo.objectives import Objective
-from jax_simpo.ops.attention import resolve_backend
+from jax_simpo.ops.attention.evidence import Shape
 from jax_simpo.processes import distributed
 from jax_simpo.run.checkpoint import Checkpoints, abstract_state
 from jax_simpo.run.files import CHECKPOINTS
 from jax_simpo.run.sums import check_model_sums
 from jax_simpo.sharding import make_mesh
 from jax_simpo.training import capacity
+from jax_simpo.training.attention import AttentionChoice, choose_attention, shape_of
 from jax_simpo.training.groups import require_data, tokenize_on_first
 from jax_simpo.training.objective import objective_of
 from jax_simpo.training.start import StartModel, find_start_model
@@ -149,21 +150,20 @@ class Setup:
         return {"vocab_size": len(self.tokenizer), **ids, **(self.config.new_model_config or {})}
 
     @cached_property
-    def attention_choice(self) -> tuple[str, str]:
-        """The attention backend, and the reason for the choice."""
-        model = self.model.config
-        return resolve_backend(
-            self.config.attention,
-            self.mesh.devices.flat[0],
-            dtype=self.model.dtype,
-            head_dim=model.head_dim,
-            softcap=model.attention_softcap,
-        )
+    def attention_choice(self) -> AttentionChoice:
+        """The attention backend, and the reason for the choice. On an accelerator the first call tries backends."""
+        return choose_attention(self.config, self.attention_shape, self.mesh.devices.flat[0])
+
+    @property
+    def attention_shape(self) -> Shape:
+        """The part of the run's shapes that its attention depends on."""
+        longest = capacity.longest_row(self.model, self.mesh, self.config.rows_per_device, self.device_memory)
+        return shape_of(self.config, self.model, self.mesh, longest)
 
     @property
     def attention(self) -> str:
         """The name of the attention backend."""
-        return self.attention_choice[0]
+        return self.attention_choice.backend
 
     @cached_property
     def forward(self) -> Forward:

@@ -33,6 +33,7 @@ from jax_simpo.run.resume import GUARD, check_not_finished, check_same_run, run_
 from jax_simpo.run.samples import read_answers, read_samples, sample_prompts, with_answers, write_samples
 from jax_simpo.sharding import hosts_share_tensor
 from jax_simpo.training import capacity
+from jax_simpo.training.attention import AttentionChoice
 from jax_simpo.training.compilation import keep_compiled_programs
 from jax_simpo.training.evaluate import GROUPS_PER_PLAN, Evaluation
 from jax_simpo.training.groups import idle_warning, notes_on, packing_line
@@ -142,7 +143,7 @@ def _train(
     if best_rule is not None:
         assert evaluation is not None  # the config is refused without
         best_rule.check([*setup.objective.metrics, "pairs"], list(evaluation.source.splits))
-    console.print("attention: {} ({})".format(*setup.attention_choice))
+    print_attention(setup.attention_choice, console)
 
     _check_weights(setup, resumes=bool(first_step))
     reference = Reference.of(setup) if setup.objective.needs_reference else None
@@ -271,6 +272,12 @@ def _print_start(setup: Setup, console: Console) -> None:
             f"note: `learning_rate` is not set; {config.learning_rate} is used, published SimPO runs use 3e-7 to 1e-6"
         )
     print_notes(console, notes)
+
+
+def print_attention(choice: AttentionChoice, console: Console) -> None:
+    """Prints which attention backend is used and why, and which ones were passed over."""
+    print_notes(console, choice.warnings)
+    console.print(f"attention: {choice.backend} ({choice.reason})")
 
 
 def print_notes(console: Console, notes: Sequence[str]) -> None:

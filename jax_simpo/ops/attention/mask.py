@@ -14,18 +14,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 
+_Ints = Int[Array, "..."] | Int[np.ndarray, "..."]
+
+
 def visible_at(
-    query: Int[Array, "..."],
-    key: Int[Array, "..."],
-    key_end: Int[Array, "..."],
-    query_position: Int[Array, "..."] | None = None,
-    key_position: Int[Array, "..."] | None = None,
+    query: _Ints,
+    key: _Ints,
+    key_end: _Ints,
+    query_position: _Ints | None = None,
+    key_position: _Ints | None = None,
     window: int | None = None,
-) -> Bool[Array, "..."]:
-    """Returns True where the query sees the key: the rule of this module. The arrays are broadcast together.
+) -> Bool[Array, "..."] | Bool[np.ndarray, "..."]:
+    """Returns True where the query sees the key: the rule of this module. The arrays, JAX's or NumPy's, are broadcast.
 
     Args:
         query: int32, index of the query in its row.
