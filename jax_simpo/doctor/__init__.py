@@ -1,4 +1,4 @@
-"""Examines a machine (`jax-simpo doctor`): what is here, what is wrong with it, and what its attention and loss head do.
+"""Examines a machine (`jax-simpo doctor`): what is here, what to mend, and what attention and loss head do on its chip.
 
 `facts` gathers versions, devices and settings; `findings` says what to do about them; `measure` tries the programs on
 the chip; `report` holds and shows the result.

@@ -106,7 +106,9 @@ def _nvidia() -> tuple[list[str], str | None]:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return [], None
-    lines = [line.rsplit(", ", 1) for line in answer.stdout.splitlines() if ", " in line] if not answer.returncode else []
+    lines = (
+        [line.rsplit(", ", 1) for line in answer.stdout.splitlines() if ", " in line] if not answer.returncode else []
+    )
     return [name for name, _ in lines], lines[0][1] if lines else None
 
 

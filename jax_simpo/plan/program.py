@@ -30,9 +30,9 @@ from rich.console import Console
 
 from jax_simpo.data.packing import ROW_MULTIPLE, StepPlan, measure
 from jax_simpo.data.rows import RowBatch
+from jax_simpo.ops.attention import choose, place_of
 from jax_simpo.plan.allocations import compile_and_measure
 from jax_simpo.plan.flops import useful_flops, work_of
-from jax_simpo.ops.attention import choose, place_of
 from jax_simpo.plan.hlo import array_bytes, collectives, loop_states
 from jax_simpo.plan.report import HardwarePlan, Memory, Traffic
 from jax_simpo.plan.topology import Topology
@@ -63,9 +63,7 @@ class TopologySetup(Setup):
     def attention_choice(self) -> AttentionChoice:
         """The backend that is preferred there: none can be tried on devices that are not here."""
         shape = self.attention_shape
-        place = place_of(
-            self.mesh.devices.flat[0], dtype=shape.dtype, head_dim=shape.head_dim, softcap=shape.softcap
-        )
+        place = place_of(self.mesh.devices.flat[0], dtype=shape.dtype, head_dim=shape.head_dim, softcap=shape.softcap)
         return AttentionChoice(*choose(self.config.attention, place))
 
     @cached_property

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import ConfigError
 from jax_simpo.models.transformer import Model
-from jax_simpo.ops.attention.backends import Place
 from jax_simpo.ops.attention.choice import candidates, choose, place_of
 from jax_simpo.ops.attention.evidence import Shape, Verdict
 from jax_simpo.processes import distributed
@@ -93,7 +92,7 @@ def choose_attention(config: TrainConfig, shape: Shape, device: jax.Device) -> A
     found = [verdicts.from_json(verdict) for verdict in distributed.collect("attention", tried)[0] or []]
     if config.attention != "auto":
         return _named(found[0], device)
-    return _best(found, shape, place, device)
+    return choose_fastest(found, shape, device)
 
 
 def _named(verdict: Verdict, device: jax.Device) -> AttentionChoice:
@@ -106,8 +105,17 @@ def _named(verdict: Verdict, device: jax.Device) -> AttentionChoice:
     return AttentionChoice(verdict.backend, f"as configured, and right on {device.device_kind}")
 
 
-def _best(found: Sequence[Verdict], shape: Shape, place: Place, device: jax.Device) -> AttentionChoice:
-    """Chooses the fastest backend that is right; of nearly equal ones that which is preferred."""
+def choose_fastest(found: Sequence[Verdict], shape: Shape, device: jax.Device) -> AttentionChoice:
+    """Chooses the fastest backend that is right; of nearly equal ones that which comes first.
+
+    Args:
+        found: verdicts, in the order of preference.
+        shape: that they were timed on.
+        device: that they were tried on.
+
+    Raises:
+        ConfigError: none of them is right.
+    """
     warnings = [
         f"warning: attention backend {verdict.backend!r} is passed over: it {verdict.problem}"
         for verdict in found
@@ -127,5 +135,5 @@ def _best(found: Sequence[Verdict], shape: Shape, place: Place, device: jax.Devi
         )
     times = ", ".join(f"{v.backend} {1e3 * v.speed.seconds:.3g} ms" for v in found if v.speed is not None)
     rows = f"{shape.rows} x {shape.row_length} tokens"
-    reason = f"auto: the fastest right one on this {place.kind}; {times} for {rows}, forward and backward"
+    reason = f"auto: the fastest right one on {device.device_kind}; {times} for {rows}, forward and backward"
     return AttentionChoice(best.backend, reason, warnings)

@@ -24,8 +24,12 @@ def device_memory(mesh: Mesh) -> int:
     """Returns the bytes of memory of one device; for a CPU device its share of the machine's."""
     device = mesh.local_devices[0]
     stats = device.memory_stats() or {}
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(stats.get("bytes_limit", host // len(jax.local_devices())))
+    return int(stats.get("bytes_limit", host_memory() // len(jax.local_devices())))
+
+
+def host_memory() -> int:
+    """Returns the bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def longest_row(model: Model, mesh: Mesh, rows_per_device: int, memory: int) -> int:

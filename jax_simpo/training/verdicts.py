@@ -30,26 +30,27 @@ from jax_simpo.training.machine_cache import machine_cache
 _PACKAGES = ("jax", "jaxlib", "tokamax", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
 
 
-def of_backends(names: Sequence[str], shape: Shape, device: jax.Device) -> list[Verdict]:
-    """Returns the verdicts on backends: kept ones, or of a trial now.
+def of_backends(names: Sequence[str], shape: Shape, device: jax.Device, *, anew: bool = False) -> list[Verdict]:
+    """Returns the verdicts on backends: kept ones, or of a trial now, which are kept.
 
     Args:
         names: of `backends.BACKENDS`.
         shape: of the run.
         device: the device that they run on, the first of this process.
+        anew: try them now, whatever is kept.
     """
     folder = machine_cache("attention")
-    return [_verdict(name, shape, device, folder) for name in names]
+    return [_verdict(name, shape, device, folder, anew) for name in names]
 
 
-def _verdict(name: str, shape: Shape, device: jax.Device, folder: Path | None) -> Verdict:
+def _verdict(name: str, shape: Shape, device: jax.Device, folder: Path | None, anew: bool) -> Verdict:
     if folder is None:  # without a cache folder every run tries
         return examine(name, shape)
     key = {"backend": name, "device": _device(device), "versions": _versions(), "shape": asdict(shape)}
     text = json.dumps(key, sort_keys=True)
     digest = hashlib.sha256(f"{text} {_sources()}".encode()).hexdigest()[:32]
     kept, trial = folder / f"{name}-{digest}.json", folder / f"{name}-{digest}.{socket.gethostname()}.trial"
-    if (verdict := _read(kept)) is not None:
+    if not anew and (verdict := _read(kept)) is not None:
         return verdict
     if _ended_a_process(trial):
         return Verdict(

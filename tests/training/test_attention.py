@@ -46,12 +46,14 @@ def test_a_run_with_planted_backends_has_the_losses_of_dense(
     assert "'wrong_mask' is passed over: it is wrong: its result is off by" in printed
     assert "'nan' is passed over: it gives NaN or infinity" in printed
     assert "'crash' is passed over: it fails: NotImplementedError: no lowering for this" in printed
-    assert "attention: dense (auto: the fastest right one on this CPU; slow " in printed
+    assert "attention: dense (auto: the fastest right one on cpu; slow " in printed
     monkeypatch.undo()
     assert losses(records) == losses(run(config_of(tmp_path / "dense", max_steps=3, row_length=256, attention="dense")))
 
 
-def test_a_verdict_is_kept_until_the_shape_or_a_kernel_changes(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verdict_is_kept_until_the_shape_or_a_kernel_changes(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plant(monkeypatch)
     tried = []
 
@@ -105,19 +107,15 @@ def test_a_named_backend_that_is_wrong_is_refused(tmp_path: Path, monkeypatch: p
     assert choose_attention(unchecked, SHAPE, device).backend == "nan"
 
 
-def test_no_right_backend_is_an_error_that_names_them_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_right_backend_is_an_error_that_names_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, "nan")
     found = [Verdict("nan", "gives NaN", {}), Verdict("dense", "is wrong", {})]
     monkeypatch.setattr(attention.verdicts, "of_backends", lambda *_: found)
-    with pytest.raises(ConfigError, match="no backend computes right numbers on .*nan gives NaN; dense is wrong"):
+    with pytest.raises(ConfigError, match=r"no backend computes right numbers on .*nan gives NaN; dense is wrong"):
         choose_attention(config_of(tmp_path), SHAPE, jax.devices()[0])
 
 
-def test_a_less_preferred_backend_must_be_clearly_faster(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_less_preferred_backend_must_be_clearly_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, "slow")
     for seconds, chosen in ((0.00295, "slow"), (0.0028, "dense")):
         found = [Verdict("slow", None, {}, SPEED), Verdict("dense", None, {}, replace(SPEED, seconds=seconds))]

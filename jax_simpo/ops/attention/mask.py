@@ -14,21 +14,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Int
 
 
-_Ints = Int[Array, "..."] | Int[np.ndarray, "..."]
-
-
 def visible_at(
-    query: _Ints,
-    key: _Ints,
-    key_end: _Ints,
-    query_position: _Ints | None = None,
-    key_position: _Ints | None = None,
+    query: Int[Any, "..."],
+    key: Int[Any, "..."],
+    key_end: Int[Any, "..."],
+    query_position: Int[Any, "..."] | None = None,
+    key_position: Int[Any, "..."] | None = None,
     window: int | None = None,
-) -> Bool[Array, "..."] | Bool[np.ndarray, "..."]:
+) -> Bool[Any, "..."]:
     """Returns True where the query sees the key: the rule of this module. The arrays, JAX's or NumPy's, are broadcast.
 
     Args:

@@ -1,12 +1,12 @@
 """Attention in float64 on the host, with its gradients: what a backend's results on a chip are compared with.
 
-No part of it runs on the chip, so a compiler or a kernel that is wrong there cannot hide in it. It comes with small rows
-that have everything a mask can hold, and with rows as long as a run's, to time backends on.
+No part of it runs on the chip, so a compiler or a kernel that is wrong there cannot hide in it. It comes with small
+rows that have everything a mask can hold, and with rows as long as a run's, to time backends on.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -47,12 +47,12 @@ class RowMask(NamedTuple):
 
 
 class Results(NamedTuple):
-    """The result of attention and its gradients, given the gradient of the result."""
+    """The result of attention and its gradients, given the gradient of the result; arrays of JAX or of NumPy."""
 
-    out: Float[np.ndarray, "B L H Dh"]
-    dq: Float[np.ndarray, "B L H Dh"]
-    dk: Float[np.ndarray, "B L K Dh"]
-    dv: Float[np.ndarray, "B L K Dh"]
+    out: Float[Any, "B L H Dh"]
+    dq: Float[Any, "B L H Dh"]
+    dk: Float[Any, "B L K Dh"]
+    dv: Float[Any, "B L K Dh"]
 
 
 def small_rows() -> RowMask:

@@ -87,9 +87,7 @@ def test_right_backends_pass(backend: str, dtype: str) -> None:
         ("no_gradient", "bfloat16", "is wrong: its gradient for the keys"),
     ],
 )
-def test_wrong_backends_are_found_out(
-    backend: str, dtype: str, problem: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_backends_are_found_out(backend: str, dtype: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, backend)
     verdict = examine(backend, replace(SHAPE, dtype=dtype))
     assert verdict.speed is None
