@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -126,3 +127,36 @@ def test_a_less_preferred_backend_must_be_clearly_faster(tmp_path: Path, monkeyp
 def test_nothing_is_tried_where_every_test_runs(tmp_path: Path, own_cache: Path) -> None:
     choice = choose_attention(config_of(tmp_path), SHAPE, jax.devices("cpu")[0])
     assert choice.backend == "blockwise" and not own_cache.exists()
+
+
+def test_of_two_processes_the_first_tries_for_both(tmp_path: Path) -> None:
+    child = (
+        "import sys, jax, pytest\n"
+        "from pathlib import Path\n"
+        "from jax_simpo.ops.attention.evidence import Verdict\n"
+        "from jax_simpo.processes import distributed\n"
+        "from jax_simpo.training import attention, verdicts\n"
+        "from tests.ops.attention.planted import plant\n"
+        "from tests.training.runs import config_of\n"
+        "from tests.training.test_attention import SHAPE, SPEED\n"
+        "distributed.join(sys.argv[1], 2, int(sys.argv[2]), None)\n"
+        "plant(pytest.MonkeyPatch(), 'nan')\n"
+        "def tried(names, shape, device):\n"
+        "    print('tried', file=sys.stderr)\n"
+        "    return [Verdict('nan', 'gives NaN', {}), Verdict('dense', None, {}, SPEED)]\n"
+        "verdicts.of_backends = tried\n"
+        "choice = attention.choose_attention(config_of(Path('.')), SHAPE, jax.devices()[0])\n"
+        "print(choice.backend, *choice.warnings, file=sys.stderr)\n"
+        "distributed.finish()\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", child, address]
+    root = Path(__file__).parents[2]
+    processes = [subprocess.Popen([*command, str(i)], cwd=root, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    first, second = (process.communicate(timeout=120)[1] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], first + second
+    passed_over = "dense warning: attention backend 'nan' is passed over: it gives NaN"
+    assert first.splitlines()[-2:] == ["tried", passed_over]
+    assert "tried" not in second and second.splitlines()[-1] == passed_over
