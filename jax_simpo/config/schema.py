@@ -392,8 +392,10 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         "The same for `torch_ref`. On a GPU auto takes flex for rows, and without sharing and packing flash attention "
         "where it is installed; on a CPU sdpa, or dense where the model caps its attention scores.",
     )
-    remat: Literal["none", "dots", "full"] = _key(
-        "full", "What of a layer is recomputed in the backward pass: nothing, all but matrix products, or all."
+    remat: Literal["none", "dots", "attention", "full"] = _key(
+        "full",
+        "What of a layer is recomputed in the backward pass: nothing, all but matrix products and attention, all but "
+        "attention, or all.",
     )
     logprob_chunk: Literal["auto"] | Annotated[Whole, Field(ge=1)] = _key(
         "auto",

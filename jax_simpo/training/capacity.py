@@ -42,10 +42,12 @@ def longest_row(model: Model, mesh: Mesh, rows_per_device: int, memory: int) -> 
     """
     config = model.config
     width = model.dtype.itemsize
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    queries = config.num_heads * config.head_dim
+    heads = queries + 2 * config.num_kv_heads * config.head_dim
     layer = 4 * config.hidden_size + (2 * heads + 3 * config.intermediate_size) // mesh.shape["tensor"]
-    kept = {"full": config.hidden_size, "dots": config.hidden_size + layer // 2, "none": config.hidden_size + layer}
-    per_token = width * (config.num_layers * kept[model.remat] + 2 * layer) + 4 * 2 * config.hidden_size
+    beside_input = {"full": 0, "attention": queries // mesh.shape["tensor"], "dots": layer // 2, "none": layer}
+    kept = config.hidden_size + beside_input[model.remat]
+    per_token = width * (config.num_layers * kept + 2 * layer) + 4 * 2 * config.hidden_size
     remaining = _remaining(model, mesh, memory)
     return max(0, min(_LONGEST, int(_SPARE * remaining) // (per_token * rows_per_device)))
 
