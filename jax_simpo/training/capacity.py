@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from jax_simpo.config import TrainConfig
+from jax_simpo.data.packing import ROW_MULTIPLE
 from jax_simpo.errors import ConfigError
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
@@ -17,6 +18,8 @@ from jax_simpo.models.transformer import Model
 _STATE_BYTES = 20
 _SPARE = 0.5  # share of the remaining memory that rows may take; the rest is for temporaries that are not counted
 _LONGEST = 32768  # longer rows fill no better
+# TPU kernels work in large blocks: those of splash attention have up to 512 rows, and it pads a row they do not divide.
+_ROW_MULTIPLES = {"tpu": 1024}
 _LOGITS = 0.125  # share of the remaining memory that a micro-batch's logits may take, out of that rest
 
 
@@ -50,6 +53,11 @@ def longest_row(model: Model, mesh: Mesh, rows_per_device: int, memory: int) -> 
     per_token = width * (config.num_layers * kept + 2 * layer) + 4 * 2 * config.hidden_size
     remaining = _remaining(model, mesh, memory)
     return max(0, min(_LONGEST, int(_SPARE * remaining) // (per_token * rows_per_device)))
+
+
+def row_multiple(mesh: Mesh) -> int:
+    """Returns what lengths chosen for long rows should be multiples of on these devices, so that kernels fill blocks."""
+    return _ROW_MULTIPLES.get(mesh.devices.flat[0].platform, ROW_MULTIPLE)
 
 
 def check_fits(config: TrainConfig, model: Model, mesh: Mesh, memory: int) -> None:

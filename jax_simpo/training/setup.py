@@ -355,6 +355,7 @@ class Setup:
             seed=seed,
             row_length=None if config.row_length == "auto" else config.row_length,
             max_row_length=capacity.longest_row(model, self.mesh, config.rows_per_device, self.device_memory),
+            row_multiple=capacity.row_multiple(self.mesh),
             prompt_targets=self.objective.reads_prompts,
         )
         plan.check(pairs.origin)

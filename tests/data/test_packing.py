@@ -180,6 +180,36 @@ def test_the_row_length_keeps_to_the_memory_there_is_but_holds_the_longest_pair(
     assert row_length(most=1) >= 1024
 
 
+@pytest.mark.parametrize(("median", "spread", "batch"), [(40, 15, 16), (200, 100, 128), (900, 400, 128)])
+@pytest.mark.parametrize("packing", [True, False])
+def test_long_rows_are_multiples_of_what_is_asked_for_and_short_ones_of_what_adds_little(
+    median: int, spread: int, batch: int, packing: bool
+) -> None:
+    lengths = log_normal_lengths(512, median, spread)
+
+    def plan_with(row_length: int | None, row_multiple: int) -> StepPlan:
+        return make_step_plan(
+            lengths,
+            global_batch_size=batch,
+            rows_per_micro_batch=1,
+            row_length=row_length,
+            max_row_length=16384,
+            row_multiple=row_multiple,
+            packing=packing,
+            seed=0,
+        )
+
+    longest, chosen = int(lengths.row_tokens(True).max()), plan_with(None, 1024).shape.length
+    assert chosen >= longest
+    multiples = {8192: 1024, 4096: 512, 2048: 256, 0: 128}  # from what length on
+    assert chosen % next(multiple for least, multiple in multiples.items() if chosen >= least) == 0
+    if not packing:
+        assert chosen <= max(longest + 127, longest * 9 / 8)
+    # A length that is given stays as it is.
+    given = -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
+    assert plan_with(given, 1024).shape == plan_with(given, ROW_MULTIPLE).shape
+
+
 def test_without_packing_a_row_holds_one_pair() -> None:
     lengths = log_normal_lengths(64, 100, 50)
     plan = make_step_plan(
