@@ -371,7 +371,11 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         "Tokens in a row, a multiple of 128; `auto` picks what is cheapest per step: few tokens computed, few "
         "micro-batches.",
     )
-    rows_per_device: Whole = _key(1, "Rows each data-parallel device computes at a time (one micro-batch).", ge=1)
+    rows_per_device: Literal["auto"] | Annotated[Whole, Field(ge=1)] = _key(
+        1,
+        "Rows each data-parallel device computes at a time (one micro-batch); `auto` takes as many as a step fills "
+        "and, by estimate, fit the memory. Same results.",
+    )
 
     # --- devices and numerics
     mesh: MeshConfig = _key(MeshConfig, "Devices per axis; see below.", section="Devices and numerics")

@@ -8,7 +8,7 @@ the seed and k. So there is no iterator state to save, and every process derives
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -282,6 +282,41 @@ def make_step_plan(
     responses = max(int(lengths.sizes.max()), int(responses))
     # All targets of the fullest row have room. Where a row has fewer, the loss head skips the padding.
     return plan_with(RowShape(plan.shape.length, max(most_targets, _round_up(int(fullest))), responses))
+
+
+def grow_micro_batches(plan: StepPlan, devices: int, most: int) -> StepPlan:
+    """Returns a plan with the rows a device at which a step costs least: few micro-batches, few empty rows.
+
+    Every micro-batch costs the time of `MICRO_BATCH_TOKENS` tokens beside its rows. The rows themselves stay the same.
+
+    Args:
+        plan: the step plan with a row a device.
+        devices: devices that each take rows of their own.
+        most: most rows a device, at least 1.
+    """
+    filled = np.array([len(plan.step(int(k)).rows) for k in _sampled_steps(plan)])
+    rows = np.arange(1, min(most, -(-int(filled.max()) // devices)) + 1)
+    micro_batches = -(-filled[:, None] // (devices * rows))
+    costs = (micro_batches * (rows * plan.shape.length + MICRO_BATCH_TOKENS)).mean(0)
+    cheapest = int(rows[np.argmax(costs <= _GOOD_ENOUGH * costs.min())])
+    return replace(plan, rows_per_micro_batch=devices * cheapest)
+
+
+def micro_batch_line(plan: StepPlan, report: PackingReport, devices: int, most: int | None) -> str:
+    """Describes the micro-batches of a step in one line, with the reason for their size.
+
+    Args:
+        plan: the step plan.
+        report: the plan as `measure` has measured it.
+        devices: devices that each take rows of their own.
+        most: the most rows a device that were allowed, if the plan is of `grow_micro_batches`; None for a given size.
+    """
+    rows, count = plan.rows_per_micro_batch // devices, report.rows / plan.rows_per_micro_batch
+    size = f"{count:.3g} micro-batch{'es' if count > 1 else ''} a step, of {rows} row{'s' if rows > 1 else ''} a device"
+    if most is None:
+        return f"{size} (`rows_per_device`)"
+    filled = report.rows * (1 - report.empty_rows) / devices
+    return f"{size} (`rows_per_device: auto`: a step fills {filled:.3g}, and by estimate {most} fit a device's memory)"
 
 
 def _cheapest(plans: list[StepPlan]) -> StepPlan:

@@ -35,7 +35,7 @@ from jax_simpo.sharding import hosts_share_tensor
 from jax_simpo.training import capacity
 from jax_simpo.training.compilation import keep_compiled_programs
 from jax_simpo.training.evaluate import GROUPS_PER_PLAN, Evaluation
-from jax_simpo.training.groups import idle_warning, notes_on, packing_line
+from jax_simpo.training.groups import idle_warning, notes_on
 from jax_simpo.training.loop import TrainingLoop
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.reference import Reference, frozen_weights
@@ -135,7 +135,7 @@ def _train(
         records = checkpoints.metrics(first_step)
         print_notes(console, [check_records(output, records, needed=BestRule.of(config) is not None)])
     packing = measure(plan)
-    console.print(packing_line("training", plan, packing))
+    console.print(setup.packing_lines("training", plan, packing))
     print_notes(console, [idle_warning(plan, packing, setup.data_parallel)])
     evaluation = _evaluation(setup, console) if config.do_eval else None
     best_rule = BestRule.of(config)

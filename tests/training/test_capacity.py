@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from jax_simpo.config import TrainConfig
+from jax_simpo.data.rows import RowShape
 from jax_simpo.errors import ConfigError
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.hf.lora_targets import choose_targets
 from jax_simpo.models.lora import Lora
 from jax_simpo.models.transformer import Model
-from jax_simpo.training.capacity import check_fits, device_memory, logits_bytes, longest_row
+from jax_simpo.training.capacity import check_fits, device_memory, logits_bytes, longest_row, most_rows
 from tests.training.support import mesh_of
 
 GIB = 1 << 30
@@ -91,6 +92,21 @@ def test_the_rows_of_a_device_share_its_memory() -> None:
     limited = alone < alone.max()
     assert limited[many > 0].any()
     np.testing.assert_array_equal(many[limited], alone[limited] // 8)
+
+
+def test_a_micro_batch_holds_the_rows_that_fit_and_its_logits_are_kept_where_those_of_a_row_are() -> None:
+    shape, model = RowShape(2048, 1024, 8), replace(MODEL, dtype="float32")
+    a_row = 4 * shape.targets * CONFIG.vocab_size
+    for memory in MEMORIES:
+        rows, in_tiles = (
+            most_rows(model, ONE, shape, memory, keeps_logits=keeps_logits) for keeps_logits in (True, False)
+        )
+        assert 1 <= rows <= in_tiles
+        assert in_tiles == 1 or in_tiles * shape.length * model.config.hidden_size * 4 * CONFIG.num_layers < memory
+        if longest_row(model, ONE, 1, memory) < longest_row(model, ONE, 1, MEMORIES[-1]):  # memory is the limit
+            assert in_tiles == max(1, longest_row(model, ONE, 1, memory) // shape.length)
+        kept = logits_bytes(model, ONE, memory)
+        assert rows * a_row <= kept if a_row <= kept else rows == in_tiles
 
 
 def test_what_remat_keeps_shortens_rows() -> None:

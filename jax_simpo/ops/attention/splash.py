@@ -4,8 +4,9 @@ The kernel takes a dense boolean mask per row and makes its tables of live block
 forward and backward pass then visit live blocks only, and read the mask only in those that are visible in part. The
 tables hold the mask twice, as int8: 2 L^2 bytes a row and a window, 34 MB at 4,096 tokens and 537 MB at 16,384.
 
-A row that large blocks do not divide is padded for the kernel. A block of padding sees itself alone, so it costs little;
-small blocks would cost a lot: a row of 9,344 tokens has 73 x 74 / 2 of 128 in its lower triangle, or 19 x 20 / 2 of 512.
+A row that large blocks do not divide is padded for the kernel. A block of padding sees itself alone, so it costs
+little; small blocks would cost more: of a row of 9,344 tokens the kernel would visit up to 73 x 74 / 2 blocks of 128,
+where 19 x 20 / 2 of 512 do.
 """
 
 from __future__ import annotations
