@@ -41,6 +41,7 @@ from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.reference import Reference, frozen_weights
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import make_score_function, make_train_functions
+from jax_simpo.training.xla_options import step_options
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,8 @@ def _print_start(setup: Setup, console: Console) -> None:
     """Prints the mesh, and notes on settings that the user may want to change."""
     config, mesh = setup.config, setup.mesh
     console.print(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())} ({mesh.devices.flat[0]})")
+    if options := step_options(mesh):
+        console.print(f"XLA options of the step: {', '.join(options)} (docs/performance.md)")
     notes = []
     if hosts_share_tensor(mesh):
         notes.append(
