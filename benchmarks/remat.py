@@ -1,13 +1,14 @@
 """Is a rematerialisation policy worth its time: how much does each cost, and how much memory does it save?
 
-Runs the trainer's step under `remat: none`, `dots` and `full` and measures the memory of the compiled program of a
-micro-batch and the seconds of whole optimizer steps, in turns, on the same pairs and weights. A 1B model is compiled
-and not run, to see the memory of its micro-batch.
+Runs the trainer's step under `remat: none`, `dots`, `attention` and `full` and measures the memory of the compiled
+program of a micro-batch and the seconds of whole optimizer steps, in turns, on the same pairs and weights. A 1B model
+is compiled and not run, to see the memory of its micro-batch.
 
 Expected: `full` computes the layers' forward twice (at most 4/3 of the time of `none`) and keeps one hidden state a
-layer; `dots` lies between.
+layer; `attention` keeps attention's result besides, about twice as much, and saves its forward pass; `dots` lies
+between `attention` and `none`.
 
-Takes about 5 minutes on two CPU cores (`--quick`: half a minute).
+Takes about 7 minutes on two CPU cores (`--quick`: half a minute).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from benchmarks.timing import speed_up
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.transformer import Model
 
-POLICIES = ("none", "dots", "full")
+POLICIES = ("none", "dots", "attention", "full")
 
 
 def main(

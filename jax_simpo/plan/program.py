@@ -39,7 +39,6 @@ from jax_simpo.plan.topology import Topology
 from jax_simpo.run.cadence import count_steps
 from jax_simpo.sharding import make_mesh, named
 from jax_simpo.training.attention import AttentionChoice
-from jax_simpo.training.groups import packing_line
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import Accumulated, Denominators, make_train_functions
@@ -216,9 +215,9 @@ def measure_step(setup: TopologySetup, console: Console, *, search: bool, save: 
     pairs = setup.train_pairs()
     step_plan = setup.step_plan(pairs, batch=setup.global_batch_size(), seed=config.seed)
     packing = measure(step_plan)
-    console.print(packing_line("training", step_plan, packing))
+    console.print(setup.packing_lines("training", step_plan, packing))
     micro_batches = packing.rows / step_plan.rows_per_micro_batch
-    rows = config.rows_per_device
+    rows = step_plan.rows_per_micro_batch // setup.data_parallel
     rows_of_a_step = math.ceil(packing.rows * (1 - packing.empty_rows) / setup.data_parallel)
     most = max(rows, rows_of_a_step)
 

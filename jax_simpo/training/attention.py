@@ -21,6 +21,7 @@ from jax_simpo.ops.attention.choice import candidates, choose, place_of
 from jax_simpo.ops.attention.evidence import Shape, Verdict
 from jax_simpo.processes import distributed
 from jax_simpo.training import verdicts
+from jax_simpo.training.capacity import least_rows
 
 # The backends that need no trial on a kind of device: those that every change to this program is tested with there.
 KNOWN = {("CPU", "blockwise"), ("CPU", "dense")}
@@ -62,7 +63,7 @@ def shape_of(config: TrainConfig, model: Model, mesh: Mesh, longest_row: int) ->
         windows=sizes.windows,
         scale=sizes.query_pre_attn_scalar**-0.5,
         softcap=sizes.attention_softcap,
-        rows=config.rows_per_device,
+        rows=least_rows(config),
         row_length=length if config.row_length == "auto" else config.row_length,
     )
 

@@ -17,7 +17,13 @@ from jax_simpo import hf
 from jax_simpo.config import TrainConfig, torch_only
 from jax_simpo.data import chat, sources
 from jax_simpo.data.loader import Known
-from jax_simpo.data.packing import StepPlan, make_step_plan
+from jax_simpo.data.packing import (
+    PackingReport,
+    StepPlan,
+    grow_micro_batches,
+    make_step_plan,
+    micro_batch_line,
+)
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.errors import CheckpointError, ConfigError, ModelError
 from jax_simpo.hf import adapters
@@ -36,7 +42,7 @@ from jax_simpo.run.sums import check_model_sums
 from jax_simpo.sharding import make_mesh
 from jax_simpo.training import capacity
 from jax_simpo.training.attention import AttentionChoice, choose_attention, shape_of
-from jax_simpo.training.groups import require_data, tokenize_on_first
+from jax_simpo.training.groups import packing_line, require_data, tokenize_on_first
 from jax_simpo.training.objective import objective_of
 from jax_simpo.training.start import StartModel, find_start_model
 
@@ -157,7 +163,7 @@ class Setup:
     @property
     def attention_shape(self) -> Shape:
         """The part of the run's shapes that its attention depends on."""
-        longest = capacity.longest_row(self.model, self.mesh, self.config.rows_per_device, self.device_memory)
+        longest = capacity.longest_row(self.model, self.mesh, capacity.least_rows(self.config), self.device_memory)
         return shape_of(self.config, self.model, self.mesh, longest)
 
     @property
@@ -345,20 +351,34 @@ class Setup:
             seed: of the order; None keeps file order.
         """
         config, model = self.config, self.model
-        rows = config.rows_per_device * self.data_parallel
+        rows = capacity.least_rows(config)
         plan = make_step_plan(
             pairs.lengths,
             global_batch_size=batch,
-            rows_per_micro_batch=rows,
+            rows_per_micro_batch=rows * self.data_parallel,
             prefix_sharing=config.prefix_sharing,
             packing=config.packing,
             seed=seed,
             row_length=None if config.row_length == "auto" else config.row_length,
-            max_row_length=capacity.longest_row(model, self.mesh, config.rows_per_device, self.device_memory),
+            max_row_length=capacity.longest_row(model, self.mesh, rows, self.device_memory),
+            row_multiple=capacity.row_multiple(self.mesh),
             prompt_targets=self.objective.reads_prompts,
         )
         plan.check(pairs.origin)
-        return plan
+        most = self.most_rows(plan)
+        return plan if most is None else grow_micro_batches(plan, self.data_parallel, most)
+
+    def most_rows(self, plan: StepPlan) -> int | None:
+        """The rows of a step plan that fit a device's memory, with `rows_per_device: auto`; otherwise None."""
+        if self.config.rows_per_device != "auto":
+            return None
+        keeps_logits = self.config.logprob_chunk == "auto"
+        return capacity.most_rows(self.model, self.mesh, plan.shape, self.device_memory, keeps_logits=keeps_logits)
+
+    def packing_lines(self, name: str, plan: StepPlan, report: PackingReport) -> str:
+        """Describes the rows and the micro-batches of a split, in a line each."""
+        micro_batches = micro_batch_line(plan, report, self.data_parallel, self.most_rows(plan))
+        return f"{packing_line(name, plan, report)}\n{name}: {micro_batches}"
 
 
 def open_checkpoints(config: TrainConfig) -> Checkpoints:

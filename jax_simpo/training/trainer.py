@@ -36,12 +36,13 @@ from jax_simpo.training import capacity
 from jax_simpo.training.attention import AttentionChoice
 from jax_simpo.training.compilation import keep_compiled_programs
 from jax_simpo.training.evaluate import GROUPS_PER_PLAN, Evaluation
-from jax_simpo.training.groups import idle_warning, notes_on, packing_line
+from jax_simpo.training.groups import idle_warning, notes_on
 from jax_simpo.training.loop import TrainingLoop
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.reference import Reference, frozen_weights
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import make_score_function, make_train_functions
+from jax_simpo.training.xla_options import step_options
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _train(
         records = checkpoints.metrics(first_step)
         print_notes(console, [check_records(output, records, needed=BestRule.of(config) is not None)])
     packing = measure(plan)
-    console.print(packing_line("training", plan, packing))
+    console.print(setup.packing_lines("training", plan, packing))
     print_notes(console, [idle_warning(plan, packing, setup.data_parallel)])
     evaluation = _evaluation(setup, console) if config.do_eval else None
     best_rule = BestRule.of(config)
@@ -261,6 +262,8 @@ def _print_start(setup: Setup, console: Console) -> None:
     """Prints the mesh, and notes on settings that the user may want to change."""
     config, mesh = setup.config, setup.mesh
     console.print(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())} ({mesh.devices.flat[0]})")
+    if options := step_options(mesh):
+        console.print(f"XLA options of the step: {', '.join(options)} (docs/performance.md)")
     notes = []
     if hosts_share_tensor(mesh):
         notes.append(

@@ -143,6 +143,22 @@ def test_the_largest_micro_batch_is_the_whole_step_where_all_fits(planned: dict[
     assert planned["largest_rows_per_device"] == planned["most_rows_per_device"] > 1
 
 
+def test_automatic_micro_batches_are_those_that_the_topologys_memory_holds(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_config(config, ["--rows_per_device=auto", "--packing=false"])
+    pairs, found = None, []
+    for memory in (1 << 20, 12 << 20, 1 << 40):
+        monkeypatch.setattr(Topology, "memory", memory)
+        setup = program.TopologySetup(settings, topology=Topology.parse("cpu:8"))
+        pairs = pairs or setup.train_pairs()
+        plan = setup.step_plan(pairs, batch=64, seed=42)
+        found.append(plan.rows_per_micro_batch // 8)
+        line = setup.packing_lines("training", plan, measure(plan)).splitlines()[1]
+        assert f"of {found[-1]} row" in line and "`rows_per_device: auto`" in line
+    assert found[0] == 1 < found[1] < found[2] == 8  # 64 pairs, one a row
+
+
 def test_a_plan_is_read_back_and_shown(planned: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     plan = HardwarePlan.from_json(planned)
     assert json.loads(json.dumps(plan.to_json())) == planned
