@@ -18,9 +18,9 @@ from benchmarks.workers import Requests
 
 # Implementations by platform. On other platforms they are missing, or interpreted and too slow to measure.
 RUNS_ON = {
-    "cpu": ("dense", "blockwise"),
-    "gpu": ("dense", "blockwise", "pallas", "cudnn"),
-    "tpu": ("dense", "blockwise", "splash"),
+    "cpu": ("dense", "blockwise", "banded"),
+    "gpu": ("dense", "blockwise", "banded", "pallas", "triton", "cudnn"),
+    "tpu": ("dense", "blockwise", "banded", "splash"),
 }
 # The most scores of all heads. A device holds some eight copies of them in the backward pass.
 DENSE_LIMIT = {"cpu": 2**28, "gpu": 2**30, "tpu": 2**28}
@@ -66,7 +66,7 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
     from jax_simpo.hf.config import read_model_config
     from jax_simpo.models.rope import rope_tables
     from jax_simpo.models.transformer import MLP, Attention
-    from jax_simpo.ops.attention import BACKENDS, attention, prepare_mask
+    from jax_simpo.ops.attention import BACKENDS, Room, attention, prepare_mask
 
     config = read_model_config(mapping)
     mlp, mlp_params = nnx.split(MLP(config, nnx.Rngs(0)))
@@ -80,12 +80,12 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
         run = jax.jit(jax.grad(lambda *a: forward(*a).astype(jnp.float32).sum(), tuple(range(len(arguments)))))
         return lambda: jax.block_until_ready(run(*arguments))
 
-    def attend(key_end: Any, positions: Any, which: str, q: Any, k: Any, v: Any) -> Any:
-        mask = prepare_mask(key_end, positions, (None,), which, sequences=2)
+    def attend(key_end: Any, positions: Any, room: Room, which: str, q: Any, k: Any, v: Any) -> Any:
+        mask = prepare_mask(key_end, positions, (None,), which, room=room)
         return attention(q, k, v, mask, scale=config.head_dim**-0.5)
 
-    def attention_layer(key_end: Any, positions: Any, which: str, x: Any, params: Any) -> Any:
-        mask = prepare_mask(key_end, positions, (None,), which, sequences=2)
+    def attention_layer(key_end: Any, positions: Any, room: Room, which: str, x: Any, params: Any) -> Any:
+        mask = prepare_mask(key_end, positions, (None,), which, room=room)
         rope = rope_tables(config.rope, config.head_dim, positions, x.dtype)
         return nnx.merge(layer, params)(x, rope, mask, None)
 
@@ -93,9 +93,11 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
         if request["do"] == "facts":
             return {"device": device_name(), "implementations": implementations}
         runs: dict[str, Callable[[], object]] = {}
+        longest = request["prefix"] + request["response"]
         for name, row in layouts(request["prefix"], request["response"]).items():
             key_end, positions = (jnp.asarray(array) for array in row)
             length = key_end.shape[1]
+            room = Room(2, longest, longest + (request["response"] if name == "shared" else 0))
             x = random(1, length, config.hidden_size)
             q = random(1, length, config.num_heads, config.head_dim)
             k, v = (random(1, length, config.num_kv_heads, config.head_dim) for _ in range(2))
@@ -103,7 +105,7 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
             for which in request["implementations"]:
                 if which == "dense" and config.num_heads * length**2 > DENSE_LIMIT[jax.default_backend()]:
                     continue
-                masked = key_end, positions, which
+                masked = key_end, positions, room, which
                 runs[f"attention/{which}/{name}"] = gradient(partial(attend, *masked), q, k, v)
                 runs[f"attention layer/{which}/{name}"] = gradient(partial(attention_layer, *masked), x, layer_params)
         return time_all(runs, request["rounds"])

@@ -131,7 +131,7 @@ class Trainee:
     @property
     def scoring_forward(self) -> Forward:
         """The forward pass of scoring."""
-        return Forward(self.model, self.attention_name, self.chunk)
+        return Forward(self.model, self.attention_name, self.chunk, longest=self.plan.longest, span=self.plan.span)
 
     @property
     def forward(self) -> Forward:
@@ -215,7 +215,8 @@ class ReferencePass:
     @cached_property
     def score(self) -> ScoreFunction:
         """The compiled function that scores a micro-batch."""
-        return make_score_function(self.trainee.scoring_forward, self.trainee.mesh)
+        forward = self.trainee.scoring_forward.up_to(self.plan.longest, self.plan.span)
+        return make_score_function(forward, self.trainee.mesh)
 
     def warm(self, params: Any) -> None:
         """Compiles the pass by scoring one micro-batch."""

@@ -236,7 +236,7 @@ def score_dataset(
         console.print(packing_line(pairs.name, plan, measure(plan)))
         trainer.print_attention(setup.attention_choice, console)
     with jax.set_mesh(setup.mesh):
-        function = make_score_function(setup.forward, setup.mesh, prompts=setup.objective.reads_prompts)
+        function = make_score_function(setup.forward_of(plan), setup.mesh, prompts=setup.objective.reads_prompts)
         return evaluation.score_groups(function, model.params, plan, pairs, setup.mesh, setup.known(pairs, reference))
 
 

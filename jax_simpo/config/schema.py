@@ -385,11 +385,11 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         identity=True,
     )
     export_dtype: Literal["float32", "bfloat16"] | None = _key(None, "Type of the exported weights. Default: `dtype`.")
-    attention: Literal["auto", "dense", "blockwise", "splash", "pallas", "cudnn"] = _key(
+    attention: Literal["auto", "dense", "blockwise", "banded", "splash", "pallas", "triton", "cudnn"] = _key(
         "auto",
-        "Attention backend; all compute the same. `blockwise` runs anywhere, `splash` on TPUs, `pallas` on "
-        "Hopper GPUs, `cudnn` on NVIDIA GPUs without soft caps, `dense` for tiny rows. `auto` takes the fastest "
-        "that is right on the device; the log says which and why.",
+        "Attention backend; all compute the same. `blockwise` and `banded` run anywhere, `splash` on TPUs, `pallas` on "
+        "Hopper GPUs, `triton` on NVIDIA GPUs from Ampere on, `cudnn` on NVIDIA GPUs without soft caps, `dense` for "
+        "tiny rows. `auto` takes the fastest that is right on the device; the log says which and why.",
     )
     attention_check: bool = _key(
         True,

@@ -134,6 +134,16 @@ class StepPlan:
         """Number of steps that visit every group once."""
         return -(-len(self.lengths) // self.global_batch_size)
 
+    @property
+    def longest(self) -> int:
+        """Most input tokens of a response, rounded up as row lengths are, so that few programs are compiled."""
+        return _round_up(int(self.lengths.inputs.max()))
+
+    @property
+    def span(self) -> int:
+        """Most tokens of a row from one to another that sees it, both counted, rounded up like `longest`."""
+        return _round_up(int(self.lengths.tree_tokens.max())) if self.prefix_sharing else self.longest
+
     def groups(self, step: int) -> Int[np.ndarray, " G"]:
         """Returns the groups of a step in their order, as indices into the data."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)

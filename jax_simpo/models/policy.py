@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxtyping import Array, Float
 
 from jax_simpo.models.transformer import Model, Params
 from jax_simpo.ops import logprobs
-from jax_simpo.ops.attention import prepare_mask
+from jax_simpo.ops.attention import Room, prepare_mask
 from jax_simpo.ops.responses import ResponseLogps, sum_responses
 
 Rows = Mapping[str, Array]  # the arrays of a RowBatch by name, int32 [B, L], [B, T] or [B, R]
@@ -25,12 +25,21 @@ class Forward:
         attention: the name of the attention backend.
         logprob_chunk: most hidden states of a tile of logits; `auto` takes what is fastest on the device.
         logits_bytes: memory of a device, in bytes, that training may spend on keeping a micro-batch's logits.
+        longest: most input tokens of a response, where known; `None` stands for the row's length.
+        span: most tokens of a row from one to another that sees it, both counted, where known. Attention takes static
+            sizes from both numbers, and gives NaN for rows that go beyond.
     """
 
     model: Model
     attention: str
     logprob_chunk: int | Literal["auto"] = "auto"
     logits_bytes: int = 0
+    longest: int | None = None
+    span: int | None = None
+
+    def up_to(self, longest: int, span: int) -> Forward:
+        """Returns the forward pass of the rows of a step plan, given its `longest` and `span`."""
+        return replace(self, longest=longest, span=span)
 
     def response_logps(self, params: Params, rows: Rows, prompts: bool = False) -> ResponseLogps:
         """Returns the sum of log-probs and the length of every response slot, float32 [B, R]; of prompts if asked."""
@@ -43,9 +52,9 @@ class Forward:
     def target_logps(self, params: Params, rows: Rows) -> Float[Array, "B T"]:
         """Returns the log-prob of every target, float32; padding targets get 0."""
         slots = rows["response_group"].shape[1]
-        mask = prepare_mask(
-            rows["key_end"], rows["positions"], self.model.config.windows, self.attention, sequences=slots
-        )
+        length = rows["tokens"].shape[1]
+        room = Room(slots, self.longest or length, self.span or length)
+        mask = prepare_mask(rows["key_end"], rows["positions"], self.model.config.windows, self.attention, room=room)
         hidden = self.model.hidden_states(params, rows["tokens"], rows["positions"], mask)
         return logprobs.target_logps(
             hidden,

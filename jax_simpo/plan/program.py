@@ -100,7 +100,9 @@ class Programs:
         self._setup, self._step_plan, self._accumulates = setup, step_plan, accumulates
         mesh, model = setup.mesh, setup.model
         _, optimizer = run_optimizer(setup.config, count_steps(setup.config, step_plan.steps_per_epoch))
-        self._functions: Any = make_train_functions(setup.training_forward, setup.objective, optimizer, mesh)
+        self._functions: Any = make_train_functions(
+            setup.training_forward_of(step_plan), setup.objective, optimizer, mesh
+        )
         self._params: Any = _placed(model.abstract, model.shardings(mesh))
         state = jax.eval_shape(self._functions.init_optimizer, model.abstract)
         self._state = _placed(state, self._functions.optimizer_shardings)

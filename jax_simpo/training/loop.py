@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -33,7 +34,7 @@ from jax_simpo.run.resume import GUARD
 from jax_simpo.run.stalls import StallWatch
 from jax_simpo.run.sums import Sum
 from jax_simpo.sharding import local_rows
-from jax_simpo.training.evaluate import Evaluation, group_records, score_step
+from jax_simpo.training.evaluate import Evaluation, ScoreFunction, group_records, score_step
 from jax_simpo.training.progress import TrainingProgress
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import TrainFunctions, make_score_function, run_step
@@ -203,6 +204,12 @@ class TrainingLoop:
             steps_per_epoch=self.plan.steps_per_epoch,
         )
 
+    @cached_property
+    def _score(self) -> ScoreFunction:
+        """The compiled function that scores a bad step; the evaluation's is made for rows of another shape."""
+        setup = self.setup
+        return make_score_function(setup.forward_of(self.plan), setup.mesh, prompts=setup.objective.reads_prompts)
+
     def _leave_out(self, batch: StepBatch, params: Params, state: Any, metrics: Mapping[str, Any]) -> None:
         """Writes down what a bad step would have trained on. Ends the run, saved, unless the step may be left out.
 
@@ -221,11 +228,7 @@ class TrainingLoop:
 
     def _write_down(self, batch: StepBatch, params: Params, metrics: Mapping[str, Any], *, left_out: bool) -> None:
         """Writes a bad step and its groups to `bad_steps.jsonl`."""
-        if self.evaluation is not None:
-            score = self.evaluation.score
-        else:
-            score = make_score_function(self.setup.forward, self.setup.mesh, prompts=self.setup.objective.reads_prompts)
-        scores = score_step(score, params, self.plan, self.pairs, self.setup.mesh, batch.step, self.known)
+        scores = score_step(self._score, params, self.plan, self.pairs, self.setup.mesh, batch.step, self.known)
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         scored = group_records(scores, self.setup.objective)
         record = describe(batch.step + 1, self.guard.fault, values, batch.groups.tolist(), scored, self.pairs)

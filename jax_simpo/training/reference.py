@@ -103,7 +103,7 @@ class Reference:
         console.print(f"reference: computing the {of_split}{done}")
         lines = GroupLines(console, "reference", len(pairs), ready, pairs.lengths.noun)
         with jax.set_mesh(setup.mesh):
-            score = make_score_function(setup.forward, setup.mesh)
+            score = make_score_function(setup.forward_of(plan), setup.mesh)
             scored = score_steps(score, self.params, plan, pairs, setup.mesh, steps)
             for step, (sums, _) in zip(steps, scored, strict=True):
                 parts.append(sums)

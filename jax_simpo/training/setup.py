@@ -175,10 +175,13 @@ class Setup:
     def forward(self) -> Forward:
         return Forward(self.model, self.attention, self.config.logprob_chunk)
 
-    @cached_property
-    def training_forward(self) -> Forward:
-        """The forward pass of training: with memory to spare, it keeps a micro-batch's logits for the backward pass."""
-        return capacity.training_forward(self.forward, self.mesh, self.device_memory)
+    def forward_of(self, plan: StepPlan) -> Forward:
+        """Returns the forward pass that scores the rows of a step plan."""
+        return self.forward.up_to(plan.longest, plan.span)
+
+    def training_forward_of(self, plan: StepPlan) -> Forward:
+        """Returns the forward pass of training: with memory to spare, it keeps logits for the backward pass."""
+        return capacity.training_forward(self.forward_of(plan), self.mesh, self.device_memory)
 
     @cached_property
     def device_memory(self) -> int:

@@ -169,7 +169,11 @@ def _train(
         schedule, optimizer = run_optimizer(config, total_steps)
         accumulates = plan.step(0).micro_batches > 1
         functions = make_train_functions(
-            setup.training_forward, setup.objective, optimizer, mesh, accumulates=accumulates
+            setup.training_forward_of(plan),
+            setup.objective,
+            optimizer,
+            mesh,
+            accumulates=accumulates,
         )
         if first_step:
             start = None
@@ -293,7 +297,7 @@ def _evaluation(setup: Setup, console: Console) -> Evaluation:
     pairs = setup.eval_pairs()
     print_notes(console, notes_on(pairs))
     plan = setup.step_plan(pairs, batch=GROUPS_PER_PLAN, seed=None)
-    score = make_score_function(setup.forward, setup.mesh, prompts=setup.objective.reads_prompts)
+    score = make_score_function(setup.forward_of(plan), setup.mesh, prompts=setup.objective.reads_prompts)
     return Evaluation(score, plan, pairs, setup.objective, setup.mesh, setup.known(pairs))
 
 

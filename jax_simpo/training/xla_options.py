@@ -64,7 +64,7 @@ def _own(mesh: Mesh) -> jax.Device:
 
 
 def _user_flags(text: str) -> set[str]:
-    """Returns the names of the flags in `XLA_FLAGS`, which are its words or, as XLA reads it, those of the file it names."""
+    """Returns the names of the flags in `XLA_FLAGS`: its words or, as XLA reads it, those of a file that it names."""
     if text.strip() and not text.lstrip().startswith("-"):
         file = Path(text.strip())
         text = file.read_text(errors="replace") if file.is_file() else ""

@@ -10,11 +10,12 @@ from __future__ import annotations
 from jax_simpo.ops.attention.backends import BACKENDS
 from jax_simpo.ops.attention.choice import choose, place_of
 from jax_simpo.ops.attention.dispatch import attention, prepare_causal_mask, prepare_mask
-from jax_simpo.ops.attention.mask import Mask, visible_at
+from jax_simpo.ops.attention.mask import Mask, Room, visible_at
 
 __all__ = [
     "BACKENDS",
     "Mask",
+    "Room",
     "attention",
     "choose",
     "place_of",

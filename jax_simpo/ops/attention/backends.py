@@ -20,8 +20,10 @@ from jax_simpo.ops.attention.mask import Mask
 BACKENDS = {
     "dense": "jax_simpo.ops.attention.dense",
     "blockwise": "jax_simpo.ops.attention.blockwise",
+    "banded": "jax_simpo.ops.attention.banded",
     "splash": "jax_simpo.ops.attention.splash",
     "pallas": "jax_simpo.ops.attention.pallas.backend",
+    "triton": "jax_simpo.ops.attention.triton.backend",
     "cudnn": "jax_simpo.ops.attention.cudnn",
 }
 

@@ -23,9 +23,18 @@ PREFERENCES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "Hopper GPU": (
         ("pallas", "not measured yet: by design, docs/decisions/003-attention-on-gpu.md"),
-        ("blockwise", "not measured yet: runs anywhere, memory linear in the row length"),
+        ("triton", "not measured yet: has no kernels for Hopper alone, docs/decisions/007-attention-on-other-gpus.md"),
+        ("cudnn", "not measured yet: the vendor's kernels, on rows that are taken apart"),
+        ("banded", "not measured yet: runs anywhere, without making the host wait"),
+        ("blockwise", "not measured yet: runs anywhere, computes less than banded"),
     ),
-    "GPU": (("blockwise", "not measured yet: runs anywhere, memory linear in the row length"),),
+    # The kernels of `pallas` use instructions that Hopper alone has; Blackwell is one of the others.
+    "GPU": (
+        ("triton", "not measured yet: by design, docs/decisions/007-attention-on-other-gpus.md"),
+        ("cudnn", "not measured yet: the vendor's kernels, on rows that are taken apart"),
+        ("banded", "not measured yet: runs anywhere, without making the host wait"),
+        ("blockwise", "not measured yet: runs anywhere, computes less than banded"),
+    ),
 }
 
 

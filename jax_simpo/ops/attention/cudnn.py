@@ -5,9 +5,9 @@ for each response), and cuDNN gets the length of each sequence. So attention is 
 everything else of the model still is. A shared token's result comes from the first response it belongs to, and the
 gradients of shared keys and values add up in the tokens they were copied from.
 
-Sizes must be static: `sequences` slots a row, `longest` tokens each. cuDNN skips the tokens beyond a sequence's length,
-but they take memory: q, k, v, the result and their gradients are `sequences * longest / L` times as large while a layer
-runs.
+Sizes must be static: `room.sequences` slots a row of `room.longest` tokens each. cuDNN skips the tokens beyond a
+sequence's length, but they take memory: q, k, v, the result and their gradients are `sequences * longest / L` times as
+large while a layer runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_simpo.errors import ConfigError
 from jax_simpo.ops.attention.backends import Backend, Place, ScoreRule
-from jax_simpo.ops.attention.mask import Mask, visible_at
+from jax_simpo.ops.attention.mask import Mask, Room, visible_at
 
 
 class Sequences(NamedTuple):
@@ -39,16 +39,14 @@ def prepare(mask: Mask, window: int | None) -> Sequences:
     """Takes the rows of the batch apart, the same for every window; see `Backend.prepare`.
 
     Raises:
-        ValueError: the mask was prepared without `sequences`.
+        ValueError: the mask was prepared without `room`.
     """
-    if mask.sequences is None:
-        raise ValueError("attention backend 'cudnn' must be told `sequences`, how many responses a row may hold")
-    return take_apart(mask.key_end, mask.positions, sequences=mask.sequences)
+    if mask.room is None:
+        raise ValueError("attention backend 'cudnn' must be told `room`: how many responses a row may hold, how long")
+    return take_apart(mask.key_end, mask.positions, mask.room)
 
 
-def take_apart(
-    key_end: Int[Array, "B L"], positions: Int[Array, "B L"], *, sequences: int, longest: int | None = None
-) -> Sequences:
+def take_apart(key_end: Int[Array, "B L"], positions: Int[Array, "B L"], room: Room) -> Sequences:
     """Finds the sequences of each row.
 
     A sequence ends at a token that only that token itself sees (`key_end[t] == t + 1`), and consists of the tokens
@@ -58,11 +56,10 @@ def take_apart(
     Args:
         key_end: int32, see `mask.visible_at`.
         positions: int32, each token's place in its own sequence.
-        sequences: most sequences of a row.
-        longest: most tokens of a sequence; the row's length when not given.
+        room: N slots of up to T tokens; no slot gets more than the row's length.
     """
     length = key_end.shape[1]
-    longest = length if longest is None else min(longest, length)
+    sequences, longest = room.sequences, min(room.longest, length)
     index = jnp.arange(length)
     is_last = key_end == index + 1
     first = jnp.cumsum(is_last, axis=1, dtype=jnp.int32) - is_last
@@ -94,8 +91,7 @@ def attend(
     """
     if rule.softcap is not None:
         raise ConfigError(
-            "`attention: cudnn` cannot cap attention scores, as this model does; choose `pallas` (Hopper GPUs) or "
-            "`blockwise`"
+            "`attention: cudnn` cannot cap attention scores, as this model does; choose `attention: auto`"
         )
     sequences: Sequences = mask.table(rule.window)
     rows, slots, longest = sequences.token.shape
@@ -138,6 +134,8 @@ def obstacle(place: Place) -> str | None:
     largest = 256 if place.capability >= (9, 0) else 128
     if place.platform != "gpu":
         return f"needs an NVIDIA GPU, and this is a {place.kind}"
+    if place.capability < (8, 0):
+        return "needs an NVIDIA GPU of compute capability 8.0 (A100) or later, and this is another"
     if place.dtype != "bfloat16":
         return f"computes in bfloat16, and `dtype` is {place.dtype}"
     if place.softcap:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jax_simpo.ops.attention.backends import ScoreRule, load_backend
-from jax_simpo.ops.attention.mask import Mask
+from jax_simpo.ops.attention.mask import Mask, Room
 from jax_simpo.sharding import RULES
 
 
@@ -24,7 +24,7 @@ def prepare_mask(
     windows: tuple[int | None, ...] = (None,),
     backend: str = "blockwise",
     *,
-    sequences: int | None = None,
+    room: Room | None = None,
     interpret: bool = False,
 ) -> Mask:
     """Makes the mask of a batch, once, outside the loop over layers.
@@ -34,23 +34,23 @@ def prepare_mask(
         positions: int32 RoPE positions, counted in each response's own sequence.
         windows: the distinct sliding windows (in positions) of the model's layers; `None` is full attention.
         backend: one of `backends.BACKENDS`.
-        sequences: most responses that a row may hold; needed by `cudnn` only.
-        interpret: run `splash`, `pallas` and `cudnn` without their hardware, slowly, for tests.
+        room: bounds of what a row may hold; needed by `cudnn`, and what makes `banded` cheaper than `dense`.
+        interpret: run `splash`, `pallas`, `triton` and `cudnn` without their hardware, slowly, for tests.
 
     Raises:
-        ValueError: the backend is unknown, or needs `sequences`.
+        ValueError: the backend is unknown, or needs `room`.
     """
     prepare = load_backend(backend).prepare
 
     def prepare_tables(key_end: Array, positions: Array) -> tuple[Any, ...]:
-        mask = Mask(key_end, positions, (), windows, backend, sequences, interpret)
+        mask = Mask(key_end, positions, (), windows, backend, room, interpret)
         return tuple(prepare(mask, window) for window in windows)
 
     if not jax.sharding.get_abstract_mesh().empty:
         by_row = P(RULES["batch"])
         prepare_tables = jax.shard_map(prepare_tables, in_specs=(by_row, by_row), out_specs=by_row, check_vma=False)
     tables = prepare_tables(key_end, positions)
-    return Mask(key_end, positions, tables, windows, backend, sequences, interpret)
+    return Mask(key_end, positions, tables, windows, backend, room, interpret)
 
 
 def prepare_causal_mask(
@@ -62,7 +62,8 @@ def prepare_causal_mask(
 ) -> Mask:
     """Makes the mask of rows that hold one sequence each, as long as the row; see `prepare_mask`."""
     key_end = jnp.full_like(positions, positions.shape[1])
-    return prepare_mask(key_end, positions, windows, backend, sequences=1, interpret=interpret)
+    room = Room(1, positions.shape[1], positions.shape[1])
+    return prepare_mask(key_end, positions, windows, backend, room=room, interpret=interpret)
 
 
 def attention(

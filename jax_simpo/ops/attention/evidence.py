@@ -224,7 +224,7 @@ class _Attend:
         self._rule = rule
 
         def prepare(key_end: Array, positions: Array) -> Mask:
-            return prepare_mask(key_end, positions, (rule.window,), backend, sequences=rows.sequences)
+            return prepare_mask(key_end, positions, (rule.window,), backend, room=rows.room)
 
         mask = jax.block_until_ready(jax.jit(prepare)(rows.key_end, rows.positions))
         self._arrays, self._mask_of = jax.tree.flatten(mask)

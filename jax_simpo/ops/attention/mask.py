@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +42,24 @@ def visible_at(
     return visible
 
 
+class Room(NamedTuple):
+    """What is known of rows before they are made, from which backends take their static sizes.
+
+    Attributes:
+        sequences: most responses of a row.
+        longest: most tokens of the input sequence of one response.
+        span: most tokens of a row from a key to a query that sees it, both counted: those of the largest group.
+    """
+
+    sequences: int
+    longest: int
+    span: int
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("key_end", "positions", "tables"),
-    meta_fields=("windows", "backend", "sequences", "interpret"),
+    meta_fields=("windows", "backend", "room", "interpret"),
 )
 @dataclass(frozen=True)
 class Mask:
@@ -59,7 +73,7 @@ class Mask:
         tables: for each of `windows`, what the backend made of the mask, such as lists of live blocks.
         windows: the distinct sliding windows of the model's layers; `None` is full attention.
         backend: one of `backends.BACKENDS`.
-        sequences: most responses that a row may hold, `None` if unknown.
+        room: bounds of the row's contents, `None` if unknown.
         interpret: run kernels without their hardware, slowly, for tests.
     """
 
@@ -68,7 +82,7 @@ class Mask:
     tables: tuple[Any, ...]
     windows: tuple[int | None, ...]
     backend: str
-    sequences: int | None
+    room: Room | None
     interpret: bool
 
     @property

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jax_simpo.ops.attention.backends import ScoreRule
-from jax_simpo.ops.attention.mask import visible_at
+from jax_simpo.ops.attention.mask import Room, visible_at
 
 
 class Node(NamedTuple):
@@ -28,12 +28,12 @@ class RowMask(NamedTuple):
     Attributes:
         key_end: int32, see `mask.visible_at`; 0 for padding.
         positions: int32, each token's place in its own sequence.
-        sequences: most sequences of a row.
+        room: bounds of what a row holds, from which backends take their static sizes.
     """
 
     key_end: Int[np.ndarray, "B L"]
     positions: Int[np.ndarray, "B L"]
-    sequences: int
+    room: Room
 
     def live_area(self, window: int | None) -> int:
         """Counts the pairs of a query and a key that it sees."""
@@ -92,7 +92,9 @@ def write_rows(rows: list[list[Node]], length: int) -> RowMask:
         start = 0
         for tree in trees:
             start = write(number, tree, start, 0)
-    return RowMask(key_end, positions, max(sum(map(_leaves, trees)) for trees in rows))
+    sequences = max(sum(map(_leaves, trees)) for trees in rows)
+    span = int((key_end - np.arange(length)).max())
+    return RowMask(key_end, positions, Room(sequences, int(positions.max()) + 1, span))
 
 
 def _leaves(node: Node) -> int:

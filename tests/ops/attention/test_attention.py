@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from jax_simpo.data.groups import Group, GroupLengths, Response
 from jax_simpo.data.rows import RowBatch, RowShape, build_rows
-from jax_simpo.ops.attention import Mask, attention, prepare_mask
+from jax_simpo.ops.attention import Mask, Room, attention, prepare_mask
 from jax_simpo.ops.attention.blockwise import BLOCK, find_live_blocks
 from jax_simpo.sharding import make_mesh
 from tests.pairs import random_group, random_pairs
 
 # Claims about one backend alone are in its own file; `pallas`, too slow without a GPU, is in test_pallas_gpu.py only.
-ALL = ["dense", "blockwise", "cudnn", *(["splash"] if find_spec("tokamax") else [])]
+ALL = ["dense", "blockwise", "banded", "triton", "cudnn", *(["splash"] if find_spec("tokamax") else [])]
 # The TPU interpreter did not finish on eight fake devices; test_splash.py compiles for a mesh of TPUs instead.
-ON_A_MESH = ["dense", "blockwise", "cudnn"]
+ON_A_MESH = ["dense", "blockwise", "banded", "triton", "cudnn"]
 
 
 def layout(seed: int, rows: int, length: int, *, sharing: bool = True) -> RowBatch:
@@ -51,12 +51,15 @@ def inputs(seed: int, rows: int, length: int, heads: int, kv_heads: int, width: 
 def make_mask(batch: RowBatch, windows: tuple[int | None, ...], backend: str) -> Mask:
     """Makes the mask of a batch. Kernels whose hardware is missing are interpreted."""
     sequences = (batch.key_end == np.arange(batch.key_end.shape[1]) + 1).sum(1).max()
+    # Not a token more than they need.
+    span = (batch.key_end - np.arange(batch.key_end.shape[1])).max()
+    room = Room(max(1, int(sequences)), int(batch.positions.max()) + 1, max(1, int(span)))
     return prepare_mask(
         jnp.array(batch.key_end),
         jnp.array(batch.positions),
         windows,
         backend,
-        sequences=max(1, int(sequences)),
+        room=room,
         interpret=jax.default_backend() == "cpu",
     )
 

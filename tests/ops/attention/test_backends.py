@@ -89,7 +89,7 @@ import jax_simpo.ops.attention
 from jax_simpo.ops.attention.backends import BACKENDS, Place, load_backend
 
 place = Place("tpu", (0, 0), "bfloat16", 128, False)
-assert [name for name in BACKENDS if load_backend(name).obstacle(place) is None] == ["dense", "blockwise"]
+assert [name for name in BACKENDS if load_backend(name).obstacle(place) is None] == ["dense", "blockwise", "banded"]
 kernel_libraries = ("tokamax.", "jax.experimental.pallas", "jax.experimental.mosaic", "torch")
 imported = [module for module in sys.modules if module.startswith(kernel_libraries)]
 assert not imported, imported

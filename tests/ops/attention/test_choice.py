@@ -14,6 +14,9 @@ from jax_simpo.ops.attention.backends import Place
 CPU = Place("cpu", (0, 0), "float32", 64, False)
 H100 = Place("gpu", (9, 0), "bfloat16", 128, False)
 A100 = Place("gpu", (8, 0), "bfloat16", 128, False)
+B200 = Place("gpu", (10, 0), "bfloat16", 128, False)
+T4 = Place("gpu", (7, 5), "bfloat16", 128, False)
+AMD = Place("gpu", (0, 0), "bfloat16", 128, False)
 TPU = Place("tpu", (0, 0), "bfloat16", 128, False)
 
 
@@ -22,9 +25,14 @@ TPU = Place("tpu", (0, 0), "bfloat16", 128, False)
     [
         (CPU, "blockwise", "auto on a CPU: fastest measured there"),
         (H100, "pallas", "auto on a Hopper GPU"),
-        (dataclasses.replace(H100, head_dim=96), "blockwise", "pallas has kernels for heads of 64, 128, 256"),
-        (dataclasses.replace(H100, head_dim=256, dtype="float32"), "blockwise", "64, 128 in float32"),
-        (A100, "blockwise", "not measured yet"),
+        (dataclasses.replace(H100, head_dim=96), "cudnn", "pallas has kernels for heads of 64, 128, 256"),
+        (dataclasses.replace(H100, head_dim=256, dtype="float32"), "banded", "64, 128 in float32"),
+        (A100, "triton", "not measured yet"),
+        (B200, "triton", "not measured yet"),
+        (dataclasses.replace(A100, head_dim=96), "cudnn", "triton has kernels for heads of 64, 128, 256"),
+        (dataclasses.replace(A100, head_dim=96, softcap=True), "banded", "cudnn cannot cap attention scores"),
+        (T4, "banded", "triton needs an NVIDIA GPU of compute capability 8.0 (A100) or later"),
+        (AMD, "banded", "cudnn needs an NVIDIA GPU of compute capability 8.0 (A100) or later"),
         (dataclasses.replace(TPU, dtype="float32"), "blockwise", "splash computes in bfloat16, and `dtype` is float32"),
     ],
 )
@@ -48,10 +56,10 @@ def test_auto_on_a_tpu_is_splash_where_tokamax_is_installed(installed: bool, mon
         (
             "splash",
             CPU,
-            "`attention: splash` needs a TPU, and this is a CPU; choose auto .*: dense, blockwise$",
+            "`attention: splash` needs a TPU, and this is a CPU; choose auto .*: dense, blockwise, banded$",
         ),
         ("pallas", CPU, "`attention: pallas` needs a Hopper GPU"),
-        ("pallas", A100, "`attention: pallas` needs a Hopper GPU .* and this is a GPU; .*: dense, blockwise, cudnn$"),
+        ("pallas", A100, "needs a Hopper GPU .* and this is a GPU; .*: dense, blockwise, banded, triton, cudnn$"),
         ("cudnn", TPU, "`attention: cudnn` needs an NVIDIA GPU, and this is a TPU"),
         ("cudnn", dataclasses.replace(H100, softcap=True), "`attention: cudnn` cannot cap attention scores"),
     ],

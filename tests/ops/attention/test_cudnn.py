@@ -9,12 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_simpo.data.rows import RowShape, build_rows
+from jax_simpo.data.groups import GroupLengths
+from jax_simpo.data.packing import make_step_plan
+from jax_simpo.data.rows import RowBatch, RowShape, build_rows
 from jax_simpo.errors import ConfigError
-from jax_simpo.ops.attention import Mask, attention, cudnn, prepare_mask
-from jax_simpo.ops.attention.backends import ScoreRule
+from jax_simpo.models.policy import Forward
+from jax_simpo.ops.attention import Room, attention, cudnn, prepare_mask
 from tests.ops.attention.test_attention import inputs, layout, make_mask, run
-from tests.pairs import make_pair
+from tests.pairs import make_pair, random_pairs
+from tests.training.support import tiny_model
 
 # The kernel itself computes in bfloat16 only; test_attention.py has that test.
 ON_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="float32: with XLA in cuDNN's place, on a CPU only")
@@ -42,7 +45,7 @@ def test_every_response_becomes_one_sequence() -> None:
     # chosen one. The last token of a response is never an input.
     pairs = [make_pair([1, 2, 3], [4, 5, 9], [6, 9]), make_pair([7], [8, 1, 9], [8, 9])]
     batch = build_rows([list(enumerate(pairs))], RowShape(12, 12, 4), prefix_sharing=True)
-    sequences = cudnn.take_apart(jnp.array(batch.key_end), jnp.array(batch.positions), sequences=4)
+    sequences = cudnn.take_apart(jnp.array(batch.key_end), jnp.array(batch.positions), Room(4, 5, 5))
     tokens = [
         batch.tokens[0, sequences.token[0, n, :length]].tolist()
         for n, length in enumerate(sequences.length[0].tolist())
@@ -53,22 +56,42 @@ def test_every_response_becomes_one_sequence() -> None:
 
 
 @ON_CPU
-@pytest.mark.parametrize("sizes", [{"sequences": 1}, {"sequences": 9, "longest": 30}])
-def test_sizes_that_are_too_small_give_nan_not_wrong_numbers(sizes: dict[str, int]) -> None:
+@pytest.mark.parametrize("room", [Room(1, 160, 160), Room(9, 30, 160)])
+def test_room_that_is_too_small_gives_nan_not_wrong_numbers(room: Room) -> None:
     batch, (q, k, v, _) = layout(7, 2, 160), inputs(7, 2, 160, 2, 2, 8)
     key_end, positions = jnp.array(batch.key_end), jnp.array(batch.positions)
 
     @jax.jit
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        table = cudnn.take_apart(key_end, positions, **sizes)
-        mask = Mask(key_end, positions, (table,), (None,), "cudnn", None, interpret=True)
-        return cudnn.attend(q, k, v, mask, ScoreRule(0.3))
+        mask = prepare_mask(key_end, positions, backend="cudnn", room=room, interpret=True)
+        return attention(q, k, v, mask, scale=0.3)
 
     out = attend(q, k, v)
     oracle = run(batch, q, k, v, jnp.zeros_like(q), "dense")[0]
     lost = np.isnan(out).any((2, 3))
     assert lost.any()
     np.testing.assert_allclose(out[~lost], oracle[~lost], atol=2e-6)
+
+
+def test_slots_are_as_long_as_the_longest_response_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = random_pairs(np.random.default_rng(0), 40, 9, prompt=(50, 90), response=(20, 60))
+    lengths = GroupLengths.of(pairs)
+    plan = make_step_plan(
+        lengths, global_batch_size=40, rows_per_micro_batch=2, row_length=1024, max_row_length=1024, seed=0
+    )
+    assert lengths.inputs.max() <= plan.longest == 256
+    shapes = []
+
+    def record(q: jax.Array, k: jax.Array, v: jax.Array, **settings: object) -> jax.Array:
+        shapes.append(q.shape[:2])
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+    forward, rows = Forward(tiny_model(), "cudnn"), RowBatch.empty(2, plan.shape).arrays()
+    for forward_pass in (forward, forward.up_to(plan.longest, plan.span)):
+        jax.eval_shape(forward_pass.response_logps, forward.model.abstract, rows)
+    slots = 2 * plan.shape.responses
+    assert set(shapes) == {(slots, 1024), (slots, 256)}
 
 
 def test_soft_caps_are_refused() -> None:
@@ -78,7 +101,7 @@ def test_soft_caps_are_refused() -> None:
         attention(q, k, v, mask, scale=0.3, softcap=3.0)
 
 
-def test_the_number_of_sequences_must_be_told() -> None:
+def test_the_room_for_sequences_must_be_told() -> None:
     ints = jnp.zeros((1, 8), jnp.int32)
-    with pytest.raises(ValueError, match="must be told `sequences`"):
+    with pytest.raises(ValueError, match="must be told `room`"):
         prepare_mask(ints, ints, backend="cudnn")

@@ -62,11 +62,11 @@ def test_the_rows_have_every_kind_of_block_and_the_live_area_is_counted() -> Non
 
 def test_packed_pairs_fill_a_row() -> None:
     rows = packed_pairs(2, 4096)
-    assert (rows.key_end > 0).all() and rows.sequences == 8
-    assert packed_pairs(1, 256).sequences == 2
+    assert (rows.key_end > 0).all() and rows.room == (4, 768, 1024)
+    assert packed_pairs(1, 256).room == (2, 192, 256)
 
 
-@pytest.mark.parametrize("backend", ["dense", "blockwise"])
+@pytest.mark.parametrize("backend", ["dense", "blockwise", "banded"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_right_backends_pass(backend: str, dtype: str) -> None:
     verdict = examine(backend, replace(SHAPE, dtype=dtype))

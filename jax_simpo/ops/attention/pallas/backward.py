@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from jax_simpo.ops.attention.backends import ScoreRule
 from jax_simpo.ops.attention.pallas import warpgroup as wg
 from jax_simpo.ops.attention.pallas.warpgroup import Index, Ref, Side, Tiles, Walk
+from jax_simpo.ops.attention.scores import logits
 
 
 class Inputs(NamedTuple):
@@ -80,7 +81,7 @@ def query_gradient(
             pairs = [(query, key_parts), (dout, value_ring.parts(slot))]
             product, dweights = wg.products(pairs, interpret)
             value_ring.release(slot, interpret)
-            scores, slope = wg.logits(product, rule)
+            scores, slope = logits(product, rule)
             if mixed:
                 vectors = [vector[slot] for vector in key_ring.vectors]
                 keys = Side(key_start, 1, vectors[1:], vectors[0])
@@ -169,7 +170,7 @@ def key_value_gradients(
             query_parts, dout_parts = query_ring.parts(slot), dout_ring.parts(slot)
             # Scores lie keys by queries here, so that weights can be the left operand of a product.
             product, *dweights = wg.products(list(zip(keys_values, [query_parts, dout_parts], strict=False)), interpret)
-            scores, slope = wg.logits(product, rule)
+            scores, slope = logits(product, rule)
             if mixed:
                 queries = Side(query_start, 1, [vector[slot] for vector in query_ring.vectors[1:]])
                 scores = wg.masked(scores, queries, Side(start, 0, key_positions, key_ends), rule)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jax_simpo.ops.attention.backends import ScoreRule
 from jax_simpo.ops.attention.pallas import warpgroup as wg
 from jax_simpo.ops.attention.pallas.warpgroup import Index, Ref, Side, Tiles, Walk
+from jax_simpo.ops.attention.scores import logits
 from jax_simpo.ops.numerics import LOWEST
 
 
@@ -58,7 +59,7 @@ def forward(
             key_start = walk.place(t)[0] if mixed else 0  # loaded before the wait, so that it has arrived after it
             plgpu.barrier_wait(key_ring.ready.at[slot])
             (product,) = wg.products([(query, key_ring.parts(slot))], interpret)
-            scores, _ = wg.logits(product, rule)
+            scores, _ = logits(product, rule)
             if mixed:
                 vectors = [vector[slot] for vector in key_ring.vectors]
                 keys = Side(key_start, 1, vectors[1:], vectors[0])

@@ -10,7 +10,6 @@ when `interpret` is set; the rest of a kernel is the same code on a GPU and in t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +23,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax_simpo.ops.attention.backends import ScoreRule
 from jax_simpo.ops.attention.mask import visible_at
 
-LOG2E = math.log2(math.e)
 SHARED_MEMORY = 223 * 1024  # bytes a block of threads may have on Hopper (227 KiB), less a reserve for the barriers
 THREAD = "warpgroup"
 
@@ -238,15 +236,6 @@ def _dot(terms: Sequence[tuple[Any, Any]]) -> jax.Array:
 def along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     """Repeats a vector that lies along `axis` over the other axis."""
     return lax.broadcast_in_dim(x, shape, [axis])
-
-
-def logits(products: jax.Array, rule: ScoreRule) -> tuple[jax.Array, jax.Array | None]:
-    """Returns scaled, capped scores times log2(e), and the derivative of the cap (None where there is no cap)."""
-    if rule.softcap is None:
-        return products * (rule.scale * LOG2E), None
-    # tanh by exp2: the GPU's own approximation is off by 5e-4, which a cap of 50 would turn into 0.02.
-    tanh = 1.0 - 2.0 / (1.0 + jnp.exp2(products * (2.0 * LOG2E * rule.scale / rule.softcap)))
-    return tanh * (rule.softcap * LOG2E), 1.0 - tanh * tanh
 
 
 class Side(NamedTuple):

@@ -1,0 +1,64 @@
+"""The backend `triton`: what its kernels can do, and the way to them. It needs no GPU library before `attend` runs."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float
+
+from jax_simpo.errors import ConfigError
+from jax_simpo.ops.attention.backends import Backend, Place, ScoreRule
+from jax_simpo.ops.attention.mask import Mask
+from jax_simpo.ops.attention.pallas.bounds import BlockBounds, find_block_bounds
+from jax_simpo.ops.attention.triton.sizes import BLOCK, HEAD_SIZES
+
+
+def prepare(mask: Mask, window: int | None) -> BlockBounds:
+    """Lists the live blocks of the batch; see `Backend.prepare`."""
+    return find_block_bounds(mask.key_end, mask.positions, window, BLOCK)
+
+
+def attend(
+    q: Float[Array, "B L H Dh"],
+    k: Float[Array, "B L K Dh"],
+    v: Float[Array, "B L K Dh"],
+    mask: Mask,
+    rule: ScoreRule,
+) -> Float[Array, "B L H Dh"]:
+    """Computes attention by the kernels; see `Backend.attend`. With `mask.interpret` they run on the CPU, for tests.
+
+    Raises:
+        ConfigError: there is no kernel for the head size or the dtype.
+    """
+    if str(q.dtype) not in HEAD_SIZES:
+        raise ConfigError(f"`attention: triton` computes in bfloat16 or float32, not {q.dtype}; set `dtype`")
+    sizes = HEAD_SIZES[str(q.dtype)]
+    if not mask.interpret and q.shape[-1] not in sizes:
+        raise ConfigError(
+            f"`attention: triton` has {q.dtype} kernels for head sizes {', '.join(map(str, sizes))}, and this model's "
+            f"is {q.shape[-1]}; choose `attention: auto`"
+        )
+    from jax_simpo.ops.attention.triton import kernel
+
+    bounds = mask.table(rule.window)
+    return kernel.attention(q, k, v, mask.key_end, mask.positions, bounds, rule, interpret=mask.interpret)
+
+
+def obstacle(place: Place) -> str | None:
+    """Says why the kernels cannot run there; see `Backend.obstacle`.
+
+    AMD's GPUs, which report no compute capability, are among those refused: Pallas lowers the kernels for them, but
+    they have not even been compiled there.
+    """
+    if place.platform != "gpu":
+        return f"needs an NVIDIA GPU, and this is a {place.kind}"
+    if place.capability < (8, 0):
+        return "needs an NVIDIA GPU of compute capability 8.0 (A100) or later, and this is another"
+    sizes = HEAD_SIZES.get(place.dtype, ())
+    if place.head_dim not in sizes:
+        return (
+            f"has kernels for heads of {', '.join(map(str, sizes))} in {place.dtype}, and this model's have "
+            f"{place.head_dim}"
+        )
+    return None
+
+
+BACKEND = Backend(prepare, attend, obstacle)
