@@ -207,8 +207,8 @@ def _tell_what_is_missing(parts: dict[str, Part]) -> None:
     if packages:
         names = " ".join(packages)
         print(
-            f"{', '.join(missing)} cannot run: {', '.join(packages)} missing. Install with `pip install {names}`; for a "
-            f"machine without a network, `pip download --only-binary :all: -d WHEELS {names}` elsewhere with the same "
+            f"{', '.join(missing)} cannot run: {', '.join(packages)} missing. Install with `pip install {names}`; for "
+            f"a machine without a network, `pip download --only-binary :all: -d WHEELS {names}` elsewhere with the same "
             f"Python, and `pip install --no-index --find-links WHEELS {names}` here. The rest runs now; then --resume."
         )
     if any("stand_ins" in folder for folder in sys.path):
