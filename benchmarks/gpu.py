@@ -207,9 +207,10 @@ def _tell_what_is_missing(parts: dict[str, Part]) -> None:
     if packages:
         names = " ".join(packages)
         print(
-            f"{', '.join(missing)} cannot run: {', '.join(packages)} missing. Install with `pip install {names}`; for "
-            f"a machine without a network, `pip download --only-binary :all: -d WHEELS {names}` elsewhere with the same "
-            f"Python, and `pip install --no-index --find-links WHEELS {names}` here. The rest runs now; then --resume."
+            f"{', '.join(missing)} cannot run: {', '.join(packages)} missing. The rest runs. Install with "
+            f"`pip install {names}` and call again with --resume. For a machine without a network: "
+            f"`pip download --only-binary :all: -d WHEELS {names}` elsewhere with the same Python, and "
+            f"`pip install --no-index --find-links WHEELS {names}` there."
         )
     if any("stand_ins" in folder for folder in sys.path):
         print("jaxtyping or xxhash is missing; benchmarks/stand_ins has all of them that is needed here")
