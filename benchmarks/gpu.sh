@@ -12,7 +12,9 @@
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-export TMPDIR=${TMPDIR:-/tmp} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
+export TMPDIR=${TMPDIR:-/tmp} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+# jax and torch share the GPU: jax takes memory as it needs it, and may take more than its usual three quarters.
+export XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$TMPDIR/jax-simpo-cache/jax}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$TMPDIR/jax-simpo-cache/torch}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}

@@ -16,7 +16,7 @@ Lengths = tuple[int, int, int]  # of a pair's prompt, chosen and rejected respon
 
 
 def fill_row(pairs: Iterable[Lengths], length: int, *, shared: bool = True) -> Row:
-    """Lays pairs out in one row, one after another until the next does not fit; padding follows.
+    """Lays pairs out in one row, one after another, and leaves out those that do not fit; padding follows.
 
     Args:
         pairs: the pairs.
@@ -34,7 +34,7 @@ def fill_row(pairs: Iterable[Lengths], length: int, *, shared: bool = True) -> R
             total = 2 * prompt + chosen + rejected
             runs = [(prompt + chosen, 0, prompt + chosen), (prompt + rejected, 0, total)]
         if start + total > length:
-            break
+            continue
         token = start
         for count, first, end in runs:
             key_end[token : token + count] = start + end
