@@ -204,7 +204,7 @@ def _jax_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
     from jax_simpo.errors import ConfigError
     from jax_simpo.ops.attention import attention, resolve_backend
 
-    key_end, positions = (jnp.asarray(a) for a in shape.masks())
+    key_end, positions = shape.masks()
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, dout = (
         jax.random.normal(key, (shape.rows, shape.length, heads, shape.width), jnp.dtype(shape.dtype))
@@ -232,7 +232,7 @@ def _jax_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
                 **{"device": device_name(), "flops_per_second": peak},
                 **{"contenders": names, "missing": "; ".join(missing)},
             }
-        mask = prepared(key_end, positions, name, sequences=2 * shape.length)
+        mask = prepared(key_end, positions, name)
 
         @jax.jit
         def forward(mask: Any, q: Any, k: Any, v: Any) -> Any:

@@ -49,13 +49,14 @@ class Cells:
         self._place = {"code": code_digest(), "machine": accelerator()}
         self._data: dict[str, Any] = {}
         self._starts: dict[str, int] = {}
+        self.elsewhere = 0  # data of other code or another machine, which do not count
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             for line in _whole_lines(path):
                 key = _key(line["cell"])
                 if line["place"] != self._place:
-                    continue
-                if "data" in line:
+                    self.elsewhere += "data" in line
+                elif "data" in line:
                     self._data[key] = line["data"]
                 else:
                     self._starts[key] = self._starts.get(key, 0) + 1
@@ -96,7 +97,8 @@ class Cells:
             data = run()
         except Exception as error:  # no kernel for this device, out of memory, a worker that died: other cells go on
             data = {"failed": first_line(error), "details": str(error)}
-            print(f"failed: {json.dumps(settings)}: {error}", flush=True)
+        if failed(data):
+            print(f"failed: {json.dumps(settings)}: {data.get('details', data['failed'])}", flush=True)
         return self.put(settings, data, time.perf_counter() - started)
 
     def _append(self, line: Mapping[str, Any]) -> None:

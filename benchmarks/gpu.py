@@ -138,6 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
     parts = {name: PARTS[name] for name in options.part or PARTS}
     state = Cells(folder.state)
     print(f"{accelerator()}, commit {commit()}, at most {options.minutes:g} minutes")
+    if state.elsewhere:
+        print(f"{folder.path} has measurements of other code or another machine: they are kept, and made again here")
     _tell_what_is_missing(parts)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` is reached
     try:

@@ -112,17 +112,17 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
             return {"device": device_name(), "implementations": implementations, "matmul_flops_per_second": peak}
         runs: dict[str, Callable[[], Any]] = {}
         for name, row in layouts(request["prefix"], request["response"]).items():
-            key_end, positions = (jnp.asarray(array) for array in row)
+            key_end, positions = row
             length = key_end.shape[1]
             x = random(1, length, config.hidden_size)
             q = random(1, length, config.num_heads, config.head_dim)
             k, v = (random(1, length, config.num_kv_heads, config.head_dim) for _ in range(2))
-            rope = rope_tables(config.rope, config.head_dim, positions, x.dtype)
+            rope = rope_tables(config.rope, config.head_dim, jnp.asarray(positions), x.dtype)
             runs[f"mlp/jax-simpo/{name}"] = gradient(apply_mlp, None, x, mlp_params)
             for which in request["implementations"]:
                 if which == "dense" and config.num_heads * length**2 > DENSE_LIMIT[jax.default_backend()]:
                     continue
-                mask = prepared(key_end, positions, which, sequences=2)
+                mask = prepared(key_end, positions, which)
                 runs[f"attention/{which}/{name}"] = gradient(attend, mask, q, k, v)
                 runs[f"attention layer/{which}/{name}"] = gradient(attention_layer, (mask, rope), x, layer_params)
         return time_all(runs, jax.block_until_ready, request["rounds"])

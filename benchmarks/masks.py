@@ -50,19 +50,28 @@ def live_area(key_end: Int[np.ndarray, "..."]) -> int:
     return int(np.maximum(0, key_end - keys).sum(dtype=np.int64))
 
 
-def prepared(key_end: Any, positions: Any, backend: str, *, sequences: int, window: int | None = None) -> Mask:
+def responses_of(key_end: Int[np.ndarray, "B L"]) -> int:
+    """Returns the most responses in a row. The last token of each is seen by no query but its own."""
+    last = key_end == np.arange(1, key_end.shape[1] + 1)
+    return int(last.sum(axis=1).max())
+
+
+def prepared(
+    key_end: Int[np.ndarray, "B L"], positions: Int[np.ndarray, "B L"], backend: str, window: int | None = None
+) -> Mask:
     """Prepares the mask of a backend in one compiled call, which no time of attention contains.
 
     Args:
-        key_end: int32, [B, L].
-        positions: int32, [B, L].
+        key_end: as in rows.
+        positions: as in rows.
         backend: one of `jax_simpo.ops.attention.BACKENDS`.
-        sequences: the most responses in a row.
         window: the sliding window, in positions.
     """
     import jax
 
     from jax_simpo.ops.attention import prepare_mask
+
+    sequences = responses_of(key_end)
 
     def prepare(key_end: Any, positions: Any) -> Any:
         return prepare_mask(key_end, positions, (window,), backend, sequences=sequences)

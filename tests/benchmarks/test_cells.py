@@ -59,6 +59,7 @@ def test_a_cell_is_known_by_its_settings_its_code_and_its_machine(
         with monkeypatch.context() as patch:
             patch.setattr(module, name, lambda: "another")
             assert measure(path, {"width": 64, "of": [1]}, 3.5) == (3.5, True)
+            assert Cells(path).counts() == (1, 0) and Cells(path).elsewhere
     assert measure(path, {"width": 64, "of": [1]}, 2.5) == (1.5, False)
 
 
