@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import typer
 
 from benchmarks.facts import machine_facts
 from benchmarks.lengths import PROFILES, profile_pairs
 from benchmarks.models import model_mapping
+from benchmarks.options import Option, run
 from benchmarks.results import Result, Table, gib, picture
 from benchmarks.steps import Trainee, device_name, one_device, step_plan, steps_in_turns
 from benchmarks.timing import speed_up
@@ -34,18 +34,18 @@ POLICIES = ("none", "dots", "attention", "full")
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
-    model: Annotated[str, typer.Option(help="One of benchmarks/models.py.")] = "hh-155m",
-    layers: Annotated[int | None, typer.Option(help="Fewer layers than the model has.")] = None,
-    profile: Annotated[str, typer.Option(help="Lengths of the pairs.")] = "hh-rlhf",
-    batch: Annotated[int, typer.Option(help="Pairs a step.")] = 16,
-    row_length: Annotated[int, typer.Option(help="Tokens a row.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="Compute dtype.")] = "float32",
-    rounds: Annotated[int, typer.Option(help="Steps of each policy.")] = 3,
-    compile_only: Annotated[str, typer.Option(help="Model to compile and not run; empty for none.")] = "llama-3.2-1b",
-    compile_row_length: Annotated[int, typer.Option(help="Its tokens a row.")] = 4096,
-    name: Annotated[str, typer.Option(help="Stem of the files.")] = "remat",
-    quick: Annotated[bool, typer.Option(help="Tiny models, to see that it runs.")] = False,
+    output: Annotated[Path, Option("Folder for the results.")] = Path("docs/benchmarks"),
+    model: Annotated[str, Option("One of benchmarks/models.py.")] = "hh-155m",
+    layers: Annotated[int | None, Option("Fewer layers than the model has.")] = None,
+    profile: Annotated[str, Option("Lengths of the pairs.")] = "hh-rlhf",
+    batch: Annotated[int, Option("Pairs a step.")] = 16,
+    row_length: Annotated[int, Option("Tokens a row.")] = 2048,
+    dtype: Annotated[str, Option("Compute dtype.")] = "float32",
+    rounds: Annotated[int, Option("Steps of each policy.")] = 3,
+    compile_only: Annotated[str, Option("Model to compile and not run; empty for none.")] = "llama-3.2-1b",
+    compile_row_length: Annotated[int, Option("Its tokens a row.")] = 4096,
+    name: Annotated[str, Option("Stem of the files.")] = "remat",
+    quick: Annotated[bool, Option("Tiny models, to see that it runs.")] = False,
 ) -> None:
     """Compares the policies."""
     if quick:
@@ -111,4 +111,4 @@ _NOTE = (
 )
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

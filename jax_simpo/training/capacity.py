@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
 
-from jax_simpo.config import TrainConfig
 from jax_simpo.data.packing import ROW_MULTIPLE
 from jax_simpo.data.rows import RowShape
 from jax_simpo.errors import ConfigError
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
+
+if TYPE_CHECKING:
+    from jax_simpo.config import TrainConfig
 
 # Per trained parameter: float32 master weight, AdamW's two moments, the step's gradient sum, a micro-batch's gradient.
 _STATE_BYTES = 20

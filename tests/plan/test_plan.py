@@ -222,9 +222,16 @@ def test_a_topology_is_read(text: str, count: int, platform: str) -> None:
 def test_a_compiler_that_is_missing_is_told_with_how_to_get_it(
     name: str, package: str, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(topology, "find_spec", lambda wanted: None if wanted == package else object())
+    monkeypatch.setattr(
+        topology, "find_spec", lambda wanted: None if wanted.replace("13", "12") == package else object()
+    )
     with pytest.raises(PlanError, match=rf"{package} missing.*pip install"):
         make_hardware_plan(config, [], Topology.parse(name))
+
+
+def test_the_plugin_for_cuda_13_does_as_well_as_that_for_cuda_12(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "find_spec", lambda wanted: None if wanted == "jax_cuda12_plugin" else object())
+    Topology.parse("h100:8").check_installed()
 
 
 def test_a_mesh_that_does_not_divide_is_told(config: Path) -> None:
@@ -385,7 +392,7 @@ def test_llama_3_8b_takes_of_tpus_what_the_design_says(name: str, chips: int) ->
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (find_spec("jax_cuda12_plugin") and find_spec("absl")),
+    not ((find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin")) and find_spec("absl")),
     reason="jax[cuda12] is not installed: nothing here compiles for a GPU (see CONTRIBUTING.md)",
 )
 def test_llama_3_8b_takes_of_eight_h100_what_the_design_says() -> None:

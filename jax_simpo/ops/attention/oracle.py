@@ -28,12 +28,17 @@ class RowMask(NamedTuple):
     Attributes:
         key_end: int32, see `mask.visible_at`; 0 for padding.
         positions: int32, each token's place in its own sequence.
-        room: bounds of what a row holds, from which backends take their static sizes.
     """
 
     key_end: Int[np.ndarray, "B L"]
     positions: Int[np.ndarray, "B L"]
-    room: Room
+
+    @property
+    def room(self) -> Room:
+        """The bounds of what the rows hold. The last token of a sequence is seen by its own query alone."""
+        index = np.arange(self.key_end.shape[1])
+        sequences = (self.key_end == index + 1).sum(1).max()
+        return Room(int(sequences), int(self.positions.max()) + 1, int((self.key_end - index).max()))
 
     def live_area(self, window: int | None) -> int:
         """Counts the pairs of a query and a key that it sees."""
@@ -92,13 +97,7 @@ def write_rows(rows: list[list[Node]], length: int) -> RowMask:
         start = 0
         for tree in trees:
             start = write(number, tree, start, 0)
-    sequences = max(sum(map(_leaves, trees)) for trees in rows)
-    span = int((key_end - np.arange(length)).max())
-    return RowMask(key_end, positions, Room(sequences, int(positions.max()) + 1, span))
-
-
-def _leaves(node: Node) -> int:
-    return sum(map(_leaves, node.branches)) if node.branches else 1
+    return RowMask(key_end, positions)
 
 
 def exact_attention(
