@@ -152,10 +152,10 @@ def _serve() -> None:
 
 def _runs(backend: str, case: Case) -> bool:
     from jax_simpo.errors import ConfigError
-    from jax_simpo.ops.attention import resolve_backend
+    from jax_simpo.ops.attention import choose, place_of
 
     try:
-        resolve_backend(backend, dtype=case.dtype, head_dim=case.width, softcap=case.softcap)
+        choose(backend, place_of(dtype=case.dtype, head_dim=case.width, softcap=case.softcap))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return False

@@ -202,7 +202,7 @@ def _jax_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
     from benchmarks.masks import prepared
     from benchmarks.steps import device_name, matmul_peak
     from jax_simpo.errors import ConfigError
-    from jax_simpo.ops.attention import attention, resolve_backend
+    from jax_simpo.ops.attention import attention, choose, place_of
 
     key_end, positions = shape.masks()
     keys = jax.random.split(jax.random.key(0), 4)
@@ -217,7 +217,7 @@ def _jax_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
             if name == "dense" and shape.rows * shape.heads * shape.length**2 > DENSE_LIMIT[jax.default_backend()]:
                 continue
             try:
-                resolve_backend(name, dtype=shape.dtype, head_dim=shape.width)
+                choose(name, place_of(dtype=shape.dtype, head_dim=shape.width))
                 run.append(name)
             except ConfigError as error:
                 missing.append(str(error))

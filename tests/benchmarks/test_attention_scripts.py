@@ -14,11 +14,12 @@ from benchmarks import attention_check
 from benchmarks.attention_check import MOST, Case, cases, distances, faults, verdict
 from benchmarks.attention_speed import LAYOUTS, PASSES, QUICK, QUICK_SCALE, Shape
 from benchmarks.flops import attention_layer_ideal, linear_ideal, part_flops
-from benchmarks.masks import Lengths, fill_row, live_area, responses_of
+from benchmarks.masks import Lengths, fill_row, live_area
 from benchmarks.models import model_mapping
 from jax_simpo.data.groups import Group, Response
 from jax_simpo.data.rows import RowShape, build_rows
 from jax_simpo.hf.config import read_model_config
+from jax_simpo.ops.attention.oracle import RowMask
 
 PAIRS: list[Lengths] = [(5, 3, 7), (2, 9, 1), (20, 1, 1)]
 
@@ -36,7 +37,7 @@ def test_rows_are_those_of_training(shared: bool) -> None:
     trained = build_rows([groups], RowShape(100, 100, 6), prefix_sharing=shared)
     np.testing.assert_array_equal(key_end, trained.key_end[0])
     np.testing.assert_array_equal(positions[key_end > 0], trained.positions[0][key_end > 0])
-    assert responses_of(key_end[None]) == 2 * len(PAIRS)
+    assert RowMask(key_end[None], positions[None]).room.sequences == 2 * len(PAIRS)
 
 
 def test_a_pair_that_does_not_fit_is_left_out() -> None:
