@@ -23,7 +23,6 @@ from typing import Any, BinaryIO
 
 from benchmarks.cells import WRONG, Cells
 from benchmarks.facts import ROOT, accelerator, commit
-from benchmarks.workers import end_with_parent
 
 CALL_MINUTES = 9.0
 ENDING = 15.0  # seconds of a call that are kept for ending it
@@ -222,7 +221,8 @@ def _command(name: str, part: Part, folder: Folder, device: str) -> list[str]:
     written = ["--output", str(folder.path), "--name", name, "--cells", str(folder.cells(name))]
     on_device = ["--device", device] if part.module == "benchmarks.peers" else []
     quick = ["--quick"] if device == "cpu" else []
-    return [sys.executable, "-m", part.module, *part.arguments, *on_device, *written, *quick]
+    script = [part.module, *part.arguments, *on_device, *written, *quick]
+    return [sys.executable, "-m", "benchmarks.child", str(os.getpid()), *script]
 
 
 def run_part(command: list[str], log: Path, limit: float) -> str:
@@ -242,7 +242,6 @@ def run_part(command: list[str], log: Path, limit: float) -> str:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=end_with_parent,
         )
         assert process.stdout is not None
         try:
