@@ -22,6 +22,7 @@ import json
 import statistics
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,7 +32,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from benchmarks.cells import CELLS_HELP, Cells, failed
+from benchmarks.cells import CELLS_HELP, Cells, failed, first_line
 from benchmarks.facts import machine_facts
 from benchmarks.lengths import PROFILES, draw_lengths
 from benchmarks.masks import fill_row, live_area
@@ -132,6 +133,8 @@ def _measure(cells: Cells, shape: Shape, side: str) -> list[dict[str, Any]]:
             data = cells.measure(own, partial(worker.ask, CELL_LIMIT, contender=contender))
             results.append({**own, "peak": facts["flops_per_second"], "passes": data})
             print(_line(shape, results[-1]), flush=True)
+            if any(failed(of_pass) for of_pass in _passes(results[-1]).values()):
+                worker.close()  # the next contender gets a new process: after an error a GPU may refuse this one
     return results
 
 
@@ -193,6 +196,18 @@ def _sides(measured: list[dict[str, Any]]) -> Table:
     return Table("Each process", ("head", "layout", "side", "matrix product", "not here"), rows)
 
 
+def _sample(passes: dict[str, Callable[[], Callable[[], Any]]], wait: Callable[[Any], object]) -> dict[str, Any]:
+    """Times passes, each made by a function. A pass that fails gets the reason instead; the others are timed."""
+    data: dict[str, Any] = {}
+    for of_pass, make in passes.items():
+        try:
+            data[of_pass] = sampled(make(), wait)
+        except Exception as error:  # no kernel for the backward pass, or no memory for what it needs
+            traceback.print_exc()
+            data[of_pass] = {"failed": first_line(error)}
+    return data
+
+
 def _jax_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Times our backends that run here."""
     import jax
@@ -246,13 +261,12 @@ def _jax_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
             out, pull = jax.vjp(partial(forward, mask), q, k, v)
             return out, pull(dout)
 
-        pull = jax.block_until_ready(with_residuals(mask, q, k, v))[1]
-        runs: dict[str, Callable[[], Any]] = {
-            "forward": partial(forward, mask, q, k, v),
-            "backward": partial(backward, pull, dout),
-            "both": partial(both, mask, q, k, v, dout),
+        passes: dict[str, Callable[[], Callable[[], Any]]] = {
+            "forward": lambda: partial(forward, mask, q, k, v),
+            "backward": lambda: partial(backward, with_residuals(mask, q, k, v)[1], dout),
+            "both": lambda: partial(both, mask, q, k, v, dout),
         }
-        return {of_pass: sampled(run, jax.block_until_ready) for of_pass, run in runs.items()}
+        return _sample(passes, jax.block_until_ready)
 
     return handle
 
@@ -341,24 +355,23 @@ def _torch_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
             }
         attend = known[name][1]()
 
+        inputs = [a.detach().requires_grad_() for a in arrays]
+
         def forward() -> Any:
             with torch.no_grad():
                 return attend(*arrays)
 
-        passes = {"forward": sampled(forward, wait)}
-        if name.startswith("FlexAttention") and not gpu:
-            reason = {"failed": "FlexAttention has no backward pass on a CPU"}
-            return passes | {"backward": reason, "both": reason}
-        inputs = [a.detach().requires_grad_() for a in arrays]
-        out = attend(*inputs)
-
-        def backward() -> Any:
-            return torch.autograd.grad(out, inputs, dout, retain_graph=True)
+        def backward() -> Callable[[], Any]:
+            out = attend(*inputs)
+            return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
 
         def both() -> Any:
             return torch.autograd.grad(attend(*inputs), inputs, dout)
 
-        return passes | {"backward": sampled(backward, wait), "both": sampled(both, wait)}
+        if name.startswith("FlexAttention") and not gpu:
+            reason = {"failed": "FlexAttention has no backward pass on a CPU"}
+            return {**_sample({"forward": lambda: forward}, wait), "backward": reason, "both": reason}
+        return _sample({"forward": lambda: forward, "backward": backward, "both": lambda: both}, wait)
 
     return handle
 

@@ -129,6 +129,11 @@ def main(arguments: list[str] | None = None) -> int:
     ends = time.monotonic() + 60 * options.minutes - ENDING
     if options.device == "cpu":
         os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    elif not any(Path("/dev").glob("nvidia[0-9]*")):
+        print("there is no GPU here (no /dev/nvidia0); --device cpu rehearses on the processor")
+        return 2
+    else:  # without its CUDA plugin jax must fail, and not compute for hours on the processor
+        os.environ["JAX_PLATFORMS"] = "cuda,cpu"
     folder = Folder(options.folder.resolve())
     if folder.state.exists() and not options.resume:
         print(f"{folder.path} has measurements already: give --resume to go on with them, or another folder")
@@ -268,6 +273,7 @@ def run_part(command: list[str], log: Path, limit: float) -> str:
 
 def _show(output: Any, kept: BinaryIO, ends: float) -> bool:
     """Copies a part's output until it ends. Returns False if the time was over first."""
+    sys.stdout.flush()
     while (left := ends - time.monotonic()) > 0:
         if not select.select([output], [], [], left)[0]:
             break

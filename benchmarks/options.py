@@ -1,8 +1,12 @@
 """Makes a script's options from the parameters of its main function, with the standard library alone.
 
-def main(rounds: Annotated[int, Option("Runs of each.")] = 5) -> None: ...
+The annotation of a parameter has the text of `--help`:
 
-run(main)  # --rounds 7
+    def main(rounds: Annotated[int, Option("Runs of each.")] = 5) -> None: ...
+
+    run(main)
+
+A list is an option that can be repeated, a bool is `--name` and `--no-name`.
 """
 
 from __future__ import annotations
@@ -37,8 +41,6 @@ class BadOption(ValueError):
 
 def run(main: Callable[..., None], arguments: Sequence[str] | None = None) -> None:
     """Calls a main function with the options of the command line.
-
-    A parameter of a list is an option that can be repeated, one of bool is `--name` and `--no-name`.
 
     Args:
         main: a function whose parameters are annotated with `Annotated[TYPE, Option(...)]`.

@@ -103,6 +103,8 @@ def main(
     reasons: dict[str, str] = {}
     with jax.set_mesh(mesh):
         peak = store.measure({"peak": dtype}, lambda: matmul_peak(dtype))
+        if failed(peak):
+            sys.exit(f"not even a matrix product runs: {peak['failed']}")
         parts = [
             ("steps", rounds, of_layouts, of_layout, measured, batches),
             ("dpo", dpo_rounds, of_dpo, of_objectives, compared, {PACKED[1]: batch}),
