@@ -1,10 +1,12 @@
 # `make quickstart` and `make test` are all a newcomer needs; each makes what it needs first.
 #
 #   PYTHON     interpreter of the virtual environment (3.11 or later)
+#   PYTHON_NEWEST  interpreter of the second environment, which has the newest jax and no torch (3.12 or later)
 #   PIP_FLAGS  more flags for pip, such as an extra index: on Linux, PyPI's torch brings CUDA along (3 GB);
 #              make dev PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" takes the small one
 
 PYTHON ?= python3
+PYTHON_NEWEST ?= python3.12
 PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) 
 TEST_ENV := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
   JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
-.PHONY: help quickstart dev test test-slow lint format docs clean
+.PHONY: help quickstart dev test test-newest test-slow lint format docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +27,15 @@ quickstart: $(VENV)/.installed ## train a tiny model on made-up pairs and show w
 dev: $(VENV)/.installed-dev ## install everything the tests need into .venv
 
 test: lint ## lint, type check and the quick tests
-	$(TEST_ENV) $(BIN)/python -m pytest -rs -n 2 --dist loadfile -m "not slow"
+	$(TEST_ENV) $(BIN)/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
+# A second, small environment: constraints.txt names another jax, flax and tokamax for Python 3.12 and later.
+NEWEST := .venv-newest
+NEWEST_TESTS := tests/ops tests/models tests/objectives tests/doctor tests/plan/test_hlo.py \
+  tests/training/test_attention.py tests/training/test_optim.py tests/training/test_step.py
+
+test-newest: $(NEWEST)/.installed ## the tests of arrays, models and the step, with the newest jax (Python 3.12, no torch)
+	$(TEST_ENV) $(NEWEST)/bin/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(NEWEST_TESTS)
 
 test-slow: $(VENV)/.installed-dev ## the tests that take longer
 	$(TEST_ENV) JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -rs -m slow
@@ -43,7 +53,7 @@ docs: $(VENV)/.installed ## write docs/config.md anew
 	$(BIN)/python -m jax_simpo.config > docs/config.md
 
 clean: ## remove the environment, caches and outputs
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs
+	rm -rf $(VENV) $(NEWEST) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -52,6 +62,13 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e .
+	@touch $@
+
+$(NEWEST)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON_NEWEST) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+	  { echo "$$($(PYTHON_NEWEST) --version) gets no newer jax than 0.10; try make test-newest PYTHON_NEWEST=python3.13"; exit 1; }
+	$(PYTHON_NEWEST) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c constraints.txt -e '.[test]'
 	@touch $@
 
 # torch first and alone, so that pip takes the pinned one before the oracles ask for any.

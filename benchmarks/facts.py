@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "trl", "numpy")
+# What a GPU adds. Of some there is one for CUDA 12 and one for CUDA 13.
+_GPU_PACKAGES = (
+    *("jax-cuda12-plugin", "jax-cuda13-plugin", "triton", "flash-attn", "flash-attn-4"),
+    *("nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc"),
+)
+_SOURCES = ("jax_simpo", "torch_ref", "parity", "benchmarks")
 
 
 def machine_facts(device: str) -> dict[str, str]:
@@ -25,7 +34,7 @@ def machine_facts(device: str) -> dict[str, str]:
         "device": device,
         "machine": f"{_processor()}, {cores()} cores, {memory:.0f} GiB",
         "python": platform.python_version(),
-        "versions": ", ".join(_versions()),
+        "versions": ", ".join(installed_versions((*_PACKAGES, *_GPU_PACKAGES))),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
     }
@@ -45,6 +54,30 @@ def commit() -> str:
         return "unknown (no git checkout)"
 
 
+@cache
+def code_digest() -> str:
+    """Returns a short checksum of the Python sources. It tells two states of a checkout apart, also without git."""
+    digest = hashlib.sha256()
+    for package in _SOURCES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@cache
+def accelerator() -> str:
+    """Returns the names of the GPUs that a process may use, or of the processor where there is none."""
+    if os.environ.get("JAX_PLATFORMS") != "cpu":
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        try:
+            listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        except (OSError, subprocess.SubprocessError):
+            listed = ""
+        if listed.strip():
+            return ", ".join(line.strip() for line in listed.strip().splitlines())
+    return _processor()
+
+
 def _processor() -> str:
     try:
         model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -53,9 +86,10 @@ def _processor() -> str:
     return model[1] if model else platform.machine()
 
 
-def _versions() -> list[str]:
+def installed_versions(names: Iterable[str]) -> list[str]:
+    """Returns name and version of those packages that are installed."""
     installed = []
-    for name in _PACKAGES:
+    for name in names:
         try:
             installed.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:

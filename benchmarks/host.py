@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import typer
 
 from benchmarks.facts import machine_facts
 from benchmarks.lengths import PROFILES, profile_pairs
 from benchmarks.models import model_mapping
+from benchmarks.options import Option, run
 from benchmarks.results import Result, Table, percent
 from benchmarks.steps import Trainee, device_name, one_device, step_plan
 from benchmarks.timing import seconds_of
@@ -32,14 +32,14 @@ from jax_simpo.models.transformer import Model
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
-    pairs: Annotated[int, typer.Option(help="Pairs of the epoch.")] = 60_000,
-    batch: Annotated[int, typer.Option(help="Pairs a step.")] = 128,
-    profiles: Annotated[list[str] | None, typer.Option(help="Lengths of the pairs (repeatable).")] = None,
-    model: Annotated[str, typer.Option(help="Trained in the short run, see benchmarks/models.py.")] = "small",
-    steps: Annotated[int, typer.Option(help="Of the short run.")] = 6,
-    name: Annotated[str, typer.Option(help="Stem of the files.")] = "host",
-    quick: Annotated[bool, typer.Option(help="Few pairs and a tiny model, to see that it runs.")] = False,
+    output: Annotated[Path, Option("Folder for the results.")] = Path("docs/benchmarks"),
+    pairs: Annotated[int, Option("Pairs of the epoch.")] = 60_000,
+    batch: Annotated[int, Option("Pairs a step.")] = 128,
+    profiles: Annotated[list[str] | None, Option("Lengths of the pairs (repeatable).")] = None,
+    model: Annotated[str, Option("Trained in the short run, see benchmarks/models.py.")] = "small",
+    steps: Annotated[int, Option("Of the short run.")] = 6,
+    name: Annotated[str, Option("Stem of the files.")] = "host",
+    quick: Annotated[bool, Option("Few pairs and a tiny model, to see that it runs.")] = False,
 ) -> None:
     """Measures planning, building and waiting."""
     profiles = profiles or ["hh-rlhf", "capybara"]
@@ -120,4 +120,4 @@ def _row(waiting: dict[str, float]) -> tuple[Any, ...]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -7,8 +7,8 @@ run: the report shows that the kernels fit the hardware, not how fast they are.
 Expected: every combination compiles without complaint; no kernel asks for more than the 227 KiB of shared memory a
 Hopper block may have; heads of up to 128 in bfloat16 spill less than 100 bytes a lane, no kernel more than 500.
 
-Needs no GPU, but its compiler: `pip install "jax[cuda12]" absl-py jaxtyping typer`. Takes two to four minutes on two
-CPU cores (`--quick`: half a minute).
+Needs no GPU, but its compiler: `pip install "jax[cuda12]" absl-py jaxtyping`, or cuda13. Takes two to four minutes on
+two CPU cores (`--quick`: half a minute).
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from benchmarks.facts import machine_facts
+from benchmarks.facts import installed_versions, machine_facts
+from benchmarks.options import Option, run
 from benchmarks.results import Result, Table
 
 ROWS, LENGTH, HEADS, KV_HEADS = 2, 1024, 8, 2
@@ -65,8 +64,8 @@ class Kernel:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
-    quick: Annotated[bool, typer.Option(help="One dtype and head size, to see that it works.")] = False,
+    output: Annotated[Path, Option("Folder for the results.")] = Path("docs/benchmarks"),
+    quick: Annotated[bool, Option("One dtype and head size, to see that it works.")] = False,
 ) -> None:
     """Compiles the kernels and writes the report."""
     with tempfile.TemporaryDirectory() as folder:
@@ -119,9 +118,9 @@ def _about() -> str:
 
 
 def _versions() -> str:
-    from importlib import metadata
-
-    return ", ".join(f"{name} {metadata.version(name)}" for name in ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"))
+    plugins = "jax-cuda12-plugin", "jax-cuda13-plugin"
+    compilers = "nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc"  # that of CUDA 13 has no number in its name
+    return ", ".join(installed_versions((*plugins, *compilers)))
 
 
 def _device() -> Any:
@@ -195,4 +194,4 @@ def _kernels(folder: Path, dtype: str, size: int, variant: str) -> Iterator[Kern
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

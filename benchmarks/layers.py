@@ -16,85 +16,107 @@ with prefixes up to 2048; `--quick`: one minute). On a GPU it has not run yet.
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
+from benchmarks.cells import CELLS_HELP, Cells, failed
 from benchmarks.facts import machine_facts
-from benchmarks.flops import attention_ideal, attention_layer_ideal, linear_ideal
+from benchmarks.flops import attention_ideal, attention_layer_ideal, linear_ideal, part_flops
 from benchmarks.models import model_mapping
-from benchmarks.results import Result, Table, picture
+from benchmarks.options import Option, run
+from benchmarks.results import Result, Table, can_draw, percent, picture
 from benchmarks.timing import speed_up
-from benchmarks.workers import Worker, WorkerFailed
+from benchmarks.workers import RestartedWorker
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.config import ModelConfig
 
 Ideal = Callable[[str, int, int], float]  # part, prefix length, response length -> ideal speed-up
 PARTS = ("mlp", "attention", "attention layer")
+CELL_LIMIT = 1800.0  # seconds of a side in a cell; on a CPU long prefixes take minutes
 _ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
-    model: Annotated[str, typer.Option(help="Whose shapes, one of benchmarks/models.py.")] = "mistral-7b",
-    dtype: Annotated[str, typer.Option(help="Compute dtype.")] = "bfloat16",
-    prefix: Annotated[list[int] | None, typer.Option(help="Prefix lengths (repeatable).")] = None,
-    response: Annotated[list[int] | None, typer.Option(help="Response lengths (repeatable).")] = None,
+    output: Annotated[Path, Option("Folder for the results.")] = Path("docs/benchmarks"),
+    model: Annotated[str, Option("Whose shapes, one of benchmarks/models.py.")] = "mistral-7b",
+    dtype: Annotated[str, Option("Compute dtype.")] = "bfloat16",
+    prefix: Annotated[list[int] | None, Option("Prefix lengths (repeatable).")] = None,
+    response: Annotated[list[int] | None, Option("Response lengths (repeatable).")] = None,
     implementation: Annotated[
-        list[str] | None, typer.Option(help="Our attention implementations (repeatable). Default: all that run here.")
+        list[str] | None, Option("Our attention implementations (repeatable). Default: all that run here.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Runs of each, after one that compiles.")] = 5,
-    name: Annotated[str, typer.Option(help="Stem of the files.")] = "layers",
-    quick: Annotated[bool, typer.Option(help="Tiny shapes and short prefixes, to see that it runs.")] = False,
+    rounds: Annotated[int, Option("Runs of each, after one that compiles.")] = 5,
+    name: Annotated[str, Option("Stem of the files.")] = "layers",
+    cells: Annotated[Path | None, Option(CELLS_HELP)] = None,
+    quick: Annotated[bool, Option("Tiny shapes and short prefixes, to see that it runs.")] = False,
 ) -> None:
     """Times each part in every cell."""
     prefixes, responses = prefix or [128, 512, 2048, 8192, 16384], response or [128, 512, 2048]
     if quick:
-        model, dtype, prefixes, responses, rounds = "tiny", "float32", prefix or [256], response or [128], 2
-    cells: list[dict[str, Any]] = []
-    failed: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as logs:
+        model, dtype, prefixes, responses, rounds = "tiny", "float32", [128, 256], [128], 2
+    store = Cells(cells)
+    measured: list[dict[str, Any]] = []
+    reasons: dict[str, str] = {}
+    base = {"layers": model, "dtype": dtype}
+    with tempfile.TemporaryDirectory() as logs, ExitStack() as workers:
         sides = {
-            side: Worker(["benchmarks.layers_sides", side, model, dtype], Path(logs) / f"{side}.log", _ENVIRONMENT)
+            side: workers.enter_context(
+                RestartedWorker(
+                    ["benchmarks.layers_sides", side, model, dtype], Path(logs) / f"{side}.log", _ENVIRONMENT
+                )
+            )
             for side in ("jax", "torch")
         }
-        try:
-            facts = sides["jax"].ask(do="facts")
-            ask = {"do": "time", "implementations": implementation or facts["implementations"], "rounds": rounds}
-            for p in prefixes:
-                for c in responses:
-                    times: dict[str, Any] = {}
-                    for side, worker in sides.items():
-                        if side in failed:
-                            continue
-                        try:
-                            times |= worker.ask(prefix=p, response=c, **ask)
-                        except WorkerFailed as error:
-                            failed[side] = str(error)
-                            print(f"{side}: {error}", flush=True)
-                    cells.append({"prefix": p, "response": c, "times": times})
-                    print(f"prefix {p}, response {c}: done", flush=True)
-        finally:
-            for worker in sides.values():
-                worker.close()
+        facts = store.measure({**base, "do": "facts"}, partial(sides["jax"].ask, do="facts"))
+        if failed(facts):
+            sys.exit(f"the side of JAX cannot run: {facts['details']}")
+        ask = {"implementations": implementation or facts["implementations"], "rounds": rounds}
+        for p in prefixes:
+            for c in responses:
+                times: dict[str, Any] = {}
+                for side, worker in sides.items():
+                    request = {"do": "time", "prefix": p, "response": c, **ask}
+                    data = store.measure({**base, "side": side, **request}, partial(worker.ask, CELL_LIMIT, **request))
+                    if failed(data):
+                        reasons[f"{side}, prefix {p}, response {c}"] = data["failed"]
+                    else:
+                        times |= data
+                measured.append({"prefix": p, "response": c, "times": times})
+                print(f"prefix {p}, response {c}: {_summary(times)}", flush=True)
     shapes = model_mapping(model, 1)
-    ideal = partial(_ideal, read_model_config(shapes))
+    config = read_model_config(shapes)
+    ideal = partial(_ideal, config)
+    peak = facts["matmul_flops_per_second"]
     about = (
         f"{model}: hidden {shapes['hidden_size']}, {shapes['num_attention_heads']} heads, "
         f"{shapes['num_key_value_heads']} key/value heads of {shapes['head_dim']}, feed-forward "
-        f"{shapes['intermediate_size']}; {dtype}, forward and backward, one pair, medians of {rounds} rounds in turns."
+        f"{shapes['intermediate_size']}; {dtype}, forward and backward, one pair, medians of {rounds} rounds in turns. "
+        f"Masks are prepared before. Matrix products reach {peak / 1e12:.3g} TFLOP/s in this run."
     )
-    tables = [_speed_ups(cells, ideal), _times(cells)]
-    _draw(output, name, cells, ideal)
+    tables = [_speed_ups(measured, ideal), _times(measured), _shares(measured, config, peak)]
+    if reasons:
+        tables.append(Table("Could not run", ("what", "why"), list(reasons.items())))
+    pictures = [f"{name}.png"] if can_draw() else []
+    for picture_name in pictures:
+        _draw(output, picture_name, measured, ideal)
     Result(
         *(name, "A layer's parts", about, machine_facts(facts["device"]), tables),
-        {"cells": cells, "failed": failed},
-        [f"{name}.png"],
+        {"cells": measured, "failed": reasons, "matmul_flops_per_second": peak},
+        pictures,
     ).write(output)
+
+
+def _summary(times: Mapping[str, Any]) -> str:
+    """Returns a line about a cell: the milliseconds of everything that ran."""
+    return ", ".join(
+        f"{label} {1e3 * statistics.median(timing['seconds']):.3g} ms" if "seconds" in timing else f"{label} failed"
+        for label, timing in times.items()
+    )
 
 
 def _pairs_of(cell: Mapping[str, Any]) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
@@ -143,9 +165,24 @@ def _times(cells: list[dict[str, Any]]) -> Table:
     return Table("Attention alone, forward and backward", columns, rows, note)
 
 
+def _shares(cells: list[dict[str, Any]], config: ModelConfig, peak: float) -> Table:
+    """Makes a table of useful operations a second beside the matrix product's."""
+    rows = []
+    for cell in cells:
+        p, c = cell["prefix"], cell["response"]
+        for label, timing in sorted(cell["times"].items()):
+            part, implementation, layout = label.split("/")
+            if "seconds" in timing:
+                speed = part_flops(config, part, p, c, layout == "shared") / statistics.median(timing["seconds"])
+                rows.append((p, c, part, implementation, layout, speed / 1e12, percent(speed / peak)))
+    columns = ("prefix", "response", "part", "implementation", "layout", "TFLOP/s", "of matrix product")
+    note = "Useful operations: three times those of the forward pass, of tokens and visible pairs in the layout."
+    return Table("Share of the matrix product", columns, rows, note)
+
+
 def _draw(output: Path, name: str, cells: list[dict[str, Any]], ideal_of: Ideal) -> None:
     responses = sorted({cell["response"] for cell in cells})
-    with picture(output, f"{name}.png", columns=len(PARTS)) as axes:
+    with picture(output, name, columns=len(PARTS)) as axes:
         for part, ax in zip(PARTS, axes, strict=True):
             for number, c in enumerate(responses):
                 column = [cell for cell in cells if cell["response"] == c]
@@ -164,4 +201,4 @@ def _draw(output: Path, name: str, cells: list[dict[str, Any]], ideal_of: Ideal)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -1,7 +1,8 @@
 """Runs the sides of `benchmarks.layers`, each in a process of its own: `python -m benchmarks.layers_sides jax|torch`.
 
 A request names a cell (prefix and response lengths). The answer has the seconds of forward plus backward of every part
-and implementation that runs on the device, separate and shared, in turns.
+and implementation that runs on the device, separate and shared, in turns. Short runs are started many times before the
+process waits for them. Masks and rotary tables, which a model makes once for all layers, are made before.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.timing import in_turns, seconds_of
+from benchmarks.timing import calls_a_window, in_turns, window_seconds
 from benchmarks.workers import Requests
 
 # Implementations by platform. On other platforms they are missing, or interpreted and too slow to measure.
@@ -36,24 +37,36 @@ def layouts(prefix: int, response: int) -> dict[str, list[np.ndarray]]:
     return {name: [array.astype(np.int32)[None] for array in row] for name, row in rows.items()}
 
 
-def time_all(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Any]:
-    """Times each run after one that compiles. A run that fails gets the reason instead."""
-    working: dict[str, Callable[[], object]] = {}
-    timings: dict[str, Any] = {}
+def time_all(
+    runs: Mapping[str, Callable[[], Any]], wait: Callable[[Any], object], rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Times each run after one that compiles. A run that fails gets the reason instead.
+
+    Args:
+        runs: functions that start a computation.
+        wait: waits for what such a function returns.
+        rounds: windows of each run, in turns.
+    """
+    working: dict[str, Callable[[int], float]] = {}
+    timings: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         try:
-            run()
-            working[name] = run
+            first = window_seconds(run, wait, 1)
+            calls = calls_a_window(run, wait)
         except Exception as error:  # out of memory, or no kernel for this device: go on with the others
             timings[name] = {"failed": f"{type(error).__name__}: {error}".partition("\n")[0][:200]}
+            print(f"{name}: {error}", flush=True)
+            continue
+        timings[name] = {"first_seconds": first, "calls": calls}
+        working[name] = partial(_window, run, wait, calls)
     if working:
-        seconds = in_turns({name: partial(_timed, run) for name, run in working.items()}, rounds)
-        timings |= {name: {"seconds": values} for name, values in seconds.items()}
+        for name, seconds in in_turns(working, rounds).items():
+            timings[name]["seconds"] = seconds
     return timings
 
 
-def _timed(run: Callable[[], object], _: int) -> float:
-    return seconds_of(run)
+def _window(run: Callable[[], Any], wait: Callable[[Any], object], calls: int, _: int) -> float:
+    return window_seconds(run, wait, calls)
 
 
 def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -62,11 +75,12 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
     import jax.numpy as jnp
     from flax import nnx
 
-    from benchmarks.steps import device_name
+    from benchmarks.masks import prepared
+    from benchmarks.steps import device_name, matmul_peak
     from jax_simpo.hf.config import read_model_config
     from jax_simpo.models.rope import rope_tables
     from jax_simpo.models.transformer import MLP, Attention
-    from jax_simpo.ops.attention import BACKENDS, Room, attention, prepare_mask
+    from jax_simpo.ops.attention import BACKENDS, attention
 
     config = read_model_config(mapping)
     mlp, mlp_params = nnx.split(MLP(config, nnx.Rngs(0)))
@@ -76,39 +90,42 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
     def random(*shape: int) -> Any:
         return jax.random.normal(jax.random.key(len(shape)), shape, jnp.dtype(dtype))
 
-    def gradient(forward: Callable[..., Any], *arguments: Any) -> Callable[[], object]:
-        run = jax.jit(jax.grad(lambda *a: forward(*a).astype(jnp.float32).sum(), tuple(range(len(arguments)))))
-        return lambda: jax.block_until_ready(run(*arguments))
+    def gradient(forward: Callable[..., Any], prepared: Any, *arguments: Any) -> Callable[[], Any]:
+        def loss(prepared: Any, *arguments: Any) -> Any:
+            return forward(prepared, *arguments).astype(jnp.float32).sum()
 
-    def attend(key_end: Any, positions: Any, room: Room, which: str, q: Any, k: Any, v: Any) -> Any:
-        mask = prepare_mask(key_end, positions, (None,), which, room=room)
+        return partial(jax.jit(jax.grad(loss, tuple(range(1, 1 + len(arguments))))), prepared, *arguments)
+
+    def apply_mlp(_: None, x: Any, params: Any) -> Any:
+        return nnx.merge(mlp, params)(x)
+
+    def attend(mask: Any, q: Any, k: Any, v: Any) -> Any:
         return attention(q, k, v, mask, scale=config.head_dim**-0.5)
 
-    def attention_layer(key_end: Any, positions: Any, room: Room, which: str, x: Any, params: Any) -> Any:
-        mask = prepare_mask(key_end, positions, (None,), which, room=room)
-        rope = rope_tables(config.rope, config.head_dim, positions, x.dtype)
+    def attention_layer(mask_and_rope: Any, x: Any, params: Any) -> Any:
+        mask, rope = mask_and_rope
         return nnx.merge(layer, params)(x, rope, mask, None)
 
     def handle(request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "facts":
-            return {"device": device_name(), "implementations": implementations}
-        runs: dict[str, Callable[[], object]] = {}
-        longest = request["prefix"] + request["response"]
+            peak = matmul_peak(dtype)
+            return {"device": device_name(), "implementations": implementations, "matmul_flops_per_second": peak}
+        runs: dict[str, Callable[[], Any]] = {}
         for name, row in layouts(request["prefix"], request["response"]).items():
-            key_end, positions = (jnp.asarray(array) for array in row)
+            key_end, positions = row
             length = key_end.shape[1]
-            room = Room(2, longest, longest + (request["response"] if name == "shared" else 0))
             x = random(1, length, config.hidden_size)
             q = random(1, length, config.num_heads, config.head_dim)
             k, v = (random(1, length, config.num_kv_heads, config.head_dim) for _ in range(2))
-            runs[f"mlp/jax-simpo/{name}"] = gradient(lambda x, p: nnx.merge(mlp, p)(x), x, mlp_params)
+            rope = rope_tables(config.rope, config.head_dim, jnp.asarray(positions), x.dtype)
+            runs[f"mlp/jax-simpo/{name}"] = gradient(apply_mlp, None, x, mlp_params)
             for which in request["implementations"]:
                 if which == "dense" and config.num_heads * length**2 > DENSE_LIMIT[jax.default_backend()]:
                     continue
-                masked = key_end, positions, room, which
-                runs[f"attention/{which}/{name}"] = gradient(partial(attend, *masked), q, k, v)
-                runs[f"attention layer/{which}/{name}"] = gradient(partial(attention_layer, *masked), x, layer_params)
-        return time_all(runs, request["rounds"])
+                mask = prepared(key_end, positions, which)
+                runs[f"attention/{which}/{name}"] = gradient(attend, mask, q, k, v)
+                runs[f"attention layer/{which}/{name}"] = gradient(attention_layer, (mask, rope), x, layer_params)
+        return time_all(runs, jax.block_until_ready, request["rounds"])
 
     return handle
 
@@ -121,7 +138,8 @@ def torch_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]]
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
     from benchmarks.facts import cores
-    from torch_ref.attention import RowMask, flex_attention, sdpa_attention
+    from benchmarks.flex import compiled_flex
+    from torch_ref.attention import RowMask, sdpa_attention
 
     torch.set_num_threads(cores())
     gpu = torch.cuda.is_available()
@@ -134,17 +152,18 @@ def torch_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]]
     def random(*shape: int) -> Any:
         return torch.randn(*shape, device=device, dtype=getattr(torch, dtype), requires_grad=True)
 
-    def gradient(forward: Callable[..., Any], *arguments: Any) -> Callable[[], object]:
-        def run() -> None:
-            torch.autograd.grad(forward(*arguments).sum(), arguments)
-            if gpu:
-                torch.cuda.synchronize()
+    flex = compiled_flex()
 
-        return run
+    def gradient(forward: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(forward(*arguments).sum(), arguments)
+
+    def wait(_: Any) -> None:
+        if gpu:
+            torch.cuda.synchronize()
 
     def handle(request: dict[str, Any]) -> dict[str, Any]:
         prefix, response = request["prefix"], request["response"]
-        runs: dict[str, Callable[[], object]] = {}
+        runs: dict[str, Callable[[], Any]] = {}
         for name, row in layouts(prefix, response).items():
             key_end, positions = (torch.from_numpy(a).to(device) for a in row)
             length = key_end.shape[1]
@@ -154,8 +173,7 @@ def torch_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]]
                 blocks = mask.block_mask(None)
 
                 def flexed(q: Any, k: Any, v: Any, blocks: Any = blocks) -> Any:
-                    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-                    return flex_attention(q, k, v, blocks, scale, None)
+                    return flex(q, k, v, block_mask=blocks, scale=scale, enable_gqa=True)
 
                 runs[f"attention/flex/{name}"] = gradient(flexed, q, k, v)
             elif heads * length**2 <= DENSE_LIMIT["cpu"]:
@@ -176,7 +194,7 @@ def torch_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]]
             transposed = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
             call = lambda q, k, v: flash_attn_func(q, k, v, causal=True, softmax_scale=scale)  # noqa: E731
             runs["attention/flash-attn/separate"] = gradient(call, *transposed)
-        return time_all(runs, request["rounds"])
+        return time_all(runs, wait, request["rounds"])
 
     return handle
 

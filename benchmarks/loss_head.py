@@ -21,10 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
+from benchmarks.cells import CELLS_HELP, Cells, failed
 from benchmarks.facts import forget_peak, machine_facts, peak_resident_bytes
-from benchmarks.results import Result, Table, gib, picture
+from benchmarks.options import Option, run
+from benchmarks.results import Result, Table, can_draw, gib, picture
 from benchmarks.timing import in_turns, speed_up
 from benchmarks.workers import Requests, Worker, WorkerFailed
 
@@ -33,27 +33,50 @@ WAYS = ("full logits", "tiles", "tiles, logits kept")
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
-    width: Annotated[int, typer.Option(help="Of the hidden states.")] = 512,
-    targets: Annotated[int, typer.Option(help="Targets a micro-batch.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="Compute dtype.")] = "float32",
-    rounds: Annotated[int, typer.Option(help="Runs of each.")] = 5,
-    name: Annotated[str, typer.Option(help="Stem of the files.")] = "loss_head",
-    quick: Annotated[bool, typer.Option(help="Two tiny vocabularies, to see that it runs.")] = False,
+    output: Annotated[Path, Option("Folder for the results.")] = Path("docs/benchmarks"),
+    width: Annotated[int, Option("Of the hidden states.")] = 512,
+    targets: Annotated[int, Option("Targets a micro-batch.")] = 2048,
+    dtype: Annotated[str, Option("Compute dtype.")] = "float32",
+    rounds: Annotated[int, Option("Runs of each.")] = 5,
+    name: Annotated[str, Option("Stem of the files.")] = "loss_head",
+    cells: Annotated[Path | None, Option(CELLS_HELP)] = None,
+    quick: Annotated[bool, Option("Two tiny vocabularies, to see that it runs.")] = False,
 ) -> None:
     """Times both ways and measures their memory."""
     vocabularies = [1000, 2000] if quick else list(VOCABULARIES)
     if quick:
         width, targets, rounds = 64, 256, 2
+    store = Cells(cells)
     measured: dict[int, Any] = {}
     for vocabulary in vocabularies:
-        with tempfile.TemporaryDirectory() as work, ExitStack() as workers:
-            arguments = [str(n) for n in (vocabulary, width, targets)]
-            measured[vocabulary] = _measure(arguments, dtype, rounds, Path(work), workers)
-            print(f"{vocabulary}: {measured[vocabulary]}", flush=True)
-    device = next(a["device"] for ways in measured.values() for a in ways.values() if "device" in a)
+        sizes = {"vocabulary": vocabulary, "width": width, "targets": targets}
+        result = store.measure(
+            {"loss head": list(WAYS), **sizes, "dtype": dtype, "rounds": rounds},
+            partial(_measure, [str(size) for size in sizes.values()], dtype, rounds),
+        )
+        measured[vocabulary] = dict.fromkeys(WAYS, result) if failed(result) else result
+        print(f"{vocabulary}: {measured[vocabulary]}", flush=True)
+    devices = [a["device"] for ways in measured.values() for a in ways.values() if "device" in a]
+    if not devices:
+        sys.exit(f"nothing could be measured: {measured}")
     about = f"{targets} targets of width {width}, {dtype}; medians of {rounds} rounds in turns."
-    with picture(output, f"{name}.png", columns=2) as (left, right):
+    pictures = [f"{name}.png"] if can_draw() else []
+    for picture_name in pictures:
+        _draw(output, picture_name, measured)
+    tables = [_table(measured)]
+    Result(
+        name,
+        "The loss head",
+        about,
+        machine_facts(devices[0]),
+        tables,
+        {str(vocabulary): ways for vocabulary, ways in measured.items()},
+        pictures,
+    ).write(output)
+
+
+def _draw(output: Path, name: str, measured: Mapping[int, Any]) -> None:
+    with picture(output, name, columns=2) as (left, right):
         for way in WAYS:
             ran = [v for v in measured if "seconds" in measured[v][way]]
             left.plot(ran, [statistics.median(measured[v][way]["seconds"]) for v in ran], "o-", label=way)
@@ -64,36 +87,28 @@ def main(
             axes.set_xlabel("vocabulary")
             axes.set_ylim(bottom=0)
             axes.legend()
-    tables = [_table(measured)]
-    Result(
-        name,
-        "The loss head",
-        about,
-        machine_facts(device),
-        tables,
-        {str(vocabulary): ways for vocabulary, ways in measured.items()},
-        [f"{name}.png"],
-    ).write(output)
 
 
-def _measure(arguments: list[str], dtype: str, rounds: int, work: Path, workers: ExitStack) -> dict[str, Any]:
+def _measure(arguments: list[str], dtype: str, rounds: int) -> dict[str, Any]:
     """Measures seconds and memory of each way at one vocabulary; a way that fails gets the reason instead."""
     measured: dict[str, Any] = {}
     running = {}
-    for way in WAYS:
-        worker = Worker(
-            ["benchmarks.loss_head", "--worker", way, *arguments, dtype],
-            work / f"{way}.log",
-            {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-        )
-        workers.callback(worker.close)
-        try:
-            measured[way] = worker.ask(do="warm")
-            running[way] = worker
-        except WorkerFailed as error:
-            measured[way] = {"failed": str(error)}
-    for way, seconds in in_turns({way: partial(_seconds, worker) for way, worker in running.items()}, rounds).items():
-        measured[way]["seconds"] = seconds
+    with tempfile.TemporaryDirectory() as work, ExitStack() as workers:
+        for way in WAYS:
+            worker = Worker(
+                ["benchmarks.loss_head", "--worker", way, *arguments, dtype],
+                Path(work) / f"{way}.log",
+                {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            )
+            workers.callback(worker.close)
+            try:
+                measured[way] = worker.ask(do="warm")
+                running[way] = worker
+            except WorkerFailed as error:
+                measured[way] = {"failed": str(error)}
+        turns = {way: partial(_seconds, worker) for way, worker in running.items()}
+        for way, seconds in (in_turns(turns, rounds) if turns else {}).items():
+            measured[way]["seconds"] = seconds
     return measured
 
 
@@ -183,4 +198,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         _worker(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), sys.argv[6])
     else:
-        typer.run(main)
+        run(main)

@@ -20,6 +20,7 @@ Takes about 16 minutes on two CPU cores with `--rounds 2`, 25 with DPO in float3
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import statistics
@@ -28,19 +29,21 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
+from benchmarks.cells import CELLS_HELP, Cells
+from benchmarks.cells import failed as is_failed
 from benchmarks.contenders.job import OBJECTIVES, Job, first_pairs, spoken_pairs
 from benchmarks.facts import ROOT, machine_facts
 from benchmarks.lengths import PROFILES
 from benchmarks.models import model_mapping
-from benchmarks.results import Result, Table, gib, picture
+from benchmarks.options import BadOption, Option, run
+from benchmarks.results import Result, Table, can_draw, gib, picture
 from benchmarks.timing import in_turns, speed_up
-from benchmarks.workers import Worker, WorkerFailed
+from benchmarks.workers import Worker
 
 CONTENDERS = {
     "TRL, float32": ("trl_trainer", "float32"),
@@ -58,34 +61,35 @@ OURS = [name for name in CONTENDERS if name.startswith("jax-simpo")]
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
-    objective: Annotated[str, typer.Option(help="simpo or dpo.")] = "simpo",
-    model: Annotated[str, typer.Option(help="One of benchmarks/models.py.")] = "hh-155m",
-    layers: Annotated[int | None, typer.Option(help="Fewer layers than the model has.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
-    profile: Annotated[str | None, typer.Option(help="Made-up pairs in these lengths, not real ones.")] = None,
-    pairs: Annotated[Path | None, typer.Option(help="JSONL of real pairs. Default: where SIMPO_SHARED says.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="For real pairs. Default: Llama-3's of SIMPO_SHARED.")] = None,
-    batch: Annotated[int, typer.Option(help="Pairs a step.")] = 32,
-    stacked_batch: Annotated[int, typer.Option(help="Pairs a micro-batch where none are packed.")] = 8,
-    remat: Annotated[str, typer.Option(help="none (jax-simpo: dots) or full.")] = "none",
-    rounds: Annotated[int, typer.Option(help="Steps of each contender.")] = 3,
-    only: Annotated[list[str] | None, typer.Option(help="Contenders whose name has this (repeatable).")] = None,
+    output: Annotated[Path, Option("Folder for the results.")] = Path("docs/benchmarks"),
+    objective: Annotated[str, Option("simpo or dpo.")] = "simpo",
+    model: Annotated[str, Option("One of benchmarks/models.py.")] = "hh-155m",
+    layers: Annotated[int | None, Option("Fewer layers than the model has.")] = None,
+    device: Annotated[str, Option("cpu or gpu.")] = "cpu",
+    profile: Annotated[str | None, Option("Made-up pairs in these lengths, not real ones.")] = None,
+    pairs: Annotated[Path | None, Option("JSONL of real pairs. Default: where SIMPO_SHARED says.")] = None,
+    tokenizer: Annotated[str | None, Option("For real pairs. Default: Llama-3's of SIMPO_SHARED.")] = None,
+    batch: Annotated[int, Option("Pairs a step.")] = 32,
+    stacked_batch: Annotated[int, Option("Pairs a micro-batch where none are packed.")] = 8,
+    remat: Annotated[str, Option("none (jax-simpo: dots) or full.")] = "none",
+    rounds: Annotated[int, Option("Steps of each contender.")] = 3,
+    only: Annotated[list[str] | None, Option("Contenders whose name has this (repeatable).")] = None,
     resident: Annotated[
-        bool | None, typer.Option(help="Keep all processes through all rounds. Default: on a GPU, not on a CPU.")
+        bool | None, Option("Keep all processes through all rounds. Default: on a GPU, not on a CPU.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Stem of the files. Default: peers, peers-dpo.")] = None,
-    quick: Annotated[bool, typer.Option(help="A tiny model on short pairs, to see that it runs.")] = False,
+    name: Annotated[str | None, Option("Stem of the files. Default: peers, peers-dpo.")] = None,
+    cells: Annotated[Path | None, Option(CELLS_HELP)] = None,
+    quick: Annotated[bool, Option("A tiny model on short pairs, to see that it runs.")] = False,
 ) -> None:
     """Times the same step of all contenders."""
     if quick:
         model, batch, stacked_batch, rounds, profile = "tiny", 8, 4, 1, profile or "hh-rlhf"
     if objective not in OBJECTIVES:
-        raise typer.BadParameter(f"--objective {objective} is not one of {', '.join(OBJECTIVES)}")
+        raise BadOption(f"--objective {objective} is not one of {', '.join(OBJECTIVES)}")
     name = name or ("peers" if objective == "simpo" else f"peers-{objective}")
     shared = os.environ.get("SIMPO_SHARED")
     if profile is None and pairs is None and not shared:
-        raise typer.BadParameter("no real pairs: give --pairs and --tokenizer, or --profile, or set SIMPO_SHARED")
+        raise BadOption("no real pairs: give --pairs and --tokenizer, or --profile, or set SIMPO_SHARED")
     file = pairs or Path(f"{shared}/data/hh_harmless.train.jsonl")
     known = "builtin:cafe" if profile else tokenizer or f"{shared}/tokenizers/llama3"
     chosen = {n: c for n, c in CONTENDERS.items() if not only or any(part in n for part in only)}
@@ -94,9 +98,13 @@ def main(
         job.save()
         rows = spoken_pairs(PROFILES[profile], batch) if profile else first_pairs(file, batch)
         job.rows.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-        start = [sys.executable, "-m", "benchmarks.contenders.start", str(job.file)]
-        subprocess.run(start, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        measured, failed = _compare(job, chosen, rounds, device == "gpu" if resident is None else resident)
+        resident = device == "gpu" if resident is None else resident
+        # The pairs are named by their text: two files, or two profiles, are not the same comparison.
+        text = hashlib.sha256(job.rows.read_bytes()).hexdigest()[:12]
+        settings = {**asdict(job), "work": None, "pairs text": text, "resident": resident}
+        measured, failed = _compare(job, chosen, rounds, resident, Cells(cells), settings)
+    if not measured:
+        sys.exit(f"no contender could run: {failed}")
     recompute = "none (jax-simpo: dots)" if remat == "none" else remat
     about = (
         f"The model is {model}{'' if layers is None else f' with {layers} layers'}. A step of {TITLES[objective]} has "
@@ -105,18 +113,28 @@ def main(
         "medians."
     )
     tables = [_table(measured, batch), _ratios(measured), *_failures(failed)]
-    _draw(output, name, measured, batch)
+    pictures = [f"{name}.png"] if can_draw() else []
+    for picture_name in pictures:
+        _draw(output, picture_name, measured, batch)
     Result(
         *(name, f"{TITLES[objective]} beside TRL and PyTorch", about, machine_facts(device), tables),
         {"batch": batch, "measured": measured, "failed": failed},
-        [f"{name}.png"],
+        pictures,
     ).write(output)
 
 
 def _compare(
-    job: Job, chosen: Mapping[str, tuple[str, ...]], rounds: int, resident: bool
+    job: Job,
+    chosen: Mapping[str, tuple[str, ...]],
+    rounds: int,
+    resident: bool,
+    cells: Cells,
+    settings: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns the answers of every contender's rounds, and the reasons of those that could not run."""
+    """Returns the answers of every contender's rounds, and the reasons of those that could not run.
+
+    Every round is a cell of its own. A contender is started when it has a round to run.
+    """
     environment = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if job.device == "cpu" else {}
     environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -129,6 +147,9 @@ def _compare(
         def started(contender: str) -> Worker:
             if contender in workers:
                 return workers[contender]
+            if not job.start.exists():
+                start = [sys.executable, "-m", "benchmarks.contenders.start", str(job.file)]
+                subprocess.run(start, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
             module, *arguments = chosen[contender]
             log = Path(job.work) / "logs" / f"{contender}.log"
             worker = Worker([f"benchmarks.contenders.{module}", str(job.file), *arguments], log, environment)
@@ -137,17 +158,20 @@ def _compare(
             workers[contender] = worker
             return worker
 
+        def step(contender: str, number: int) -> dict[str, Any]:
+            answer = started(contender).ask(do="step", step=number if resident else 0)
+            if not resident:
+                workers.pop(contender).close()
+            return answer
+
         def run(contender: str, number: int) -> float:
             if contender in failed:
                 return 0.0
-            try:
-                answer = started(contender).ask(do="step", step=number if resident else 0)
-            except WorkerFailed as error:
-                failed[contender] = str(error)
-                print(f"{contender}: {error}", flush=True)
+            cell = {"peers": contender, **settings, "round": number}
+            answer = cells.measure(cell, partial(step, contender, number))
+            if is_failed(answer):
+                failed[contender] = answer["details"]
                 return 0.0
-            if not resident:
-                workers.pop(contender).close()
             answers[contender].append(answer)
             print(f"round {number + 1}, {contender}: {answer}", flush=True)
             return float(answer["seconds"])
@@ -200,7 +224,7 @@ def _failures(failed: Mapping[str, str]) -> list[Table]:
 
 
 def _draw(output: Path, name: str, measured: Mapping[str, Any], batch: int) -> None:
-    with picture(output, f"{name}.png", columns=2) as (left, right):
+    with picture(output, name, columns=2) as (left, right):
         names = list(measured)
         left.barh(names, [batch / statistics.median(_seconds(measured[n])) for n in names], color="tab:blue")
         left.set_xlabel("pairs/s")
@@ -212,4 +236,4 @@ def _draw(output: Path, name: str, measured: Mapping[str, Any], batch: int) -> N
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -1,13 +1,14 @@
 """Is a rematerialisation policy worth its time: how much does each cost, and how much memory does it save?
 
-Runs the trainer's step under `remat: none`, `dots` and `full` and measures the memory of the compiled program of a
-micro-batch and the seconds of whole optimizer steps, in turns, on the same pairs and weights. A 1B model is compiled
-and not run, to see the memory of its micro-batch.
+Runs the trainer's step under `remat: none`, `dots`, `attention` and `full` and measures the memory of the compiled
+program of a micro-batch and the seconds of whole optimizer steps, in turns, on the same pairs and weights. A 1B model
+is compiled and not run, to see the memory of its micro-batch.
 
 Expected: `full` computes the layers' forward twice (at most 4/3 of the time of `none`) and keeps one hidden state a
-layer; `dots` lies between.
+layer; `attention` keeps attention's result besides, about twice as much, and saves its forward pass; `dots` lies
+between `attention` and `none`.
 
-Takes about 5 minutes on two CPU cores (`--quick`: half a minute).
+Takes about 7 minutes on two CPU cores (`--quick`: half a minute).
 """
 
 from __future__ import annotations
@@ -18,33 +19,33 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import typer
 
 from benchmarks.facts import machine_facts
 from benchmarks.lengths import PROFILES, profile_pairs
 from benchmarks.models import model_mapping
+from benchmarks.options import Option, run
 from benchmarks.results import Result, Table, gib, picture
 from benchmarks.steps import Trainee, device_name, one_device, step_plan, steps_in_turns
 from benchmarks.timing import speed_up
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.transformer import Model
 
-POLICIES = ("none", "dots", "full")
+POLICIES = ("none", "dots", "attention", "full")
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
-    model: Annotated[str, typer.Option(help="One of benchmarks/models.py.")] = "hh-155m",
-    layers: Annotated[int | None, typer.Option(help="Fewer layers than the model has.")] = None,
-    profile: Annotated[str, typer.Option(help="Lengths of the pairs.")] = "hh-rlhf",
-    batch: Annotated[int, typer.Option(help="Pairs a step.")] = 16,
-    row_length: Annotated[int, typer.Option(help="Tokens a row.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="Compute dtype.")] = "float32",
-    rounds: Annotated[int, typer.Option(help="Steps of each policy.")] = 3,
-    compile_only: Annotated[str, typer.Option(help="Model to compile and not run; empty for none.")] = "llama-3.2-1b",
-    compile_row_length: Annotated[int, typer.Option(help="Its tokens a row.")] = 4096,
-    name: Annotated[str, typer.Option(help="Stem of the files.")] = "remat",
-    quick: Annotated[bool, typer.Option(help="Tiny models, to see that it runs.")] = False,
+    output: Annotated[Path, Option("Folder for the results.")] = Path("docs/benchmarks"),
+    model: Annotated[str, Option("One of benchmarks/models.py.")] = "hh-155m",
+    layers: Annotated[int | None, Option("Fewer layers than the model has.")] = None,
+    profile: Annotated[str, Option("Lengths of the pairs.")] = "hh-rlhf",
+    batch: Annotated[int, Option("Pairs a step.")] = 16,
+    row_length: Annotated[int, Option("Tokens a row.")] = 2048,
+    dtype: Annotated[str, Option("Compute dtype.")] = "float32",
+    rounds: Annotated[int, Option("Steps of each policy.")] = 3,
+    compile_only: Annotated[str, Option("Model to compile and not run; empty for none.")] = "llama-3.2-1b",
+    compile_row_length: Annotated[int, Option("Its tokens a row.")] = 4096,
+    name: Annotated[str, Option("Stem of the files.")] = "remat",
+    quick: Annotated[bool, Option("Tiny models, to see that it runs.")] = False,
 ) -> None:
     """Compares the policies."""
     if quick:
@@ -110,4 +111,4 @@ _NOTE = (
 )
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

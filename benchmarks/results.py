@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,14 @@ class Result:
         (folder / f"{self.name}.md").write_text("\n".join(page), encoding="utf-8")
         print("\n".join(tables))
         print(folder / f"{self.name}.md")
+
+
+def can_draw() -> bool:
+    """Returns True if matplotlib, which `picture` needs, is installed; says so if it is not."""
+    found = find_spec("matplotlib") is not None
+    if not found:
+        print("no picture is drawn: matplotlib is not installed", flush=True)
+    return found
 
 
 @contextmanager

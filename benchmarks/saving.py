@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import typer
 
 from benchmarks.facts import machine_facts
 from benchmarks.lengths import PROFILES, profile_pairs
 from benchmarks.models import model_mapping
+from benchmarks.options import Option, run
 from benchmarks.results import Result, Table, percent
 from benchmarks.steps import Trainee, Weights, device_name, one_device, step_plan
 from benchmarks.timing import seconds_of, timed
@@ -42,12 +42,12 @@ _STEPS = 3  # that are timed alone, before a save and after it
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
-    models: Annotated[list[str] | None, typer.Option("--model", help="See benchmarks/models.py (repeatable).")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Where to save; the default is the folder for scratch.")] = None,
-    rounds: Annotated[int, typer.Option(help="Saves of each model.")] = 3,
-    name: Annotated[str, typer.Option(help="Stem of the files.")] = "saving",
-    quick: Annotated[bool, typer.Option(help="A tiny model, to see that it runs.")] = False,
+    output: Annotated[Path, Option("Folder for the results.")] = Path("docs/benchmarks"),
+    models: Annotated[list[str] | None, Option("See benchmarks/models.py (repeatable).", flag="--model")] = None,
+    folder: Annotated[Path | None, Option("Where to save; the default is the folder for scratch.")] = None,
+    rounds: Annotated[int, Option("Saves of each model.")] = 3,
+    name: Annotated[str, Option("Stem of the files.")] = "saving",
+    quick: Annotated[bool, Option("A tiny model, to see that it runs.")] = False,
 ) -> None:
     """Measures saving, checking and restoring."""
     names = ["tiny"] if quick else models or ["small", "hh-155m", "llama-3.2-1b"]
@@ -164,4 +164,4 @@ def _randomised(state: Any) -> Any:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -10,23 +10,23 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from jaxtyping import Float
 
 from benchmarks.contenders.job import LEARNING_RATE, OBJECTIVES
 from benchmarks.lengths import Pairs
-from benchmarks.timing import in_turns, seconds_of
-from jax_simpo.config import TrainConfig
+from benchmarks.timing import in_turns, sampled, seconds_of
 from jax_simpo.data.loader import Known, StepBatch, build_step
 from jax_simpo.data.packing import StepPlan, make_step_plan
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
 from jax_simpo.objectives import Objective, make_objective
-from jax_simpo.ops.attention import resolve_backend
+from jax_simpo.ops.attention import choose, place_of
 from jax_simpo.sharding import make_mesh, put_rows
 from jax_simpo.training import capacity
 from jax_simpo.training.evaluate import GROUPS_PER_PLAN, ScoreFunction, score_groups
-from jax_simpo.training.optim import run_optimizer
+from jax_simpo.training.optim import make_optimizer
 from jax_simpo.training.step import (
     TrainFunctions,
     make_score_function,
@@ -35,18 +35,10 @@ from jax_simpo.training.step import (
     split_step,
 )
 
-# The settings of the optimizer. The objective, the model and the pairs are those of a `Trainee`.
-CONFIG = TrainConfig(
-    model_name_or_path="unused",
-    dataset_mixer={"unused": 1.0},
-    learning_rate=LEARNING_RATE,
-    lr_scheduler_type="constant",
-    weight_decay=0.0,
-    max_grad_norm=1.0,
-)
 SIMPO = make_objective({"simpo": 1.0}, OBJECTIVES["simpo"])
 DPO = make_objective({"dpo": 1.0}, OBJECTIVES["dpo"])
-_MANY_STEPS = 1_000_000  # the learning rate is constant, so the number does not matter
+# AdamW with the defaults of the config, made without the config's schema: pydantic is missing where some GPUs are.
+ADAMW: dict[str, Any] = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0}
 _MATMUL = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # width of the square matrices of the peak
 # Variant -> prefix sharing, packing.
 VARIANTS = {
@@ -126,7 +118,7 @@ class Trainee:
         """The implementation that `attention` stands for on this machine."""
         config = self.model.config
         settings = {"dtype": self.model.dtype, "head_dim": config.head_dim, "softcap": config.attention_softcap}
-        return resolve_backend(self.attention, self.mesh.devices.flat[0], **settings)[0]
+        return choose(self.attention, place_of(self.mesh.devices.flat[0], **settings))[0]
 
     @property
     def scoring_forward(self) -> Forward:
@@ -141,7 +133,7 @@ class Trainee:
     @cached_property
     def functions(self) -> TrainFunctions:
         """The compiled functions of training."""
-        _, optimizer = run_optimizer(CONFIG, _MANY_STEPS)
+        optimizer = make_optimizer(optax.constant_schedule(LEARNING_RATE), **ADAMW)
         return make_train_functions(
             self.forward, self.objective, optimizer, self.mesh, accumulates=self.plan.step(0).micro_batches > 1
         )
@@ -235,14 +227,17 @@ def memory_of(compiled: Any) -> int:
     return int(total - sizes.alias_size_in_bytes)
 
 
-def matmul_peak(dtype: str, repeats: int = 10) -> float:
-    """Returns the floating-point operations a second of a large matrix product on this machine: the best of a few."""
-    width = _MATMUL[jax.default_backend()]
+def matmul_peak(dtype: str, width: int | None = None) -> float:
+    """Returns the floating-point operations a second of a large matrix product on this machine: the best of a few.
+
+    Args:
+        dtype: of the matrices.
+        width: of the square matrices; a size that suits the kind of device when not given.
+    """
+    width = width or _MATMUL[jax.default_backend()]
     a = jax.random.normal(jax.random.key(0), (width, width), jnp.dtype(dtype))
     product = jax.jit(lambda a, b: a @ b)
-    product(a, a).block_until_ready()
-    times = [seconds_of(lambda: product(a, a).block_until_ready()) for _ in range(repeats)]
-    return 2.0 * width**3 / min(times)
+    return 2.0 * width**3 / min(sampled(partial(product, a, a), jax.block_until_ready)["seconds"])
 
 
 def device_name() -> str:

@@ -22,10 +22,10 @@ from typing import Annotated, Any
 import jax
 import ml_dtypes
 import numpy as np
-import typer
 
 from benchmarks.facts import forget_peak, machine_facts, peak_resident_bytes, resident_bytes
 from benchmarks.models import model_mapping
+from benchmarks.options import Option, run
 from benchmarks.results import Result, Table, gib
 from benchmarks.steps import device_name
 from jax_simpo import hf
@@ -39,12 +39,12 @@ BOUND = 1.3  # times the largest file
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
-    model: Annotated[str, typer.Option(help="See benchmarks/models.py.")] = "llama-3.2-1b",
-    max_shard_size: Annotated[str, typer.Option(help="Largest file; one tensor is never cut.")] = "500MB",
-    tensor: Annotated[int, typer.Option(help="Devices along `tensor`; the others are along `fsdp`.")] = 1,
-    name: Annotated[str, typer.Option(help="Stem of the files.")] = "streaming",
-    quick: Annotated[bool, typer.Option(help="A small model, to see that it runs.")] = False,
+    output: Annotated[Path, Option("Folder for the results.")] = Path("docs/benchmarks"),
+    model: Annotated[str, Option("See benchmarks/models.py.")] = "llama-3.2-1b",
+    max_shard_size: Annotated[str, Option("Largest file; one tensor is never cut.")] = "500MB",
+    tensor: Annotated[int, Option("Devices along `tensor`; the others are along `fsdp`.")] = 1,
+    name: Annotated[str, Option("Stem of the files.")] = "streaming",
+    quick: Annotated[bool, Option("A small model, to see that it runs.")] = False,
 ) -> None:
     """Measures the peaks of loading and exporting."""
     if quick:
@@ -124,4 +124,4 @@ def _payload(path: Path) -> bytes:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

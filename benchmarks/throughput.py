@@ -18,20 +18,23 @@ Takes about 25 minutes on two CPU cores, 5 of them for DPO (`--quick`: one minut
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import numpy as np
-import typer
 
+from benchmarks.cells import CELLS_HELP, Cells, failed
 from benchmarks.dpo import compare_dpo, dpo_table
 from benchmarks.facts import machine_facts
 from benchmarks.flops import linear_ideal
 from benchmarks.lengths import PROFILES, Pairs, profile_pairs, read_pairs
 from benchmarks.models import model_mapping
-from benchmarks.results import Result, Table, gib, percent, picture
+from benchmarks.options import Option, run
+from benchmarks.results import Result, Table, can_draw, gib, percent, picture
 from benchmarks.steps import VARIANTS, Trainee, device_name, matmul_peak, one_device, step_plan, steps_in_turns
 from benchmarks.timing import speed_up, total_speed_up
 from jax_simpo.data.packing import ROW_MULTIPLE, measure
@@ -49,24 +52,23 @@ DPO_PROFILES = ["hh-rlhf"]
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
-    model: Annotated[str, typer.Option(help="One of benchmarks/models.py.")] = "small",
-    layers: Annotated[int | None, typer.Option(help="Fewer layers than the model has.")] = None,
-    dtype: Annotated[str, typer.Option(help="Compute dtype.")] = "float32",
-    remat: Annotated[str, typer.Option(help="As the config key; `dots` is the fastest on a CPU.")] = "dots",
-    attention: Annotated[str, typer.Option(help="As the config key.")] = "auto",
-    batch: Annotated[int, typer.Option(help="Pairs a step when packed.")] = 64,
-    unpacked_batch: Annotated[int, typer.Option(help="Pairs a step when not packed; 0 leaves those variants out.")] = 4,
-    rounds: Annotated[int, typer.Option(help="Steps of each layout; 0 leaves the layouts out.")] = 2,
-    dpo_rounds: Annotated[int, typer.Option(help="Steps of SimPO and of DPO; 0 leaves DPO out.")] = 6,
-    profiles: Annotated[
-        list[str] | None, typer.Option(help="Profiles of the layouts (repeatable). Default: all.")
-    ] = None,
-    dpo_profiles: Annotated[list[str], typer.Option(help="Profiles of DPO (repeatable).")] = DPO_PROFILES,
-    pairs: Annotated[Path | None, typer.Option(help="JSONL of real pairs. Default: where SIMPO_SHARED says.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="For `--pairs`. Default: Llama-3's of SIMPO_SHARED.")] = None,
-    name: Annotated[str, typer.Option(help="Stem of the files.")] = "throughput",
-    quick: Annotated[bool, typer.Option(help="A tiny model on two profiles, to see that it runs.")] = False,
+    output: Annotated[Path, Option("Folder for the results.")] = Path("docs/benchmarks"),
+    model: Annotated[str, Option("One of benchmarks/models.py.")] = "small",
+    layers: Annotated[int | None, Option("Fewer layers than the model has.")] = None,
+    dtype: Annotated[str, Option("Compute dtype.")] = "float32",
+    remat: Annotated[str, Option("As the config key; `dots` is the fastest on a CPU.")] = "dots",
+    attention: Annotated[str, Option("As the config key.")] = "auto",
+    batch: Annotated[int, Option("Pairs a step when packed.")] = 64,
+    unpacked_batch: Annotated[int, Option("Pairs a step when not packed; 0 leaves those variants out.")] = 4,
+    rounds: Annotated[int, Option("Steps of each layout; 0 leaves the layouts out.")] = 2,
+    dpo_rounds: Annotated[int, Option("Steps of SimPO and of DPO; 0 leaves DPO out.")] = 6,
+    profiles: Annotated[list[str] | None, Option("Profiles of the layouts (repeatable). Default: all.")] = None,
+    dpo_profiles: Annotated[list[str], Option("Profiles of DPO (repeatable).")] = DPO_PROFILES,
+    pairs: Annotated[Path | None, Option("JSONL of real pairs. Default: where SIMPO_SHARED says.")] = None,
+    tokenizer: Annotated[str | None, Option("For `--pairs`. Default: Llama-3's of SIMPO_SHARED.")] = None,
+    name: Annotated[str, Option("Stem of the files.")] = "throughput",
+    cells: Annotated[Path | None, Option(CELLS_HELP)] = None,
+    quick: Annotated[bool, Option("A tiny model on two profiles, to see that it runs.")] = False,
 ) -> None:
     """Times optimizer steps of four layouts on each length profile, and of DPO beside SimPO."""
     if quick:
@@ -86,15 +88,43 @@ def main(
         plan = step_plan(policy, own_pairs, variant, batch=batches[variant], row_length=row_length)
         return Trainee(policy, plan, own_pairs, mesh, attention)
 
-    measured, compared = {}, {}
+    store = Cells(cells)
+    settings = {"model": model, "layers": layers, "dtype": dtype, "remat": remat, "attention": attention, "pool": pool}
+    file = str(pairs or os.environ.get("SIMPO_SHARED"))  # of the real pairs
+
+    def of_layout(label: str) -> dict[str, Any]:
+        return measure_steps({variant: trainee(label, variant) for variant in batches}, rounds)
+
+    def of_objectives(label: str) -> dict[str, Any]:
+        return compare_dpo(trainee(label, PACKED[1]), data[label][1], dpo_rounds)
+
+    measured: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
     with jax.set_mesh(mesh):
-        peak = matmul_peak(dtype)
-        for label, (own_pairs, row_length) in data.items():
+        peak = store.measure({"peak": dtype}, lambda: matmul_peak(dtype))
+        if failed(peak):
+            sys.exit(f"not even a matrix product runs: {peak['failed']}")
+        parts = [
+            ("steps", rounds, of_layouts, of_layout, measured, batches),
+            ("dpo", dpo_rounds, of_dpo, of_objectives, compared, {PACKED[1]: batch}),
+        ]
+        for label, (own_pairs, _) in data.items():
             print(f"{label}: {len(own_pairs)} pairs", flush=True)
-            if rounds and label in (*of_layouts, HH):
-                measured[label] = measure_steps({variant: trainee(label, variant) for variant in batches}, rounds)
-            if dpo_rounds and label in (*of_dpo, HH):
-                compared[label] = compare_dpo(trainee(label, PACKED[1]), row_length, dpo_rounds)
+            for part, its_rounds, labels, measure, results, its_batches in parts:
+                if not its_rounds or label not in (*labels, HH):
+                    continue
+                cell = {**settings, "part": part, "pairs": label, "batches": its_batches, "rounds": its_rounds}
+                cell |= {"file": file} if label == HH else {}
+                result = store.measure(cell, partial(measure, label))
+                if failed(result):
+                    reasons[f"{label}, {part}"] = result["failed"]
+                    continue
+                results[label] = result
+                if part == "steps":
+                    print(f"{label}: {_summary(result, peak)}", flush=True)
+    if reasons and not measured and not compared:
+        sys.exit(f"nothing could be measured: {reasons}")
     fills = {label: packing_fill(policy, label, FILL_POOLS * pool) for label in measured if label in PROFILES}
     facts = machine_facts(device_name())
     about = (
@@ -107,10 +137,13 @@ def main(
     if measured:
         about += f" {__doc__.split(chr(10) * 2)[1]} Each layout makes {rounds} steps."
         tables = [_table(measured, peak), _speed_ups(measured), *([_fills(fills)] if fills else [])]
-        pictures = [_draw(output, f"{name}.png", measured)]
+        pictures = [_draw(output, f"{name}.png", measured)] if can_draw() else []
     if compared:
         tables.append(dpo_table(compared))
+    if reasons:
+        tables.append(Table("Could not run", ("what", "why"), list(reasons.items())))
     everything = {"matmul_flops_per_second": peak, "measured": measured, "fill": fills, "dpo": compared}
+    everything |= {"failed": reasons}
     Result(name, "Throughput", about, facts, tables, everything, pictures).write(output)
 
 
@@ -139,6 +172,16 @@ def _row_length(median: float) -> int:
 
 def _round_up(tokens: int) -> int:
     return -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def _summary(variants: Mapping[str, Any], peak: float) -> str:
+    """Returns a line about the layouts of some pairs: pairs a second, and useful operations beside a matrix product."""
+    parts = []
+    for variant, result in variants.items():
+        total = sum(result["seconds"])
+        share = percent(result["useful_flops"] / total / peak)
+        parts.append(f"{variant} {result['pairs'] / total:.3g} pairs/s, {share} of a matrix product")
+    return "; ".join(parts)
 
 
 def measure_steps(trainees: Mapping[str, Trainee], rounds: int) -> dict[str, Any]:
@@ -254,4 +297,4 @@ def _draw(output: Path, file: str, measured: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

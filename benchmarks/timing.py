@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -20,6 +21,39 @@ def timed(run: Callable[[], T]) -> tuple[T, float]:
 def seconds_of(run: Callable[[], object]) -> float:
     """Returns the seconds of a call. The call must wait for its device."""
     return timed(run)[1]
+
+
+def window_seconds(start: Callable[[], T], wait: Callable[[T], object], calls: int) -> float:
+    """Returns the seconds of one of many calls that are dispatched in one go and waited for at the end.
+
+    A GPU then computes without a pause, and the time that the host takes to start a call is hidden.
+    """
+    started = time.perf_counter()
+    for _ in range(calls):
+        result = start()
+    wait(result)
+    return (time.perf_counter() - started) / calls
+
+
+def calls_a_window(start: Callable[[], T], wait: Callable[[T], object], window: float = 0.1, most: int = 200) -> int:
+    """Returns how many calls fill a window of that many seconds. The call must have been compiled before."""
+    return min(most, math.ceil(window / window_seconds(start, wait, 1)))
+
+
+def sampled(start: Callable[[], T], wait: Callable[[T], object], samples: int = 5) -> dict[str, Any]:
+    """Times a call on its own.
+
+    Returns:
+        `first_seconds` of the first call, which compiles; `calls` dispatched in a window; `seconds` of one call, from
+        each of `samples` windows.
+    """
+    first = window_seconds(start, wait, 1)
+    calls = calls_a_window(start, wait)
+    return {
+        "first_seconds": first,
+        "calls": calls,
+        "seconds": [window_seconds(start, wait, calls) for _ in range(samples)],
+    }
 
 
 def in_turns(contenders: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:

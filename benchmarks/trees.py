@@ -23,11 +23,11 @@ from typing import Annotated, Any
 
 import jax
 import numpy as np
-import typer
 
 from benchmarks.facts import machine_facts
 from benchmarks.lengths import CUT, SIGMA, Pairs
 from benchmarks.models import model_mapping
+from benchmarks.options import Option, run
 from benchmarks.results import Result, Table, gib, percent, picture
 from benchmarks.steps import Trainee, device_name, matmul_peak, one_device, step_plan, steps_in_turns
 from benchmarks.timing import total_speed_up
@@ -106,16 +106,16 @@ def only_one_prefix(group: Group, vocabulary: int) -> Group:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
-    model: Annotated[str, typer.Option(help="One of benchmarks/models.py.")] = "small",
-    layers: Annotated[int | None, typer.Option(help="Fewer layers than the model has.")] = None,
-    dtype: Annotated[str, typer.Option(help="Compute dtype.")] = "float32",
-    remat: Annotated[str, typer.Option(help="As the config key; `dots` is the fastest on a CPU.")] = "dots",
-    attention: Annotated[str, typer.Option(help="As the config key.")] = "auto",
-    rounds: Annotated[int, typer.Option(help="Steps of each layout.")] = 3,
-    shapes: Annotated[list[str] | None, typer.Option(help="Shapes (repeatable). Default: all.")] = None,
-    name: Annotated[str, typer.Option(help="Stem of the files.")] = "trees",
-    quick: Annotated[bool, typer.Option(help="A tiny model on two shapes, to see that it runs.")] = False,
+    output: Annotated[Path, Option("Folder for the results.")] = Path("docs/benchmarks"),
+    model: Annotated[str, Option("One of benchmarks/models.py.")] = "small",
+    layers: Annotated[int | None, Option("Fewer layers than the model has.")] = None,
+    dtype: Annotated[str, Option("Compute dtype.")] = "float32",
+    remat: Annotated[str, Option("As the config key; `dots` is the fastest on a CPU.")] = "dots",
+    attention: Annotated[str, Option("As the config key.")] = "auto",
+    rounds: Annotated[int, Option("Steps of each layout.")] = 3,
+    shapes: Annotated[list[str] | None, Option("Shapes (repeatable). Default: all.")] = None,
+    name: Annotated[str, Option("Stem of the files.")] = "trees",
+    quick: Annotated[bool, Option("A tiny model on two shapes, to see that it runs.")] = False,
 ) -> None:
     """Times optimizer steps on trees, on one shared prefix and on separate answers."""
     if quick:
@@ -223,4 +223,4 @@ def draw(output: Path, file: str, measured: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -234,7 +234,7 @@ def score_dataset(
     plan = setup.step_plan(pairs, batch=evaluation.GROUPS_PER_PLAN, seed=None)
     if console is not None:
         console.print(packing_line(pairs.name, plan, measure(plan)))
-        console.print("attention: {} ({})".format(*setup.attention_choice))
+        trainer.print_attention(setup.attention_choice, console)
     with jax.set_mesh(setup.mesh):
         function = make_score_function(setup.forward_of(plan), setup.mesh, prompts=setup.objective.reads_prompts)
         return evaluation.score_groups(function, model.params, plan, pairs, setup.mesh, setup.known(pairs, reference))

@@ -287,6 +287,36 @@ def plan(
 
 
 @app.command(context_settings=OVERRIDES)
+def doctor(
+    context: typer.Context,
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml]",
+            help="A config whose model gives the shapes to try. Default: those of an 8B model, on a CPU small ones.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Checks this machine: devices, versions, settings, and whether attention and loss head are right and fast here.
+
+    Ends with status 1 if something would stop a run or spoil it.
+    """
+    if config is None and context.args:
+        raise ConfigError(f"{context.args[0]}: there is no config to override; give its file first")
+    settings, console = (None, _console()) if config is None else _begin(config, context.args)
+    from jax_simpo.doctor import examine_machine, show
+
+    examination = examine_machine(settings, console)
+    if as_json:
+        print(json.dumps(examination.to_json(), indent=2))
+    else:
+        show(examination, _console(stderr=False))
+    raise typer.Exit(0 if examination.healthy else 1)
+
+
+@app.command(context_settings=OVERRIDES)
 def report(context: typer.Context, config: ConfigFile) -> None:
     """Writes the report page and curves of a run anew from the files of its output directory."""
     settings, console = _begin(config, context.args)

@@ -25,7 +25,7 @@ from rich.text import Text
 from jax_simpo.config.help import default_of
 from jax_simpo.config.objectives import ALL_KEYS, GROUP_KEYS, described
 from jax_simpo.data.loader import build_step
-from jax_simpo.data.packing import StepPlan, measure
+from jax_simpo.data.packing import PackingReport, StepPlan, measure, micro_batch_line
 from jax_simpo.data.rows import RowBatch
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.data.tree import lay_out
@@ -70,7 +70,9 @@ def show(setup: Setup, split: str | None, rows: int, console: Console) -> None:
     for number, row in enumerate(_first_rows(plan, pairs, rows)):
         _print_row(console, number, row, pairs, setup.tokenizer)
     facts = _training_facts(setup, pairs.weights if training and config.weight_column else None)
-    _print_split(console, split or " + ".join(config.train_splits), pairs, plan, facts)
+    report = measure(plan)
+    micro_batches = micro_batch_line(plan, report, setup.data_parallel, setup.most_rows(plan))
+    _print_split(console, split or " + ".join(config.train_splits), pairs, plan, report, micro_batches, facts)
 
 
 def write_json(setup: Setup, split: str | None, file: IO[str]) -> None:
@@ -347,7 +349,13 @@ def mask_cells(key_end: Int[np.ndarray, " L"], columns: int) -> Bool[np.ndarray,
 
 
 def _print_split(
-    console: Console, name: str, pairs: GroupDataset, plan: StepPlan, training_facts: Mapping[str, str]
+    console: Console,
+    name: str,
+    pairs: GroupDataset,
+    plan: StepPlan,
+    report: PackingReport,
+    micro_batches: str,
+    training_facts: Mapping[str, str],
 ) -> None:
     lengths = pairs.lengths
     noun = _noun(lengths.sizes)
@@ -371,13 +379,12 @@ def _print_split(
         table.add_row(label, *(f"{cell:,.0f}" for cell in cells))
     console.print(table)
 
-    report = measure(plan)
     saved = 1 - lengths.row_tokens(True).sum() / lengths.row_tokens(False).sum()
     shape = plan.shape
     sharing_note = "" if plan.prefix_sharing else " (off in this config)"
     facts = {
         "row shape": f"{shape.length} tokens, {shape.targets} targets, {shape.responses} responses",
-        "micro-batch": _count(plan.rows_per_micro_batch, "row"),
+        "micro-batch": f"{_count(plan.rows_per_micro_batch, 'row')}; {micro_batches}",
         "step": f"{_count(round(report.groups), noun)} in {report.computed_tokens / shape.length:.3g} rows, "
         f"{report.empty_rows:.1%} of them empty; {_count(plan.steps_per_epoch, 'step')} an epoch",
         "packing fill": f"{report.fill:.1%}{'' if plan.packing else ' (packing is off in this config)'}",

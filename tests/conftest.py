@@ -1,7 +1,9 @@
 """Eight fake CPU devices for every test, so that each mesh of the design can be tried; jax must not be imported yet."""
 
 import os
+import re
 from importlib import metadata
+from importlib.util import find_spec
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -27,6 +29,40 @@ for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 settings.register_profile("default", deadline=None, max_examples=50, print_blob=True)
 settings.load_profile("default")
+
+
+# Files whose oracles are PyTorch's own cannot even be imported without it. The tests with the newest jax have none.
+_TESTS = Path(__file__).parent
+_NEEDS_TORCH = re.compile(r"^(import torch|from (torch|peft|torch_ref|trl)\b)", re.MULTILINE)
+collect_ignore = (
+    [str(file.relative_to(_TESTS)) for file in sorted(_TESTS.rglob("*.py")) if _NEEDS_TORCH.search(file.read_text())]
+    if find_spec("torch") is None
+    else []
+)
+
+
+def pytest_report_header() -> str | None:
+    return f"without torch these are left out: {', '.join(collect_ignore)}" if collect_ignore else None
+
+
+# The files that take longest, in seconds of one worker. They begin first, so that both workers end together.
+_SLOWEST = {
+    "parity/test_matrix.py": 467,
+    "training/test_hosts.py": 93,
+    "training/test_step.py": 90,
+    "ops/attention/test_pallas_gpu.py": 80,
+    "training/test_score.py": 78,
+    "torch_ref/test_zero3.py": 68,
+    "training/test_trainer.py": 66,
+    "ops/attention/test_attention.py": 62,
+    "training/test_reference.py": 61,
+    "ops/test_logprobs.py": 50,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # A stable sort: tests of a file stay together, in their order.
+    items.sort(key=lambda item: -_SLOWEST.get(item.path.relative_to(_TESTS).as_posix(), 0))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from jax_simpo.ops.attention import prepare_mask
 from jax_simpo.training.groups import notes_on
 from jax_simpo.training.setup import Setup
 from tests.pairs import make_pair, pairs
+from tests.training.support import mesh_of
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
@@ -104,6 +106,23 @@ def setup(tmp_path: Path) -> Setup:
     overrides = [f"--data_cache_dir={tmp_path}", "--model_config.num_hidden_layers=1", "--global_batch_size=16"]
     config = load_config(QUICKSTART, overrides)
     return Setup(config, any_mesh=True)
+
+
+def test_micro_batches_are_shown_with_the_reason_for_their_size(setup: Setup) -> None:
+    changes = {"rows_per_device": "auto", "row_length": 256, "mesh": setup.config.mesh}
+    texts = {}
+    for rows in (2, "auto"):
+        changed = Setup(
+            setup.config.model_copy(update={**changes, "rows_per_device": rows}), given_mesh=mesh_of((1, 1, 1))
+        )
+        out = io.StringIO()
+        inspection.show(changed, None, 1, Console(file=out, width=200))
+        texts[rows] = next(line for line in out.getvalue().splitlines() if line.startswith("micro-batch "))
+    assert "a step, of 2 rows a device (`rows_per_device`)" in texts[2]
+    # A step of 16 short pairs is far from what the memory holds.
+    assert re.search(
+        r" 1 micro-batch a step, of \d+ rows a device \(`rows_per_device: auto`: a step fills", texts["auto"]
+    )
 
 
 def test_rows_and_figures_are_readable_without_color(setup: Setup) -> None:

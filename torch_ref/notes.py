@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from jax_simpo.data.packing import StepPlan, measure
+from jax_simpo.data.packing import StepPlan, measure, micro_batch_line
 from jax_simpo.data.tokenize import GroupDataset
 from torch_ref.attention_choice import uses_rows
 from torch_ref.setup import Setup
@@ -42,4 +42,5 @@ def print_split(console: Console, setup: Setup, name: str, groups: GroupDataset,
             f", rows of {plan.shape.length} tokens, fill {cost.fill:.3f}, prefix sharing saves {saved:.1%} of the "
             "tokens"
         )
+        text += f"\n{name}: {micro_batch_line(plan, cost, setup.ranks.world, setup.most_rows(plan))}"
     console.print(text)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from jax_simpo.config import TrainConfig
 from jax_simpo.data import chat, sources
 from jax_simpo.data.loader import Known
-from jax_simpo.data.packing import StepPlan, make_step_plan
+from jax_simpo.data.packing import StepPlan, grow_micro_batches, make_step_plan
 from jax_simpo.data.tokenize import GroupDataset, settings_of, tokenize_split
 from jax_simpo.errors import ConfigError, ModelError
 from jax_simpo.run.reference_cache import model_digest
@@ -236,22 +236,31 @@ class Setup:
             DataError: a group does not fit.
         """
         config = self.config
+        rows = 1 if config.rows_per_device == "auto" else config.rows_per_device
         plan = make_step_plan(
             groups.lengths,
             global_batch_size=batch,
-            rows_per_micro_batch=config.rows_per_device * self.ranks.world,
+            rows_per_micro_batch=rows * self.ranks.world,
             prefix_sharing=config.prefix_sharing,
             packing=config.packing,
             seed=seed,
             row_length=None if config.row_length == "auto" else config.row_length,
-            max_row_length=self._longest_row(),
+            max_row_length=min(
+                self._most_tokens // rows, _LONGEST_ROW if self.attention.name == "flex" else _LONGEST_DENSE_ROW
+            ),
             prompt_targets=self.objective.reads_prompts,
         )
         plan.check(groups.origin)
-        return plan
+        most = self.most_rows(plan)
+        return plan if most is None else grow_micro_batches(plan, self.ranks.world, most)
 
-    def _longest_row(self) -> int:
-        """Returns a rough guess at the longest row that fits the memory. Rows that are too short only cost speed."""
+    def most_rows(self, plan: StepPlan) -> int | None:
+        """The rows of a step plan that fit a device's memory, with `rows_per_device: auto`; otherwise None."""
+        return max(1, self._most_tokens // plan.shape.length) if self.config.rows_per_device == "auto" else None
+
+    @cached_property
+    def _most_tokens(self) -> int:
+        """A rough guess at the tokens of a micro-batch that fit the memory. One that is too low only costs speed."""
         device = self.ranks.device
         if device.type == "cuda":
             memory = torch.cuda.get_device_properties(device).total_memory
@@ -259,8 +268,7 @@ class Setup:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.ranks.world
         left = memory // 2 - 18 * self.parameter_count // self.ranks.world
         width = self.model_config.hidden_size + 2 * self.model_config.num_hidden_layers
-        fits = max(0, left) // (_BYTES_PER_TOKEN_AND_WIDTH * width * self.config.rows_per_device)
-        return min(fits, _LONGEST_ROW if self.attention.name == "flex" else _LONGEST_DENSE_ROW)
+        return max(0, left) // (_BYTES_PER_TOKEN_AND_WIDTH * width)
 
 
 def _digests(name: str, revision: str | None) -> list[str]:

@@ -83,8 +83,8 @@ def _train(
     console.print(f"torch_ref: {ranks.world} rank{'s' if ranks.world > 1 else ''} on {ranks.device.type}")
     if not _fits(config, ranks):
         console.print("note: `mesh` is not used here; ZeRO-3 splits over all ranks", style="yellow")
-    if config.remat == "dots":
-        console.print("note: `remat: dots` is taken as `full`: layers are recomputed whole", style="yellow")
+    if config.remat in ("dots", "attention"):
+        console.print(f"note: `remat: {config.remat}` is taken as `full`: layers are recomputed whole", style="yellow")
     checkpoints = Checkpoints(output, ranks, keep=config.save_total_limit)
     # One rank reads the folder, so that all ranks resume at the same step, whatever their file system shows them.
     chosen = ranks.first(lambda: checkpoints.choose(config))

@@ -60,7 +60,7 @@ def deepspeed_settings(config: TrainConfig, file: Path | None = None) -> dict[st
     return {
         **settings,
         # These two have no effect: `Zero3Engine.backward` says itself where a step ends.
-        "train_micro_batch_size_per_gpu": config.rows_per_device,
+        "train_micro_batch_size_per_gpu": 1 if config.rows_per_device == "auto" else config.rows_per_device,
         "gradient_accumulation_steps": 1,
         # DeepSpeed clips to 1.0 if this is missing.
         "gradient_clipping": config.max_grad_norm,

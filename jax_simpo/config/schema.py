@@ -371,7 +371,11 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         "Tokens in a row, a multiple of 128; `auto` picks what is cheapest per step: few tokens computed, few "
         "micro-batches.",
     )
-    rows_per_device: Whole = _key(1, "Rows each data-parallel device computes at a time (one micro-batch).", ge=1)
+    rows_per_device: Literal["auto"] | Annotated[Whole, Field(ge=1)] = _key(
+        1,
+        "Rows each data-parallel device computes at a time (one micro-batch); `auto` takes as many as a step fills "
+        "and, by estimate, fit the memory. Same results.",
+    )
 
     # --- devices and numerics
     mesh: MeshConfig = _key(MeshConfig, "Devices per axis; see below.", section="Devices and numerics")
@@ -385,15 +389,22 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         "auto",
         "Attention backend; all compute the same. `blockwise` and `banded` run anywhere, `splash` on TPUs, `pallas` on "
         "Hopper GPUs, `triton` on NVIDIA GPUs from Ampere on, `cudnn` on NVIDIA GPUs without soft caps, `dense` for "
-        "tiny rows. `auto` takes the best for the device; the log says which and why.",
+        "tiny rows. `auto` takes the fastest that is right on the device; the log says which and why.",
+    )
+    attention_check: bool = _key(
+        True,
+        "On an accelerator, tries attention backends before the first step: whether their numbers are right, and how "
+        "fast they are. What was seen is kept for later runs. False takes `attention` untried.",
     )
     torch_attention: Literal["auto", "sdpa", "flex", "flash_attention_2", "flash_attention_3", "dense"] = _key(
         "auto",
         "The same for `torch_ref`. On a GPU auto takes flex for rows, and without sharing and packing flash attention "
         "where it is installed; on a CPU sdpa, or dense where the model caps its attention scores.",
     )
-    remat: Literal["none", "dots", "full"] = _key(
-        "full", "What of a layer is recomputed in the backward pass: nothing, all but matrix products, or all."
+    remat: Literal["none", "dots", "attention", "full"] = _key(
+        "full",
+        "What of a layer is recomputed in the backward pass: nothing, all but matrix products and attention, all but "
+        "attention, or all.",
     )
     logprob_chunk: Literal["auto"] | Annotated[Whole, Field(ge=1)] = _key(
         "auto",

@@ -8,7 +8,7 @@ the seed and k. So there is no iterator state to save, and every process derives
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -244,6 +244,7 @@ def make_step_plan(
     rows_per_micro_batch: int,
     row_length: int | None,
     max_row_length: int,
+    row_multiple: int = ROW_MULTIPLE,
     prefix_sharing: bool = True,
     packing: bool = True,
     seed: int | None = None,
@@ -257,6 +258,8 @@ def make_step_plan(
         rows_per_micro_batch: rows of a micro-batch over all devices.
         row_length: a fixed row length, or None to choose one.
         max_row_length: the longest row that memory allows; the longest group always gets a row that holds it.
+        row_multiple: a multiple of `ROW_MULTIPLE` that divides chosen row lengths as far as that costs little: 128, 256
+            and so on up to it, the largest of them that adds at most an eighth to a row.
         prefix_sharing, packing, seed, prompt_targets: see `StepPlan`.
     """
 
@@ -266,18 +269,19 @@ def make_step_plan(
         )
 
     tokens, targets = lengths.row_tokens(prefix_sharing), lengths.row_targets(prompt_targets)
-    shortest = _round_up(int(tokens.max()))
+    shortest = _round_up(int(tokens.max()), _multiple_for(int(tokens.max()), row_multiple))
     if row_length is not None:
         candidates = np.array([row_length])
     elif packing:
         step_tokens = tokens.mean() * min(global_batch_size, len(tokens))
         useful = _round_up(int(1.1 * step_tokens / rows_per_micro_batch))
         longest = max(shortest, min(max_row_length, useful))
-        candidates = np.unique(np.linspace(shortest, longest, _CANDIDATES, dtype=int) // ROW_MULTIPLE * ROW_MULTIPLE)
+        spread = map(int, np.linspace(shortest, longest, _CANDIDATES))
+        candidates = np.unique([n - n % _multiple_for(n, row_multiple) for n in spread])
     else:
         candidates = np.array([shortest])
     most_targets = _round_up(int(targets.max()))
-    if candidates[0] < shortest:  # `row_length` is too short: `StepPlan.check` raises the error
+    if candidates[0] < tokens.max():  # `row_length` is too short: `StepPlan.check` raises the error
         return plan_with(RowShape(int(candidates[0]), most_targets, int(lengths.sizes.max())))
 
     unbounded = [RowShape(int(length), int(targets.sum()), int(lengths.sizes.sum())) for length in candidates]
@@ -288,6 +292,41 @@ def make_step_plan(
     responses = max(int(lengths.sizes.max()), int(responses))
     # All targets of the fullest row have room. Where a row has fewer, the loss head skips the padding.
     return plan_with(RowShape(plan.shape.length, max(most_targets, _round_up(int(fullest))), responses))
+
+
+def grow_micro_batches(plan: StepPlan, devices: int, most: int) -> StepPlan:
+    """Returns a plan with the rows a device at which a step costs least: few micro-batches, few empty rows.
+
+    Every micro-batch costs the time of `MICRO_BATCH_TOKENS` tokens beside its rows. The rows themselves stay the same.
+
+    Args:
+        plan: the step plan with a row a device.
+        devices: devices that each take rows of their own.
+        most: most rows a device, at least 1.
+    """
+    filled = np.array([len(plan.step(int(k)).rows) for k in _sampled_steps(plan)])
+    rows = np.arange(1, min(most, -(-int(filled.max()) // devices)) + 1)
+    micro_batches = -(-filled[:, None] // (devices * rows))
+    costs = (micro_batches * (rows * plan.shape.length + MICRO_BATCH_TOKENS)).mean(0)
+    cheapest = int(rows[np.argmax(costs <= _GOOD_ENOUGH * costs.min())])
+    return replace(plan, rows_per_micro_batch=devices * cheapest)
+
+
+def micro_batch_line(plan: StepPlan, report: PackingReport, devices: int, most: int | None) -> str:
+    """Describes the micro-batches of a step in one line, with the reason for their size.
+
+    Args:
+        plan: the step plan.
+        report: the plan as `measure` has measured it.
+        devices: devices that each take rows of their own.
+        most: the most rows a device that were allowed, if the plan is of `grow_micro_batches`; None for a given size.
+    """
+    rows, count = plan.rows_per_micro_batch // devices, report.rows / plan.rows_per_micro_batch
+    size = f"{count:.3g} micro-batch{'es' if count > 1 else ''} a step, of {rows} row{'s' if rows > 1 else ''} a device"
+    if most is None:
+        return f"{size} (`rows_per_device`)"
+    filled = report.rows * (1 - report.empty_rows) / devices
+    return f"{size} (`rows_per_device: auto`: a step fills {filled:.3g}, and by estimate {most} fit a device's memory)"
 
 
 def _cheapest(plans: list[StepPlan]) -> StepPlan:
@@ -304,5 +343,13 @@ def _sampled_steps(plan: StepPlan) -> Int[np.ndarray, " _"]:
     return np.unique(np.linspace(0, full_steps - 1, count, dtype=int))
 
 
-def _round_up(n: int) -> int:
-    return -(-n // ROW_MULTIPLE) * ROW_MULTIPLE
+def _multiple_for(length: int, largest: int) -> int:
+    """Returns what the length of a row of about so many tokens is to be a multiple of; see `row_multiple`."""
+    multiple = ROW_MULTIPLE
+    while 2 * multiple <= min(largest, length // 8):
+        multiple *= 2
+    return multiple
+
+
+def _round_up(n: int, multiple: int = ROW_MULTIPLE) -> int:
+    return -(-n // multiple) * multiple

@@ -36,7 +36,7 @@ from jax_simpo.ops.numerics import SAVED_ATTENTION, SAVED_PRODUCT
 from jax_simpo.sharding import RULES, constrain, gather_parameter, named
 
 Params = dict[str, Any]  # nested, leaves are arrays
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "attention", "full"]
 
 
 class Linear(nnx.Module):
@@ -297,6 +297,7 @@ _keep_either = jax.checkpoint_policies.save_from_both_policies
 _REMAT = {
     "none": _keep_either(_depends_on_activations, _keep_attention),
     "dots": jax.checkpoint_policies.save_only_these_names(SAVED_PRODUCT, SAVED_ATTENTION),
+    "attention": _keep_attention,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -313,8 +314,8 @@ class Model:
     Attributes:
         config: sizes and switches of the decoder.
         dtype: the dtype of activations and of the copies of weights that layers compute with.
-        remat: what a layer keeps for its backward pass: everything ("none"), the results of matrix products and of
-            attention ("dots"), or only its input ("full").
+        remat: what a layer keeps for its backward pass: everything ("none"), its input with the results of matrix
+            products and of attention ("dots"), its input with those of attention ("attention"), or its input ("full").
         lora: the adapters; None trains all parameters.
     """
 

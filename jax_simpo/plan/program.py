@@ -30,6 +30,7 @@ from rich.console import Console
 
 from jax_simpo.data.packing import ROW_MULTIPLE, StepPlan, measure
 from jax_simpo.data.rows import RowBatch
+from jax_simpo.ops.attention import choose, place_of
 from jax_simpo.plan.allocations import compile_and_measure
 from jax_simpo.plan.flops import useful_flops, work_of
 from jax_simpo.plan.hlo import array_bytes, collectives, loop_states
@@ -37,7 +38,7 @@ from jax_simpo.plan.report import HardwarePlan, Memory, Traffic
 from jax_simpo.plan.topology import Topology
 from jax_simpo.run.cadence import count_steps
 from jax_simpo.sharding import make_mesh, named
-from jax_simpo.training.groups import packing_line
+from jax_simpo.training.attention import AttentionChoice
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import Accumulated, Denominators, make_train_functions
@@ -56,6 +57,13 @@ class TopologySetup(Setup):
     def mesh(self) -> jax.sharding.Mesh:
         """The config's mesh over the topology's devices."""
         return make_mesh(**self.config.mesh.model_dump(), devices=self.topology.devices())
+
+    @cached_property
+    def attention_choice(self) -> AttentionChoice:
+        """The backend that is preferred there: none can be tried on devices that are not here."""
+        shape = self.attention_shape
+        place = place_of(self.mesh.devices.flat[0], dtype=shape.dtype, head_dim=shape.head_dim, softcap=shape.softcap)
+        return AttentionChoice(*choose(self.config.attention, place))
 
     @cached_property
     def device_memory(self) -> int:
@@ -209,9 +217,9 @@ def measure_step(setup: TopologySetup, console: Console, *, search: bool, save: 
     pairs = setup.train_pairs()
     step_plan = setup.step_plan(pairs, batch=setup.global_batch_size(), seed=config.seed)
     packing = measure(step_plan)
-    console.print(packing_line("training", step_plan, packing))
+    console.print(setup.packing_lines("training", step_plan, packing))
     micro_batches = packing.rows / step_plan.rows_per_micro_batch
-    rows = config.rows_per_device
+    rows = step_plan.rows_per_micro_batch // setup.data_parallel
     rows_of_a_step = math.ceil(packing.rows * (1 - packing.empty_rows) / setup.data_parallel)
     most = max(rows, rows_of_a_step)
 

@@ -75,7 +75,7 @@ class HardwarePlan:
         mesh: number of devices along each axis.
         attention: the implementation that the config resolves to on these devices.
         row: length, targets and responses of a row.
-        rows_per_device: rows of a micro-batch on each device, as configured.
+        rows_per_device: rows of a micro-batch on each device, as configured or chosen.
         micro_batches_per_step: mean over the first epoch's steps.
         pairs_per_step: pairs of a step.
         longest_pair: tokens of the longest pair, rounded up to a row length.

@@ -153,7 +153,7 @@ class Topology:
         Raises:
             PlanError: it is not; the message says how to install it.
         """
-        packages = {"tpu": ("libtpu", "tokamax"), "cuda": ("jax_cuda12_plugin", "absl"), "cpu": ()}[self.platform]
+        packages = {"tpu": ("libtpu", "tokamax"), "cuda": (_cuda_plugin(), "absl"), "cpu": ()}[self.platform]
         missing = [package for package in packages if find_spec(package) is None]
         if not missing:
             return
@@ -242,3 +242,8 @@ dnn_version_info {{ major: 9 minor: 10 }}
 platform_name: "CUDA"
 device_description_str: "{gpu.name}"
 """
+
+
+def _cuda_plugin() -> str:
+    """Returns the name of the CUDA plugin of jax that is installed, or of the one that the project's extra brings."""
+    return next((name for name in ("jax_cuda12_plugin", "jax_cuda13_plugin") if find_spec(name)), "jax_cuda12_plugin")

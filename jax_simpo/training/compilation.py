@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import jax
+
+from jax_simpo.training.machine_cache import machine_cache
 
 
 def keep_compiled_programs() -> None:
@@ -16,9 +15,5 @@ def keep_compiled_programs() -> None:
     """
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax-simpo" / "xla"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # without a home that can be written to, every run compiles
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if (folder := machine_cache("xla")) is not None:  # else every run compiles
+        jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,15 @@ from jaxtyping import Array, Float, Int
 from jax_simpo.data.groups import GroupLengths
 from jax_simpo.data.loader import GroupSource, Known, step_batches
 from jax_simpo.data.packing import StepPlan
-from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.models.transformer import Params
 from jax_simpo.objectives import Objective, Responses
 from jax_simpo.objectives.groups import GroupTerms, Ranking, group_terms
 from jax_simpo.ops.responses import ResponseLogps
 from jax_simpo.run.metrics import check_split_names, evaluation_figures
 from jax_simpo.sharding import local_rows, put_rows
+
+if TYPE_CHECKING:
+    from jax_simpo.data.tokenize import GroupDataset
 
 # Groups whose rows are packed together. Only the fill depends on it: scoring has no optimizer step to respect.
 GROUPS_PER_PLAN = 512

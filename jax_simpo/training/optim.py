@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ import optax
 from jaxtyping import Array
 from optax import contrib
 
-from jax_simpo.config import TrainConfig
 from jax_simpo.training.schedules import count_warmup_steps, learning_rate_schedule
+
+if TYPE_CHECKING:
+    from jax_simpo.config import TrainConfig
 
 NOT_DECAYED = ("scale", "bias")  # norms and biases, by the last key of a parameter's path
 _STACKED = "layers"  # the first key of the parameters that have a leading axis of layers

@@ -17,7 +17,13 @@ from jax_simpo import hf
 from jax_simpo.config import TrainConfig, torch_only
 from jax_simpo.data import chat, sources
 from jax_simpo.data.loader import Known
-from jax_simpo.data.packing import StepPlan, make_step_plan
+from jax_simpo.data.packing import (
+    PackingReport,
+    StepPlan,
+    grow_micro_batches,
+    make_step_plan,
+    micro_batch_line,
+)
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.errors import CheckpointError, ConfigError, ModelError
 from jax_simpo.hf import adapters
@@ -28,14 +34,15 @@ from jax_simpo.models.lora import Lora
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model, Params
 from jax_simpo.objectives import Objective
-from jax_simpo.ops.attention import resolve_backend
+from jax_simpo.ops.attention.evidence import Shape
 from jax_simpo.processes import distributed
 from jax_simpo.run.checkpoint import Checkpoints, abstract_state
 from jax_simpo.run.files import CHECKPOINTS
 from jax_simpo.run.sums import check_model_sums
 from jax_simpo.sharding import make_mesh
 from jax_simpo.training import capacity
-from jax_simpo.training.groups import require_data, tokenize_on_first
+from jax_simpo.training.attention import AttentionChoice, choose_attention, shape_of
+from jax_simpo.training.groups import packing_line, require_data, tokenize_on_first
 from jax_simpo.training.objective import objective_of
 from jax_simpo.training.start import StartModel, find_start_model
 
@@ -149,21 +156,20 @@ class Setup:
         return {"vocab_size": len(self.tokenizer), **ids, **(self.config.new_model_config or {})}
 
     @cached_property
-    def attention_choice(self) -> tuple[str, str]:
-        """The attention backend, and the reason for the choice."""
-        model = self.model.config
-        return resolve_backend(
-            self.config.attention,
-            self.mesh.devices.flat[0],
-            dtype=self.model.dtype,
-            head_dim=model.head_dim,
-            softcap=model.attention_softcap,
-        )
+    def attention_choice(self) -> AttentionChoice:
+        """The attention backend, and the reason for the choice. On an accelerator the first call tries backends."""
+        return choose_attention(self.config, self.attention_shape, self.mesh.devices.flat[0])
+
+    @property
+    def attention_shape(self) -> Shape:
+        """The part of the run's shapes that its attention depends on."""
+        longest = capacity.longest_row(self.model, self.mesh, capacity.least_rows(self.config), self.device_memory)
+        return shape_of(self.config, self.model, self.mesh, longest)
 
     @property
     def attention(self) -> str:
         """The name of the attention backend."""
-        return self.attention_choice[0]
+        return self.attention_choice.backend
 
     @cached_property
     def forward(self) -> Forward:
@@ -348,20 +354,34 @@ class Setup:
             seed: of the order; None keeps file order.
         """
         config, model = self.config, self.model
-        rows = config.rows_per_device * self.data_parallel
+        rows = capacity.least_rows(config)
         plan = make_step_plan(
             pairs.lengths,
             global_batch_size=batch,
-            rows_per_micro_batch=rows,
+            rows_per_micro_batch=rows * self.data_parallel,
             prefix_sharing=config.prefix_sharing,
             packing=config.packing,
             seed=seed,
             row_length=None if config.row_length == "auto" else config.row_length,
-            max_row_length=capacity.longest_row(model, self.mesh, config.rows_per_device, self.device_memory),
+            max_row_length=capacity.longest_row(model, self.mesh, rows, self.device_memory),
+            row_multiple=capacity.row_multiple(self.mesh),
             prompt_targets=self.objective.reads_prompts,
         )
         plan.check(pairs.origin)
-        return plan
+        most = self.most_rows(plan)
+        return plan if most is None else grow_micro_batches(plan, self.data_parallel, most)
+
+    def most_rows(self, plan: StepPlan) -> int | None:
+        """The rows of a step plan that fit a device's memory, with `rows_per_device: auto`; otherwise None."""
+        if self.config.rows_per_device != "auto":
+            return None
+        keeps_logits = self.config.logprob_chunk == "auto"
+        return capacity.most_rows(self.model, self.mesh, plan.shape, self.device_memory, keeps_logits=keeps_logits)
+
+    def packing_lines(self, name: str, plan: StepPlan, report: PackingReport) -> str:
+        """Describes the rows and the micro-batches of a split, in a line each."""
+        micro_batches = micro_batch_line(plan, report, self.data_parallel, self.most_rows(plan))
+        return f"{packing_line(name, plan, report)}\n{name}: {micro_batches}"
 
 
 def open_checkpoints(config: TrainConfig) -> Checkpoints:

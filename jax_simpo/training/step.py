@@ -34,6 +34,7 @@ from jax_simpo.objectives.groups import Ranking, group_terms
 from jax_simpo.ops.responses import ResponseLogps
 from jax_simpo.sharding import put_rows
 from jax_simpo.training.optim import state_shardings
+from jax_simpo.training.xla_options import step_options
 
 
 class Denominators(NamedTuple):
@@ -197,7 +198,9 @@ def make_train_functions(
         mesh=mesh,
         accumulates=accumulates,
         start_sum=jax.jit(start_sum, out_shardings=accumulated),
-        accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=accumulated),
+        accumulate=jax.jit(
+            accumulate, donate_argnums=1, out_shardings=accumulated, compiler_options=step_options(mesh)
+        ),
         norm=jax.jit(optax.tree.norm, out_shardings=everywhere),
         update=jax.jit(update, donate_argnums=(0, 1), out_shardings=(param_shardings, optimizer_shardings)),
         all_finite=jax.jit(all_finite, out_shardings=everywhere),

@@ -33,14 +33,16 @@ from jax_simpo.run.resume import GUARD, check_not_finished, check_same_run, run_
 from jax_simpo.run.samples import read_answers, read_samples, sample_prompts, with_answers, write_samples
 from jax_simpo.sharding import hosts_share_tensor
 from jax_simpo.training import capacity
+from jax_simpo.training.attention import AttentionChoice
 from jax_simpo.training.compilation import keep_compiled_programs
 from jax_simpo.training.evaluate import GROUPS_PER_PLAN, Evaluation
-from jax_simpo.training.groups import idle_warning, notes_on, packing_line
+from jax_simpo.training.groups import idle_warning, notes_on
 from jax_simpo.training.loop import TrainingLoop
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.reference import Reference, frozen_weights
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import make_score_function, make_train_functions
+from jax_simpo.training.xla_options import step_options
 
 
 @dataclass(frozen=True)
@@ -135,14 +137,14 @@ def _train(
         records = checkpoints.metrics(first_step)
         print_notes(console, [check_records(output, records, needed=BestRule.of(config) is not None)])
     packing = measure(plan)
-    console.print(packing_line("training", plan, packing))
+    console.print(setup.packing_lines("training", plan, packing))
     print_notes(console, [idle_warning(plan, packing, setup.data_parallel)])
     evaluation = _evaluation(setup, console) if config.do_eval else None
     best_rule = BestRule.of(config)
     if best_rule is not None:
         assert evaluation is not None  # the config is refused without
         best_rule.check([*setup.objective.metrics, "pairs"], list(evaluation.source.splits))
-    console.print("attention: {} ({})".format(*setup.attention_choice))
+    print_attention(setup.attention_choice, console)
 
     _check_weights(setup, resumes=bool(first_step))
     reference = Reference.of(setup) if setup.objective.needs_reference else None
@@ -264,6 +266,8 @@ def _print_start(setup: Setup, console: Console) -> None:
     """Prints the mesh, and notes on settings that the user may want to change."""
     config, mesh = setup.config, setup.mesh
     console.print(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())} ({mesh.devices.flat[0]})")
+    if options := step_options(mesh):
+        console.print(f"XLA options of the step: {', '.join(options)} (docs/performance.md)")
     notes = []
     if hosts_share_tensor(mesh):
         notes.append(
@@ -275,6 +279,12 @@ def _print_start(setup: Setup, console: Console) -> None:
             f"note: `learning_rate` is not set; {config.learning_rate} is used, published SimPO runs use 3e-7 to 1e-6"
         )
     print_notes(console, notes)
+
+
+def print_attention(choice: AttentionChoice, console: Console) -> None:
+    """Prints which attention backend is used and why, and which ones were passed over."""
+    print_notes(console, choice.warnings)
+    console.print(f"attention: {choice.backend} ({choice.reason})")
 
 
 def print_notes(console: Console, notes: Sequence[str]) -> None:

@@ -38,6 +38,8 @@ PAGES = {
     "host": Page("host", "host"),
     "streaming": Page("streaming", "equal"),
     "saving": Page("saving", "measured"),
+    "facts": Page("peaks", "jax matmul"),
+    "attention_speed": Page("attention_speed", "cells", ("--width", "64", "--layout", "shared")),
 }
 QUICK = ("streaming",)
 

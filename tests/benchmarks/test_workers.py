@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.facts import forget_peak, machine_facts, peak_resident_bytes
-from benchmarks.workers import Worker, WorkerFailed
+from benchmarks.workers import RestartedWorker, Worker, WorkerFailed
+
+DYING = ["tests.benchmarks.dying"]
 
 
 def test_a_worker_that_ends_says_what_it_printed_last(tmp_path: Path) -> None:
@@ -16,6 +21,58 @@ def test_a_worker_that_ends_says_what_it_printed_last(tmp_path: Path) -> None:
         pytest.raises(WorkerFailed, match="No module named"),
     ):
         worker.ask(do="warm")
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("says why and ends", r"status 1.*the reason"),
+        ("is killed", "signal SIGKILL"),
+        ("hangs", "did not answer within 2 s"),
+    ],
+)
+def test_a_worker_that_gives_no_answer_is_told_with_the_reason(how: str, reason: str, tmp_path: Path) -> None:
+    with Worker(DYING, tmp_path / "log") as worker:
+        assert worker.ask(how="answers")
+        with pytest.raises(WorkerFailed, match=reason):
+            worker.ask(2.0, how=how)
+
+
+def test_closing_a_dead_worker_hides_no_error(tmp_path: Path) -> None:
+    with pytest.raises(WorkerFailed, match=r"status 5.*after the answer"), Worker(DYING, tmp_path / "log") as worker:
+        worker.ask(how="answers and ends")
+        worker._process.wait()
+        worker.ask(how="answers")  # cannot be sent, and is still in the buffer when the worker is closed
+
+
+def test_a_worker_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from benchmarks.workers import Worker\n"
+        f"worker = Worker({DYING}, Path(sys.argv[1])); print(worker.ask(how='answers')['pid'], flush=True)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "log")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -9
+    pid = int(done.stdout)
+    for _ in range(500):  # the kernel takes a moment; a process that nobody has waited for yet is a zombie
+        status = Path(f"/proc/{pid}/stat")
+        try:
+            if status.read_text().rpartition(")")[2].split()[0] in "ZX":
+                return
+        except FileNotFoundError:
+            return
+        os.sched_yield()
+    raise AssertionError(f"process {pid} goes on")
+
+
+def test_a_worker_is_started_anew_after_a_failure(tmp_path: Path) -> None:
+    with RestartedWorker(DYING, tmp_path / "log") as worker:
+        first = worker.ask(how="answers")
+        assert worker.ask(how="answers") == first
+        with pytest.raises(WorkerFailed):
+            worker.ask(how="is killed")
+        assert worker.ask(how="answers") != first
 
 
 def test_peak_memory_sees_what_was_given_back() -> None:

@@ -277,7 +277,7 @@ def test_an_argument_of_another_form_is_answered_with_the_right_form(message, ar
             "weight_decay: ~",
             "run.yaml, line 4: `weight_decay` is null; expected a number >= 0. For the default (0.0) leave the key out",
         ),
-        ("remat: ful", "`remat` is 'ful'; expected one of none, dots, full. Did you mean `full`?"),
+        ("remat: ful", "`remat` is 'ful'; expected one of none, dots, attention, full. Did you mean `full`?"),
         ("dtype: bf16", "`dtype` is 'bf16'; expected one of float32, bfloat16. Did you mean `bfloat16`?"),
         ("loss_type: sigmiod", "expected one of sigmoid, hinge. Did you mean `sigmoid`?"),
         (

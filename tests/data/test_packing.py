@@ -16,8 +16,10 @@ from jax_simpo.data.packing import (
     StepPlan,
     fill_rows,
     first_fit_decreasing,
+    grow_micro_batches,
     make_step_plan,
     measure,
+    micro_batch_line,
     pack,
 )
 from jax_simpo.data.rows import RowShape
@@ -178,6 +180,69 @@ def test_the_row_length_keeps_to_the_memory_there_is_but_holds_the_longest_pair(
 
     assert row_length(most=2048) <= 2048
     assert row_length(most=1) >= 1024
+
+
+@pytest.mark.parametrize(("median", "spread", "batch"), [(40, 15, 16), (200, 100, 128), (900, 400, 128)])
+@pytest.mark.parametrize("packing", [True, False])
+def test_long_rows_are_multiples_of_what_is_asked_for_and_short_ones_of_what_adds_little(
+    median: int, spread: int, batch: int, packing: bool
+) -> None:
+    lengths = log_normal_lengths(512, median, spread)
+
+    def plan_with(row_length: int | None, row_multiple: int) -> StepPlan:
+        return make_step_plan(
+            lengths,
+            global_batch_size=batch,
+            rows_per_micro_batch=1,
+            row_length=row_length,
+            max_row_length=16384,
+            row_multiple=row_multiple,
+            packing=packing,
+            seed=0,
+        )
+
+    longest, chosen = int(lengths.row_tokens(True).max()), plan_with(None, 1024).shape.length
+    assert chosen >= longest
+    multiples = {8192: 1024, 4096: 512, 2048: 256, 0: 128}  # from what length on
+    assert chosen % next(multiple for least, multiple in multiples.items() if chosen >= least) == 0
+    if not packing:
+        assert chosen <= max(longest + 127, longest * 9 / 8)
+    # A length that is given stays as it is.
+    given = -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
+    assert plan_with(given, 1024).shape == plan_with(given, ROW_MULTIPLE).shape
+
+
+@pytest.mark.parametrize(("batch", "devices"), [(16, 1), (48, 1), (50, 8), (8, 8)])
+@pytest.mark.parametrize("most", [1, 3, 1000])
+def test_micro_batches_grow_to_the_cheapest_number_of_rows_that_is_allowed(batch: int, devices: int, most: int) -> None:
+    lengths = log_normal_lengths(512, 100, 50)
+    plan = StepPlan(lengths, RowShape(1024, 1024, 64), batch, devices, seed=0)
+    grown = grow_micro_batches(plan, devices, most)
+
+    def cost(rows: int) -> float:  # of rows a device
+        report = measure(replace(plan, rows_per_micro_batch=rows * devices))
+        return report.computed_tokens + MICRO_BATCH_TOKENS * report.rows / rows
+
+    rows = grown.rows_per_micro_batch // devices
+    assert grown == replace(plan, rows_per_micro_batch=rows * devices) and rows <= most
+    costs = [cost(n) for n in range(1, min(most, batch) + 1)]  # no row holds less than a pair
+    assert cost(rows) <= 1.005 * min(costs)
+    assert not any(other <= 1.005 * min(costs) for other in costs[: rows - 1])  # fewer rows take less memory
+    if most > batch:
+        assert measure(grown).rows / grown.rows_per_micro_batch < 1.5  # most steps are one micro-batch
+
+
+def test_a_line_says_how_many_rows_a_micro_batch_has_and_why() -> None:
+    plan = StepPlan(log_normal_lengths(64, 100, 50), RowShape(1024, 1024, 64), 64, 2, seed=0)
+    filled, report = len(plan.step(0).rows), measure(plan)
+    given = micro_batch_line(plan, report, 2, None)
+    assert given == f"{-(-filled // 2)} micro-batches a step, of 1 row a device (`rows_per_device`)"
+    grown = grow_micro_batches(plan, 2, 100)
+    line = micro_batch_line(grown, measure(grown), 2, 100)
+    assert line.startswith(
+        f"1 micro-batch a step, of {-(-filled // 2)} rows a device (`rows_per_device: auto`: a step "
+    )
+    assert f"fills {filled / 2:.3g}, and by estimate 100 fit" in line
 
 
 def test_without_packing_a_row_holds_one_pair() -> None:

@@ -25,6 +25,7 @@ from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.rope import rope_frequencies
 from jax_simpo.models.transformer import Linear, Model, RMSNorm
 from jax_simpo.ops.attention import prepare_causal_mask, prepare_mask
+from jax_simpo.plan.hlo import loop_states
 from jax_simpo.sharding import make_mesh
 
 FAMILIES = ("llama2", "llama3_tied", "llama3.1", "linear_rope", "biases", "wide_heads")
@@ -174,7 +175,7 @@ def test_values_and_gradients_do_not_depend_on_the_mesh(mesh: str) -> None:
     )
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", ["none", "dots", "attention"])
 def test_rematerialisation_changes_no_gradient(remat: str) -> None:
     _, gradients = value_and_gradients("one device", remat)
     _, full = value_and_gradients("one device")
@@ -258,21 +259,40 @@ def test_a_mesh_that_does_not_divide_the_model_is_an_error(
         model.init(0, make_mesh(**{"fsdp": -1, **axes}) if "fsdp" not in axes else make_mesh(**{"data": -1, **axes}))
 
 
-@pytest.mark.parametrize(("remat", "recomputed"), [("full", True), ("dots", False), ("none", False)])
+@pytest.mark.parametrize(
+    ("remat", "recomputed"), [("full", True), ("attention", False), ("dots", False), ("none", False)]
+)
 def test_attention_runs_again_in_the_backward_pass_only_under_full_rematerialisation(
     remat: Any, recomputed: bool, hf_config: dict[str, Any]
 ) -> None:
+    model, loss, ints, program = compiled_layers(remat, hf_config)
+    # Loops over key blocks: one in the forward, one in the backward pass, and one more where the forward runs again.
+    loops = len(set(re.findall(r"body=(%?[\w.-]+)", program)))
+    loops_without_remat = len(set(re.findall(r"body=(%?[\w.-]+)", _without_remat(loss, model, ints))))
+    assert (loops > loops_without_remat) == recomputed
+
+
+@pytest.mark.parametrize(("remat", "beside_input"), [("full", []), ("attention", [(8, 12)])])
+def test_a_layer_keeps_of_every_token_what_its_policy_names_and_no_more(
+    remat: Any, beside_input: list[tuple[int, ...]], hf_config: dict[str, Any]
+) -> None:
+    *_, program = compiled_layers(remat, {**hf_config, "num_attention_heads": 8, "head_dim": 12})
+    layers = hf_config["num_hidden_layers"]
+    # What is kept passes from the forward loop over the layers to the backward one in stacks of all layers.
+    for times, arrays in loop_states(program):
+        kept = [shape[3:] for _, shape in arrays if shape[:3] == (layers, 1, 256)]
+        assert times == layers and sorted(kept) == sorted([(64,), *beside_input])
+
+
+def compiled_layers(remat: Any, hf_config: dict[str, Any]) -> tuple[Model, Any, jax.ShapeDtypeStruct, str]:
+    """Returns a model, a loss of its hidden states, its integer arguments' shape and its compiled gradient."""
     model = Model(read_model_config(hf_config), "float32", remat)
     ints = jax.ShapeDtypeStruct((1, 256), jnp.int32)
 
     def loss(params: Any, tokens: jax.Array, positions: jax.Array, key_end: jax.Array) -> jax.Array:
         return model.hidden_states(params, tokens, positions, prepare_mask(key_end, positions)).sum()
 
-    program = jax.jit(jax.grad(loss)).lower(model.abstract, ints, ints, ints).compile().as_text()
-    # Loops over key blocks: one in the forward, one in the backward pass, and one more where the forward runs again.
-    loops = len(set(re.findall(r"body=(%?[\w.-]+)", program)))
-    loops_without_remat = len(set(re.findall(r"body=(%?[\w.-]+)", _without_remat(loss, model, ints))))
-    assert (loops > loops_without_remat) == recomputed
+    return model, loss, ints, jax.jit(jax.grad(loss)).lower(model.abstract, ints, ints, ints).compile().as_text()
 
 
 def _without_remat(loss: Any, model: Model, ints: jax.ShapeDtypeStruct) -> str:

@@ -143,6 +143,22 @@ def test_the_largest_micro_batch_is_the_whole_step_where_all_fits(planned: dict[
     assert planned["largest_rows_per_device"] == planned["most_rows_per_device"] > 1
 
 
+def test_automatic_micro_batches_are_those_that_the_topologys_memory_holds(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_config(config, ["--rows_per_device=auto", "--packing=false"])
+    pairs, found = None, []
+    for memory in (1 << 20, 12 << 20, 1 << 40):
+        monkeypatch.setattr(Topology, "memory", memory)
+        setup = program.TopologySetup(settings, topology=Topology.parse("cpu:8"))
+        pairs = pairs or setup.train_pairs()
+        plan = setup.step_plan(pairs, batch=64, seed=42)
+        found.append(plan.rows_per_micro_batch // 8)
+        line = setup.packing_lines("training", plan, measure(plan)).splitlines()[1]
+        assert f"of {found[-1]} row" in line and "`rows_per_device: auto`" in line
+    assert found[0] == 1 < found[1] < found[2] == 8  # 64 pairs, one a row
+
+
 def test_a_plan_is_read_back_and_shown(planned: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     plan = HardwarePlan.from_json(planned)
     assert json.loads(json.dumps(plan.to_json())) == planned
@@ -206,9 +222,16 @@ def test_a_topology_is_read(text: str, count: int, platform: str) -> None:
 def test_a_compiler_that_is_missing_is_told_with_how_to_get_it(
     name: str, package: str, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(topology, "find_spec", lambda wanted: None if wanted == package else object())
+    monkeypatch.setattr(
+        topology, "find_spec", lambda wanted: None if wanted.replace("13", "12") == package else object()
+    )
     with pytest.raises(PlanError, match=rf"{package} missing.*pip install"):
         make_hardware_plan(config, [], Topology.parse(name))
+
+
+def test_the_plugin_for_cuda_13_does_as_well_as_that_for_cuda_12(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "find_spec", lambda wanted: None if wanted == "jax_cuda12_plugin" else object())
+    Topology.parse("h100:8").check_installed()
 
 
 def test_a_mesh_that_does_not_divide_is_told(config: Path) -> None:
@@ -369,7 +392,7 @@ def test_llama_3_8b_takes_of_tpus_what_the_design_says(name: str, chips: int) ->
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (find_spec("jax_cuda12_plugin") and find_spec("absl")),
+    not ((find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin")) and find_spec("absl")),
     reason="jax[cuda12] is not installed: nothing here compiles for a GPU (see CONTRIBUTING.md)",
 )
 def test_llama_3_8b_takes_of_eight_h100_what_the_design_says() -> None:

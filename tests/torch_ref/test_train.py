@@ -307,6 +307,22 @@ def test_a_checkpoint_holds_the_identity_that_both_trainers_use(start: Path, fin
     assert saved == {**run_identity(config, 6, setup.train_pairs()), "engine": "a single process"}
 
 
+def test_micro_batches_of_automatic_size_hold_a_step_and_give_the_same_curve(
+    start: Path, finished: Path, tmp_path: Path
+) -> None:
+    from jax_simpo.config import load_config
+    from torch_ref.setup import Setup
+
+    layout = ("--packing=false", "--rows_per_device=auto", "--save_strategy=no")
+    config = load_config(config_file(start, tmp_path, steps=STEPS), list(layout), torch=True)
+    setup = Setup(config, Ranks(0, 1, torch.device("cpu"), launched=False))
+    plan = setup.step_plan(setup.train_pairs(), batch=6, seed=config.seed)
+    assert plan.rows_per_micro_batch == 6 and plan.step(0).micro_batches == 1  # a step has six pairs
+    ours, oracle = run(start, tmp_path, *layout), [r for r in read_metrics(finished / "run") if "step" in r]
+    for name in ("loss", "grad_norm", "rewards/margins"):
+        np.testing.assert_allclose([r[name] for r in ours], [r[name] for r in oracle], atol=1e-4, err_msg=name)
+
+
 def test_several_evaluation_splits_have_figures_each_and_over_all_pairs(start: Path, tmp_path: Path) -> None:
     from jax_simpo.data.synthetic import make_rows
 

@@ -70,12 +70,19 @@ def some_pairs(count: int, seed: int = 0) -> Pairs:
 
 
 def plan_of(
-    pairs: Pairs, mesh: Mesh, *, batch: int, sharing: bool = True, packing: bool = True, prompt_targets: bool = False
+    pairs: Pairs,
+    mesh: Mesh,
+    *,
+    batch: int,
+    sharing: bool = True,
+    packing: bool = True,
+    prompt_targets: bool = False,
+    rows: int = 1,
 ) -> StepPlan:
     return make_step_plan(
         GroupLengths.of(pairs.all),
         global_batch_size=batch,
-        rows_per_micro_batch=mesh.shape["data"] * mesh.shape["fsdp"],
+        rows_per_micro_batch=rows * mesh.shape["data"] * mesh.shape["fsdp"],
         row_length=256 if packing else None,
         max_row_length=256,
         prefix_sharing=sharing,
@@ -111,11 +118,12 @@ def run_steps(
     attention: str = "blockwise",
     params: Any = None,
     logits_bytes: int = 0,
+    rows: int = 1,
 ) -> History:
     """Runs optimizer steps with the trainer's functions, without its files and console."""
     model = model or tiny_model()
     optimizer = optimizer or run_optimizer(OPTIMIZER, steps)[1]
-    plan = plan_of(pairs, mesh, batch=batch, sharing=sharing, packing=packing)
+    plan = plan_of(pairs, mesh, batch=batch, sharing=sharing, packing=packing, rows=rows)
     records = []
     with jax.set_mesh(mesh):
         functions = make_train_functions(Forward(model, attention, 64, logits_bytes), objective, optimizer, mesh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 
 from jax_simpo.config import TrainConfig
+from jax_simpo.data.rows import RowShape
 from jax_simpo.errors import ConfigError
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.hf.lora_targets import choose_targets
 from jax_simpo.models.lora import Lora
 from jax_simpo.models.transformer import Model
-from jax_simpo.training.capacity import check_fits, device_memory, logits_bytes, longest_row
+from jax_simpo.training.capacity import check_fits, device_memory, logits_bytes, longest_row, most_rows
 from tests.training.support import mesh_of
 
 GIB = 1 << 30
@@ -92,12 +94,28 @@ def test_the_rows_of_a_device_share_its_memory() -> None:
     np.testing.assert_array_equal(many[limited], alone[limited] // 8)
 
 
+def test_a_micro_batch_holds_the_rows_that_fit_and_its_logits_are_kept_where_those_of_a_row_are() -> None:
+    shape, model = RowShape(2048, 1024, 8), replace(MODEL, dtype="float32")
+    a_row = 4 * shape.targets * CONFIG.vocab_size
+    for memory in MEMORIES:
+        rows, in_tiles = (
+            most_rows(model, ONE, shape, memory, keeps_logits=keeps_logits) for keeps_logits in (True, False)
+        )
+        assert 1 <= rows <= in_tiles
+        assert in_tiles == 1 or in_tiles * shape.length * model.config.hidden_size * 4 * CONFIG.num_layers < memory
+        if longest_row(model, ONE, 1, memory) < longest_row(model, ONE, 1, MEMORIES[-1]):  # memory is the limit
+            assert in_tiles == max(1, longest_row(model, ONE, 1, memory) // shape.length)
+        kept = logits_bytes(model, ONE, memory)
+        assert rows * a_row <= kept if a_row <= kept else rows == in_tiles
+
+
 def test_what_remat_keeps_shortens_rows() -> None:
-    full, dots, none = (lengths(replace(MODEL, remat=remat)) for remat in ("full", "dots", "none"))  # type: ignore[arg-type]
-    assert (full >= dots).all() and (dots >= none).all()
-    between = (full > 0) & (none < none.max())
+    policies = ("full", "attention", "dots", "none")
+    found = [lengths(replace(MODEL, remat=remat)) for remat in policies]  # type: ignore[arg-type]
+    between = (found[0] > 0) & (found[-1] < found[-1].max())
     assert between.any()
-    assert (full[between] > dots[between]).all() and (dots[between] > none[between]).all()
+    for keeps_less, keeps_more in pairwise(found):
+        assert (keeps_less >= keeps_more).all() and (keeps_less[between] > keeps_more[between]).all()
 
 
 def test_wider_numbers_shorten_rows() -> None:
@@ -115,7 +133,7 @@ def test_nothing_is_left_where_parameters_and_optimizer_state_do_not_fit(sizes: 
     assert longest_row(MODEL, mesh, 1, 2 * state) > 0 and logits_bytes(model, mesh, 2 * state) > 0
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "none"])
+@pytest.mark.parametrize("remat", ["full", "attention", "dots", "none"])
 def test_the_layers_inputs_and_the_logits_fit_beside_parameters_and_optimizer_state(remat: str) -> None:
     model = replace(MODEL, dtype="float32", remat=remat)  # type: ignore[arg-type]
     state = 4 * 4 * model.parameter_count

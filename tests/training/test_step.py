@@ -14,6 +14,7 @@ import pytest
 
 from jax_simpo.data.groups import Group, Response
 from jax_simpo.data.loader import build_step
+from jax_simpo.data.packing import grow_micro_batches
 from jax_simpo.models.policy import Forward
 from jax_simpo.objectives import DPO, Objective, SimPO
 from jax_simpo.objectives.orpo import ORPO
@@ -81,6 +82,16 @@ def test_twenty_steps_give_the_same_losses_in_every_layout(
 ) -> None:
     history = run_steps(pairs, steps=STEPS, batch=BATCH, mesh=mesh_of((1, 1, 1)), sharing=sharing, packing=packing)
     np.testing.assert_allclose(history.values("loss"), reference.values("loss"), atol=2e-5)
+
+
+def test_steps_give_the_same_losses_in_micro_batches_of_any_number_of_rows(pairs: Pairs, reference: History) -> None:
+    mesh = mesh_of((1, 1, 1))
+    grown = grow_micro_batches(plan_of(pairs, mesh, batch=BATCH), 1, most=64)
+    assert grown.rows_per_micro_batch > 2 and grown.step(0).micro_batches == 1
+    for rows in (2, grown.rows_per_micro_batch):
+        history = run_steps(pairs, steps=4, batch=BATCH, mesh=mesh, rows=rows)
+        np.testing.assert_allclose(history.values("loss"), reference.values("loss")[:4], rtol=1e-6)
+        np.testing.assert_allclose(history.values("grad_norm"), reference.values("grad_norm")[:4], rtol=1e-5)
 
 
 def test_groups_of_mixed_size_give_the_same_losses_on_a_mesh_and_in_every_layout() -> None:

@@ -8,7 +8,7 @@ what a new one must bring, and `choice.py` decides which one a run takes.
 from __future__ import annotations
 
 from jax_simpo.ops.attention.backends import BACKENDS
-from jax_simpo.ops.attention.choice import resolve_backend
+from jax_simpo.ops.attention.choice import choose, place_of
 from jax_simpo.ops.attention.dispatch import attention, prepare_causal_mask, prepare_mask
 from jax_simpo.ops.attention.mask import Mask, Room, visible_at
 
@@ -17,8 +17,9 @@ __all__ = [
     "Mask",
     "Room",
     "attention",
+    "choose",
+    "place_of",
     "prepare_causal_mask",
     "prepare_mask",
-    "resolve_backend",
     "visible_at",
 ]

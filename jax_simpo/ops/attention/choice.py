@@ -1,9 +1,12 @@
-"""Chooses the backend of a run: what `auto` prefers on each kind of device, and whether a named backend can run."""
+"""Says which backends can run in a place, and which of them `auto` prefers there before any was tried.
+
+On an accelerator `training.attention` tries the candidates and decides by what it sees (`evidence.py`).
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,35 +38,62 @@ PREFERENCES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
-def resolve_backend(
-    name: str,
+def place_of(
     device: jax.Device | None = None,
     *,
     dtype: Any = "bfloat16",
     head_dim: int = 128,
     softcap: float | None = None,
-) -> tuple[str, str]:
-    """Returns the name of the backend that a config's `attention` stands for, and the reason.
+) -> Place:
+    """Describes a device and a model to the backends.
 
     Args:
-        name: of the config, `auto` or one of `backends.BACKENDS`.
         device: the device that computes; the first of this process when not given.
         dtype: the compute dtype.
         head_dim: features of a head.
         softcap: the model's cap on attention scores, `None` for none.
-
-    Raises:
-        ConfigError: the backend cannot run there.
     """
     device = jax.devices()[0] if device is None else device
     platform = "gpu" if device.platform in ("gpu", "cuda") else device.platform
     capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     major, minor = map(int, capability.groups()) if capability else (0, 0)  # AMD's have names instead
-    return choose(name, Place(platform, (major, minor), jnp.dtype(dtype).name, head_dim, softcap is not None))
+    return Place(platform, (major, minor), jnp.dtype(dtype).name, head_dim, softcap is not None)
+
+
+class Candidates(NamedTuple):
+    """What `auto` chooses among in a place.
+
+    Attributes:
+        reasons: by name of a backend that can run there, in the order of preference, why it is preferred.
+        obstacles: of each other backend that is preferred there, why it cannot run: "pallas has kernels for ...".
+    """
+
+    reasons: dict[str, str]
+    obstacles: list[str]
+
+
+def candidates(place: Place) -> Candidates:
+    """Returns the backends that `auto` chooses among in a place; at least one."""
+    found = Candidates({}, [])
+    for name, reason in PREFERENCES[place.kind]:
+        if obstacle := load_backend(name).obstacle(place):
+            found.obstacles.append(f"{name} {obstacle}")
+        else:
+            found.reasons[name] = reason
+    assert found.reasons, f"no preferred backend runs on a {place.kind}"
+    return found
 
 
 def choose(name: str, place: Place) -> tuple[str, str]:
-    """Does the work of `resolve_backend`, for a place that need not be this machine."""
+    """Returns the backend that a config's `attention` stands for, from what is known without trying any; and why.
+
+    Args:
+        name: of the config, `auto` or one of `backends.BACKENDS`.
+        place: where it is to run.
+
+    Raises:
+        ConfigError: the backend cannot run there.
+    """
     if name != "auto":
         if obstacle := load_backend(name).obstacle(place):
             possible = ", ".join(other for other in BACKENDS if load_backend(other).obstacle(place) is None)
@@ -71,10 +101,6 @@ def choose(name: str, place: Place) -> tuple[str, str]:
                 f"`attention: {name}` {obstacle}; choose auto or one of those that can run here: {possible}"
             )
         return name, "as configured"
-    passed_over: list[str] = []
-    for preferred, reason in PREFERENCES[place.kind]:
-        obstacle = load_backend(preferred).obstacle(place)
-        if obstacle is None:
-            return preferred, "; ".join([f"auto on a {place.kind}: {reason}", *passed_over])
-        passed_over.append(f"{preferred} {obstacle}")
-    raise AssertionError(f"no preferred backend runs on a {place.kind}")
+    reasons, obstacles = candidates(place)
+    preferred, reason = next(iter(reasons.items()))
+    return preferred, "; ".join([f"auto on a {place.kind}: {reason}", *obstacles])

@@ -18,14 +18,14 @@ from jaxtyping import Array, Bool, Int
 
 
 def visible_at(
-    query: Int[Array, "..."],
-    key: Int[Array, "..."],
-    key_end: Int[Array, "..."],
-    query_position: Int[Array, "..."] | None = None,
-    key_position: Int[Array, "..."] | None = None,
+    query: Int[Any, "..."],
+    key: Int[Any, "..."],
+    key_end: Int[Any, "..."],
+    query_position: Int[Any, "..."] | None = None,
+    key_position: Int[Any, "..."] | None = None,
     window: int | None = None,
-) -> Bool[Array, "..."]:
-    """Returns True where the query sees the key: the rule of this module. The arrays are broadcast together.
+) -> Bool[Any, "..."]:
+    """Returns True where the query sees the key: the rule of this module. The arrays, JAX's or NumPy's, are broadcast.
 
     Args:
         query: int32, index of the query in its row.

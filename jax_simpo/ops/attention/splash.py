@@ -3,6 +3,10 @@
 The kernel takes a dense boolean mask per row and makes its tables of live blocks from it (`prepare`, once per batch);
 forward and backward pass then visit live blocks only, and read the mask only in those that are visible in part. The
 tables hold the mask twice, as int8: 2 L^2 bytes a row and a window, 34 MB at 4,096 tokens and 537 MB at 16,384.
+
+A row that large blocks do not divide is padded for the kernel. A block of padding sees itself alone, so it costs
+little; small blocks would cost more: of a row of 9,344 tokens the kernel would visit up to 73 x 74 / 2 blocks of 128,
+where 19 x 20 / 2 of 512 do.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ _LARGEST_BLOCK = 512
 # With grouped queries the kernel adds dK and dV of one head to those it wrote for the one before. With one block a row
 # it reads them back before they are written, and the gradients are wrong; four leave room for its prefetching too.
 _FEWEST_BLOCKS = 4
+_MOST_PADDING = 1 / 8  # of a row, for larger blocks; the tables of the mask grow by twice as much
 
 
 class Tables(NamedTuple):
@@ -39,11 +44,11 @@ def prepare(mask: Mask, window: int | None) -> Tables:
     result would be whatever lay in memory. `attend` sets those queries to zero.
     """
     splash = _kernels()
-    length = _padded(mask.key_end.shape[1])
+    block, length = _block_and_padded(mask.key_end.shape[1])
     padding = ((0, 0), (0, length - mask.key_end.shape[1]))
     key_ends, positions = jnp.pad(mask.key_end, padding), jnp.pad(mask.positions, padding)
     index = jnp.arange(length)
-    config = _config(length)
+    config = _config(block)
 
     def one_row(row: tuple[Int[Array, " L"], Int[Array, " L"]]) -> Tables:
         key_end, position = row
@@ -67,8 +72,9 @@ def attend(
     """Computes attention row by row; see `Backend.attend`. With `mask.interpret` it runs without a TPU, for tests."""
     splash = _kernels()
     length = q.shape[1]
-    padding = ((0, 0), (0, _padded(length) - length), (0, 0), (0, 0))
-    config = _config(_padded(length), rule.softcap, mask.interpret)
+    block, padded = _block_and_padded(length)
+    padding = ((0, 0), (0, padded - length), (0, 0), (0, 0))
+    config = _config(block, rule.softcap, mask.interpret)
     q = (q.astype(jnp.float32) * rule.scale).astype(q.dtype)  # the kernel has no factor on the scores
     q, k, v = (jnp.pad(x, padding).swapaxes(1, 2) for x in (q, k, v))
 
@@ -96,16 +102,22 @@ def _kernels() -> Any:
     return splash_attention_kernel
 
 
-def _padded(length: int) -> int:
-    return max(length + -length % _LANES, _FEWEST_BLOCKS * _LANES)
+def _block_and_padded(length: int) -> tuple[int, int]:
+    """Returns the largest block, up to 512, that pads a row by no more than an eighth, and the length it pads to.
+
+    That large blocks are fast, and what padding they are worth, is not measured.
+    """
+    for block in range(_LARGEST_BLOCK, 0, -_LANES):
+        padded = max(length + -length % block, _FEWEST_BLOCKS * block)
+        if block == _LANES or padded <= (1 + _MOST_PADDING) * length:
+            return block, padded
+    raise AssertionError(f"{_LARGEST_BLOCK} is no multiple of {_LANES}")
 
 
-def _config(length: int, softcap: float | None = None, interpret: bool = False) -> Any:
-    """Makes the kernel's config, with blocks as large as divide the row, up to 512: chosen without measuring."""
+def _config(block: int, softcap: float | None = None, interpret: bool = False) -> Any:
+    """Makes the kernel's config for blocks of this size."""
     from jax.experimental.pallas import tpu
 
-    sizes = range(_LANES, min(_LARGEST_BLOCK, length // _FEWEST_BLOCKS) + 1, _LANES)
-    block = max(size for size in sizes if length % size == 0)
     return _kernels().SplashConfig(
         block_q=block,
         block_kv=block,

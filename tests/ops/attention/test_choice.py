@@ -8,9 +8,8 @@ import jax
 import pytest
 
 from jax_simpo.errors import ConfigError
-from jax_simpo.ops.attention import resolve_backend
+from jax_simpo.ops.attention import choose, place_of
 from jax_simpo.ops.attention.backends import Place
-from jax_simpo.ops.attention.choice import choose
 
 CPU = Place("cpu", (0, 0), "float32", 64, False)
 H100 = Place("gpu", (9, 0), "bfloat16", 128, False)
@@ -72,6 +71,6 @@ def test_a_backend_that_cannot_run_here_is_an_error_with_the_choices(name: str, 
 
 def test_the_choice_knows_the_device_at_hand() -> None:
     if jax.default_backend() == "cpu":
-        assert resolve_backend("auto")[0] == "blockwise"
+        assert choose("auto", place_of())[0] == "blockwise"
         with pytest.raises(ConfigError, match="this is a CPU"):
-            resolve_backend("pallas")
+            choose("pallas", place_of())

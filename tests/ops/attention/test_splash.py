@@ -37,11 +37,15 @@ def test_values_and_gradients_are_those_of_dense(
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("length", [1, 128, 300, 1920, 4096, 4224])
-def test_blocks_divide_every_row(length: int) -> None:
-    config = splash._config(splash._padded(length))
-    assert splash._padded(length) % config.block_q == 0
-    assert config.block_q % 128 == 0
+def test_long_rows_have_large_blocks_and_little_padding() -> None:
+    for length in (1, 128, 300, *range(512, 32769, 128)):
+        block, padded = splash._block_and_padded(length)
+        assert padded >= length and padded % block == 0 and block % 128 == 0
+        assert padded // block >= 4  # with fewer the kernel's gradients are wrong
+        assert padded <= max(512, length * 9 / 8)
+        assert block == 512 or length < 4096
+    assert splash._block_and_padded(9344) == (512, 9728)
+    assert splash._block_and_padded(1024) == (256, 1024)  # what divides a row is not padded
 
 
 COMPILE = """

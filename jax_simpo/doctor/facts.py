@@ -1,0 +1,127 @@
+"""Gathers what is installed, connected and set on this machine. It judges nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+from jax_simpo.training.capacity import host_memory
+
+_PACKAGES = (
+    *("jax-simpo", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin", "libtpu"),
+    *("nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
+    *("flax", "optax", "orbax-checkpoint", "tokamax", "transformers", "torch", "numpy"),
+)
+_VARIABLES = (
+    *("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"),
+    *("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE", "JAX_COMPILATION_CACHE_DIR"),
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A machine as this process sees it.
+
+    Attributes:
+        python: the version of Python.
+        versions: of the installed packages that matter here, by name.
+        platform: what JAX computes on: cpu, gpu or tpu.
+        device_kind: the first device, as JAX names it.
+        devices: devices of this process.
+        device_memory: bytes of the first device that JAX may use; None where it does not say.
+        capability: CUDA compute capability of the first device; None elsewhere.
+        nvidia_gpus: names of the NVIDIA GPUs that the driver lists, whether or not JAX uses them.
+        nvidia_driver: the driver's version; None without one.
+        tpu_chips: TPU chips that the system lists, whether or not JAX uses them.
+        cores: CPU cores that this process may use.
+        host_memory: bytes of the host's memory that this process may use.
+        environment: the variables that steer JAX and are set.
+        compilation_cache: the folder that keeps compiled programs; None where they are not kept.
+    """
+
+    python: str
+    versions: dict[str, str]
+    platform: str
+    device_kind: str
+    devices: int
+    device_memory: int | None
+    capability: tuple[int, int] | None
+    nvidia_gpus: list[str]
+    nvidia_driver: str | None
+    tpu_chips: int
+    cores: int
+    host_memory: int
+    environment: dict[str, str]
+    compilation_cache: str | None
+
+    def version(self, package: str) -> tuple[int, ...]:
+        """Returns the numbers of a package's version, such as (0, 10, 2); () where it is not installed."""
+        return tuple(int(number) for number in re.findall(r"\d+", self.versions.get(package, "")))
+
+
+def gather_facts() -> Facts:
+    """Looks at the machine. JAX takes hold of its devices in this call."""
+    device = jax.local_devices()[0]
+    gpus, driver = _nvidia()
+    capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return Facts(
+        python=platform.python_version(),
+        versions=_versions(),
+        platform="gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform,
+        device_kind=device.device_kind,
+        devices=len(jax.local_devices()),
+        device_memory=(device.memory_stats() or {}).get("bytes_limit"),
+        capability=(int(capability[1]), int(capability[2])) if capability else None,
+        nvidia_gpus=gpus,
+        nvidia_driver=driver,
+        tpu_chips=_tpu_chips(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        host_memory=host_memory(),
+        environment={name: os.environ[name] for name in _VARIABLES if os.environ.get(name)},
+        compilation_cache=jax.config.jax_compilation_cache_dir,  # type: ignore[attr-defined]
+    )
+
+
+def _versions() -> dict[str, str]:
+    installed = {}
+    for name in _PACKAGES:
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def _nvidia() -> tuple[list[str], str | None]:
+    """Asks NVIDIA's driver for the names of its GPUs and for its version."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return [], None
+    lines = (
+        [line.rsplit(", ", 1) for line in answer.stdout.splitlines() if ", " in line] if not answer.returncode else []
+    )
+    return [name for name, _ in lines], lines[0][1] if lines else None
+
+
+def _tpu_chips() -> int:
+    """Counts the chips that a Cloud TPU VM shows as devices: `/dev/accel0` or, since v5e, Google's PCI devices."""
+    accelerators = list(Path("/dev").glob("accel[0-9]*"))
+    if accelerators:
+        return len(accelerators)
+    google = 0
+    for device in Path("/sys/bus/pci/devices").glob("*"):
+        try:
+            vendor, kind = (device / "vendor").read_text().strip(), (device / "class").read_text().strip()
+        except OSError:
+            continue
+        google += vendor == "0x1ae0" and kind.startswith("0x12")  # a processing accelerator, not Google's network card
+    return google

@@ -1,0 +1,231 @@
+"""Examines the machine, and shows what was found as tables or as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jax_simpo.config import TrainConfig
+from jax_simpo.doctor.facts import Facts, gather_facts
+from jax_simpo.doctor.findings import Finding, find
+from jax_simpo.doctor.measure import HeadSizes, HeadVerdict, Peaks, examine_head, measure_peaks
+from jax_simpo.errors import ConfigError
+from jax_simpo.ops.attention import BACKENDS
+from jax_simpo.ops.attention.backends import load_backend
+from jax_simpo.ops.attention.choice import candidates, place_of
+from jax_simpo.ops.attention.evidence import Shape, Verdict
+from jax_simpo.training import verdicts
+from jax_simpo.training.attention import choose_fastest
+from jax_simpo.training.compilation import keep_compiled_programs
+from jax_simpo.training.setup import Setup
+
+# What is tried where no config is given: the shapes of an 8B model on an accelerator, small ones on a CPU.
+_LARGE = Shape("bfloat16", 32, 8, 128, (None,), 128**-0.5, None, 1, 8192)
+_LARGE_HEAD = HeadSizes(targets=4096, width=4096, vocabulary=128256, softcap=None)
+_SMALL = Shape("float32", 8, 2, 64, (None,), 64**-0.5, None, 1, 1024)
+_SMALL_HEAD = HeadSizes(targets=512, width=512, vocabulary=32000, softcap=None)
+_LONGEST_DENSE = 4096  # tokens of a row; `dense` holds all scores at once, and longer rows would not fit
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All that an examination found.
+
+    Attributes:
+        facts: what is here.
+        findings: what to mend, errors first.
+        shape: of the attention that was tried.
+        peaks: the most that the chip did.
+        attention: a verdict on every backend that can run here.
+        obstacles: by name of each other backend, why it cannot.
+        chosen: the backend that `attention: auto` takes here; None where none is right.
+        reason: why it takes that one, or why none.
+        head_sizes: of the loss head that was timed.
+        head: the verdict on the loss head.
+    """
+
+    facts: Facts
+    findings: Sequence[Finding]
+    shape: Shape
+    peaks: Peaks
+    attention: Sequence[Verdict]
+    obstacles: dict[str, str]
+    chosen: str | None
+    reason: str
+    head_sizes: HeadSizes
+    head: HeadVerdict
+
+    @property
+    def healthy(self) -> bool:
+        """False if something stops a run here or spoils it."""
+        return (
+            self.chosen is not None and self.head.problem is None and not any(f.level == "error" for f in self.findings)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns everything as JSON's types, sizes in bytes and times in seconds; what is not finite is null."""
+        content: dict[str, Any] = _finite({**asdict(self), "healthy": self.healthy})
+        return content
+
+
+def _finite(value: Any) -> Any:
+    """Replaces numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def examine_machine(config: TrainConfig | None, console: Console) -> Examination:
+    """Examines the machine for a config, or for the shapes of an 8B model (on a CPU: small ones).
+
+    Args:
+        config: its model gives the shapes; None takes the default ones.
+        console: says what is being measured.
+    """
+    keep_compiled_programs()
+    facts = gather_facts()
+    shape, head_sizes = _sizes(config, facts)
+    device = jax.local_devices()[0]
+    console.print("measuring the peaks of the chip")
+    peaks = measure_peaks(facts.platform, shape.dtype)
+    place = place_of(device, dtype=shape.dtype, head_dim=shape.head_dim, softcap=shape.softcap)
+    obstacles: dict[str, str] = {}
+    tried: list[Verdict] = []
+    for name in BACKENDS:
+        if obstacle := load_backend(name).obstacle(place):
+            obstacles[name] = obstacle
+            continue
+        console.print(f"trying attention: {name}")
+        own = replace(shape, row_length=min(shape.row_length, _LONGEST_DENSE)) if name == "dense" else shape
+        tried += verdicts.of_backends([name], own, device, anew=True)
+    console.print("trying the loss head")
+    head = examine_head(shape.dtype, head_sizes)
+    preferred = candidates(place).reasons
+    try:
+        choice = choose_fastest([verdict for verdict in tried if verdict.backend in preferred], shape, device)
+        chosen, reason = choice.backend, choice.reason
+    except ConfigError as error:
+        chosen, reason = None, str(error)
+    findings = [*find(facts), *_of_verdicts(tried, head)]
+    return Examination(facts, findings, shape, peaks, tried, obstacles, chosen, reason, head_sizes, head)
+
+
+def _sizes(config: TrainConfig | None, facts: Facts) -> tuple[Shape, HeadSizes]:
+    if config is None:
+        return (_SMALL, _SMALL_HEAD) if facts.platform == "cpu" else (_LARGE, _LARGE_HEAD)
+    setup = Setup(config, any_mesh=True)
+    model = setup.model.config
+    targets = (_SMALL_HEAD if facts.platform == "cpu" else _LARGE_HEAD).targets
+    return setup.attention_shape, HeadSizes(targets, model.hidden_size, model.vocab_size, model.logit_softcap)
+
+
+def _of_verdicts(tried: Sequence[Verdict], head: HeadVerdict) -> list[Finding]:
+    """Turns what is wrong on the chip into findings."""
+    found = [
+        Finding(
+            "warning",
+            f"attention: {verdict.backend} {verdict.problem}",
+            "`attention: auto` passes it over. Please report it, with what this command prints with --json",
+        )
+        for verdict in tried
+        if verdict.problem is not None
+    ]
+    if head.problem is not None:
+        advice = "Try another version of jax. Please report it, with what this command prints with --json"
+        found.append(Finding("error", f"the loss head {head.problem}", advice))
+    return found
+
+
+def show(examination: Examination, console: Console) -> None:
+    """Prints an examination."""
+    facts, shape, peaks = examination.facts, examination.shape, examination.peaks
+    memory = "" if facts.device_memory is None else f" with {facts.device_memory / 2**30:.1f} GiB for JAX"
+    host = f"{facts.cores} cores, {facts.host_memory / 2**30:.1f} GiB"
+    lines = [
+        ("device", f"{facts.devices} x {facts.device_kind} ({facts.platform}){memory}"),
+        ("host", f"{host}; {facts.cores / facts.devices:.3g} cores a device"),
+        ("driver", facts.nvidia_driver or "no NVIDIA driver"),
+        ("Python", facts.python),
+        ("packages", ", ".join(f"{name} {version}" for name, version in facts.versions.items())),
+        ("settings", ", ".join(f"{name}={value}" for name, value in facts.environment.items()) or "none"),
+        ("compiled programs", facts.compilation_cache or "not kept"),
+        (
+            "peaks",
+            f"{peaks.tflops:.4g} TFLOP/s of a product in {shape.dtype}, copies {peaks.copy_gb_per_second:.4g} GB/s",
+        ),
+    ]
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, text in lines:
+        table.add_row(name, text)
+    console.print(table)
+    console.print()
+    for line in _shape_lines(shape):
+        console.print(line)
+    console.print(_attention_table(examination))
+    for name, obstacle in examination.obstacles.items():
+        console.print(f"{name} cannot run here: it {obstacle}")
+    console.print()
+    if examination.chosen is None:
+        console.print(examination.reason, style="red")
+    else:
+        console.print(f"attention: {examination.chosen} ({examination.reason})")
+    console.print(_head_line(examination))
+    console.print()
+    styles = {"error": "red", "warning": "yellow", "note": ""}
+    for finding in examination.findings:
+        console.print(f"{finding.level}: {finding.text}. {finding.advice}.", style=styles[finding.level])
+    if not examination.findings:
+        console.print("nothing to mend", style="green")
+
+
+def _shape_lines(shape: Shape) -> list[str]:
+    windows = ", ".join("none" if window is None else str(window) for window in shape.windows)
+    return [
+        f"Attention of a layer, forward and backward, on {shape.rows} x {shape.row_length} tokens of packed pairs",
+        f"({shape.heads}/{shape.kv_heads} heads of {shape.head_dim} in {shape.dtype}, window: {windows}, "
+        f"soft cap: {shape.softcap or 'none'}; dense on at most {_LONGEST_DENSE} tokens):",
+    ]
+
+
+def _attention_table(examination: Examination) -> Table:
+    peak = examination.peaks.tflops
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("backend", "numbers"):
+        table.add_column(heading, style="bold" if heading == "backend" else "", no_wrap=True)
+    for heading in ("off by", "forward", "both", "TFLOP/s", "of peak", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for verdict in examination.attention:
+        error = max((distance.mean for distance in verdict.distances.values()), default=None)
+        numbers = "right" if verdict.problem is None else "not to be used"
+        cells = [verdict.backend, numbers, "" if error is None else f"{error:.1e}"]
+        if (speed := verdict.speed) is not None:
+            cells += [_milliseconds(speed.forward_seconds), _milliseconds(speed.seconds), f"{speed.tflops:.3g}"]
+            cells += [f"{100 * speed.tflops / peak:.3g} %", f"{speed.temporary_bytes / 2**20:.4g} MiB"]
+        table.add_row(*cells)
+    return table
+
+
+def _head_line(examination: Examination) -> str:
+    head, sizes = examination.head, examination.head_sizes
+    if head.problem is not None:
+        return f"loss head {head.problem}"
+    assert head.seconds is not None and head.tflops is not None
+    share = 100 * head.tflops / examination.peaks.tflops
+    memory = "" if head.temporary_bytes is None else f", {head.temporary_bytes / 2**20:.4g} MiB"
+    return (
+        f"loss head: right (largest error {max(head.errors.values()):.1e}); {sizes.targets} targets x {sizes.width} x "
+        f"{sizes.vocabulary}, forward and backward: {_milliseconds(head.seconds)}, {head.tflops:.3g} TFLOP/s, "
+        f"{share:.3g} % of peak{memory}"
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"

@@ -1,0 +1,116 @@
+"""`jax-simpo doctor`: what it prints, and that what is wrong on a chip changes its answer and its status."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from jax_simpo.cli import app
+from jax_simpo.doctor import measure, report
+from jax_simpo.doctor.measure import HeadSizes, examine_head
+from jax_simpo.ops import logprobs
+from tests.ops.attention.planted import plant
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures small things only, and keeps its verdicts apart."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(report, "_SMALL", replace(report._SMALL, heads=2, kv_heads=1, head_dim=16, row_length=256))
+    monkeypatch.setattr(report, "_SMALL_HEAD", HeadSizes(64, 32, 500, None))
+    monkeypatch.setitem(measure._SIZES, "cpu", 128)
+    monkeypatch.setitem(measure._COPY_BYTES, "cpu", 1 << 16)
+
+
+def doctor(*arguments: str) -> tuple[int, str]:
+    answer = CliRunner(env={"COLUMNS": "1000"}).invoke(app, ["doctor", *arguments])
+    assert answer.exception is None or isinstance(answer.exception, SystemExit), answer.output
+    return answer.exit_code, answer.stdout
+
+
+def test_a_sound_cpu(tmp_path: Path) -> None:
+    status, printed = doctor()
+    assert status == 0 and "nothing to mend" in printed
+    assert "blockwise  right" in printed and "splash cannot run here: it needs a TPU" in printed
+    assert "attention: blockwise (auto: the fastest right one on cpu" in printed and "loss head: right" in printed
+    # What was seen is kept for runs.
+    kept = {path.name.split("-")[0] for path in (tmp_path / "home/jax-simpo/attention").iterdir()}
+    assert kept == {"dense", "blockwise", "banded"}
+
+
+def test_planted_faults_are_named_and_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, "wrong_mask", "nan", "crash")
+    status, printed = doctor("--json")
+    examination = json.loads(printed)
+    assert status == 0 and examination["healthy"] and examination["chosen"] == "dense"
+    texts = " ".join(finding["text"] for finding in examination["findings"])
+    for name, problem in (("wrong_mask", "is wrong"), ("nan", "gives NaN"), ("crash", "fails: NotImplementedError")):
+        assert f"attention: {name} {problem}" in texts
+
+
+def test_a_machine_without_a_right_backend_ends_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, "nan")
+    monkeypatch.setattr(report, "candidates", lambda place: type("C", (), {"reasons": {"nan": ""}})())
+    status, printed = doctor()
+    assert status == 1 and "no backend computes right numbers on cpu" in printed
+
+
+def test_the_shapes_are_those_of_the_config(tmp_path: Path) -> None:
+    model = {
+        "model_type": "gemma2",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 64,
+        "sliding_window": 128,
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "model_config": model,
+                "tokenizer_name_or_path": "builtin:cafe",
+                "dataset_mixer": {"builtin:cafe": 1.0},
+                "row_length": 256,
+            }
+        )
+    )
+    status, printed = doctor(str(file), "--dtype=float32", "--json")
+    shape = json.loads(printed)["shape"]
+    assert status == 0
+    assert (shape["heads"], shape["kv_heads"], shape["head_dim"], shape["row_length"]) == (4, 2, 16, 256)
+    assert shape["windows"] == [128, None] and shape["softcap"] == 50.0 and shape["scale"] == 0.125
+
+
+def test_overrides_without_a_config_are_refused() -> None:
+    answer = CliRunner().invoke(app, ["doctor", "--beta=2"])
+    assert "--beta=2" in str(answer.exception) and answer.exit_code == 1
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_head_is_right_here(dtype: str, softcap: float | None) -> None:
+    verdict = examine_head(dtype, HeadSizes(64, 32, 500, softcap))
+    assert verdict.problem is None and verdict.tflops is not None and verdict.tflops > 0
+
+
+def test_a_loss_head_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drops_the_last_vocabulary_entry(hidden: Any, head: Any, *arguments: Any, **settings: Any) -> Any:
+        return logprobs.target_logps(hidden, head.at[-1].set(-10 * jnp.ones_like(head[-1])), *arguments, **settings)
+
+    monkeypatch.setattr(measure, "target_logps", drops_the_last_vocabulary_entry)
+    problem = examine_head("float32", HeadSizes(64, 32, 500, None)).problem
+    assert problem is not None and problem.startswith("is wrong: its ")
+    monkeypatch.setattr(measure, "target_logps", lambda *_, **__: 1 / 0)
+    problem = examine_head("float32", HeadSizes(64, 32, 500, None)).problem
+    assert problem is not None and problem.startswith("fails: ZeroDivisionError")

@@ -1,0 +1,129 @@
+"""Every known fault of a machine is found, with advice, and a sound machine has none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from jax_simpo.doctor.facts import Facts, gather_facts
+from jax_simpo.doctor.findings import find
+
+H100 = Facts(
+    python="3.12.3",
+    versions={"jax": "0.11.2", "jaxlib": "0.11.2", "jax-cuda13-plugin": "0.11.2", "flax": "0.12.12"},
+    platform="gpu",
+    device_kind="NVIDIA H100 80GB HBM3",
+    devices=1,
+    device_memory=78 << 30,
+    capability=(9, 0),
+    nvidia_gpus=["NVIDIA H100 80GB HBM3"],
+    nvidia_driver="580.65.06",
+    tpu_chips=0,
+    cores=16,
+    host_memory=128 << 30,
+    environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"},
+    compilation_cache="/home/user/.cache/jax-simpo/xla",
+)
+CPU_OF_GPU = {"platform": "cpu", "capability": None, "device_memory": None}
+
+
+def with_versions(**versions: str) -> dict[str, Any]:
+    return {"versions": {name.replace("_", "-"): version for name, version in versions.items()}}
+
+
+def test_a_sound_machine_has_no_findings() -> None:
+    assert find(H100) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "text", "advice"),
+    [
+        (
+            {**CPU_OF_GPU, **with_versions(jax="0.11.2", jaxlib="0.11.2")},
+            "error",
+            "this machine has NVIDIA H100 80GB HBM3: JAX's CUDA plugin is not installed",
+            "jax-simpo[gpu]",
+        ),
+        (
+            {**CPU_OF_GPU, "environment": {"JAX_PLATFORMS": "cpu"}},
+            "error",
+            "JAX_PLATFORMS is cpu",
+            "Unset JAX_PLATFORMS",
+        ),
+        (CPU_OF_GPU, "error", "though jax-cuda13-plugin is installed", "prints the driver's reason"),
+        (
+            {**CPU_OF_GPU, "nvidia_gpus": [], "tpu_chips": 4, **with_versions(jax="0.11.2", jaxlib="0.11.2")},
+            "error",
+            "4 TPU chips: libtpu is not installed",
+            "jax-simpo[tpu]",
+        ),
+        (
+            {
+                **CPU_OF_GPU,
+                "nvidia_gpus": [],
+                "tpu_chips": 4,
+                **with_versions(jax="0.11.2", jaxlib="0.11.2", libtpu="0.0.48"),
+            },
+            "error",
+            "JAX computes on the CPU, and this machine has 4 TPU chips",
+            "process that holds the chips",
+        ),
+        (
+            with_versions(jax="0.11.2", jaxlib="0.11.2", jax_cuda13_plugin="0.10.2"),
+            "error",
+            "jax-cuda13-plugin 0.10.2 stands beside jaxlib 0.11.2",
+            "jax-cuda13-plugin==0.11.2",
+        ),
+        (
+            {"nvidia_driver": "570.12"},
+            "error",
+            "the NVIDIA driver is 570.12, and jax-cuda13-plugin needs 580",
+            "cuda12",
+        ),
+        (
+            with_versions(jax="0.11.2", jaxlib="0.11.2", jax_cuda12_plugin="0.11.2", jax_cuda13_plugin="0.11.2"),
+            "warning",
+            "are both installed",
+            "pip uninstall jax-cuda12-plugin jax-cuda12-pjrt",
+        ),
+        (
+            with_versions(jax="0.11.2", jaxlib="0.11.2", jax_cuda13_plugin="0.11.2", flax="0.12.8"),
+            "error",
+            "flax 0.12.8 breaks on jax 0.11.2",
+            "flax>=0.12.9",
+        ),
+        (
+            with_versions(jax="0.11.2", jaxlib="0.11.2", jax_cuda12_plugin="0.11.2", nvidia_cuda_nvcc_cu12="12.8.93"),
+            "warning",
+            "known to miscompile causal masks",
+            "12.9.86",
+        ),
+        (
+            with_versions(jax="0.12.0.1", jaxlib="0.12.0.1", jax_cuda12_plugin="0.12.0.1"),
+            "warning",
+            "ignores their trade of registers",
+            "Compare the time of `pallas`",
+        ),
+        ({"environment": {}}, "warning", "75 % of the GPU's memory", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92"),
+        ({"compilation_cache": None}, "warning", "every start compiles again", "JAX_COMPILATION_CACHE_DIR"),
+        ({"devices": 8}, "note", "16 CPU cores for 8 devices: 2 each", "4 cores a device"),
+        ({"python": "3.11.7"}, "note", "Python 3.11 gets jax up to 0.10", "Python 3.12"),
+    ],
+)
+def test_each_fault_is_found_with_advice(changes: dict[str, Any], level: str, text: str, advice: str) -> None:
+    found = find(replace(H100, **changes))
+    matching = [finding for finding in found if text in finding.text]
+    assert len(matching) == 1, found
+    assert matching[0].level == level and advice in matching[0].advice
+    assert [finding.level for finding in found] == sorted(
+        (finding.level for finding in found), key=["error", "warning", "note"].index
+    )
+
+
+def test_the_facts_of_this_machine() -> None:
+    facts = gather_facts()
+    assert facts.platform == "cpu" and facts.devices >= 1 and facts.cores >= 1 and facts.host_memory > 1 << 30
+    assert facts.version("jax") >= (0, 10, 2) and facts.version("no such package") == ()
+    assert facts.environment["JAX_PLATFORMS"] == "cpu"

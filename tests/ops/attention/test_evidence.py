@@ -1,0 +1,95 @@
+"""The float64 oracle is right, right backends pass its limits, and planted wrong ones do not."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_simpo.ops.attention import attention, prepare_mask
+from jax_simpo.ops.attention.backends import ScoreRule
+from jax_simpo.ops.attention.evidence import Shape, examine
+from jax_simpo.ops.attention.oracle import Results, exact_attention, packed_pairs, small_rows
+from tests.ops.attention.planted import plant
+
+SHAPE = Shape(
+    dtype="float32",
+    heads=2,
+    kv_heads=1,
+    head_dim=16,
+    windows=(None, 4096),
+    scale=0.25,
+    softcap=5.0,
+    rows=1,
+    row_length=256,
+)
+
+
+def test_the_oracle_agrees_with_dense_in_float64() -> None:
+    """Two programs of the same formulas: one written out by hand with its gradients, one differentiated by JAX."""
+    rows, rule = small_rows(), ScoreRule(0.3, 70, 4.0)
+    chance = np.random.default_rng(1)
+    q, k, v, dout = (chance.standard_normal((2, 640, heads, 8)) for heads in (4, 2, 2, 4))
+    with jax.enable_x64(True):
+        mask = prepare_mask(jnp.asarray(rows.key_end), jnp.asarray(rows.positions), (70,), "dense")
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return attention(q, k, v, mask, scale=rule.scale, window=rule.window, softcap=rule.softcap)
+
+        out, pull = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
+        found = Results(out, *pull(jnp.asarray(dout)))
+    for name, a, b in zip(Results._fields, found, exact_attention(q, k, v, dout, rows, rule), strict=True):
+        # `dense` asks for float32 sums of its products.
+        np.testing.assert_allclose(np.asarray(a), b, atol=2e-5, err_msg=name)
+
+
+def test_the_rows_have_every_kind_of_block_and_the_live_area_is_counted() -> None:
+    rows = small_rows()
+    mask = prepare_mask(jnp.asarray(rows.key_end), jnp.asarray(rows.positions), (None,), "dense")
+    visible = np.asarray(mask.visible(None))
+    assert rows.live_area(None) == visible.sum()
+    assert rows.live_area(50) == np.asarray(mask.visible(50)).sum() < visible.sum()
+    blocks = visible.reshape(2, 5, 128, 5, 128).swapaxes(2, 3)
+    full, live = blocks.all((3, 4)), blocks.any((3, 4))
+    assert full.any() and (live & ~full).any()
+    assert (~live & np.tri(5, dtype=bool)).any()  # hidden, though causality would allow it
+    assert not visible[:, -20:].any()  # padding
+
+
+def test_packed_pairs_fill_a_row() -> None:
+    rows = packed_pairs(2, 4096)
+    assert (rows.key_end > 0).all() and rows.room == (8, 768, 1024)
+    assert packed_pairs(1, 256).room == (2, 192, 256)
+
+
+@pytest.mark.parametrize("backend", ["dense", "blockwise", "banded"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_right_backends_pass(backend: str, dtype: str) -> None:
+    verdict = examine(backend, replace(SHAPE, dtype=dtype))
+    assert verdict.problem is None
+    assert verdict.speed is not None and verdict.speed.seconds > 0 and verdict.speed.forward_seconds > 0
+    assert verdict.speed.tflops > 0
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "problem"),
+    [
+        ("wrong_mask", "float32", "is wrong: its result is off by .* of its size"),
+        ("one_key_too_much", "bfloat16", "is wrong: its result is off by .* at one token"),
+        ("no_window", "float32", "is wrong: its result"),
+        ("no_softcap", "bfloat16", "is wrong: its result"),
+        ("nan", "float32", "gives NaN or infinity: its result"),
+        ("crash", "float32", r"fails: NotImplementedError: no lowering for this \[type\] of chip"),
+        ("no_gradient", "bfloat16", "is wrong: its gradient for the keys"),
+    ],
+)
+def test_wrong_backends_are_found_out(backend: str, dtype: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, backend)
+    verdict = examine(backend, replace(SHAPE, dtype=dtype))
+    assert verdict.speed is None
+    assert verdict.problem is not None
+    assert re.search(problem, verdict.problem), verdict.problem
