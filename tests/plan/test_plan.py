@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -200,6 +201,7 @@ def test_useful_flops_are_what_xla_counts_where_no_loop_hides_them() -> None:
         ("v5e:2x2x4", ["v5e takes 2 number(s)"]),
         ("h100:1x2x8", ["h100 takes 1 or 2 number(s)"]),
         ("cpu:0", ["no such topology"]),
+        ("2xh100:8", ["only TPUs have slices", "h100:2x8"]),
     ],
 )
 def test_an_unknown_topology_is_told_with_those_known(text: str, mentioned: list[str]) -> None:
@@ -210,7 +212,14 @@ def test_an_unknown_topology_is_told_with_those_known(text: str, mentioned: list
 
 @pytest.mark.parametrize(
     ("text", "count", "platform"),
-    [("v5p:2x2x4", 16, "tpu"), ("v6e:16x16", 256, "tpu"), ("H100:2x8", 16, "cuda"), ("cpu:8", 8, "cpu")],
+    [
+        ("v5p:2x2x4", 16, "tpu"),
+        ("v6e:16x16", 256, "tpu"),
+        ("2xv5e:4x4", 32, "tpu"),
+        ("2xtpu7x:2x2x4", 64, "tpu"),
+        ("H100:2x8", 16, "cuda"),
+        ("cpu:8", 8, "cpu"),
+    ],
 )
 def test_a_topology_is_read(text: str, count: int, platform: str) -> None:
     read = Topology.parse(text)
@@ -355,6 +364,38 @@ def test_a_mesh_may_split_the_axes_of_a_tpus_torus() -> None:
     environment = {**os.environ, **Topology.parse("v6e:16x16").environment()}
     run = subprocess.run([sys.executable, "-c", MESHES], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+TWO_SLICES = """
+import sys
+from jax_simpo.config import load_config
+from jax_simpo.plan.program import Programs, TopologySetup
+from jax_simpo.plan.topology import Topology
+
+setup = TopologySetup(load_config(sys.argv[1]), topology=Topology.parse("2xv5e:4x4"))
+assert [{device.slice_index for device in half.flat} for half in setup.mesh.devices] == [{0}, {1}]
+programs = Programs(setup, setup.step_plan(setup.train_pairs(), batch=64, seed=0), accumulates=True)
+arguments = (programs._params, programs._accumulated, programs._rows(1), programs._denominators)
+print(programs._lower(programs._functions.accumulate, *arguments).compile().as_text())
+"""
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_between_two_slices_only_sums_of_gradients_travel(tmp_path: Path) -> None:
+    model = {**MODEL, "hidden_size": 512, "head_dim": 128, "intermediate_size": 1536}
+    config = write_config(tmp_path, model_config=model, dtype="bfloat16", mesh={"data": 2, "fsdp": 16})
+    environment = {**os.environ, **Topology.parse("2xv5e:4x4").environment()}
+    run = subprocess.run([sys.executable, "-c", TWO_SLICES, config], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    # Within a slice XLA writes collectives as ever, of the slice's own 16 devices ...
+    groups = set(
+        re.findall(r" (?:all-gather|all-reduce|reduce-scatter|all-to-all)\(.*replica_groups=(\S+),", run.stdout)
+    )
+    assert groups == {"{{" + ",".join(map(str, range(16))) + "}}"}
+    # ... and between slices as transfers through the hosts.
+    transfers = re.findall(r" send\(.*", run.stdout)
+    assert transfers and all('_xla_megascale_transfer_type="ALL_REDUCE"' in transfer for transfer in transfers)
 
 
 @pytest.mark.slow
