@@ -43,7 +43,7 @@ def step_options(mesh: Mesh, environment: Mapping[str, str] | None = None) -> di
     device = mesh.devices.flat[0]
     platform = "gpu" if device.platform == "cuda" else device.platform  # jax names GPUs that are not here `cuda`
     given = _user_flags(environment.get("XLA_FLAGS", ""))
-    options = {}
+    options: dict[str, str | bool] = {}
     for names in _OPTIONS.get(platform, ()):
         if not given & set(names):
             options |= next(({name: value} for name, value in names.items() if is_known(name, value, _own(mesh))), {})
