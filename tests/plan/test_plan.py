@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -167,6 +168,31 @@ def test_a_plan_is_read_back_and_shown(planned: dict[str, Any], capsys: pytest.C
     printed = capsys.readouterr().out
     for part in ("cpu:8: 8 x cpu", "fsdp=8", "optimizer state", "all-gather", "sharing saves", "fits: "):
         assert part in printed
+
+
+@pytest.mark.parametrize("rounds", [8, 4, 3])
+def test_activations_are_counted_whatever_number_of_layers_a_round_of_the_loop_computes(rounds: int) -> None:
+    """XLA's double buffering computes two layers in a round, and its pipelining two layers before the loop."""
+    state = "(s32[], bf16[8,1,256,64], bf16[1,256,64])"
+    hlo = f"""
+%body (p: {state}) -> {state} {{
+  ROOT %p = {state} parameter(0)
+}}
+
+%cond (q: {state}) -> pred[] {{
+  ROOT %q = pred[] parameter(0)
+}}
+
+ENTRY %main (x: {state}) -> {state} {{
+  %x = {state} parameter(0)
+  ROOT %w = {state} while(%x), condition=%cond, body=%body, backend_config={{"known_trip_count":{{"n":"{rounds}"}}}}
+}}
+"""
+    of_eight_layers = SimpleNamespace(
+        _step_plan=SimpleNamespace(shape=SimpleNamespace(length=256)),
+        _setup=SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(num_layers=8))),
+    )
+    assert program.Programs._activation_bytes(of_eight_layers, hlo, 1) == 2 * 8 * 256 * 64  # type: ignore[arg-type]
 
 
 def test_useful_flops_are_what_xla_counts_where_no_loop_hides_them() -> None:
