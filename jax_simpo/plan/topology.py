@@ -153,7 +153,9 @@ class Topology:
         Raises:
             PlanError: it is not; the message says how to install it.
         """
-        packages = {"tpu": ("libtpu", "tokamax"), "cuda": ("jax_cuda12_plugin", "absl"), "cpu": ()}[self.platform]
+        # The plugin is that of the CUDA version that is installed, or else of CUDA 12, which our extra brings.
+        plugin = "jax_cuda13_plugin" if find_spec("jax_cuda13_plugin") else "jax_cuda12_plugin"
+        packages = {"tpu": ("libtpu", "tokamax"), "cuda": (plugin, "absl"), "cpu": ()}[self.platform]
         missing = [package for package in packages if find_spec(package) is None]
         if not missing:
             return
