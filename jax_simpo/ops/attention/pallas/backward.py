@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from jax_simpo.ops.attention.backends import ScoreRule
 from jax_simpo.ops.attention.pallas import warpgroup as wg
 from jax_simpo.ops.attention.pallas.bounds import BlockLists
+from jax_simpo.ops.attention.pallas.switches import Switches
 from jax_simpo.ops.attention.pallas.warpgroup import Index, Ref, Tiles, Walk
 
 
@@ -44,7 +45,7 @@ def _score_gradient(
 
 
 def query_gradient(
-    inputs: Inputs, lists: BlockLists, *, rule: ScoreRule, tiles: Tiles, interpret: bool
+    inputs: Inputs, lists: BlockLists, *, rule: ScoreRule, tiles: Tiles, switches: Switches, interpret: bool
 ) -> Float[Array, "B L H parts Dh"]:
     """Returns dQ, by its parts; `lists` are those of tiles of queries."""
     rows, length, heads, parts, width = inputs.q.shape
@@ -107,19 +108,27 @@ def query_gradient(
         fetch,
         name="attention_dq",
         outputs=[jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype)],
-        grid={"head": heads, "tile": length // tiles.tile, "row": rows},
+        places=(rows, heads, length // tiles.tile),
         scratch=[
             wg.resident_scratch(tiles, parts, width, 2),
             wg.ring_scratch(tiles, 0, parts, width, [(vectors, jnp.int32)]),
             wg.ring_scratch(tiles, 1, parts, width),
         ],
         tiles=tiles,
+        switches=switches,
         interpret=interpret,
     )(*inputs, *lists)[0]
 
 
 def key_value_gradients(
-    inputs: Inputs, lists: BlockLists, *, wanted: Sequence[str], rule: ScoreRule, tiles: Tiles, interpret: bool
+    inputs: Inputs,
+    lists: BlockLists,
+    *,
+    wanted: Sequence[str],
+    rule: ScoreRule,
+    tiles: Tiles,
+    switches: Switches,
+    interpret: bool,
 ) -> list[Float[Array, "B L K parts Dh"]]:
     """Returns those of dK and dV that are `wanted` ("dk", "dv"), in that order, by their parts.
 
@@ -200,12 +209,13 @@ def key_value_gradients(
         fetch,
         name="_".join(["attention", *wanted]),
         outputs=[jax.ShapeDtypeStruct(inputs.k.shape, inputs.k.dtype)] * len(wanted),
-        grid={"head": kv_heads, "tile": length // tiles.tile, "row": rows},
+        places=(rows, kv_heads, length // tiles.tile),
         scratch=[
             wg.resident_scratch(tiles, parts, width, matrix_count),
             wg.ring_scratch(tiles, 0, parts, width, [(2, jnp.float32), (vectors, jnp.int32)]),
             wg.ring_scratch(tiles, 1, parts, width),
         ],
         tiles=tiles,
+        switches=switches,
         interpret=interpret,
     )(*inputs, *lists)

@@ -181,7 +181,7 @@ def forward(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((rows, heads, length), jnp.float32),
         ],
-        grid={"head": heads, "tile": length // tiles.tile, "row": rows},
+        places=(rows, heads, length // tiles.tile),
         scratch=[
             wg.resident_scratch(tiles, parts, width, 1),
             wg.ring_scratch(tiles, 0, parts, width, [(vectors, jnp.int32)]),
@@ -189,6 +189,7 @@ def forward(
             plgpu.Barrier(num_barriers=tiles.workers) if switches.ping_pong else None,
         ],
         tiles=tiles,
+        switches=switches,
         interpret=interpret,
     )(q, k, v, queries, keys, *lists)
     return out, lse

@@ -145,19 +145,18 @@ def _forward(
 
 
 def _backward(static: _Static, saved: tuple[Any, ...], dout: Array) -> tuple[Array | None, ...]:
-    rule, _, block, interpret = static
+    rule, switches, block, interpret = static
     q, k, v, key_end, positions, bounds, out, lse = saved
     # sum_s weights[s] * dweights[s] equals dout . out (FlashAttention-2, section 3.1.1).
     delta = jnp.einsum("blhd,blhd->bhl", dout.astype(jnp.float32), out.astype(jnp.float32))
     tilings = _tilings(q.shape[-1], _part_count(q.dtype), block, interpret)
     matrices = (_to_parts(q), _to_parts(k), _to_parts(v), _to_parts(dout))
     inputs = Inputs(*matrices, jnp.stack([lse, delta], axis=2), *mask_vectors(key_end, positions, rule.window))
-    dq = query_gradient(inputs, bounds.queries_halves, rule=rule, tiles=tilings.dq, interpret=interpret)
+    choices: dict[str, Any] = {"rule": rule, "switches": switches, "interpret": interpret}
+    dq = query_gradient(inputs, bounds.queries_halves, tiles=tilings.dq, **choices)
     gradients: dict[str, Array] = {}
     for wanted, tiles in tilings.gradients:
-        computed = key_value_gradients(
-            inputs, bounds.keys_halves, wanted=wanted, rule=rule, tiles=tiles, interpret=interpret
-        )
+        computed = key_value_gradients(inputs, bounds.keys_halves, wanted=wanted, tiles=tiles, **choices)
         gradients.update(zip(wanted, computed, strict=True))
     dq, dk, dv = (_from_parts(x, q.dtype) for x in (dq, gradients["dk"], gradients["dv"]))
     return dq, dk, dv, None, None, None

@@ -12,7 +12,8 @@ class Switches(NamedTuple):
     of `backend.py`.
 
     Attributes:
-        heavy_first: the tiles with most live blocks are launched first, so that no long one is left for the end.
+        heavy_first: the tiles with most live blocks are launched first, those of all heads, so that no long one is
+            left for the end. Otherwise tiles come as they lie in the row, head by head.
         ping_pong: the two warpgroups of the forward kernel take turns at the tensor cores: one computes its softmax
             while the other's products run (FlashAttention-3, section 3.1).
         overlap: each warpgroup of the forward kernel computes the softmax of a step while its product with the values

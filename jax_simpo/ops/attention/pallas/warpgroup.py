@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from jax_simpo.ops.attention.backends import ScoreRule
+from jax_simpo.ops.attention.pallas.switches import Switches
 
 LOG2E = math.log2(math.e)
 SHARED_MEMORY = 226 * 1024  # bytes a block of threads may have on Hopper (227 KiB), less a reserve for the barriers
@@ -410,12 +411,22 @@ def launch(
     *,
     name: str,
     outputs: Any,
-    grid: dict[str, int],
+    places: tuple[int, int, int],
     scratch: Sequence[Any],
     tiles: Tiles,
+    switches: Switches,
     interpret: bool,
 ) -> Callable[..., Any]:
-    """Makes a kernel whose workers run `compute(worker, *refs)` while one more warpgroup runs `fetch(*refs)`."""
+    """Makes a kernel whose workers run `compute(worker, *refs)` while one more warpgroup runs `fetch(*refs)`.
+
+    It runs once for each row, head and tile; `places` are their numbers, and the names of the grid's axes are "row",
+    "head" and "tile". Blocks of threads start in the order of the grid, its last axis first.
+    """
+    rows, heads, tile_count = places
+    if switches.heavy_first:  # the heavy tiles of all heads, so that the light tiles of all heads come last
+        grid = {"tile": tile_count, "row": rows, "head": heads}
+    else:
+        grid = {"head": heads, "tile": tile_count, "row": rows}
 
     def kernel(*refs: Ref) -> None:
         warpgroup = lax.axis_index(THREAD)
