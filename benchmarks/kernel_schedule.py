@@ -30,6 +30,8 @@ from benchmarks.results import Result, Table, percent
 MULTIPROCESSORS, START_STEPS = 132, 2
 HEADS, KV_HEADS = 32, 8  # of an 8B model
 PAIRS = 128  # of a step
+KERNELS = ("forward", "dK/dV")
+ORDERS = ("as in the row", "heavy first")
 
 
 def main(
@@ -48,8 +50,8 @@ def main(
         name="kernel_schedule",
         title="Steps and order of the attention kernels' tiles",
         about=(
-            f"Rows of {row_length} tokens of shared pairs, {rows} at once, {HEADS} query heads and {KV_HEADS} key/value "
-            "heads, no window. Counted and simulated; nothing ran on a GPU."
+            f"Rows of {row_length} tokens of shared pairs, {rows} at once, {HEADS} query heads and {KV_HEADS} "
+            "key/value heads, no window. Counted and simulated; nothing ran on a GPU."
         ),
         facts=machine_facts("none"),
         tables=[
@@ -69,19 +71,13 @@ def main(
             ),
             Table(
                 "Multiprocessors idle",
-                ["pairs", *(f"{kernel}, {order}" for kernel in ("forward", "dK/dV") for order in ORDERS)],
-                [
-                    [d["profile"], *(percent(x) for kernel in ("forward", "dk, dv") for x in d[kernel].values())]
-                    for d in data
-                ],
+                ["pairs", *(f"{kernel}, {order}" for kernel in KERNELS for order in ORDERS)],
+                [[d["profile"], *(percent(x) for kernel in KERNELS for x in d[kernel].values())] for d in data],
                 "Share of the multiprocessors' time, from the first tile's start to the last one's end.",
             ),
         ],
         data=data,
     ).write(output)
-
-
-ORDERS = ("as in the row", "heavy first")
 
 
 def packed_rows(profile: str, row_length: int) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
@@ -106,11 +102,13 @@ def packed_rows(profile: str, row_length: int) -> tuple[Int[np.ndarray, "B L"], 
 
 def measure(key_end: Int[np.ndarray, "B L"], positions: Int[np.ndarray, "B L"]) -> dict[str, Any]:
     """Counts the steps over both kinds of lists, and simulates the orders."""
+    import jax.numpy as jnp
+
     from jax_simpo.ops.attention.pallas.bounds import find_block_bounds
 
-    by_order = [find_block_bounds(key_end, positions, None, heavy_first=heavy) for heavy in (False, True)]
-    # A whole block of queries by keys is two steps of half a block; the mask is symmetric in nothing, so the lists of
-    # whole blocks are found from those of tiles of queries.
+    row = jnp.asarray(key_end), jnp.asarray(positions)
+    by_order = [find_block_bounds(*row, None, heavy_first=heavy) for heavy in (False, True)]
+    # Tiles of keys have the same whole blocks as tiles of queries, and a whole block is two steps.
     tiles = np.asarray(by_order[0].queries.tiles)
     half = np.asarray(by_order[0].keys_halves.tiles)
     steps = {
@@ -118,11 +116,11 @@ def measure(key_end: Int[np.ndarray, "B L"], positions: Int[np.ndarray, "B L"]) 
         "half": {"live": int(half[..., 2].sum()), "mixed": int((half[..., 2] - half[..., 1]).sum())},
     }
     group = HEADS // KV_HEADS
-    idle: dict[str, dict[str, float]] = {"forward": {}, "dk, dv": {}}
+    idle: dict[str, dict[str, float]] = {"forward": {}, "dK/dV": {}}
     for order, bounds in zip(ORDERS, by_order, strict=True):
         by_head = order == ORDERS[0]
         idle["forward"][order] = idle_share(np.asarray(bounds.queries.tiles)[..., 2], HEADS, by_head)
-        idle["dk, dv"][order] = idle_share(group * np.asarray(bounds.keys_halves.tiles)[..., 2], KV_HEADS, by_head)
+        idle["dK/dV"][order] = idle_share(group * np.asarray(bounds.keys_halves.tiles)[..., 2], KV_HEADS, by_head)
     return steps | idle
 
 
