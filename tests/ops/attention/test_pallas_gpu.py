@@ -165,11 +165,12 @@ def test_values_and_gradients_equal_dense_on_many_layouts(layout, seed, window, 
 
 @pytest.mark.slow
 @pytest.mark.skipif(jax.__version__.startswith("0.10."), reason="jax 0.10 misses a copy that no thread waited for")
-def test_no_warpgroup_reads_what_a_copy_may_be_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("switches", [DEFAULTS, Switches(ping_pong=True, overlap=True)])
+def test_no_warpgroup_reads_what_a_copy_may_be_writing(switches: Switches, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter searches for races between copies, warpgroups and barriers, and raises."""
     parameters = dataclasses.replace(warpgroup.interpreter(), detect_races=True)
     monkeypatch.setattr(warpgroup, "interpreter", lambda: parameters)
-    results = kernels.__wrapped__(*arrays(10), *one_row(17, 9, 14), window=20)
+    results = kernels.__wrapped__(*arrays(10), *one_row(17, 9, 14), window=20, switches=switches)
     assert all(np.all(np.isfinite(x)) for x in results)
 
 
