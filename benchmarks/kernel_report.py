@@ -14,7 +14,7 @@ Expected: every combination compiles without complaint; no kernel asks for more 
 Hopper block may have; heads of up to 128 in bfloat16 spill less than 100 bytes a lane, no kernel more than 500.
 
 Needs no GPU, but its compiler: `pip install "jax[cuda12]" nvidia-cuda-nvdisasm absl-py jaxtyping typer`, or
-`jax[cuda13]`. Takes six minutes on two CPU cores (`--quick`: half a minute).
+`jax[cuda13]`. Takes about five minutes on two CPU cores (`--quick`: half a minute).
 """
 
 from __future__ import annotations

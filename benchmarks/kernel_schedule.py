@@ -9,7 +9,7 @@ of the cache.
 Expected: lists of half blocks save most where pairs are short; heavy tiles first leave multiprocessors idle for less
 than the order of the row.
 
-Takes a minute on two CPU cores.
+Takes about half a minute on two CPU cores.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main(
                 "Share of the multiprocessors' time, from the first tile's start to the last one's end.",
             ),
         ],
-        data=data,
+        data={"profiles": data},
     ).write(output)
 
 

@@ -38,6 +38,7 @@ PAGES = {
     "host": Page("host", "host"),
     "streaming": Page("streaming", "equal"),
     "saving": Page("saving", "measured"),
+    "kernel_schedule": Page("kernel_schedule", "profiles"),
 }
 QUICK = ("streaming",)
 

@@ -206,9 +206,15 @@ def test_a_topology_is_read(text: str, count: int, platform: str) -> None:
 def test_a_compiler_that_is_missing_is_told_with_how_to_get_it(
     name: str, package: str, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(topology, "find_spec", lambda wanted: None if wanted == package else object())
+    missing = (package, "jax_cuda13_plugin")
+    monkeypatch.setattr(topology, "find_spec", lambda wanted: None if wanted in missing else object())
     with pytest.raises(PlanError, match=rf"{package} missing.*pip install"):
         make_hardware_plan(config, [], Topology.parse(name))
+
+
+def test_the_compiler_of_cuda_13_will_do_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "find_spec", lambda wanted: None if wanted == "jax_cuda12_plugin" else object())
+    Topology.parse("h100:8").check_installed()
 
 
 def test_a_mesh_that_does_not_divide_is_told(config: Path) -> None:
