@@ -92,6 +92,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("docs/benchmarks"),
     name: Annotated[str, typer.Option(help="Stem of the files.")] = "kernel_report",
     before: Annotated[Path | None, typer.Option(help="JSON of an earlier report, to compare with.")] = None,
+    layer: Annotated[list[str] | None, typer.Option(help="plain, window or 'window, cap' (repeatable).")] = None,
     quick: Annotated[bool, typer.Option(help="One dtype and head size, to see that it works.")] = False,
 ) -> None:
     """Compiles the kernels and writes the report."""
@@ -112,11 +113,11 @@ def main(
         kernels = []
         for dtype, sizes in [("bfloat16", (128,))] if quick else HEAD_SIZES.items():
             for size in sizes:
-                for layer in LAYERS:
-                    for variant, switches in variants.items() if layer != "window" else [("", Switches())]:
-                        _compile(device, dtype, size, layer, switches, backward=variant == "")
-                        kernels += list(_kernels(Path(folder), (dtype, size, layer, variant)))
-                    print(f"compiled {dtype} {size} {layer}", flush=True)
+                for kind in layer or LAYERS:
+                    for variant, switches in variants.items() if kind != "window" else [("", Switches())]:
+                        _compile(device, dtype, size, kind, switches, backward=variant == "")
+                        kernels += list(_kernels(Path(folder), (dtype, size, kind, variant)))
+                    print(f"compiled {dtype} {size} {kind}", flush=True)
     note = (
         "Registers are those of a lane at launch, when three warpgroups share the 64k of a block; then the two that "
         "compute take 240, and the one that fetches keeps 24. Spilled bytes are those of a lane, each counted once in "
