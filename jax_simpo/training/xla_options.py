@@ -18,8 +18,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 SWITCH = "JAX_SIMPO_XLA_FLAGS"  # `false` in the environment: set none of the options below
 
-# By platform, as jax names it for devices that are here: options with their values. Of the names that an option has had
-# the first that the compiler knows counts. What each does: docs/performance.md.
+# By platform, options with their values. Of the names that an option has had the first that the compiler knows counts.
+# What each does: docs/performance.md.
 _OPTIONS: dict[str, tuple[dict[str, str | bool], ...]] = {
     "gpu": (
         {"xla_gpu_enable_latency_hiding_scheduler": True},
@@ -41,7 +41,7 @@ def step_options(mesh: Mesh, environment: Mapping[str, str] | None = None) -> di
     if mesh.shape["fsdp"] == 1 or environment.get(SWITCH, "").lower() in ("false", "0", "off", "no"):
         return {}
     device = mesh.devices.flat[0]
-    platform = "gpu" if device.platform == "cuda" else device.platform  # jax names GPUs that are not here `cuda`
+    platform = "gpu" if device.platform == "cuda" else device.platform  # jax has both names for them
     given = _user_flags(environment.get("XLA_FLAGS", ""))
     options: dict[str, str | bool] = {}
     for names in _OPTIONS.get(platform, ()):
