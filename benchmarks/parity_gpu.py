@@ -59,8 +59,9 @@ def _compare(output: Path, name: str, quick: bool) -> dict[str, Any]:
             for line in process.stdout:  # what is broken is shown at once
                 print(line, end="", flush=True)
                 lines.append(line.rstrip())
-        if process.returncode not in (0, 1):
-            raise RuntimeError(f"python -m parity ended with status {process.returncode}: {' '.join(lines[-1:])}")
+        if process.returncode not in (0, 1) or not (folder / "report.html").exists():
+            # Nothing was compared, so this is no measurement to keep.
+            sys.exit(f"python -m parity ended with status {process.returncode} and no report; the lines above say why")
         output.mkdir(parents=True, exist_ok=True)
         for kind in ("md", "json", "html"):
             shutil.copyfile(folder / f"report.{kind}", output / f"{name}.{kind}")

@@ -36,6 +36,8 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
     """Builds the `data x fsdp x tensor` mesh. One axis may be -1 and takes the devices that are left.
 
+    On several TPU slices `data` goes over the slices, so that the slow network between them carries gradients alone.
+
     Args:
         data: devices along `data`: replicas of the model.
         fsdp: devices along `fsdp`: parts of the parameters, and of the rows.
@@ -43,7 +45,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.
         devices: the devices of the mesh; None takes all that jax has.
 
     Raises:
-        MeshError: a size is not positive, or the sizes do not multiply to the number of devices.
+        MeshError: a size is not positive, the sizes do not multiply to the number of devices, or `data` is no multiple
+            of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -66,11 +69,25 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.
     if unsized:
         sizes[unsized[0]] = count // fixed
     lengths, types = tuple(sizes[axis] for axis in MESH_AXES), (AxisType.Auto,) * len(MESH_AXES)
+    if (slices := _slice_count(devices)) > 1:
+        if sizes["data"] % slices:
+            raise MeshError(
+                f"mesh.data is {sizes['data']}, and the devices are {slices} TPU slices: parameters are not split over "
+                f"the network between slices. Set `mesh.data` to {slices}, or a multiple of it"
+            )
+        within, over = (sizes["data"] // slices, *lengths[1:]), (slices, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(within, over, devices, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=types)
     try:
         return jax.make_mesh(lengths, MESH_AXES, types, devices=devices)
     except NotImplementedError:  # no whole axes of the TPU's torus have these lengths, so an axis must be split
         grid = mesh_utils.create_device_mesh(lengths, devices, allow_split_physical_axes=True)
         return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def _slice_count(devices: list[jax.Device]) -> int:
+    """Returns the number of TPU slices that devices lie on; 1 for other devices."""
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 
 
 def spec(*logical_axes: str | None) -> P:

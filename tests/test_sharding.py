@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from jax_simpo import sharding
+from jax_simpo.errors import MeshError
 from jax_simpo.sharding import differ_along_tensor, hosts_share_tensor, local_rows, make_mesh
 
 
@@ -20,3 +22,12 @@ def test_tensor_is_said_to_reach_over_processes_where_it_does(sizes: tuple[int, 
 
 def test_one_process_shares_no_tensor_axis() -> None:
     assert not hosts_share_tensor(make_mesh(fsdp=1, tensor=8))
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": -1}, {"data": 4, "fsdp": 2}, {"data": 1, "fsdp": 4, "tensor": 2}])
+def test_parameters_are_not_split_over_the_network_between_tpu_slices(
+    sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "_slice_count", lambda devices: 3)
+    with pytest.raises(MeshError, match=r"3 TPU slices: .* Set `mesh.data` to 3, or a multiple of it"):
+        make_mesh(**sizes)

@@ -13,5 +13,9 @@ CONFIG="${1:-configs/llama-3-8b-instruct-v2.yaml}"
 # JAX takes this share of each GPU's memory at the start. Its default is 0.75; the rest is left to NCCL.
 export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
 
+# jax-simpo sets XLA options that overlap communication with computation (docs/performance.md). What you set in XLA_FLAGS
+# stays; JAX_SIMPO_XLA_FLAGS=false sets none.
+export JAX_SIMPO_XLA_FLAGS="${JAX_SIMPO_XLA_FLAGS:-true}"
+
 # --no-distributed keeps the run to one process where a scheduler's variables name several.
 exec jax-simpo train "$CONFIG" --no-distributed --mesh.fsdp=-1 "${@:2}"

@@ -185,7 +185,8 @@ class Programs:
     def _activation_bytes(self, text: str, rows_per_device: int) -> int:
         """Returns the bytes that the layers' forward pass keeps.
 
-        The layers are a loop, which keeps its values in stacked arrays: [layers, rows, length, ...].
+        The layers are a loop, which keeps its values in stacked arrays: [layers, rows, length, ...]. A compiler may let
+        a round of the loop compute several layers.
         """
         rows = (rows_per_device, self._step_plan.shape.length)
         model = self._setup.model.config
@@ -195,7 +196,7 @@ class Programs:
             sum(
                 array_bytes(dtype, shape)
                 for dtype, shape in arrays
-                if len(shape) > 3 and shape[0] == times in layers and shape[1:3] == rows
+                if len(shape) > 3 and 0 < times <= shape[0] in layers and shape[1:3] == rows
             )
             for times, arrays in loop_states(text)
         )

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jax_simpo.errors import PlanError
 
@@ -90,7 +90,8 @@ _GPU_RESERVED = 2 * _GIB
 
 KNOWN = (
     f"TPUs {', '.join(name + ':' + ('2x2x4' if tpu.axes == 3 else '4x4') for name, tpu in TPUS.items())} (any size of "
-    f"the torus), GPUs {', '.join(f'{name}:8' for name in GPUS)} (or h100:2x8, two hosts of 8), cpu:8"
+    f"the torus; 2xv5e:4x4 is two slices), GPUs {', '.join(f'{name}:8' for name in GPUS)} (or h100:2x8, two hosts of "
+    "8), cpu:8"
 )
 
 
@@ -101,37 +102,46 @@ class Topology:
     Attributes:
         chip: a key of `TPUS` or `GPUS`, or cpu.
         shape: the shape of a TPU's torus; hosts and GPUs a host, or only the latter; the number of CPU devices.
+        slices: number of TPU slices of that shape, with a slower network between them.
     """
 
     chip: str
     shape: tuple[int, ...]
+    slices: int = 1
 
     @staticmethod
     def parse(text: str) -> Topology:
-        """Reads `v5p:2x2x4`, `h100:8`, `h100:2x8`, `cpu:8`.
+        """Reads `v5p:2x2x4`, `2xv5e:4x4` (two slices), `h100:8`, `h100:2x8`, `cpu:8`.
 
         Raises:
             PlanError: the text names no known hardware.
         """
-        match = re.fullmatch(r"([a-z0-9-]+):([1-9]\d*(?:x[1-9]\d*)*)", text.strip().lower())
-        chip = match[1] if match else text.partition(":")[0].lower()
+        match = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z][a-z0-9-]*):([1-9]\d*(?:x[1-9]\d*)*)", text.strip().lower())
+        chip = match[2] if match else text.partition(":")[0].lower()
         if match is None or (chip != "cpu" and chip not in TPUS and chip not in GPUS):
             raise PlanError(f"--topology {text}: no such topology; known: {KNOWN}")
-        shape = tuple(int(n) for n in match[2].split("x"))
+        slices = int(match[1] or 1)
+        if slices > 1 and chip not in TPUS:
+            raise PlanError(f"--topology {text}: only TPUs have slices; several hosts of GPUs are {chip}:{slices}x8")
+        shape = tuple(int(n) for n in match[3].split("x"))
         axes = {TPUS[chip].axes} if chip in TPUS else {1} if chip == "cpu" else {1, 2}
         if len(shape) not in axes:
             example = "x".join("224"[: max(axes)]) if chip in TPUS else "8"
             numbers = " or ".join(map(str, sorted(axes)))
             raise PlanError(f"--topology {text}: {chip} takes {numbers} number(s), such as {chip}:{example}")
-        return Topology(chip, shape)
+        return Topology(chip, shape, slices)
 
     def __str__(self) -> str:
+        return f"{f'{self.slices}x' if self.slices > 1 else ''}{self._slice}"
+
+    @property
+    def _slice(self) -> str:
         return f"{self.chip}:{'x'.join(map(str, self.shape))}"
 
     @property
     def count(self) -> int:
         """The number of devices, as jax counts them."""
-        return math.prod(self.shape) * (TPUS[self.chip].devices if self.chip in TPUS else 1)
+        return self.slices * math.prod(self.shape) * (TPUS[self.chip].devices if self.chip in TPUS else 1)
 
     @property
     def platform(self) -> Literal["tpu", "cuda", "cpu"]:
@@ -193,7 +203,10 @@ class Topology:
             return jax.devices()
         try:
             if self.platform == "tpu":
-                chips = topologies.get_topology_desc(platform="tpu", topology_name=str(self), **TPUS[self.chip].options)
+                options: dict[str, Any] = dict(TPUS[self.chip].options)
+                if self.slices > 1:
+                    options["num_slices"] = self.slices
+                chips = topologies.get_topology_desc(platform="tpu", topology_name=self._slice, **options)
             else:
                 hosts, gpus_per_host = (1, *self.shape)[-2:]
                 chips = topologies.get_topology_desc(

@@ -18,17 +18,19 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 SWITCH = "JAX_SIMPO_XLA_FLAGS"  # `false` in the environment: set none of the options below
 
-# By platform, as jax names it for devices that are here. What each does: docs/performance.md.
-_OPTIONS: dict[str, tuple[str, ...]] = {
+# By platform, options with their values. Of the names that an option has had the first that the compiler knows counts.
+# What each does: docs/performance.md.
+_OPTIONS: dict[str, tuple[dict[str, str | bool], ...]] = {
     "gpu": (
-        "xla_gpu_enable_latency_hiding_scheduler",
-        "xla_gpu_enable_while_loop_double_buffering",
-        "xla_gpu_enable_pipelined_all_gather",
+        {"xla_gpu_enable_latency_hiding_scheduler": True},
+        {"xla_gpu_enable_while_loop_double_buffering": True},
+        # The second is that of jax 0.10.
+        {"xla_gpu_pipeline_all_gather": "COLLECTIVE_PIPELINING_MODE_ON", "xla_gpu_enable_pipelined_all_gather": True},
     ),
 }
 
 
-def step_options(mesh: Mesh, environment: Mapping[str, str] | None = None) -> dict[str, bool]:
+def step_options(mesh: Mesh, environment: Mapping[str, str] | None = None) -> dict[str, str | bool]:
     """Returns the options with which the program of a micro-batch is compiled; none where no parameter is gathered.
 
     Args:
@@ -39,17 +41,21 @@ def step_options(mesh: Mesh, environment: Mapping[str, str] | None = None) -> di
     if mesh.shape["fsdp"] == 1 or environment.get(SWITCH, "").lower() in ("false", "0", "off", "no"):
         return {}
     device = mesh.devices.flat[0]
-    platform = "gpu" if device.platform == "cuda" else device.platform  # jax names GPUs that are not here `cuda`
+    platform = "gpu" if device.platform == "cuda" else device.platform  # jax has both names for them
     given = _user_flags(environment.get("XLA_FLAGS", ""))
-    return {name: True for name in _OPTIONS.get(platform, ()) if name not in given and is_known(name, _own(mesh))}
+    options: dict[str, str | bool] = {}
+    for names in _OPTIONS.get(platform, ()):
+        if not given & set(names):
+            options |= next(({name: value} for name, value in names.items() if is_known(name, value, _own(mesh))), {})
+    return options
 
 
 @cache
-def is_known(name: str, device: jax.Device) -> bool:
-    """Returns True if the compiler of a device knows an option that is true or false."""
+def is_known(name: str, value: str | bool, device: jax.Device) -> bool:
+    """Returns True if the compiler of a device knows an option."""
     x = jax.ShapeDtypeStruct((), "float32", sharding=SingleDeviceSharding(device))
     try:
-        jax.jit(lambda x: x, compiler_options={name: True}).lower(x).compile()
+        jax.jit(lambda x: x, compiler_options={name: value}).lower(x).compile()
     except jax.errors.JaxRuntimeError as error:
         if "No such compile option" not in str(error):
             raise
@@ -64,7 +70,7 @@ def _own(mesh: Mesh) -> jax.Device:
 
 
 def _user_flags(text: str) -> set[str]:
-    """Returns the names of the flags in `XLA_FLAGS`: its words or, as XLA reads it, those of a file that it names."""
+    """Returns the names of the flags in `XLA_FLAGS`. As XLA reads it, a text without a leading dash names a file."""
     if text.strip() and not text.lstrip().startswith("-"):
         file = Path(text.strip())
         text = file.read_text(errors="replace") if file.is_file() else ""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -168,6 +170,31 @@ def test_a_plan_is_read_back_and_shown(planned: dict[str, Any], capsys: pytest.C
         assert part in printed
 
 
+@pytest.mark.parametrize("rounds", [8, 4, 3])
+def test_activations_are_counted_whatever_number_of_layers_a_round_of_the_loop_computes(rounds: int) -> None:
+    """XLA's double buffering computes two layers in a round, and its pipelining two layers before the loop."""
+    state = "(s32[], bf16[8,1,256,64], bf16[1,256,64])"
+    hlo = f"""
+%body (p: {state}) -> {state} {{
+  ROOT %p = {state} parameter(0)
+}}
+
+%cond (q: {state}) -> pred[] {{
+  ROOT %q = pred[] parameter(0)
+}}
+
+ENTRY %main (x: {state}) -> {state} {{
+  %x = {state} parameter(0)
+  ROOT %w = {state} while(%x), condition=%cond, body=%body, backend_config={{"known_trip_count":{{"n":"{rounds}"}}}}
+}}
+"""
+    of_eight_layers = SimpleNamespace(
+        _step_plan=SimpleNamespace(shape=SimpleNamespace(length=256)),
+        _setup=SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(num_layers=8))),
+    )
+    assert program.Programs._activation_bytes(of_eight_layers, hlo, 1) == 2 * 8 * 256 * 64  # type: ignore[arg-type]
+
+
 def test_useful_flops_are_what_xla_counts_where_no_loop_hides_them() -> None:
     """With one layer, dense attention and no recomputation XLA counts every product, and full rows have no padding."""
     changes = {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
@@ -200,6 +227,7 @@ def test_useful_flops_are_what_xla_counts_where_no_loop_hides_them() -> None:
         ("v5e:2x2x4", ["v5e takes 2 number(s)"]),
         ("h100:1x2x8", ["h100 takes 1 or 2 number(s)"]),
         ("cpu:0", ["no such topology"]),
+        ("2xh100:8", ["only TPUs have slices", "h100:2x8"]),
     ],
 )
 def test_an_unknown_topology_is_told_with_those_known(text: str, mentioned: list[str]) -> None:
@@ -210,7 +238,14 @@ def test_an_unknown_topology_is_told_with_those_known(text: str, mentioned: list
 
 @pytest.mark.parametrize(
     ("text", "count", "platform"),
-    [("v5p:2x2x4", 16, "tpu"), ("v6e:16x16", 256, "tpu"), ("H100:2x8", 16, "cuda"), ("cpu:8", 8, "cpu")],
+    [
+        ("v5p:2x2x4", 16, "tpu"),
+        ("v6e:16x16", 256, "tpu"),
+        ("2xv5e:4x4", 32, "tpu"),
+        ("2xtpu7x:2x2x4", 64, "tpu"),
+        ("H100:2x8", 16, "cuda"),
+        ("cpu:8", 8, "cpu"),
+    ],
 )
 def test_a_topology_is_read(text: str, count: int, platform: str) -> None:
     read = Topology.parse(text)
@@ -362,6 +397,38 @@ def test_a_mesh_may_split_the_axes_of_a_tpus_torus() -> None:
     environment = {**os.environ, **Topology.parse("v6e:16x16").environment()}
     run = subprocess.run([sys.executable, "-c", MESHES], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+TWO_SLICES = """
+import sys
+from jax_simpo.config import load_config
+from jax_simpo.plan.program import Programs, TopologySetup
+from jax_simpo.plan.topology import Topology
+
+setup = TopologySetup(load_config(sys.argv[1]), topology=Topology.parse("2xv5e:4x4"))
+assert [{device.slice_index for device in half.flat} for half in setup.mesh.devices] == [{0}, {1}]
+programs = Programs(setup, setup.step_plan(setup.train_pairs(), batch=64, seed=0), accumulates=True)
+arguments = (programs._params, programs._accumulated, programs._rows(1), programs._denominators)
+print(programs._lower(programs._functions.accumulate, *arguments).compile().as_text())
+"""
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_between_two_slices_only_sums_of_gradients_travel(tmp_path: Path) -> None:
+    model = {**MODEL, "hidden_size": 512, "head_dim": 128, "intermediate_size": 1536}
+    config = write_config(tmp_path, model_config=model, dtype="bfloat16", mesh={"data": 2, "fsdp": 16})
+    environment = {**os.environ, **Topology.parse("2xv5e:4x4").environment()}
+    run = subprocess.run([sys.executable, "-c", TWO_SLICES, config], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    # Within a slice XLA writes collectives as ever, of the slice's own 16 devices ...
+    groups = set(
+        re.findall(r" (?:all-gather|all-reduce|reduce-scatter|all-to-all)\(.*replica_groups=(\S+),", run.stdout)
+    )
+    assert groups == {"{{" + ",".join(map(str, range(16))) + "}}"}
+    # ... and between slices as transfers through the hosts.
+    transfers = re.findall(r" send\(.*", run.stdout)
+    assert transfers and all('_xla_megascale_transfer_type="ALL_REDUCE"' in transfer for transfer in transfers)
 
 
 @pytest.mark.slow

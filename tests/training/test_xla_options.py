@@ -29,7 +29,7 @@ def gpus(fsdp: int = 8, platform: str = "gpu") -> Any:
 
 @pytest.fixture(autouse=True)
 def _every_option_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xla_options, "is_known", lambda name, device: True)
+    monkeypatch.setattr(xla_options, "is_known", lambda name, value, device: True)
 
 
 def test_options_are_set_on_gpus_that_gather_parameters_and_nowhere_else() -> None:
@@ -40,7 +40,7 @@ def test_options_are_set_on_gpus_that_gather_parameters_and_nowhere_else() -> No
 
 def test_what_the_user_has_set_stays_as_it_is(tmp_path: Path) -> None:
     flags = "--xla_gpu_enable_pipelined_all_gather=false  --xla_dump_to=/tmp"
-    expected = {name: True for name in step_options(gpus(), {}) if not name.endswith("pipelined_all_gather")}
+    expected = {name: value for name, value in step_options(gpus(), {}).items() if "all_gather" not in name}
     assert len(expected) == 2
     assert step_options(gpus(), {"XLA_FLAGS": flags}) == expected
     (tmp_path / "flags").write_text(flags)  # XLA_FLAGS may name a file of flags
@@ -52,9 +52,13 @@ def test_an_option_that_the_compiler_does_not_know_is_left_out(monkeypatch: pyte
     monkeypatch.undo()
     cpu = jax.devices()[0]
     # All compilers of a release know the same options.
-    assert is_known("xla_gpu_enable_latency_hiding_scheduler", cpu) and not is_known("xla_gpu_no_such_option", cpu)
-    monkeypatch.setattr(xla_options, "_OPTIONS", {"gpu": ("xla_gpu_no_such_option",)})
+    known = "xla_gpu_enable_latency_hiding_scheduler"
+    assert is_known(known, True, cpu) and not is_known("xla_gpu_no_such_option", True, cpu)
     monkeypatch.setattr(xla_options, "_own", lambda mesh: cpu)
+    assert len(step_options(gpus(), {})) == 3  # of every option the installed release knows one name
+    monkeypatch.setattr(xla_options, "_OPTIONS", {"gpu": ({"xla_gpu_no_such_option": True, known: True},)})
+    assert step_options(gpus(), {}) == {known: True}
+    monkeypatch.setattr(xla_options, "_OPTIONS", {"gpu": ({"xla_gpu_no_such_option": True},)})
     assert step_options(gpus(), {}) == {}
 
 
@@ -122,7 +126,5 @@ def test_with_the_options_every_gather_of_the_layers_forward_pass_runs_beside_a_
 
     without = compiled("false")
     assert without.count(False) >= 1  # that of a layer's first weights has nothing to run beside
-    if not is_known("xla_gpu_enable_pipelined_all_gather", jax.devices()[0]):
-        pytest.skip("the installed XLA has no option that pipelines gathers")
     with_options = compiled("true")
     assert len(with_options) == 2 * len(without) and all(with_options)  # two layers in a round of the loop

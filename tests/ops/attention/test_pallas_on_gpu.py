@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_simpo.ops.attention import attention, prepare_mask
-from jax_simpo.ops.attention.pallas.backend import HEAD_SIZES
+from jax_simpo.ops.attention import Mask, attention, prepare_mask
+from jax_simpo.ops.attention.backends import ScoreRule
+from jax_simpo.ops.attention.pallas.backend import HEAD_SIZES, make_backend
+from jax_simpo.ops.attention.pallas.switches import DEFAULTS, Switches
 
 DEVICE = jax.devices()[0]
 pytestmark = pytest.mark.skipif(
@@ -62,3 +67,40 @@ def test_values_and_gradients_are_as_near_to_float32_as_those_of_dense(
         distance, bound = (np.sqrt(np.mean((a - oracle) ** 2)) for a in (ours, dense))
         # The kernels use 16 bits of a float32, 256 times finer than bfloat16; sums over a row lose a part of that.
         assert distance <= (1.5 * bound if dtype == "bfloat16" else bound / 30), name
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        Switches(heavy_first=False),
+        Switches(ping_pong=True),
+        Switches(overlap=True),
+        Switches(ping_pong=True, overlap=True),
+    ],
+    ids=str,
+)
+def test_every_variant_computes_what_the_default_does(switches: Switches) -> None:
+    """The products are the same and summed in the same order, so only the rounding of the weights may differ."""
+    width, window = 128, 100
+    key_end, positions = packed_rows()
+    keys = jax.random.split(jax.random.key(width), 4)
+    q, k, v, dout = (
+        jax.random.normal(key, (2, LENGTH, heads, width)).astype(jnp.bfloat16)
+        for key, heads in zip(keys, (HEADS, KV_HEADS, KV_HEADS, HEADS), strict=True)
+    )
+
+    @partial(jax.jit, static_argnums=0)
+    def run(switches: Switches, q: jax.Array, k: jax.Array, v: jax.Array, dout: jax.Array) -> tuple[jax.Array, ...]:
+        backend = make_backend(switches)
+        mask = Mask(key_end, positions, (), (window,), "pallas", None, False)
+        mask = replace(mask, tables=(backend.prepare(mask, window),))
+        rule = ScoreRule(width**-0.5, window)
+        out, pull = jax.vjp(lambda q, k, v: backend.attend(q, k, v, mask, rule), q, k, v)
+        return out, *pull(dout)
+
+    for name, a, b in zip(
+        ("out", "dq", "dk", "dv"), run(DEFAULTS, q, k, v, dout), run(switches, q, k, v, dout), strict=True
+    ):
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        distance, size = (np.sqrt(np.mean(x**2)) for x in (a - b, a))
+        assert distance <= 2**-8 * size, name

@@ -1,7 +1,7 @@
 """Compares the `triton` kernels with `dense`; Pallas' interpreter runs them on the CPU.
 
 Claims that hold for every backend are in test_attention.py. How the kernels compile for GPUs is read by
-benchmarks/triton_report.py.
+benchmarks/gpu_attention.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from jax_simpo.errors import ConfigError
 from jax_simpo.ops.attention import attention, prepare_mask
 from jax_simpo.ops.attention.backends import ScoreRule
-from jax_simpo.ops.attention.pallas.bounds import find_block_bounds
 from jax_simpo.ops.attention.triton import backend, kernel, sizes
+from jax_simpo.ops.attention.triton.bounds import find_block_bounds
 from jax_simpo.ops.numerics import SAVED_ATTENTION
 from tests.ops.attention.test_attention import inputs, layout, run
 from tests.ops.attention.test_choice import A100

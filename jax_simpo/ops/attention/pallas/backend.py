@@ -8,41 +8,11 @@ from jax_simpo.errors import ConfigError
 from jax_simpo.ops.attention.backends import Backend, Place, ScoreRule
 from jax_simpo.ops.attention.mask import Mask
 from jax_simpo.ops.attention.pallas.bounds import BlockBounds, find_block_bounds
+from jax_simpo.ops.attention.pallas.switches import DEFAULTS, Switches
 
 # Features of a head that there are kernels for, by compute dtype. float32 takes twice the shared memory: with heads of
 # 256 not a single stage of a ring would fit.
 HEAD_SIZES = {"bfloat16": (64, 128, 256), "float32": (64, 128)}
-
-
-def prepare(mask: Mask, window: int | None) -> BlockBounds:
-    """Lists the live blocks of the batch; see `Backend.prepare`."""
-    return find_block_bounds(mask.key_end, mask.positions, window)
-
-
-def attend(
-    q: Float[Array, "B L H Dh"],
-    k: Float[Array, "B L K Dh"],
-    v: Float[Array, "B L K Dh"],
-    mask: Mask,
-    rule: ScoreRule,
-) -> Float[Array, "B L H Dh"]:
-    """Computes attention by the kernels; see `Backend.attend`. With `mask.interpret` they run on the CPU, for tests.
-
-    Raises:
-        ConfigError: there is no kernel for the head size or the dtype.
-    """
-    if str(q.dtype) not in HEAD_SIZES:
-        raise ConfigError(f"`attention: pallas` computes in bfloat16 or float32, not {q.dtype}; set `dtype`")
-    sizes = HEAD_SIZES[str(q.dtype)]
-    if not mask.interpret and q.shape[-1] not in sizes:
-        raise ConfigError(
-            f"`attention: pallas` has {q.dtype} kernels for head sizes {', '.join(map(str, sizes))}, and this model's "
-            f"is {q.shape[-1]}; choose `attention: blockwise`"
-        )
-    from jax_simpo.ops.attention.pallas import kernel
-
-    bounds = mask.table(rule.window)
-    return kernel.attention(q, k, v, mask.key_end, mask.positions, bounds, rule, interpret=mask.interpret)
 
 
 def obstacle(place: Place) -> str | None:
@@ -58,4 +28,41 @@ def obstacle(place: Place) -> str | None:
     return None
 
 
-BACKEND = Backend(prepare, attend, obstacle)
+def make_backend(switches: Switches) -> Backend:
+    """Returns the backend with these variants of the kernels, to compare it with `BACKEND`."""
+
+    def prepare(mask: Mask, window: int | None) -> BlockBounds:
+        """Lists the live blocks of the batch; see `Backend.prepare`."""
+        return find_block_bounds(mask.key_end, mask.positions, window, heavy_first=switches.heavy_first)
+
+    def attend(
+        q: Float[Array, "B L H Dh"],
+        k: Float[Array, "B L K Dh"],
+        v: Float[Array, "B L K Dh"],
+        mask: Mask,
+        rule: ScoreRule,
+    ) -> Float[Array, "B L H Dh"]:
+        """Computes attention by the kernels; see `Backend.attend`. With `mask.interpret` they run on a CPU, for tests.
+
+        Raises:
+            ConfigError: there is no kernel for the head size or the dtype.
+        """
+        if str(q.dtype) not in HEAD_SIZES:
+            raise ConfigError(f"`attention: pallas` computes in bfloat16 or float32, not {q.dtype}; set `dtype`")
+        sizes = HEAD_SIZES[str(q.dtype)]
+        if not mask.interpret and q.shape[-1] not in sizes:
+            raise ConfigError(
+                f"`attention: pallas` has {q.dtype} kernels for head sizes {', '.join(map(str, sizes))}, and this "
+                f"model's is {q.shape[-1]}; choose `attention: blockwise`"
+            )
+        from jax_simpo.ops.attention.pallas import kernel
+
+        bounds = mask.table(rule.window)
+        return kernel.attention(
+            q, k, v, mask.key_end, mask.positions, bounds, rule, switches=switches, interpret=mask.interpret
+        )
+
+    return Backend(prepare, attend, obstacle)
+
+
+BACKEND = make_backend(DEFAULTS)

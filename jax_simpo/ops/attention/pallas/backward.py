@@ -18,22 +18,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from jax_simpo.ops.attention.backends import ScoreRule
+from jax_simpo.ops.attention.blocks import BlockLists
 from jax_simpo.ops.attention.pallas import warpgroup as wg
-from jax_simpo.ops.attention.pallas.warpgroup import Index, Ref, Side, Tiles, Walk
-from jax_simpo.ops.attention.scores import logits
+from jax_simpo.ops.attention.pallas.switches import Switches
+from jax_simpo.ops.attention.pallas.warpgroup import Index, Ref, Tiles, Walk
 
 
 class Inputs(NamedTuple):
-    """The inputs of both kernels. Matrices are bfloat16, given by their parts; `lse` is the forward's, base 2."""
+    """The inputs of both kernels. Matrices are bfloat16, given by their parts."""
 
     q: Float[Array, "B L H parts Dh"]
     k: Float[Array, "B L K parts Dh"]
     v: Float[Array, "B L K parts Dh"]
     dout: Float[Array, "B L H parts Dh"]
-    lse: Float[Array, "B H L"]
-    delta: Float[Array, "B H L"]
-    key_end: Int[Array, "B L"]
-    positions: Int[Array, "B L"]
+    statistics: Float[Array, "B H 2 L"]  # the forward's log-sum-exp, base 2, and delta
+    queries: Int[Array, "B n L"]  # of `warpgroup.mask_vectors`
+    keys: Int[Array, "B n L"]
 
 
 def _score_gradient(
@@ -45,50 +45,44 @@ def _score_gradient(
 
 
 def query_gradient(
-    inputs: Inputs,
-    key_blocks: Int[Array, "B Q Q"],
-    key_counts: Int[Array, "B Q 2"],
-    *,
-    rule: ScoreRule,
-    tiles: Tiles,
-    interpret: bool,
+    inputs: Inputs, lists: BlockLists, *, rule: ScoreRule, tiles: Tiles, switches: Switches, interpret: bool
 ) -> Float[Array, "B L H parts Dh"]:
-    """Returns dQ, by its parts."""
+    """Returns dQ, by its parts; `lists` are those of tiles of queries."""
     rows, length, heads, parts, width = inputs.q.shape
     group = heads // inputs.k.shape[2]
-    windowed = rule.window is not None
+    vectors, factor = inputs.keys.shape[1], wg.exponent_factor(rule)
 
-    def grid_place(blocks: Ref, counts: Ref) -> tuple[Index, Index, Index, Walk]:
-        row, head, tile = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("tile")
-        return row, head, tile * tiles.block, Walk.of(blocks, counts, row, tile, tiles)
+    def grid_place(lists: Sequence[Ref]) -> tuple[Index, Index, Walk]:
+        row, head = lax.axis_index("row"), lax.axis_index("head")
+        return row, head, Walk.of(lists, row, lax.axis_index("tile"), tiles)
 
     def compute(worker: Index, *refs: Ref) -> None:
-        q_ref, _, _, dout_ref, lse_ref, delta_ref, _, positions_ref, blocks, counts, dq_ref = refs[:11]
-        resident, key_ring, value_ring = refs[11:]
-        row, head, start, walk = grid_place(blocks, counts)
-        start += worker * tiles.rows
-        span = pl.ds(start, tiles.rows)
+        q_ref, _, _, dout_ref, statistics_ref, queries_ref, _, *lists, dq_ref = refs[:-3]
+        resident, key_ring, value_ring = refs[-3:]
+        row, head, walk = grid_place(lists)
+        span = walk.rows_of(worker)
         matrices = [ref.at[row, span, head, part] for ref in (q_ref, dout_ref) for part in range(parts)]
-        vectors = [lse_ref.at[row, head, span], delta_ref.at[row, head, span], positions_ref.at[row, span]]
-        sources = [*matrices, *vectors[: 2 + windowed]]
-        (query, dout), (query_lse, query_delta, *query_positions) = resident.receive(worker, sources)
+        query, dout = resident.receive(worker, matrices)
+        query_lse, query_delta = (wg.load(statistics_ref.at[row, head, n, span], interpret) for n in range(2))
+        query_vectors = [wg.load(queries_ref.at[row, n, span], interpret) for n in range(vectors)]
 
-        def step(t: Index, slot: Index, dquery: jax.Array, mixed: bool) -> jax.Array:
-            key_start = walk.place(t)[0] if mixed else 0
+        def step(t: Index, dquery: jax.Array, mixed: bool) -> jax.Array:
+            slot, value_slot = walk.slot(t, key_ring), walk.slot(t, value_ring)
+            key_start = walk.start(t)[0] if mixed else 0
             plgpu.barrier_wait(key_ring.ready.at[slot])
-            plgpu.barrier_wait(value_ring.ready.at[slot])
+            plgpu.barrier_wait(value_ring.ready.at[value_slot])
             key_parts = key_ring.parts(slot)
-            pairs = [(query, key_parts), (dout, value_ring.parts(slot))]
+            pairs = [(query, key_parts), (dout, value_ring.parts(value_slot))]
             product, dweights = wg.products(pairs, interpret)
-            value_ring.release(slot, interpret)
-            scores, slope = logits(product, rule)
+            value_ring.release(value_slot, interpret)
+            scores, slope = wg.capped(product, rule)
+            exponents = scores * factor - wg.along(query_lse, scores.shape, 0)
             if mixed:
-                vectors = [vector[slot] for vector in key_ring.vectors]
-                keys = Side(key_start, 1, vectors[1:], vectors[0])
-                scores = wg.masked(scores, Side(start, 0, query_positions), keys, rule)
-            weights = jnp.exp2(scores - wg.along(query_lse, scores.shape, 0))
+                key = wg.indices(key_start, tiles.step)
+                exponents = wg.Hide(query_vectors, key, key_ring.read(slot), 0)(exponents)
+            weights = jnp.exp2(exponents)
             gradient = _score_gradient(weights, dweights, query_delta, slope, 0)
-            (dquery,) = wg.accumulate([dquery], [(gradient, key_parts)], interpret)
+            (dquery,) = wg.accumulate([dquery], [(wg.split(gradient, parts), key_parts)], interpret)
             key_ring.release(slot, interpret)
             return dquery
 
@@ -96,15 +90,14 @@ def query_gradient(
         resident.send(worker, [dquery * rule.scale], [[dq_ref.at[row, span, head, part] for part in range(parts)]])
 
     def fetch(*refs: Ref) -> None:
-        _, k_ref, v_ref, _, _, _, key_end_ref, positions_ref, blocks, counts, _, _, key_ring, value_ring = refs
-        row, head, _, walk = grid_place(blocks, counts)
+        _, k_ref, v_ref, _, _, _, keys_ref, *lists, _, _, key_ring, value_ring = refs
+        row, head, walk = grid_place(lists)
         kv_head = lax.div(head, jnp.int32(group))
 
         def sources(start: Index, _: Index) -> list[list[Ref]]:
             span = pl.ds(start, tiles.step)
-            key_vectors = [key_end_ref.at[row, span], positions_ref.at[row, span]][: 1 + windowed]
             return [
-                [*(k_ref.at[row, span, kv_head, part] for part in range(parts)), *key_vectors],
+                [*(k_ref.at[row, span, kv_head, part] for part in range(parts)), keys_ref.at[row, :, span]],
                 [v_ref.at[row, span, kv_head, part] for part in range(parts)],
             ]
 
@@ -115,75 +108,81 @@ def query_gradient(
         fetch,
         name="attention_dq",
         outputs=[jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype)],
-        grid={"head": heads, "tile": length // tiles.block, "row": rows},
+        places=(rows, heads, length // tiles.tile),
         scratch=[
-            wg.resident_scratch(tiles, parts, width, 2, [jnp.float32, jnp.float32, jnp.int32][: 2 + windowed]),
-            wg.ring_scratch(tiles, parts, width, [jnp.int32] * (1 + windowed)),
-            wg.ring_scratch(tiles, parts, width),
+            wg.resident_scratch(tiles, parts, width, 2),
+            wg.ring_scratch(tiles, 0, parts, width, [(vectors, jnp.int32)]),
+            wg.ring_scratch(tiles, 1, parts, width),
         ],
         tiles=tiles,
+        switches=switches,
         interpret=interpret,
-    )(*inputs, key_blocks, key_counts)[0]
+    )(*inputs, *lists)[0]
 
 
 def key_value_gradients(
     inputs: Inputs,
-    query_blocks: Int[Array, "B Q Q"],
-    query_counts: Int[Array, "B Q 2"],
+    lists: BlockLists,
     *,
     wanted: Sequence[str],
     rule: ScoreRule,
     tiles: Tiles,
+    switches: Switches,
     interpret: bool,
 ) -> list[Float[Array, "B L K parts Dh"]]:
     """Returns those of dK and dV that are `wanted` ("dk", "dv"), in that order, by their parts.
 
-    For wide heads the two accumulators do not fit into the registers together: call it for one at a time.
+    `lists` are those of tiles of keys. For wide heads the two accumulators do not fit into the registers together: call
+    it for one at a time.
     """
     rows, length, heads, parts, width = inputs.q.shape
     kv_heads = inputs.k.shape[2]
     group = heads // kv_heads
-    windowed = rule.window is not None
-    with_dk = "dk" in wanted
+    vectors, factor = inputs.keys.shape[1], wg.exponent_factor(rule)
+    with_dk, with_dv = "dk" in wanted, "dv" in wanted
     matrix_count = 1 + with_dk  # dV alone needs no values
-    count = len(inputs) + 2
+    count = len(inputs) + len(lists)
 
-    def grid_place(blocks: Ref, counts: Ref) -> tuple[Index, Index, Index, Walk]:
-        row, head, tile = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("tile")
-        return row, head, tile * tiles.block, Walk.of(blocks, counts, row, tile, tiles, heads=group)
+    def grid_place(lists: Sequence[Ref]) -> tuple[Index, Index, Walk]:
+        row, head = lax.axis_index("row"), lax.axis_index("head")
+        return row, head, Walk.of(lists, row, lax.axis_index("tile"), tiles, heads=group)
 
     def compute(worker: Index, *refs: Ref) -> None:
-        _, k_ref, v_ref, _, _, _, key_end_ref, positions_ref, blocks, counts = refs[:count]
+        _, k_ref, v_ref, _, _, _, keys_ref, *lists = refs[:count]
         outputs = refs[count : count + len(wanted)]
         resident, query_ring, dout_ring = refs[count + len(wanted) :]
-        row, head, start, walk = grid_place(blocks, counts)
-        start += worker * tiles.rows
-        span = pl.ds(start, tiles.rows)
+        row, head, walk = grid_place(lists)
+        span = walk.rows_of(worker)
         matrices = [ref.at[row, span, head, part] for ref in (k_ref, v_ref)[:matrix_count] for part in range(parts)]
-        vectors = [key_end_ref.at[row, span], positions_ref.at[row, span]]
-        keys_values, (key_ends, *key_positions) = resident.receive(worker, [*matrices, *vectors[: 1 + windowed]])
+        keys_values = resident.receive(worker, matrices)
+        key_vectors = [wg.load(keys_ref.at[row, n, span], interpret) for n in range(vectors)]
+        key = wg.indices(span.start, tiles.rows)
 
-        def step(t: Index, slot: Index, state: dict[str, jax.Array], mixed: bool) -> dict[str, jax.Array]:
-            query_start = walk.place(t)[0] if mixed else 0
+        def step(t: Index, state: dict[str, jax.Array], mixed: bool) -> dict[str, jax.Array]:
+            slot, dout_slot = walk.slot(t, query_ring), walk.slot(t, dout_ring)
             plgpu.barrier_wait(query_ring.ready.at[slot])
-            plgpu.barrier_wait(dout_ring.ready.at[slot])
-            query_parts, dout_parts = query_ring.parts(slot), dout_ring.parts(slot)
+            plgpu.barrier_wait(dout_ring.ready.at[dout_slot])
+            query_parts, dout_parts = query_ring.parts(slot), dout_ring.parts(dout_slot)
             # Scores lie keys by queries here, so that weights can be the left operand of a product.
             product, *dweights = wg.products(list(zip(keys_values, [query_parts, dout_parts], strict=False)), interpret)
-            scores, slope = logits(product, rule)
+            if not with_dv:
+                dout_ring.release(dout_slot, interpret)
+            query_lse, query_delta, *query_vectors = query_ring.read(slot)
+            scores, slope = wg.capped(product, rule)
+            exponents = scores * factor - wg.along(query_lse, scores.shape, 1)
             if mixed:
-                queries = Side(query_start, 1, [vector[slot] for vector in query_ring.vectors[1:]])
-                scores = wg.masked(scores, queries, Side(start, 0, key_positions, key_ends), rule)
-            weights = jnp.exp2(scores - wg.along(query_ring.vectors[0][slot], scores.shape, 1))
-            pairs = {"dv": (weights, dout_parts)}
+                exponents = wg.Hide(query_vectors, key, key_vectors, 1)(exponents)
+            weights = jnp.exp2(exponents)
+            pairs = {}
+            if with_dv:
+                pairs["dv"] = (wg.split(weights, parts), dout_parts)
             if with_dk:
-                pairs["dk"] = (
-                    _score_gradient(weights, dweights[0], dout_ring.vectors[0][slot], slope, 1),
-                    query_parts,
-                )
+                gradient = _score_gradient(weights, dweights[0], query_delta, slope, 1)
+                pairs["dk"] = (wg.split(gradient, parts), query_parts)
             totals = wg.accumulate([state[name] for name in wanted], [pairs[name] for name in wanted], interpret)
             query_ring.release(slot, interpret)
-            dout_ring.release(slot, interpret)
+            if with_dv:
+                dout_ring.release(dout_slot, interpret)
             return dict(zip(wanted, totals, strict=True))
 
         totals = walk.each(step, {name: jnp.zeros((tiles.rows, width), jnp.float32) for name in wanted})
@@ -191,17 +190,16 @@ def key_value_gradients(
         resident.send(worker, results, [[ref.at[row, span, head, part] for part in range(parts)] for ref in outputs])
 
     def fetch(*refs: Ref) -> None:
-        q_ref, _, _, dout_ref, lse_ref, delta_ref, _, positions_ref, blocks, counts = refs[:count]
+        q_ref, _, _, dout_ref, statistics_ref, queries_ref, _, *lists = refs[:count]
         query_ring, dout_ring = refs[-2:]
-        row, head, _, walk = grid_place(blocks, counts)
+        row, head, walk = grid_place(lists)
 
         def sources(start: Index, member: Index) -> list[list[Ref]]:
             span, query_head = pl.ds(start, tiles.step), head * group + member
-            query_vectors = [lse_ref.at[row, query_head, span], positions_ref.at[row, span]][: 1 + windowed]
-            dout_vectors = [delta_ref.at[row, query_head, span]][:with_dk]
+            query_vectors = [statistics_ref.at[row, query_head, :, span], queries_ref.at[row, :, span]]
             return [
                 [*(q_ref.at[row, span, query_head, part] for part in range(parts)), *query_vectors],
-                [*(dout_ref.at[row, span, query_head, part] for part in range(parts)), *dout_vectors],
+                [dout_ref.at[row, span, query_head, part] for part in range(parts)],
             ]
 
         walk.fetch([query_ring, dout_ring], sources)
@@ -211,12 +209,13 @@ def key_value_gradients(
         fetch,
         name="_".join(["attention", *wanted]),
         outputs=[jax.ShapeDtypeStruct(inputs.k.shape, inputs.k.dtype)] * len(wanted),
-        grid={"head": kv_heads, "tile": length // tiles.block, "row": rows},
+        places=(rows, kv_heads, length // tiles.tile),
         scratch=[
-            wg.resident_scratch(tiles, parts, width, matrix_count, [jnp.int32] * (1 + windowed)),
-            wg.ring_scratch(tiles, parts, width, [jnp.float32, jnp.int32][: 1 + windowed]),
-            wg.ring_scratch(tiles, parts, width, [jnp.float32][:with_dk]),
+            wg.resident_scratch(tiles, parts, width, matrix_count),
+            wg.ring_scratch(tiles, 0, parts, width, [(2, jnp.float32), (vectors, jnp.int32)]),
+            wg.ring_scratch(tiles, 1, parts, width),
         ],
         tiles=tiles,
+        switches=switches,
         interpret=interpret,
-    )(*inputs, query_blocks, query_counts)
+    )(*inputs, *lists)

@@ -1,70 +1,47 @@
-"""Lists, once per batch, the blocks of the attention matrix that the kernels of `pallas` and `triton` visit.
-
-A block of queries by keys is dead (no query of it sees a key of it: it is never loaded), full (every query sees every
-key: the mask is not evaluated) or mixed. Each query block gets the list of its live key blocks, each key block the list
-of its live query blocks, the full ones first.
-"""
+"""Lists the live blocks of a batch for the kernels of `pallas`."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
-from jax_simpo.ops.attention.mask import visible_at
+from jax_simpo.ops.attention.blocks import BlockLists, listed, live_and_full
 
-BLOCK = 128  # queries and keys of a block: two warpgroups work on 64 rows each
+BLOCK = 128  # rows of a tile: two warpgroups work on 64 each
 
 
 class BlockBounds(NamedTuple):
-    """Lists of live blocks; Q blocks a row.
+    """The lists of a batch: a list's name says whose tiles it is for, and how many rows a block has on the other side.
 
-    `key_blocks[b, i]` begins with the full key blocks of query block `i`, then come the mixed ones; the rest is dead.
-    `key_counts[b, i]` is the number of full ones and the number of live ones. `query_blocks` and `query_counts` are the
-    same seen from the key blocks.
+    Kernels whose steps are half a tile long read the finer lists.
     """
 
-    key_blocks: Int[Array, "B Q Q"]
-    key_counts: Int[Array, "B Q 2"]
-    query_blocks: Int[Array, "B Q Q"]
-    query_counts: Int[Array, "B Q 2"]
+    queries: BlockLists  # tiles of queries, blocks of `BLOCK` keys
+    queries_halves: BlockLists  # tiles of queries, blocks of half as many keys
+    keys_halves: BlockLists  # tiles of keys, blocks of half as many queries
 
 
 def find_block_bounds(
-    key_end: Int[Array, "B L"], positions: Int[Array, "B L"], window: int | None, block: int = BLOCK
+    key_end: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+    window: int | None,
+    block: int = BLOCK,
+    *,
+    heavy_first: bool = True,
 ) -> BlockBounds:
-    """Returns the lists of a batch. They are exact, by the mask's own rule.
-
-    One query block is looked at after the other, so memory is linear in L. A row whose length is not a multiple of the
-    block is taken to end with keys that no query sees.
-    """
+    """Returns the lists of a batch. A row whose length is no multiple of the block ends with keys that none sees."""
     padding = ((0, 0), (0, -key_end.shape[1] % block))
     key_end, positions = jnp.pad(key_end, padding), jnp.pad(positions, padding)
-    rows, length = key_end.shape
-    key = jnp.arange(length)
+    live, full = live_and_full(key_end, positions, window, block // 2)
+    rows, halves, _ = live.shape
 
-    def one_query_block(i: Int[Array, ""]) -> tuple[Bool[Array, "B Q"], Bool[Array, "B Q"]]:
-        query = i * block + jnp.arange(block)
-        query_positions = jax.lax.dynamic_slice_in_dim(positions, i * block, block, axis=1)
-        visible = visible_at(
-            query[:, None],
-            key,
-            key_end[:, None, :],
-            query_positions[:, :, None],
-            positions[:, None, :],
-            window,
-        )
-        by_block = visible.reshape(rows, block, length // block, block)
-        return by_block.any((1, 3)), by_block.all((1, 3))
+    def lists(query_halves: int, key_halves: int, by_keys: bool = False) -> BlockLists:
+        shape = rows, halves // query_halves, query_halves, halves // key_halves, key_halves
+        some, every = live.reshape(shape).any((2, 4)), full.reshape(shape).all((2, 4))
+        if by_keys:
+            some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
+        return listed(some, every, heavy_first=heavy_first)
 
-    live, full = jax.lax.map(one_query_block, jnp.arange(length // block))
-    live, full = live.swapaxes(0, 1), full.swapaxes(0, 1)
-    return BlockBounds(*_listed(live, full), *_listed(live.swapaxes(1, 2), full.swapaxes(1, 2)))
-
-
-def _listed(live: Bool[Array, "B Q Q"], full: Bool[Array, "B Q Q"]) -> tuple[Int[Array, "B Q Q"], Int[Array, "B Q 2"]]:
-    order = jnp.argsort(jnp.where(full, 0, jnp.where(live, 1, 2)), axis=-1, stable=True)
-    counts = jnp.stack([full.sum(-1), live.sum(-1)], axis=-1)
-    return order.astype(jnp.int32), counts.astype(jnp.int32)
+    return BlockBounds(lists(2, 2), lists(2, 1), lists(1, 2, by_keys=True))

@@ -7,6 +7,9 @@ instruction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,9 +18,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from jax_simpo.ops.attention.backends import ScoreRule
+from jax_simpo.ops.attention.blocks import BlockLists
 from jax_simpo.ops.attention.pallas import warpgroup as wg
-from jax_simpo.ops.attention.pallas.warpgroup import Index, Ref, Side, Tiles, Walk
-from jax_simpo.ops.attention.scores import logits
+from jax_simpo.ops.attention.pallas.switches import Switches
+from jax_simpo.ops.attention.pallas.warpgroup import Index, Ref, Tiles, Walk
 from jax_simpo.ops.numerics import LOWEST
 
 
@@ -25,75 +29,145 @@ def forward(
     q: Float[Array, "B L H parts Dh"],
     k: Float[Array, "B L K parts Dh"],
     v: Float[Array, "B L K parts Dh"],
-    key_end: Int[Array, "B L"],
-    positions: Int[Array, "B L"],
-    key_blocks: Int[Array, "B Q Q"],
-    key_counts: Int[Array, "B Q 2"],
+    queries: Int[Array, "B n L"],
+    keys: Int[Array, "B n L"],
+    lists: BlockLists,
     *,
     rule: ScoreRule,
     tiles: Tiles,
+    switches: Switches,
     interpret: bool,
 ) -> tuple[Float[Array, "B L H parts Dh"], Float[Array, "B H L"]]:
     """Returns the output and the base-2 log-sum-exp of every query, float32; both 0 where a query sees nothing.
 
-    Matrices are bfloat16, given by their parts (`warpgroup.split`); L is a multiple of `tiles.block`.
+    Matrices are bfloat16, given by their parts (`warpgroup.split`); `queries` and `keys` are of
+    `warpgroup.mask_vectors`. L is a multiple of a tile's rows.
     """
     rows, length, heads, parts, width = q.shape
     group = heads // k.shape[2]
-    windowed = rule.window is not None
+    vectors, factor = keys.shape[1], wg.exponent_factor(rule)
 
-    def grid_place(blocks: Ref, counts: Ref) -> tuple[Index, Index, Index, Walk]:
-        row, head, tile = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("tile")
-        return row, head, tile * tiles.block, Walk.of(blocks, counts, row, tile, tiles)
+    def grid_place(lists: Sequence[Ref]) -> tuple[Index, Index, Walk]:
+        row, head = lax.axis_index("row"), lax.axis_index("head")
+        return row, head, Walk.of(lists, row, lax.axis_index("tile"), tiles)
 
     def compute(worker: Index, *refs: Ref) -> None:
-        q_ref, _, _, _, positions_ref, blocks, counts, out_ref, lse_ref, resident, key_ring, value_ring = refs
-        row, head, start, walk = grid_place(blocks, counts)
-        start += worker * tiles.rows
-        span = pl.ds(start, tiles.rows)
-        query_parts = [q_ref.at[row, span, head, part] for part in range(parts)]
-        (query,), query_positions = resident.receive(worker, [*query_parts, *[positions_ref.at[row, span]][:windowed]])
+        q_ref, _, _, queries_ref, _, *lists, out_ref, lse_ref, resident, key_ring, value_ring, barriers = refs
+        row, head, walk = grid_place(lists)
+        span = walk.rows_of(worker)
+        (query,) = resident.receive(worker, [q_ref.at[row, span, head, part] for part in range(parts)])
+        query_vectors = [wg.load(queries_ref.at[row, n, span], interpret) for n in range(vectors)]
+        turns = wg.Turns(barriers, worker)
 
-        def step(t: Index, slot: Index, state: tuple[jax.Array, ...], mixed: bool) -> tuple[jax.Array, ...]:
-            total, top, out = state
-            key_start = walk.place(t)[0] if mixed else 0  # loaded before the wait, so that it has arrived after it
-            plgpu.barrier_wait(key_ring.ready.at[slot])
-            (product,) = wg.products([(query, key_ring.parts(slot))], interpret)
-            scores, _ = logits(product, rule)
+        def softmax(
+            t: Index, product: jax.Array, total: jax.Array, top: jax.Array, mixed: bool, key_start: Index
+        ) -> tuple[jax.Array, ...]:
+            """Returns weights, their running sum, the running maximum, and by how much sums so far must shrink."""
+            slot = walk.slot(t, key_ring)
+            scores, _ = wg.capped(product, rule)
             if mixed:
-                vectors = [vector[slot] for vector in key_ring.vectors]
-                keys = Side(key_start, 1, vectors[1:], vectors[0])
-                scores = wg.masked(scores, Side(start, 0, query_positions), keys, rule)
+                key = wg.indices(key_start, tiles.step)
+                scores = wg.Hide(query_vectors, key, key_ring.read(slot), 0)(scores)
             key_ring.release(slot, interpret)
             new_top = jnp.maximum(top, scores.max(axis=1))
-            shrink = jnp.exp2(top - new_top)
-            weights = jnp.exp2(scores - wg.along(new_top, scores.shape, 0))
-            total = total * shrink + weights.sum(axis=1)
-            out = out * wg.along(shrink, out.shape, 0)
+            shrink = jnp.exp2((top - new_top) * factor)
+            weights = jnp.exp2(scores * factor - wg.along(new_top * factor, scores.shape, 0))
+            return weights, total * shrink + weights.sum(axis=1), new_top, shrink
+
+        def await_keys(t: Index) -> None:
+            plgpu.barrier_wait(key_ring.ready.at[walk.slot(t, key_ring)])
+
+        def scores_pair(t: Index) -> tuple[list[Ref], list[Ref]]:
+            return query, key_ring.parts(walk.slot(t, key_ring))
+
+        def values(t: Index) -> list[Ref]:
+            slot = walk.slot(t, value_ring)
             plgpu.barrier_wait(value_ring.ready.at[slot])
-            (out,) = wg.accumulate([out], [(weights, value_ring.parts(slot))], interpret)
-            value_ring.release(slot, interpret)
-            return total, new_top, out
+            return value_ring.parts(slot)
+
+        def step(t: Index, state: tuple[jax.Array, ...], mixed: bool) -> tuple[jax.Array, ...]:
+            total, top, out = state
+            key_start = walk.start(t)[0] if mixed else 0  # loaded before the wait, so that it has arrived after it
+            await_keys(t)
+            (product,) = wg.products([scores_pair(t)], interpret, turns.end)
+            weights, total, top, shrink = softmax(t, product, total, top, mixed, key_start)
+            out = out * wg.along(shrink, out.shape, 0)
+            value_parts = values(t)
+            turns.begin()
+            (out,) = wg.accumulate([out], [(wg.split(weights, parts), value_parts)], interpret)
+            value_ring.release(walk.slot(t, value_ring), interpret)
+            return total, top, out
+
+        # With `overlap`, a step computes the scores of its own keys and the product with the values of the step before.
+        # Its state has the weights of that step in front, by their parts. It finds its keys loaded, and waits for those
+        # of the next step.
+
+        def softmax_then_await(t: Index, *arguments: Any) -> tuple[jax.Array, ...]:
+            results = softmax(t, *arguments)
+            pl.when(t + 1 < walk.live)(lambda: await_keys(t + 1))
+            return results
+
+        def first(state: tuple[Any, ...]) -> tuple[Any, ...]:
+            _, total, top, out = state
+            key_start = walk.start(0)[0]
+            await_keys(0)
+            turns.begin()
+            (product,) = wg.products([scores_pair(0)], interpret, turns.end)
+            weights, total, top, _ = softmax_then_await(0, product, total, top, True, key_start)
+            return wg.split(weights, parts), total, top, out
+
+        def step_beside(t: Index, state: tuple[Any, ...], mixed: bool) -> tuple[Any, ...]:
+            weights, total, top, out = state
+            key_start = walk.start(t)[0] if mixed else 0
+            pair, value_parts = scores_pair(t), values(t - 1)
+            turns.begin()
+            (new_weights, total, top, shrink), out = wg.product_beside(
+                pair,
+                out,
+                (weights, value_parts),
+                lambda product: softmax_then_await(t, product, total, top, mixed, key_start),
+                interpret,
+                turns.end,
+            )
+            value_ring.release(walk.slot(t - 1, value_ring), interpret)
+            return wg.split(new_weights, parts), total, top, out * wg.along(shrink, out.shape, 0)
+
+        def last(state: tuple[Any, ...]) -> tuple[Any, ...]:
+            weights, total, top, out = state
+            value_parts = values(walk.live - 1)
+            turns.begin()
+            (out,) = wg.accumulate([out], [(weights, value_parts)], interpret)
+            turns.end()
+            value_ring.release(walk.slot(walk.live - 1, value_ring), interpret)
+            return weights, total, top, out
 
         zeros = jnp.zeros((tiles.rows,), jnp.float32)
-        begin = (zeros, zeros + LOWEST, jnp.zeros((tiles.rows, width), jnp.float32))
-        total, top, out = walk.each(step, begin)
+        total, top, out = zeros, zeros + LOWEST, jnp.zeros((tiles.rows, width), jnp.float32)
+        turns.start()
+        if switches.overlap:
+            weights = wg.split(jnp.zeros((tiles.rows, tiles.step), jnp.float32), parts)
+            state = walk.if_any(first, (weights, total, top, out))
+            _, total, top, out = walk.if_any(last, walk.each(step_beside, state, begin=1))
+        else:
+            turns.begin()
+            total, top, out = walk.each(step, (total, top, out))
+            turns.end()
+        turns.finish()
         sees_any = total > 0.0
         total = jnp.where(sees_any, total, 1.0)
-        lse_ref[row, head, span] = jnp.where(sees_any, top + jnp.log2(total), 0.0)
+        lse_ref[row, head, span] = jnp.where(sees_any, top * factor + jnp.log2(total), 0.0)
         out = out * wg.along(1.0 / total, out.shape, 0)
         resident.send(worker, [out], [[out_ref.at[row, span, head, part] for part in range(parts)]])
 
     def fetch(*refs: Ref) -> None:
-        _, k_ref, v_ref, key_end_ref, positions_ref, blocks, counts, _, _, _, key_ring, value_ring = refs
-        row, head, _, walk = grid_place(blocks, counts)
+        _, k_ref, v_ref, _, keys_ref, *lists, _, _, _, key_ring, value_ring, _ = refs
+        row, head, walk = grid_place(lists)
         kv_head = lax.div(head, jnp.int32(group))
 
         def sources(start: Index, _: Index) -> list[list[Ref]]:
             span = pl.ds(start, tiles.step)
-            key_vectors = [key_end_ref.at[row, span], positions_ref.at[row, span]][: 1 + windowed]
             return [
-                [*(k_ref.at[row, span, kv_head, part] for part in range(parts)), *key_vectors],
+                [*(k_ref.at[row, span, kv_head, part] for part in range(parts)), keys_ref.at[row, :, span]],
                 [v_ref.at[row, span, kv_head, part] for part in range(parts)],
             ]
 
@@ -107,13 +181,15 @@ def forward(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((rows, heads, length), jnp.float32),
         ],
-        grid={"head": heads, "tile": length // tiles.block, "row": rows},
+        places=(rows, heads, length // tiles.tile),
         scratch=[
-            wg.resident_scratch(tiles, parts, width, 1, [jnp.int32][:windowed]),
-            wg.ring_scratch(tiles, parts, width, [jnp.int32] * (1 + windowed)),
-            wg.ring_scratch(tiles, parts, width),
+            wg.resident_scratch(tiles, parts, width, 1),
+            wg.ring_scratch(tiles, 0, parts, width, [(vectors, jnp.int32)]),
+            wg.ring_scratch(tiles, 1, parts, width),
+            plgpu.Barrier(num_barriers=tiles.workers) if switches.ping_pong else None,
         ],
         tiles=tiles,
+        switches=switches,
         interpret=interpret,
-    )(q, k, v, key_end, positions, key_blocks, key_counts)
+    )(q, k, v, queries, keys, *lists)
     return out, lse

@@ -24,7 +24,8 @@ from jax_simpo.ops.attention.backends import ScoreRule
 from jax_simpo.ops.attention.pallas.backward import Inputs, key_value_gradients, query_gradient
 from jax_simpo.ops.attention.pallas.bounds import BLOCK, BlockBounds
 from jax_simpo.ops.attention.pallas.forward import forward
-from jax_simpo.ops.attention.pallas.warpgroup import SHARED_MEMORY, Tiles
+from jax_simpo.ops.attention.pallas.switches import DEFAULTS, Switches
+from jax_simpo.ops.attention.pallas.warpgroup import SHARED_MEMORY, Tiles, mask_vectors
 from jax_simpo.ops.numerics import SAVED_ATTENTION
 
 
@@ -38,6 +39,7 @@ class _Tilings(NamedTuple):
 
 class _Static(NamedTuple):
     rule: ScoreRule
+    switches: Switches
     block: int
     interpret: bool
 
@@ -51,6 +53,7 @@ def attention(
     bounds: BlockBounds,
     rule: ScoreRule,
     *,
+    switches: Switches = DEFAULTS,
     block: int = BLOCK,
     interpret: bool = False,
 ) -> Float[Array, "B L H Dh"]:
@@ -64,15 +67,21 @@ def attention(
         positions: int32, the unit of the window.
         bounds: of `find_block_bounds`, with the same `key_end`, `positions`, window and `block`.
         rule: scale, window and cap of the scores.
+        switches: variants of the kernels.
         block: other than the default in tests with `interpret` only.
         interpret: run the kernels on the CPU, step by step, for tests.
+
+    Raises:
+        ValueError: the scale is not positive.
     """
+    if rule.scale <= 0:  # the largest score would not be the largest product
+        raise ValueError(f"attention: the scale is {rule.scale}, not a positive number")
     length = q.shape[1]
     padding = -length % block
     if padding:
         q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
         key_end, positions = (jnp.pad(x, ((0, 0), (0, padding))) for x in (key_end, positions))
-    return _attention(_Static(rule, block, interpret), q, k, v, key_end, positions, bounds)[:, :length]
+    return _attention(_Static(rule, switches, block, interpret), q, k, v, key_end, positions, bounds)[:, :length]
 
 
 def _tilings(width: int, parts: int, block: int, interpret: bool) -> _Tilings:
@@ -81,26 +90,30 @@ def _tilings(width: int, parts: int, block: int, interpret: bool) -> _Tilings:
     Args:
         width: features of a head.
         parts: bfloat16 arrays that a matrix consists of.
-        block: queries and keys of a block.
+        block: rows of a tile.
         interpret: take fewer stages, to test that a ring is used again.
     """
 
-    def tiles(step: int, resident: int) -> Tiles:
-        """Returns as many stages as fit beside `resident` matrices that stay in memory; four at most."""
+    def tiles(step: int, resident: int, vectors: int) -> Tiles:
+        """Returns as many stages as fit beside `resident` matrices that stay in memory.
+
+        `vectors` travel with the first ring's matrix. That ring is released last, so that it gains most by two stages.
+        """
         workers, rows = 2, block // 2
         row_bytes = width * 2 * parts
         free = SHARED_MEMORY - resident * workers * rows * row_bytes
-        fit = free // (2 * step * (row_bytes + 8))  # two matrices with up to two vectors each
-        return Tiles(block, workers, rows, step, min(2 if interpret else 4, fit))
+        first, second = step * (row_bytes + 4 * vectors), step * row_bytes
+        choices = ((2, 2), (2, 1)) if interpret else ((4, 4), (3, 3), (2, 2), (2, 1))
+        return Tiles(workers, rows, step, next((m, n) for m, n in choices if m * first + n * second <= free))
 
     whole, half = block, block // 2  # no less than half a block: the tensor cores contract 64 at a time
     narrow = width * parts <= 128
     # An accumulator takes width / 2 registers a lane, scores and their gradients step / 2 each; there are 240.
     if narrow:
-        gradients: tuple[tuple[tuple[str, ...], Tiles], ...] = ((("dk", "dv"), tiles(half, 2)),)
+        gradients: tuple[tuple[tuple[str, ...], Tiles], ...] = ((("dk", "dv"), tiles(half, 2, 4)),)
     else:
-        gradients = ((("dk",), tiles(half, 2)), (("dv",), tiles(half, 1)))
-    return _Tilings(tiles(whole if narrow else half, 1), tiles(half, 2), gradients)
+        gradients = ((("dk",), tiles(half, 2, 4)), (("dv",), tiles(half, 1, 4)))
+    return _Tilings(tiles(whole if narrow else half, 1, 2), tiles(half, 2, 2), gradients)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -113,17 +126,17 @@ def _attention(
 def _forward(
     static: _Static, q: Array, k: Array, v: Array, key_end: Array, positions: Array, bounds: BlockBounds
 ) -> tuple[Array, tuple[Any, ...]]:
-    rule, block, interpret = static
+    rule, switches, block, interpret = static
+    tiles = _tilings(q.shape[-1], _part_count(q.dtype), block, interpret).forward
     out, lse = forward(
         _to_parts(q),
         _to_parts(k),
         _to_parts(v),
-        key_end,
-        positions,
-        bounds.key_blocks,
-        bounds.key_counts,
+        *mask_vectors(key_end, positions, rule.window),
+        bounds.queries if tiles.step == block else bounds.queries_halves,
         rule=rule,
-        tiles=_tilings(q.shape[-1], _part_count(q.dtype), block, interpret).forward,
+        tiles=tiles,
+        switches=switches,
         interpret=interpret,
     )
     out = checkpoint_name(_from_parts(out, q.dtype), SAVED_ATTENTION)
@@ -132,25 +145,18 @@ def _forward(
 
 
 def _backward(static: _Static, saved: tuple[Any, ...], dout: Array) -> tuple[Array | None, ...]:
-    rule, block, interpret = static
+    rule, switches, block, interpret = static
     q, k, v, key_end, positions, bounds, out, lse = saved
     # sum_s weights[s] * dweights[s] equals dout . out (FlashAttention-2, section 3.1.1).
     delta = jnp.einsum("blhd,blhd->bhl", dout.astype(jnp.float32), out.astype(jnp.float32))
     tilings = _tilings(q.shape[-1], _part_count(q.dtype), block, interpret)
     matrices = (_to_parts(q), _to_parts(k), _to_parts(v), _to_parts(dout))
-    inputs = Inputs(*matrices, lse, delta, key_end, positions)
-    dq = query_gradient(inputs, bounds.key_blocks, bounds.key_counts, rule=rule, tiles=tilings.dq, interpret=interpret)
+    inputs = Inputs(*matrices, jnp.stack([lse, delta], axis=2), *mask_vectors(key_end, positions, rule.window))
+    choices: dict[str, Any] = {"rule": rule, "switches": switches, "interpret": interpret}
+    dq = query_gradient(inputs, bounds.queries_halves, tiles=tilings.dq, **choices)
     gradients: dict[str, Array] = {}
     for wanted, tiles in tilings.gradients:
-        computed = key_value_gradients(
-            inputs,
-            bounds.query_blocks,
-            bounds.query_counts,
-            wanted=wanted,
-            rule=rule,
-            tiles=tiles,
-            interpret=interpret,
-        )
+        computed = key_value_gradients(inputs, bounds.keys_halves, wanted=wanted, tiles=tiles, **choices)
         gradients.update(zip(wanted, computed, strict=True))
     dq, dk, dv = (_from_parts(x, q.dtype) for x in (dq, gradients["dk"], gradients["dv"]))
     return dq, dk, dv, None, None, None

@@ -7,13 +7,13 @@ from jaxtyping import Array, Float
 from jax_simpo.errors import ConfigError
 from jax_simpo.ops.attention.backends import Backend, Place, ScoreRule
 from jax_simpo.ops.attention.mask import Mask
-from jax_simpo.ops.attention.pallas.bounds import BlockBounds, find_block_bounds
-from jax_simpo.ops.attention.triton.sizes import BLOCK, HEAD_SIZES
+from jax_simpo.ops.attention.triton.bounds import BlockBounds, find_block_bounds
+from jax_simpo.ops.attention.triton.sizes import HEAD_SIZES
 
 
 def prepare(mask: Mask, window: int | None) -> BlockBounds:
     """Lists the live blocks of the batch; see `Backend.prepare`."""
-    return find_block_bounds(mask.key_end, mask.positions, window, BLOCK)
+    return find_block_bounds(mask.key_end, mask.positions, window)
 
 
 def attend(

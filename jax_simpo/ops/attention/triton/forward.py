@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from jax_simpo.ops.attention.backends import ScoreRule
-from jax_simpo.ops.attention.scores import logits
+from jax_simpo.ops.attention.triton.scores import logits
 from jax_simpo.ops.attention.triton.sizes import Tiles
 from jax_simpo.ops.attention.triton.tile import Index, QueryTiles, Ref, Walk, launch, masked, product, side_at
 from jax_simpo.ops.numerics import LOWEST

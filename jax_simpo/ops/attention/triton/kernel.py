@@ -1,8 +1,8 @@
 """Flash attention under a `key_end` mask for NVIDIA GPUs from Ampere on, by Pallas' Triton lowering.
 
 Hidden blocks are never loaded, in the forward, in dQ and in dK/dV; the mask is evaluated only in blocks that are
-visible in part. Which blocks those are is found once per batch (`bounds.py` of the backend `pallas`, whose lists these
-kernels walk). Why there is a second set of kernels: docs/decisions/007-attention-on-other-gpus.md.
+visible in part. Which blocks those are is found once per batch (`bounds.py`). Why there is a second set of kernels:
+docs/decisions/007-attention-on-other-gpus.md.
 
 Precision: products sum in float32. Those of bfloat16 arrays run on the tensor cores, and the weights are rounded to
 bfloat16 for the product with the values. Those of float32 arrays are full float32 products, which do not.
@@ -19,8 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jax_simpo.ops.attention.backends import ScoreRule
-from jax_simpo.ops.attention.pallas.bounds import BlockBounds
 from jax_simpo.ops.attention.triton.backward import Inputs, key_value_gradients, query_gradient
+from jax_simpo.ops.attention.triton.bounds import BlockBounds
 from jax_simpo.ops.attention.triton.forward import forward
 from jax_simpo.ops.attention.triton.sizes import BLOCK, tilings
 from jax_simpo.ops.numerics import SAVED_ATTENTION
@@ -77,7 +77,7 @@ def _forward(
 ) -> tuple[Array, tuple[Any, ...]]:
     rule, block, interpret = static
     tiles = tilings(q.shape[3], q.dtype, q.shape[2] // k.shape[2], block).forward
-    lists = bounds.key_blocks, bounds.key_counts
+    lists = bounds.queries.blocks, bounds.queries.tiles[..., 1:]
     out, lse = forward(q, k, v, key_end, positions, *lists, rule=rule, tiles=tiles, interpret=interpret)
     out = checkpoint_name(out, SAVED_ATTENTION)
     lse = checkpoint_name(lse, SAVED_ATTENTION)
@@ -91,9 +91,9 @@ def _backward(static: _Static, saved: tuple[Any, ...], dout: Array) -> tuple[Arr
     delta = jnp.einsum("blhd,blhd->bhl", dout.astype(jnp.float32), out.astype(jnp.float32))
     inputs = Inputs(q, k, v, dout, lse, delta, key_end, positions)
     tiles = tilings(q.shape[3], q.dtype, q.shape[2] // k.shape[2], block)
-    lists = bounds.key_blocks, bounds.key_counts
+    lists = bounds.queries.blocks, bounds.queries.tiles[..., 1:]
     dq = query_gradient(inputs, *lists, rule=rule, tiles=tiles.dq, interpret=interpret)
-    lists = bounds.query_blocks, bounds.query_counts
+    lists = bounds.keys.blocks, bounds.keys.tiles[..., 1:]
     dk, dv = key_value_gradients(inputs, *lists, rule=rule, tiles=tiles.dk_dv, interpret=interpret)
     return dq, dk, dv, None, None, None
 

@@ -1,6 +1,6 @@
 """The sizes of the pieces that the kernels work on, for each dtype and head size. It needs no library of kernels.
 
-They were chosen by compiling (benchmarks/triton_report.py): on Ampere and Ada no kernel takes more than the 99 KiB of
+They were chosen by compiling (benchmarks/gpu_attention.py): on Ampere and Ada no kernel takes more than the 99 KiB of
 shared memory that a block of threads may have on Ada (4090, L4, L40S), the least of all GPUs from Ampere on, and hardly
 a register is spilled. How fast they are has not been measured.
 """

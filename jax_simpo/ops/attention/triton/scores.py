@@ -1,4 +1,4 @@
-"""Scores in base 2, as the kernels compute them: a weight is then one `exp2`, which is an instruction of GPUs."""
+"""Scores in base 2, with which a weight is one `exp2`, an instruction of GPUs."""
 
 from __future__ import annotations
 
