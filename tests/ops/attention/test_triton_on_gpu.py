@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_simpo.errors import ConfigError
-from jax_simpo.ops.attention import attention, prepare_mask, resolve_backend
+from jax_simpo.ops.attention import attention, prepare_mask
+from jax_simpo.ops.attention.backends import load_backend
+from jax_simpo.ops.attention.choice import place_of
 from jax_simpo.ops.attention.triton.backend import HEAD_SIZES
 from tests.ops.attention.test_pallas_on_gpu import HEADS, KV_HEADS, LENGTH, packed_rows
 
@@ -26,10 +27,8 @@ pytestmark = [
 def test_values_and_gradients_are_as_near_to_float32_as_those_of_dense(
     dtype: str, width: int, kv_heads: int, window: int | None, softcap: float | None, backend: str
 ) -> None:
-    try:
-        resolve_backend(backend, dtype=dtype, head_dim=width, softcap=softcap)
-    except ConfigError as error:
-        pytest.skip(str(error))
+    if obstacle := load_backend(backend).obstacle(place_of(dtype=dtype, head_dim=width, softcap=softcap)):
+        pytest.skip(f"{backend} {obstacle}")
     key_end, positions = packed_rows()
     keys = jax.random.split(jax.random.key(width), 4)
     q, k, v, dout = (
