@@ -17,7 +17,7 @@ from jax_simpo.doctor.findings import Finding, find
 from jax_simpo.doctor.measure import HeadSizes, HeadVerdict, Peaks, examine_head, measure_peaks
 from jax_simpo.errors import ConfigError
 from jax_simpo.ops.attention import BACKENDS
-from jax_simpo.ops.attention.backends import load_backend
+from jax_simpo.ops.attention.backends import load_backend, variants_of
 from jax_simpo.ops.attention.choice import candidates, place_of
 from jax_simpo.ops.attention.evidence import Shape, Verdict
 from jax_simpo.training import verdicts
@@ -42,7 +42,7 @@ class Examination:
         findings: what to mend, errors first.
         shape: of the attention that was tried.
         peaks: the most that the chip did.
-        attention: a verdict on every backend that can run here.
+        attention: a verdict on every backend that can run here, and on its variants (`pallas+overlap`).
         obstacles: by name of each other backend, why it cannot.
         chosen: the backend that `attention: auto` takes here; None where none is right.
         reason: why it takes that one, or why none.
@@ -105,7 +105,8 @@ def examine_machine(config: TrainConfig | None, console: Console) -> Examination
             continue
         console.print(f"trying attention: {name}")
         own = replace(shape, row_length=min(shape.row_length, _LONGEST_DENSE)) if name == "dense" else shape
-        tried += verdicts.of_backends([name], own, device, anew=True)
+        names = [name, *(f"{name}+{variant}" for variant in variants_of(name))]
+        tried += verdicts.of_backends(names, own, device, anew=True)
     console.print("trying the loss head")
     head = examine_head(shape.dtype, head_sizes)
     preferred = candidates(place).reasons

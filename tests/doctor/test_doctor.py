@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from jax_simpo.cli import app
 from jax_simpo.doctor import measure, report
 from jax_simpo.doctor.measure import HeadSizes, examine_head
 from jax_simpo.ops import logprobs
-from tests.ops.attention.planted import plant
+from jax_simpo.ops.attention import dense
+from tests.ops.attention.planted import PLANTED, plant
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +55,15 @@ def test_planted_faults_are_named_and_passed_over(monkeypatch: pytest.MonkeyPatc
     texts = " ".join(finding["text"] for finding in examination["findings"])
     for name, problem in (("wrong_mask", "is wrong"), ("nan", "gives NaN"), ("crash", "fails: NotImplementedError")):
         assert f"attention: {name} {problem}" in texts
+
+
+def test_variants_of_a_backend_are_tried_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "VARIANTS", {"nan": replace(dense.BACKEND, attend=PLANTED["nan"])}, raising=False)
+    status, printed = doctor()
+    assert status == 0
+    assert re.search(r"^dense +right", printed, re.MULTILINE)
+    assert re.search(r"^dense\+nan +not to be used", printed, re.MULTILINE)
+    assert "warning: attention: dense+nan gives NaN" in printed
 
 
 def test_a_machine_without_a_right_backend_ends_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,13 +94,26 @@ class Backend:
 def load_backend(name: str) -> Backend:
     """Imports a backend.
 
+    Args:
+        name: one of `BACKENDS`, or of a variant, such as `pallas+overlap`.
+
     Raises:
         ValueError: no backend has that name.
     """
-    if name not in BACKENDS:
+    base, _, variant = name.partition("+")
+    if base not in BACKENDS or (variant and variant not in variants_of(base)):
         raise ValueError(f"attention backend {name!r} is not one of {', '.join(BACKENDS)}")
-    backend: Backend = import_module(BACKENDS[name]).BACKEND
+    backend: Backend = variants_of(base)[variant] if variant else import_module(BACKENDS[base]).BACKEND
     return backend
+
+
+def variants_of(name: str) -> dict[str, Backend]:
+    """Returns variants of a backend, by what differs: they compute the same, and no config can name them.
+
+    `jax-simpo doctor` compares them with the backend, as `NAME+VARIANT`. They are its module's `VARIANTS`, if any.
+    """
+    variants: dict[str, Backend] = getattr(import_module(BACKENDS[name]), "VARIANTS", {})
+    return variants
 
 
 def runs_anywhere(place: Place) -> None:

@@ -66,3 +66,9 @@ def make_backend(switches: Switches) -> Backend:
 
 
 BACKEND = make_backend(DEFAULTS)
+VARIANTS = {
+    "ping_pong": make_backend(DEFAULTS._replace(ping_pong=True)),
+    "overlap": make_backend(DEFAULTS._replace(overlap=True)),
+    "ping_pong+overlap": make_backend(DEFAULTS._replace(ping_pong=True, overlap=True)),
+    "row_order": make_backend(DEFAULTS._replace(heavy_first=False)),
+}

@@ -8,8 +8,8 @@ from typing import NamedTuple
 class Switches(NamedTuple):
     """Static choices among variants of the kernels; the defaults are what `attention: pallas` runs.
 
-    docs/decisions/003-attention-on-gpu.md says what is known of each. To compare them, take `make_backend(switches)`
-    of `backend.py`.
+    docs/decisions/003-attention-on-gpu.md says what is known of each. `jax-simpo doctor` compares those that are
+    `VARIANTS` in `backend.py`.
 
     Attributes:
         heavy_first: the tiles with most live blocks are launched first, those of all heads, so that no long one is
