@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Float
 
@@ -26,7 +26,7 @@ from jax_simpo.ops.attention import choose, place_of
 from jax_simpo.sharding import make_mesh, put_rows
 from jax_simpo.training import capacity
 from jax_simpo.training.evaluate import GROUPS_PER_PLAN, ScoreFunction, score_groups
-from jax_simpo.training.optim import make_optimizer
+from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.step import (
     TrainFunctions,
     make_score_function,
@@ -35,10 +35,28 @@ from jax_simpo.training.step import (
     split_step,
 )
 
+if TYPE_CHECKING:
+    from jax_simpo.config import TrainConfig
+
 SIMPO = make_objective({"simpo": 1.0}, OBJECTIVES["simpo"])
 DPO = make_objective({"dpo": 1.0}, OBJECTIVES["dpo"])
-# AdamW with the defaults of the config, made without the config's schema: pydantic is missing where some GPUs are.
-ADAMW: dict[str, Any] = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0}
+# What `run_optimizer` reads of a config, with the config's defaults. A `TrainConfig` needs pydantic, which is missing
+# where some GPUs are.
+OPTIMIZER = SimpleNamespace(
+    optim="adamw",
+    learning_rate=LEARNING_RATE,
+    lr_scheduler_type="constant",
+    lr_scheduler_kwargs={},
+    warmup_steps=0,
+    warmup_ratio=0.0,
+    adam_beta1=0.9,
+    adam_beta2=0.999,
+    adam_epsilon=1e-8,
+    adam_mu_dtype="float32",
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+)
+_MANY_STEPS = 1_000_000  # the learning rate is constant, so the number does not matter
 _MATMUL = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # width of the square matrices of the peak
 # Variant -> prefix sharing, packing.
 VARIANTS = {
@@ -133,7 +151,7 @@ class Trainee:
     @cached_property
     def functions(self) -> TrainFunctions:
         """The compiled functions of training."""
-        optimizer = make_optimizer(optax.constant_schedule(LEARNING_RATE), **ADAMW)
+        _, optimizer = run_optimizer(cast("TrainConfig", OPTIMIZER), _MANY_STEPS)
         return make_train_functions(
             self.forward, self.objective, optimizer, self.mesh, accumulates=self.plan.step(0).micro_batches > 1
         )

@@ -69,7 +69,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.
     if unsized:
         sizes[unsized[0]] = count // fixed
     lengths, types = tuple(sizes[axis] for axis in MESH_AXES), (AxisType.Auto,) * len(MESH_AXES)
-    if (slices := _slice_count(devices)) > 1:
+    if (slices := slice_count(devices)) > 1:
         if sizes["data"] % slices:
             raise MeshError(
                 f"mesh.data is {sizes['data']}, and the devices are {slices} TPU slices: parameters are not split over "
@@ -85,7 +85,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.
         return Mesh(grid, MESH_AXES, axis_types=types)
 
 
-def _slice_count(devices: list[jax.Device]) -> int:
+def slice_count(devices: list[jax.Device]) -> int:
     """Returns the number of TPU slices that devices lie on; 1 for other devices."""
     return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 

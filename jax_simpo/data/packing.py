@@ -312,6 +312,11 @@ def grow_micro_batches(plan: StepPlan, devices: int, most: int) -> StepPlan:
     return replace(plan, rows_per_micro_batch=devices * cheapest)
 
 
+def most_micro_batches(plan: StepPlan) -> int:
+    """Returns the most micro-batches of a step, among the steps that stand for all in a choice of rows."""
+    return max(plan.step(int(k)).micro_batches for k in _sampled_steps(plan))
+
+
 def micro_batch_line(plan: StepPlan, report: PackingReport, devices: int, most: int | None) -> str:
     """Describes the micro-batches of a step in one line, with the reason for their size.
 

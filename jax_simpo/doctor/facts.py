@@ -7,18 +7,15 @@ import platform
 import re
 import subprocess
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import jax
 
+from jax_simpo.ops.attention import place_of
 from jax_simpo.training.capacity import host_memory
+from jax_simpo.training.installed import COMPILERS, versions_of
 
-_PACKAGES = (
-    *("jax-simpo", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin", "libtpu"),
-    *("nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
-    *("flax", "optax", "orbax-checkpoint", "tokamax", "transformers", "torch", "numpy"),
-)
+_PACKAGES = ("jax-simpo", "flax", "optax", "orbax-checkpoint", "transformers", "torch", "numpy")
 _VARIABLES = (
     *("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"),
     *("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE", "JAX_COMPILATION_CACHE_DIR"),
@@ -32,8 +29,8 @@ class Facts:
     Attributes:
         python: the version of Python.
         versions: of the installed packages that matter here, by name.
-        platform: what JAX computes on: cpu, gpu or tpu.
-        device_kind: the first device, as JAX names it.
+        platform: what JAX computes on: cpu, gpu or tpu; none where it cannot use its devices.
+        device_kind: the first device, as JAX names it; where it cannot use its devices, what it says about that.
         devices: devices of this process.
         device_memory: bytes of the first device that JAX may use; None where it does not say.
         capability: CUDA compute capability of the first device; None elsewhere.
@@ -67,18 +64,22 @@ class Facts:
 
 
 def gather_facts() -> Facts:
-    """Looks at the machine. JAX takes hold of its devices in this call."""
-    device = jax.local_devices()[0]
+    """Looks at the machine. JAX takes hold of its devices in this call, or says why it cannot."""
+    try:
+        devices, words = jax.local_devices(), ""
+    except Exception as error:  # the driver's, a busy TPU's, or an assertion of jax's own
+        devices, words = [], " ".join(str(error).split()) or f"{type(error).__name__} in jax"
+    device = devices[0] if devices else None
+    place = None if device is None else place_of(device)
     gpus, driver = _nvidia()
-    capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     return Facts(
         python=platform.python_version(),
-        versions=_versions(),
-        platform="gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform,
-        device_kind=device.device_kind,
-        devices=len(jax.local_devices()),
-        device_memory=(device.memory_stats() or {}).get("bytes_limit"),
-        capability=(int(capability[1]), int(capability[2])) if capability else None,
+        versions=versions_of((*_PACKAGES, *COMPILERS)),
+        platform="none" if place is None else place.platform,
+        device_kind=words if device is None else device.device_kind,
+        devices=len(devices),
+        device_memory=None if device is None else (device.memory_stats() or {}).get("bytes_limit"),
+        capability=None if place is None or place.capability == (0, 0) else place.capability,
         nvidia_gpus=gpus,
         nvidia_driver=driver,
         tpu_chips=_tpu_chips(),
@@ -87,16 +88,6 @@ def gather_facts() -> Facts:
         environment={name: os.environ[name] for name in _VARIABLES if os.environ.get(name)},
         compilation_cache=jax.config.jax_compilation_cache_dir,  # type: ignore[attr-defined]
     )
-
-
-def _versions() -> dict[str, str]:
-    installed = {}
-    for name in _PACKAGES:
-        try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return installed
 
 
 def _nvidia() -> tuple[list[str], str | None]:

@@ -39,7 +39,7 @@ def find(facts: Facts) -> list[Finding]:
 def _devices(facts: Facts) -> Iterator[Finding]:
     plugins = [name for name in _PLUGINS if name in facts.versions]
     if facts.nvidia_gpus and facts.platform != "gpu":
-        text = f"JAX computes on the {facts.platform.upper()}, and this machine has {facts.nvidia_gpus[0]}"
+        text = f"{_computes(facts)}, and this machine has {facts.nvidia_gpus[0]}"
         if wanted := facts.environment.get("JAX_PLATFORMS"):
             yield Finding("error", f"{text}: JAX_PLATFORMS is {wanted}", "Unset JAX_PLATFORMS, or set it to cuda")
         elif not plugins:
@@ -48,13 +48,13 @@ def _devices(facts: Facts) -> Iterator[Finding]:
             advice = "Run `python -c 'import jax; jax.devices(\"cuda\")'`, which prints the driver's reason"
             yield Finding("error", f"{text}, though {plugins[0]} is installed", advice)
     if facts.tpu_chips and facts.platform != "tpu":
-        text = f"JAX computes on the {facts.platform.upper()}, and this machine has {facts.tpu_chips} TPU chips"
+        text = f"{_computes(facts)}, and this machine has {facts.tpu_chips} TPU chips"
         if "libtpu" not in facts.versions:
             yield Finding("error", f"{text}: libtpu is not installed", "pip install 'jax-simpo[tpu]'")
         else:
             advice = "End the process that holds the chips (`fuser /dev/accel0 /dev/vfio/0`), and unset JAX_PLATFORMS"
             yield Finding("error", text, advice)
-    if facts.platform != "cpu" and facts.cores < _FEW_CORES * facts.devices:
+    if facts.platform in ("gpu", "tpu") and facts.cores < _FEW_CORES * facts.devices:
         share = facts.cores / facts.devices
         yield Finding(
             "note",
@@ -62,6 +62,10 @@ def _devices(facts: Facts) -> Iterator[Finding]:
             "compiling at the start takes what there is",
             f"Give the process {_FEW_CORES} cores a device where you can choose",
         )
+
+
+def _computes(facts: Facts) -> str:
+    return f"JAX computes on the {facts.platform.upper()}" if facts.devices else "JAX computes on nothing"
 
 
 def _versions(facts: Facts) -> Iterator[Finding]:
@@ -84,7 +88,7 @@ def _versions(facts: Facts) -> Iterator[Finding]:
     if facts.version("jax") >= (0, 11, 1) and () < facts.version("flax") < (0, 12, 9):
         advice = "pip install -U 'flax>=0.12.9'"
         yield Finding("error", f"flax {facts.versions['flax']} breaks on jax {facts.versions['jax']}", advice)
-    if facts.platform == "gpu" and (12, 8) <= facts.version("nvidia-cuda-nvcc-cu12") < (12, 9, 1):
+    if facts.platform == "gpu" and (12, 8) <= facts.version("nvidia-cuda-nvcc-cu12") < (12, 9, 86):
         version = facts.versions["nvidia-cuda-nvcc-cu12"]
         advice = "pip install -U 'nvidia-cuda-nvcc-cu12>=12.9.86'"
         yield Finding(
@@ -98,7 +102,7 @@ def _versions(facts: Facts) -> Iterator[Finding]:
             "registers between warpgroups, which makes them spill. Whether it does so with a GPU is not known",
             "Compare the time of `pallas` above with that under jax 0.10 or 0.11",
         )
-    if facts.platform != "cpu" and facts.python.startswith("3.11."):
+    if facts.platform in ("gpu", "tpu") and facts.python.startswith("3.11."):
         advice = "Use Python 3.12 or later to get the newest jax"
         yield Finding("note", f"Python 3.11 gets jax up to 0.10; this is jax {facts.versions.get('jax')}", advice)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jax_simpo.ops.attention.evidence import told
 from jax_simpo.ops.clock import seconds_per_call
 from jax_simpo.ops.logprobs import target_logps
 from jax_simpo.ops.numerics import matmul_precision
@@ -65,11 +66,11 @@ class HeadVerdict:
 
 def measure_peaks(platform: str, dtype: str) -> Peaks:
     """Measures the peaks of the first device: cpu, gpu or tpu."""
-    size = _SIZES[platform]
+    size = _SIZES.get(platform, _SIZES["gpu"])
     a = jnp.asarray(np.random.default_rng(0).standard_normal((size, size), np.float32), dtype)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=matmul_precision(a.dtype)))
     product_seconds = seconds_per_call(lambda: product(a, a))
-    x = jnp.ones(_COPY_BYTES[platform] // 4, jnp.float32)
+    x = jnp.ones(_COPY_BYTES.get(platform, _COPY_BYTES["gpu"]) // 4, jnp.float32)
     copy = jax.jit(lambda x: x + 1)
     copy_seconds = seconds_per_call(lambda: copy(x))
     return Peaks(2 * size**3 / product_seconds / 1e12, 2 * x.nbytes / copy_seconds / 1e9)
@@ -94,7 +95,7 @@ def examine_head(dtype: str, sizes: HeadSizes) -> HeadVerdict:
             None, errors, seconds, operations / seconds / 1e12, None if memory is None else memory.temp_size_in_bytes
         )
     except Exception as error:  # a compiler's, a driver's, or out of memory
-        return HeadVerdict(f"fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}", errors)
+        return HeadVerdict(told(error), errors)
 
 
 def _head_inputs(dtype: str, targets: int, width: int, vocabulary: int) -> tuple[Array, Array, Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from jax_simpo.errors import ConfigError
 from jax_simpo.ops.attention import BACKENDS
 from jax_simpo.ops.attention.backends import load_backend, variants_of
 from jax_simpo.ops.attention.choice import candidates, place_of
-from jax_simpo.ops.attention.evidence import Shape, Verdict
+from jax_simpo.ops.attention.evidence import Shape, Verdict, told
 from jax_simpo.training import verdicts
 from jax_simpo.training.attention import choose_fastest
 from jax_simpo.training.compilation import keep_compiled_programs
@@ -92,10 +92,18 @@ def examine_machine(config: TrainConfig | None, console: Console) -> Examination
     """
     keep_compiled_programs()
     facts = gather_facts()
+    if not facts.devices:
+        advice = " ".join(f"{finding.text}. {finding.advice}." for finding in find(facts))
+        raise ConfigError(f"JAX cannot use its devices: {facts.device_kind}. {advice}")
     shape, head_sizes = _sizes(config, facts)
     device = jax.local_devices()[0]
     console.print("measuring the peaks of the chip")
-    peaks = measure_peaks(facts.platform, shape.dtype)
+    try:
+        peaks = measure_peaks(facts.platform, shape.dtype)
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(
+            f"a product of two matrices {told(error)}. Another process may hold the device's memory (`nvidia-smi`)"
+        ) from error
     place = place_of(device, dtype=shape.dtype, head_dim=shape.head_dim, softcap=shape.softcap)
     obstacles: dict[str, str] = {}
     tried: list[Verdict] = []
@@ -115,7 +123,7 @@ def examine_machine(config: TrainConfig | None, console: Console) -> Examination
         chosen, reason = choice.backend, choice.reason
     except ConfigError as error:
         chosen, reason = None, str(error)
-    findings = [*find(facts), *_of_verdicts(tried, head)]
+    findings = [*find(facts), *_of_verdicts(tried, preferred, head)]
     return Examination(facts, findings, shape, peaks, tried, obstacles, chosen, reason, head_sizes, head)
 
 
@@ -125,20 +133,23 @@ def _sizes(config: TrainConfig | None, facts: Facts) -> tuple[Shape, HeadSizes]:
     setup = Setup(config, any_mesh=True)
     model = setup.model.config
     targets = (_SMALL_HEAD if facts.platform == "cpu" else _LARGE_HEAD).targets
-    return setup.attention_shape, HeadSizes(targets, model.hidden_size, model.vocab_size, model.logit_softcap)
+    return setup.attention_shape(), HeadSizes(targets, model.hidden_size, model.vocab_size, model.logit_softcap)
 
 
-def _of_verdicts(tried: Sequence[Verdict], head: HeadVerdict) -> list[Finding]:
+def _of_verdicts(tried: Sequence[Verdict], preferred: Mapping[str, str], head: HeadVerdict) -> list[Finding]:
     """Turns what is wrong on the chip into findings."""
-    found = [
-        Finding(
-            "warning",
-            f"attention: {verdict.backend} {verdict.problem}",
-            "`attention: auto` passes it over. Please report it, with what this command prints with --json",
+    found = []
+    for verdict in tried:
+        if verdict.problem is None:
+            continue
+        use = (
+            "`attention: auto` passes it over" if verdict.backend in preferred else "No run takes it unless you name it"
         )
-        for verdict in tried
-        if verdict.problem is not None
-    ]
+        if "RESOURCE_EXHAUSTED" in verdict.problem:
+            advice = f"{use}. The device has too little memory for it here"
+        else:
+            advice = f"{use}. Please report it, with what this command prints with --json"
+        found.append(Finding("warning", f"attention: {verdict.backend} {verdict.problem}", advice))
     if head.problem is not None:
         advice = "Try another version of jax. Please report it, with what this command prints with --json"
         found.append(Finding("error", f"the loss head {head.problem}", advice))

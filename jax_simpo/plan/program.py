@@ -58,10 +58,9 @@ class TopologySetup(Setup):
         """The config's mesh over the topology's devices."""
         return make_mesh(**self.config.mesh.model_dump(), devices=self.topology.devices())
 
-    @cached_property
-    def attention_choice(self) -> AttentionChoice:
-        """The backend that is preferred there: none can be tried on devices that are not here."""
-        shape = self.attention_shape
+    def _attention_choice(self, plan: StepPlan | None) -> AttentionChoice:
+        """Returns the backend that is preferred there: none can be tried on devices that are not here."""
+        shape = self.attention_shape(plan)
         place = place_of(self.mesh.devices.flat[0], dtype=shape.dtype, head_dim=shape.head_dim, softcap=shape.softcap)
         return AttentionChoice(*choose(self.config.attention, place))
 

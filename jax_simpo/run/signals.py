@@ -29,6 +29,9 @@ _SAME_WISH_SECONDS, _SAME_SIGNAL_SECONDS = 2.0, 0.25
 class _State:
     """Holds what this process has been told. Signals come to a process, so there is one."""
 
+    def __init__(self) -> None:
+        self.clean_ups: list[Callable[[], object]] = []  # before a signal ends the process
+
     handling = False
     watched = False  # a thread answers signals, and not the handler
     takes_steps = False
@@ -88,6 +91,16 @@ def handled(
         for number, handler in former.items():
             signal.signal(number, handler)
         _state.handling, _state.watched, _state.asked = False, False, None
+
+
+@contextmanager
+def before_ending(work: Callable[[], object]) -> Iterator[None]:
+    """Calls `work` if a signal ends the process inside the block: such an end runs no `finally`."""
+    _state.clean_ups.append(work)
+    try:
+        yield
+    finally:
+        _state.clean_ups.remove(work)
 
 
 @contextmanager
@@ -188,6 +201,8 @@ def _end(asking: signal.Signals, before_end: Callable[[StoppedError], object]) -
             print("\x1b[?25h", end="", file=sys.stderr)  # a progress bar hides the cursor
     _say(asking, words)
     try:
+        for work in [*_state.clean_ups]:
+            work()
         before_end(StoppedError(words, asking))
     finally:
         os._exit(StoppedError.status_of(asking))

@@ -15,17 +15,19 @@ import jax
 from jax.sharding import Mesh
 
 from jax_simpo.config import TrainConfig
+from jax_simpo.data.packing import StepPlan
 from jax_simpo.errors import ConfigError
 from jax_simpo.models.transformer import Model
 from jax_simpo.ops.attention.choice import candidates, choose, place_of
 from jax_simpo.ops.attention.evidence import Shape, Verdict
+from jax_simpo.ops.attention.mask import Room
 from jax_simpo.processes import distributed
 from jax_simpo.training import verdicts
 from jax_simpo.training.capacity import least_rows
 
 # The backends that need no trial on a kind of device: those that every change to this program is tested with there.
-KNOWN = {("CPU", "blockwise"), ("CPU", "dense")}
-_TYPICAL_ROW = 8192  # tokens; rows to time backends on where `row_length` is `auto`
+_KNOWN = {("CPU", "blockwise"), ("CPU", "dense")}
+_TYPICAL_ROW = 8192  # tokens; rows to time backends on where there is no step plan and `row_length` is `auto`
 _CLEARLY_FASTER = 0.97  # a backend that is less preferred must take less than this share of the time
 
 
@@ -44,32 +46,48 @@ class AttentionChoice:
     warnings: Sequence[str] = ()
 
 
-def shape_of(config: TrainConfig, model: Model, mesh: Mesh, longest_row: int) -> Shape:
+def shape_of(config: TrainConfig, model: Model, mesh: Mesh, longest_row: int, plan: StepPlan | None = None) -> Shape:
     """Returns the part of a run's shapes that its attention depends on.
+
+    Lengths are rounded to powers of two, rows down and what is in them up, so that runs on similar data share what was
+    seen.
 
     Args:
         config: the settings of the run.
         model: the model.
         mesh: the mesh, over whose `tensor` axis heads are split.
-        longest_row: the longest row that fits into memory, which bounds the length where `row_length` is `auto`.
+        longest_row: the longest row that fits into memory.
+        plan: the step plan whose rows are computed; None takes typical ones.
     """
     sizes, tensor = model.config, mesh.shape["tensor"]
-    length = max(128, min(_TYPICAL_ROW, longest_row // 128 * 128))
+    if plan is None:
+        rows, room = least_rows(config), None
+        length = min(_TYPICAL_ROW, longest_row) if config.row_length == "auto" else config.row_length
+    else:
+        rows = plan.rows_per_micro_batch // (mesh.shape["data"] * mesh.shape["fsdp"])
+        length = plan.shape.length
+    length = max(128, 1 << max(length, 1).bit_length() - 1)
+    if plan is not None:
+        longest, span = (min(length, 1 << (n - 1).bit_length()) for n in (plan.longest, plan.span))
+        room = Room(1 << (plan.shape.responses - 1).bit_length(), longest, span)
     return Shape(
         dtype=model.dtype.name,
-        heads=max(1, sizes.num_heads // tensor),
-        kv_heads=max(1, sizes.num_kv_heads // tensor),
+        heads=sizes.num_heads // tensor,
+        kv_heads=sizes.num_kv_heads // tensor,
         head_dim=sizes.head_dim,
         windows=sizes.windows,
         scale=sizes.query_pre_attn_scalar**-0.5,
         softcap=sizes.attention_softcap,
-        rows=least_rows(config),
-        row_length=length if config.row_length == "auto" else config.row_length,
+        rows=rows,
+        row_length=length,
+        room=room,
     )
 
 
 def choose_attention(config: TrainConfig, shape: Shape, device: jax.Device) -> AttentionChoice:
     """Chooses the backend for a run. In a run of several processes all call it, and the first one tries for all.
+
+    The first process uses its first device.
 
     Args:
         config: the settings of the run; of them `attention` and `attention_check` count.
@@ -84,12 +102,13 @@ def choose_attention(config: TrainConfig, shape: Shape, device: jax.Device) -> A
     backend, reason = choose(config.attention, place)
     if not config.attention_check:
         return AttentionChoice(backend, f"{reason}; not tried here, `attention_check` is false")
-    if (place.kind, backend) in KNOWN:
+    if (place.kind, backend) in _KNOWN:
         return AttentionChoice(backend, reason)
     names = [backend] if config.attention != "auto" else list(candidates(place).reasons)
     tried = None
     if distributed.is_first():
-        tried = [asdict(verdict) for verdict in verdicts.of_backends(names, shape, device)]
+        timed = config.attention == "auto"  # one that is named need not be timed, and the timed rows may be too long
+        tried = [asdict(verdict) for verdict in verdicts.of_backends(names, shape, device, timed=timed)]
     found = [verdicts.from_json(verdict) for verdict in distributed.collect("attention", tried)[0] or []]
     if config.attention != "auto":
         return _named(found[0], device)

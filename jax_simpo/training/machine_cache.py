@@ -9,7 +9,7 @@ from pathlib import Path
 def machine_cache(name: str) -> Path | None:
     """Returns a folder in the user's cache folder (`XDG_CACHE_HOME`, by default `~/.cache`), and makes it.
 
-    Without a home that can be written to there is none, and the answer is None.
+    Where it cannot be made, or written to, the answer is None.
 
     Args:
         name: what is kept there.
@@ -19,4 +19,4 @@ def machine_cache(name: str) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):
         return None
-    return folder
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None

@@ -102,8 +102,9 @@ class Reference:
         done = f", {ready} of them done" if first else ""
         console.print(f"reference: computing the {of_split}{done}")
         lines = GroupLines(console, "reference", len(pairs), ready, pairs.lengths.noun)
+        forward = setup.forward_of(plan)
         with jax.set_mesh(setup.mesh):
-            score = make_score_function(setup.forward_of(plan), setup.mesh)
+            score = make_score_function(forward, setup.mesh)
             scored = score_steps(score, self.params, plan, pairs, setup.mesh, steps)
             for step, (sums, _) in zip(steps, scored, strict=True):
                 parts.append(sums)

@@ -39,7 +39,7 @@ from jax_simpo.processes import distributed
 from jax_simpo.run.checkpoint import Checkpoints, abstract_state
 from jax_simpo.run.files import CHECKPOINTS
 from jax_simpo.run.sums import check_model_sums
-from jax_simpo.sharding import make_mesh
+from jax_simpo.sharding import make_mesh, slice_count
 from jax_simpo.training import capacity
 from jax_simpo.training.attention import AttentionChoice, choose_attention, shape_of
 from jax_simpo.training.groups import packing_line, require_data, tokenize_on_first
@@ -79,8 +79,9 @@ class Setup:
             return self.given_mesh
         if not self.any_mesh:
             return make_mesh(**self.config.mesh.model_dump())
-        # Parameters over as many devices as divide the model's width, rows over all of them.
-        return make_mesh(data=-1, fsdp=math.gcd(jax.device_count(), self.model.config.hidden_size))
+        # Parameters over as many devices as divide the model's width, those of one TPU slice at most; rows over all.
+        together = jax.device_count() // slice_count(jax.devices())
+        return make_mesh(data=-1, fsdp=math.gcd(together, self.model.config.hidden_size))
 
     @property
     def data_parallel(self) -> int:
@@ -155,28 +156,48 @@ class Setup:
         ids = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return {"vocab_size": len(self.tokenizer), **ids, **(self.config.new_model_config or {})}
 
-    @cached_property
-    def attention_choice(self) -> AttentionChoice:
-        """The attention backend, and the reason for the choice. On an accelerator the first call tries backends."""
-        return choose_attention(self.config, self.attention_shape, self.mesh.devices.flat[0])
+    def choose_attention(self, plan: StepPlan | None = None) -> AttentionChoice:
+        """Returns the attention backend and the reason for it. The first call decides, by the rows of its plan.
 
-    @property
-    def attention_shape(self) -> Shape:
-        """The part of the run's shapes that its attention depends on."""
+        On an accelerator that call may try backends, so it should come before the weights are loaded.
+
+        Args:
+            plan: the step plan whose rows are computed; None takes typical rows.
+
+        Raises:
+            ConfigError: the backend cannot run here, or no backend is right here.
+            MeshError: the mesh does not divide the model.
+        """
+        if not self._attention_choices:
+            self._attention_choices.append(self._attention_choice(plan))
+        return self._attention_choices[0]
+
+    @cached_property
+    def _attention_choices(self) -> list[AttentionChoice]:
+        return []
+
+    def _attention_choice(self, plan: StepPlan | None) -> AttentionChoice:
+        self.model.shardings(self.mesh)  # raises before anything is tried
+        return choose_attention(self.config, self.attention_shape(plan), self.mesh.devices.flat[0])
+
+    def attention_shape(self, plan: StepPlan | None = None) -> Shape:
+        """Returns the part of the run's shapes that its attention depends on; of typical rows without a plan."""
         longest = capacity.longest_row(self.model, self.mesh, capacity.least_rows(self.config), self.device_memory)
-        return shape_of(self.config, self.model, self.mesh, longest)
+        return shape_of(self.config, self.model, self.mesh, longest, plan)
 
     @property
     def attention(self) -> str:
         """The name of the attention backend."""
-        return self.attention_choice.backend
+        return self.choose_attention().backend
 
     @cached_property
     def forward(self) -> Forward:
+        """The forward pass of rows of which no plan is known."""
         return Forward(self.model, self.attention, self.config.logprob_chunk)
 
     def forward_of(self, plan: StepPlan) -> Forward:
         """Returns the forward pass that scores the rows of a step plan."""
+        self.choose_attention(plan)
         return self.forward.up_to(plan.longest, plan.span)
 
     def training_forward_of(self, plan: StepPlan) -> Forward:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jax_simpo import hf
 from jax_simpo.config import TrainConfig
-from jax_simpo.data.packing import measure
+from jax_simpo.data.packing import measure, most_micro_batches
 from jax_simpo.data.sources import RawSplit
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.models.generate import generate
@@ -129,7 +129,15 @@ def _train(
     total_steps = count_steps(config, plan.steps_per_epoch)
     identity = run_identity(config, plan.global_batch_size, training)
     advice = "Start all processes with the same config and options, on the same files"
-    distributed.check_same("the run", {**identity, "step to begin at": first_step, "rows": str(plan.shape)}, advice)
+    distributed.check_same(
+        "the run",
+        {
+            **identity,
+            "step to begin at": first_step,
+            "rows": f"{plan.shape}, {plan.rows_per_micro_batch} a micro-batch",
+        },
+        advice,
+    )
     records = None
     if saved:
         check_same_run(saved, identity, output)
@@ -144,7 +152,7 @@ def _train(
     if best_rule is not None:
         assert evaluation is not None  # the config is refused without
         best_rule.check([*setup.objective.metrics, "pairs"], list(evaluation.source.splits))
-    print_attention(setup.attention_choice, console)
+    print_attention(setup.choose_attention(plan), console)
 
     _check_weights(setup, resumes=bool(first_step))
     reference = Reference.of(setup) if setup.objective.needs_reference else None
@@ -167,7 +175,7 @@ def _train(
         start = reference.take()  # before the policy is loaded: two models are never in memory together
     with checkpoints, jax.set_mesh(mesh):
         schedule, optimizer = run_optimizer(config, total_steps)
-        accumulates = plan.step(0).micro_batches > 1
+        accumulates = most_micro_batches(plan) > 1
         functions = make_train_functions(
             setup.training_forward_of(plan),
             setup.objective,

@@ -1,72 +1,104 @@
 """Keeps what was seen of attention backends on this machine, so that only the first run of a kind has to try them.
 
-A verdict holds for a chip, its driver and compiler, the versions of jax, this program's own kernels, and the shapes. A
-change to any of these is another entry, so nothing old is ever believed.
+A verdict holds for a chip and its driver, the packages that compile for it, XLA's flags, this program's own kernels and
+the shapes; a change to any of them asks for another. What raised an error is not kept, because the reason may be gone
+next time: memory that another process held, a full disk.
 
-A backend can end the process that tries it: a kernel may crash the driver. So its name is written down before it is
-tried. A later run that finds the name, and no process that is still at it, passes the backend over.
+A backend can end the process that tries it, as a kernel that crashes the driver does. So a trial is marked by a file as
+long as it lasts. A backend that has ended two processes is passed over.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
+import jax.numpy as jnp
 
-from jax_simpo.ops import attention
+from jax_simpo.errors import ConfigError
+from jax_simpo.ops import attention, numerics
 from jax_simpo.ops.attention.evidence import Distance, Shape, Speed, Verdict, examine
+from jax_simpo.run import signals
 from jax_simpo.run.whole import write_text
+from jax_simpo.training.installed import COMPILERS, nvidia_driver, versions_of
 from jax_simpo.training.machine_cache import machine_cache
 
-_PACKAGES = ("jax", "jaxlib", "tokamax", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
+_DEADS = 2  # processes that a backend may end before it is tried no more
 
 
-def of_backends(names: Sequence[str], shape: Shape, device: jax.Device, *, anew: bool = False) -> list[Verdict]:
-    """Returns the verdicts on backends: kept ones, or of a trial now, which are kept.
+def of_backends(
+    names: Sequence[str], shape: Shape, device: jax.Device, *, timed: bool = True, anew: bool = False
+) -> list[Verdict]:
+    """Returns the verdicts on backends: kept ones, or of a trial now.
 
     Args:
         names: of `backends.BACKENDS`.
         shape: of the run.
-        device: the device that they run on, the first of this process.
-        anew: try them now, whatever is kept.
+        device: the device that they run on, of this process.
+        timed: also time those whose numbers are right.
+        anew: try them now, whatever is kept, and whatever they have ended.
+
+    Raises:
+        ConfigError: a backend broke the device, which computes nothing more in this process.
     """
     folder = machine_cache("attention")
-    return [_verdict(name, shape, device, folder, anew) for name in names]
+    return [_verdict(name, shape, device, folder, timed, anew) for name in names]
 
 
-def _verdict(name: str, shape: Shape, device: jax.Device, folder: Path | None, anew: bool) -> Verdict:
+def _verdict(name: str, shape: Shape, device: jax.Device, folder: Path | None, timed: bool, anew: bool) -> Verdict:
     if folder is None:  # without a cache folder every run tries
-        return examine(name, shape)
-    key = {"backend": name, "device": _device(device), "versions": _versions(), "shape": asdict(shape)}
-    text = json.dumps(key, sort_keys=True)
-    digest = hashlib.sha256(f"{text} {_sources()}".encode()).hexdigest()[:32]
-    kept, trial = folder / f"{name}-{digest}.json", folder / f"{name}-{digest}.{socket.gethostname()}.trial"
-    if not anew and (verdict := _read(kept)) is not None:
+        return examine(name, shape, device, timed=timed)
+    place = {"kind": device.device_kind, "platform": device.client.platform_version, "driver": nvidia_driver()}
+    flags = {flag: os.environ.get(flag, "") for flag in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    key = {
+        "backend": name,
+        "timed": timed,
+        "device": place,
+        "versions": versions_of(COMPILERS),
+        "flags": flags,
+        "shape": asdict(shape),
+    }
+    digest = hashlib.sha256(f"{json.dumps(key, sort_keys=True)} {_sources()}".encode()).hexdigest()[:32]
+    kept, trial = folder / f"{name}-{digest}.json", folder / f"{name}-{digest}.trial"
+    if anew:
+        with suppress(OSError):
+            trial.unlink(missing_ok=True)
+    elif (verdict := _read(kept)) is not None:
         return verdict
-    if _ended_a_process(trial):
-        return Verdict(
-            name, f"ended the process that tried it last, and is not tried again (remove {trial} to do so)", {}
-        )
-    with _marked(trial):
-        verdict = examine(name, shape)
-    write_text(kept, json.dumps({**key, "verdict": asdict(verdict)}, indent=1) + "\n")
+    with _marked(trial) as deaths:
+        if deaths >= _DEADS:
+            text = f"ended {deaths} processes that tried it (`jax-simpo doctor`, or removing {trial}, tries it again)"
+            return Verdict(name, text, {}, raised=True)
+        verdict = examine(name, shape, device, timed=timed)
+        if verdict.raised and not _answers(device):
+            trial.write_text(str(_DEADS), encoding="utf-8")  # stays: the block is left by an error that keeps it
+            raise _BrokenDevice(
+                f"attention backend {name!r} {verdict.problem}, and {device.device_kind} answers no more. Start the "
+                "same command again: the backend is passed over then"
+            )
+    if not verdict.raised:
+        with suppress(ConfigError):  # a folder that cannot be written to costs the next run a trial, no more
+            write_text(kept, json.dumps({**key, "verdict": asdict(verdict)}, indent=1) + "\n")
     return verdict
+
+
+class _BrokenDevice(ConfigError):
+    """A trial has left the device unusable; its mark stays."""
 
 
 def from_json(content: Mapping[str, Any]) -> Verdict:
     """Returns the verdict of which `dataclasses.asdict` made this content, also after JSON."""
     distances = {name: Distance(*distance) for name, distance in content["distances"].items()}
     speed = None if content["speed"] is None else Speed(**content["speed"])
-    return Verdict(content["backend"], content["problem"], distances, speed)
+    return Verdict(content["backend"], content["problem"], distances, speed, content["raised"])
 
 
 def _read(path: Path) -> Verdict | None:
@@ -78,43 +110,63 @@ def _read(path: Path) -> Verdict | None:
 
 
 @contextmanager
-def _marked(trial: Path) -> Iterator[None]:
-    """Says in a file that this process tries a backend; the file goes however the trial ends, if the process lives."""
-    write_text(trial, str(os.getpid()))
+def _marked(trial: Path) -> Iterator[int]:
+    """Marks a trial, and yields how many processes have ended in one before.
+
+    The file holds that number plus one during the trial, under a lock that ends with the process. It is gone after the
+    trial, and also if a signal of the user's ends the process. A process that finds the lock taken by a trial of
+    another one does not count.
+    """
     try:
-        yield
-    finally:
-        trial.unlink(missing_ok=True)
-
-
-def _ended_a_process(trial: Path) -> bool:
-    """Returns True if a process of this machine began a trial, and is gone without having ended it."""
-    try:
-        os.kill(int(trial.read_text(encoding="utf-8")), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, ValueError):  # no such file, one that was cut, or somebody else's process
-        return False
-    return False
-
-
-def _device(device: jax.Device) -> dict[str, str]:
-    return {"kind": device.device_kind, "platform": device.client.platform_version}
-
-
-def _versions() -> dict[str, str]:
-    installed = {}
-    for name in _PACKAGES:
+        file = trial.open("a+", encoding="utf-8")
+    except OSError:
+        yield 0
+        return
+    with file:
         try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return installed
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # another process is trying it now, or the file system has no locks
+            yield 0
+            return
+        deaths = _number_in(file)
+        if deaths >= _DEADS:
+            yield deaths
+            return
+        file.truncate(0)
+        file.write(str(deaths + 1))
+        file.flush()
+
+        def unmark() -> None:
+            trial.unlink(missing_ok=True)
+
+        try:
+            with signals.before_ending(unmark):
+                yield deaths
+        except _BrokenDevice:
+            raise
+        except BaseException:
+            unmark()
+            raise
+        unmark()
+
+
+def _number_in(file: IO[str]) -> int:
+    file.seek(0)
+    text = file.read().strip()
+    return int(text) if text.isdecimal() else 0
+
+
+def _answers(device: jax.Device) -> bool:
+    """Returns True if the device still computes: some errors of a kernel end all work of the process on it."""
+    try:
+        return int(jax.device_put(jnp.arange(8), device).sum()) == 28
+    except Exception:
+        return False
 
 
 def _sources() -> str:
     """Returns a digest of the backends' own code."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(Path(numerics.__file__).read_bytes())
     for folder in attention.__path__:
         for file in sorted(Path(folder).rglob("*.py")):
             digest.update(file.read_bytes())

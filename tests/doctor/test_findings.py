@@ -95,7 +95,7 @@ def test_a_sound_machine_has_no_findings() -> None:
             "flax>=0.12.9",
         ),
         (
-            with_versions(jax="0.11.2", jaxlib="0.11.2", jax_cuda12_plugin="0.11.2", nvidia_cuda_nvcc_cu12="12.8.93"),
+            with_versions(jax="0.11.2", jaxlib="0.11.2", jax_cuda12_plugin="0.11.2", nvidia_cuda_nvcc_cu12="12.9.41"),
             "warning",
             "known to miscompile causal masks",
             "12.9.86",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -29,6 +30,7 @@ SHAPE = Shape(
     rows=1,
     row_length=256,
 )
+ROOT = Path(__file__).parents[2]
 SPEED = Speed(0.001, 0.003, 1.0, 0)
 
 
@@ -52,50 +54,101 @@ def test_a_run_with_planted_backends_has_the_losses_of_dense(
     assert losses(records) == losses(run(config_of(tmp_path / "dense", max_steps=3, row_length=256, attention="dense")))
 
 
-def test_a_verdict_is_kept_until_the_shape_or_a_kernel_changes(
-    own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plant(monkeypatch)
-    tried = []
+class Trials:
+    """Stands in for `examine`, and counts its calls."""
 
-    def examine(name: str, shape: Shape) -> Verdict:
-        tried.append(name)
-        return Verdict(name, None, {"out": Distance(1e-7, 1e-6)}, SPEED)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, problem: str | None = None, raised: bool = False) -> None:
+        self.count, self.problem, self.raised = 0, problem, raised
+        monkeypatch.setattr(verdicts, "examine", self)
 
-    monkeypatch.setattr(verdicts, "examine", examine)
-    device = jax.devices()[0]
-    first = verdicts.of_backends(["dense"], SHAPE, device)
-    assert verdicts.of_backends(["dense"], SHAPE, device) == first and tried == ["dense"]
-    verdicts.of_backends(["dense"], replace(SHAPE, row_length=512), device)
-    assert len(tried) == 2
-    monkeypatch.setattr(verdicts, "_sources", lambda: "another kernel")
-    verdicts.of_backends(["dense"], SHAPE, device)
-    assert len(tried) == 3
-    kept = sorted(own_cache.iterdir())
-    assert [path.suffix for path in kept] == [".json"] * 3
-    kept[0].write_text(kept[0].read_text()[:40])  # cut by somebody
-    monkeypatch.undo()
+    def __call__(self, name: str, shape: Shape, device: jax.Device, *, timed: bool) -> Verdict:
+        self.count += 1
+        speed = SPEED if self.problem is None else None
+        return Verdict(name, self.problem, {"out": Distance(1e-7, 1e-6)}, speed, self.raised)
 
 
-def test_a_backend_that_ended_its_process_is_not_tried_again(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdicts, "examine", lambda name, shape: pytest.fail("tried"))
-    device = jax.devices()[0]
-    # The child dies as a kernel would let it die: with no time for anything.
+def verdict_on(name: str, shape: Shape = SHAPE, **options: bool) -> Verdict:
+    return verdicts.of_backends([name], shape, jax.devices()[0], **options)[0]
+
+
+def test_a_verdict_is_kept_until_something_changes(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = Trials(monkeypatch)
+    first = verdict_on("dense")
+    assert verdict_on("dense") == first and trials.count == 1
+    changes = {
+        "the shape": lambda: verdict_on("dense", replace(SHAPE, row_length=512)),
+        "a flag": lambda: monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_x=1") or verdict_on("dense"),
+        "the driver": lambda: monkeypatch.setattr(verdicts, "nvidia_driver", lambda: "581") or verdict_on("dense"),
+        "a kernel": lambda: monkeypatch.setattr(verdicts, "_sources", lambda: "other") or verdict_on("dense"),
+        "the user's wish": lambda: verdict_on("dense", anew=True),
+    }
+    for number, (change, again) in enumerate(changes.items(), start=2):
+        again()
+        assert trials.count == number, change
+    assert {path.suffix for path in own_cache.iterdir()} == {".json"}
+    for kept in own_cache.iterdir():
+        kept.write_text(kept.read_text()[:40])  # cut by somebody
+    assert verdict_on("dense").problem is None and trials.count == 7
+
+
+def test_what_raised_is_tried_again_and_what_is_wrong_is_not(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raising = Trials(monkeypatch, "fails: RESOURCE_EXHAUSTED", raised=True)
+    assert verdict_on("dense") == verdict_on("dense") and raising.count == 2
+    wrong = Trials(monkeypatch, "gives NaN")
+    assert verdict_on("dense") == verdict_on("dense") and wrong.count == 1
+    assert [path.suffix for path in own_cache.iterdir()] == [".json"]
+
+
+def test_a_cache_that_cannot_be_written_costs_trials_only(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = Trials(monkeypatch)
+    own_cache.mkdir(parents=True)
+
+    def full(*_: object) -> None:
+        raise ConfigError("cannot be written: No space left on device")
+
+    monkeypatch.setattr(verdicts, "write_text", full)
+    assert verdict_on("dense").problem is None and verdict_on("dense").problem is None and trials.count == 2
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert verdict_on("dense").problem is None and trials.count == 3
+
+
+def tried_by_a_child(then: str) -> int:
+    """Lets a process of its own try a backend, and end as a kernel would let it end: with no time for anything."""
     child = (
-        "import os, jax\n"
+        "import os, signal, time, jax\n"
+        "from jax_simpo.run import signals\n"
         "from jax_simpo.training import verdicts\n"
         "from tests.training.test_attention import SHAPE\n"
-        "verdicts.examine = lambda name, shape: os._exit(3)\n"
-        "verdicts.of_backends(['blockwise'], SHAPE, jax.devices()[0])\n"
+        f"verdicts.examine = lambda *_, **__: {then}\n"
+        "with signals.handled(ends_process=True):\n"
+        "    verdicts.of_backends(['blockwise'], SHAPE, jax.devices()[0])\n"
     )
-    assert subprocess.run([sys.executable, "-c", child], cwd=Path(__file__).parents[2]).returncode == 3
-    (verdict,) = verdicts.of_backends(["blockwise"], SHAPE, device)
-    assert verdict.problem is not None and "ended the process that tried it last" in verdict.problem
+    return subprocess.run([sys.executable, "-c", child], cwd=ROOT, capture_output=True).returncode
+
+
+def test_a_backend_that_has_ended_two_processes_is_not_tried_again(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = Trials(monkeypatch)
+    by_signal = "(os.kill(os.getpid(), signal.SIGINT), time.sleep(60))"
+    assert tried_by_a_child(by_signal) == 130
+    assert not list(own_cache.glob("*.trial"))  # that was the user's wish
+    assert tried_by_a_child("os._exit(3)") == 3 == tried_by_a_child("os._exit(3)")
+    banned = verdict_on("blockwise")
+    assert banned.problem is not None and "ended 2 processes that tried it" in banned.problem and trials.count == 0
     (mark,) = own_cache.glob("*.trial")
-    assert str(mark) in verdict.problem
-    mark.unlink()
-    monkeypatch.setattr(verdicts, "examine", lambda name, shape: Verdict(name, None, {}, SPEED))
-    assert verdicts.of_backends(["blockwise"], SHAPE, device)[0].problem is None
+    assert str(mark) in banned.problem
+    assert verdict_on("blockwise", anew=True).problem is None and trials.count == 1
+    assert verdict_on("blockwise").problem is None and not mark.exists()
+
+
+def test_a_trial_that_breaks_the_device_ends_the_run_and_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = Trials(monkeypatch, "fails: illegal address", raised=True)
+    monkeypatch.setattr(verdicts, "_answers", lambda device: False)
+    with pytest.raises(ConfigError, match="'dense' fails: illegal address, and cpu answers no more"):
+        verdict_on("dense")
+    problem = verdict_on("dense").problem
+    assert problem is not None and "ended 2 processes" in problem and trials.count == 1
 
 
 def test_a_named_backend_that_is_wrong_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +164,7 @@ def test_a_named_backend_that_is_wrong_is_refused(tmp_path: Path, monkeypatch: p
 def test_no_right_backend_is_an_error_that_names_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, "nan")
     found = [Verdict("nan", "gives NaN", {}), Verdict("dense", "is wrong", {})]
-    monkeypatch.setattr(attention.verdicts, "of_backends", lambda *_: found)
+    monkeypatch.setattr(attention.verdicts, "of_backends", lambda *_, **__: found)
     with pytest.raises(ConfigError, match=r"no backend computes right numbers on .*nan gives NaN; dense is wrong"):
         choose_attention(config_of(tmp_path), SHAPE, jax.devices()[0])
 
@@ -120,7 +173,7 @@ def test_a_less_preferred_backend_must_be_clearly_faster(tmp_path: Path, monkeyp
     plant(monkeypatch, "slow")
     for seconds, chosen in ((0.00295, "slow"), (0.0028, "dense")):
         found = [Verdict("slow", None, {}, SPEED), Verdict("dense", None, {}, replace(SPEED, seconds=seconds))]
-        monkeypatch.setattr(attention.verdicts, "of_backends", lambda *_, found=found: found)
+        monkeypatch.setattr(attention.verdicts, "of_backends", lambda *_, found=found, **__: found)
         assert choose_attention(config_of(tmp_path), SHAPE, jax.devices()[0]).backend == chosen
 
 
@@ -141,22 +194,21 @@ def test_of_two_processes_the_first_tries_for_both(tmp_path: Path) -> None:
         "from tests.training.test_attention import SHAPE, SPEED\n"
         "distributed.join(sys.argv[1], 2, int(sys.argv[2]), None)\n"
         "plant(pytest.MonkeyPatch(), 'nan')\n"
-        "def tried(names, shape, device):\n"
-        "    print('tried', file=sys.stderr)\n"
+        "def tried(names, shape, device, timed):\n"
+        "    print('it tried', file=sys.stderr)\n"
         "    return [Verdict('nan', 'gives NaN', {}), Verdict('dense', None, {}, SPEED)]\n"
         "verdicts.of_backends = tried\n"
         "choice = attention.choose_attention(config_of(Path('.')), SHAPE, jax.devices()[0])\n"
-        "print(choice.backend, *choice.warnings, file=sys.stderr)\n"
+        "print('it chose', choice.backend, *choice.warnings, file=sys.stderr)\n"
         "distributed.finish()\n"
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-c", child, address]
-    root = Path(__file__).parents[2]
-    processes = [subprocess.Popen([*command, str(i)], cwd=root, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    processes = [subprocess.Popen([*command, str(i)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for i in range(2)]
     first, second = (process.communicate(timeout=120)[1] for process in processes)
     assert [process.returncode for process in processes] == [0, 0], first + second
-    passed_over = "dense warning: attention backend 'nan' is passed over: it gives NaN"
-    assert first.splitlines()[-2:] == ["tried", passed_over]
-    assert "tried" not in second and second.splitlines()[-1] == passed_over
+    chose = "it chose dense warning: attention backend 'nan' is passed over: it gives NaN"
+    assert [line for line in first.splitlines() if line.startswith("it ")] == ["it tried", chose]
+    assert [line for line in second.splitlines() if line.startswith("it ")] == [chose]

@@ -44,7 +44,10 @@ CALLERS: dict[Any, tuple[str, ...]] = {
     capacity.training_forward: ("jax_simpo.training.setup", "parity.jax_side", "benchmarks.steps"),
 }
 # These benchmarks time an operation of the step by itself, so they differentiate it themselves.
-ONE_OPERATION = ("attention_cpu.py", "kernel_report.py", "layers_sides.py", "loss_head.py")
+ONE_OPERATION = (
+    *("attention_check.py", "attention_cpu.py", "attention_speed.py", "gpu_attention.py", "kernel_report.py"),
+    *("layers_sides.py", "loss_head.py", "masks.py"),
+)
 # Parts of the step and of its forward pass: whoever puts them together has a copy.
 PARTS = {
     optim.__name__: ("make_optimizer",),

@@ -2,7 +2,7 @@
 
 `prepare_mask` makes the mask once per batch and `attention` applies it in every layer (`dispatch.py`). The rule that
 says which keys a query sees is `mask.visible_at`. Each backend has a file of its own; `backends.py` lists them and says
-what a new one must bring, and `choice.py` decides which one a run takes.
+what a new one must bring, and `choice.py` which of them can run in a place. `evidence.py` tries them there.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ as long as the run's. What comes out is a verdict; nothing here decides anything
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +19,10 @@ from jaxtyping import Array
 
 from jax_simpo.ops.attention.backends import ScoreRule
 from jax_simpo.ops.attention.dispatch import attention, prepare_mask
-from jax_simpo.ops.attention.mask import Mask
+from jax_simpo.ops.attention.mask import Mask, Room
 from jax_simpo.ops.attention.oracle import Results, RowMask, exact_attention, packed_pairs, small_rows
 from jax_simpo.ops.clock import seconds_per_call
+from jax_simpo.sharding import make_mesh
 
 _LONGEST_REASON = 300  # characters of a compiler's message
 
@@ -64,6 +66,7 @@ class Shape:
         softcap: cap on the scores, `None` for none.
         rows: rows that a device computes at a time.
         row_length: tokens of a row.
+        room: bounds of what a row of the run may hold; `None` takes those of the rows that are timed.
     """
 
     dtype: str
@@ -75,6 +78,7 @@ class Shape:
     softcap: float | None
     rows: int
     row_length: int
+    room: Room | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,13 @@ class Speed:
     tflops: float
     temporary_bytes: int
 
+    def plus(self, other: Speed) -> Speed:
+        """Returns the speed of both one after the other."""
+        seconds = self.seconds + other.seconds
+        operations = self.tflops * self.seconds + other.tflops * other.seconds
+        memory = max(self.temporary_bytes, other.temporary_bytes)
+        return Speed(self.forward_seconds + other.forward_seconds, seconds, operations / seconds, memory)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -101,47 +112,95 @@ class Verdict:
     Attributes:
         backend: its name.
         problem: why it must not be used, a phrase that goes on after the name; `None` where its numbers are right.
-        distances: by name of the array (out, dq, dk, dv), the largest over the windows; empty if there were none.
+        distances: by name of the array (out, dq, dk, dv), the largest that were seen; empty if there were none.
         speed: of the run's rows; `None` where the numbers are wrong, or no time was asked for.
+        raised: the problem is an error that it raised, for which the backend need not be to blame.
     """
 
     backend: str
     problem: str | None
     distances: dict[str, Distance]
     speed: Speed | None = None
+    raised: bool = False
 
 
-def examine(backend: str, shape: Shape, *, timed: bool = True) -> Verdict:
-    """Tries a backend on this process's first device. Whatever it raises becomes a verdict.
+def examine(backend: str, shape: Shape, device: jax.Device, *, timed: bool = True) -> Verdict:
+    """Tries a backend on a device. Whatever it raises becomes a verdict.
+
+    It is tried as a run calls it, under a mesh, though of one device. With `timed` its numbers are also compared on
+    rows as long as the run's, because a kernel may take other blocks there.
 
     Args:
         backend: one of `backends.BACKENDS`.
         shape: of the run.
+        device: of this process.
         timed: also time it, if its numbers are right.
     """
-    distances: dict[str, Distance] = {}
+    seen: dict[str, Distance] = {}
     try:
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # on one device, whatever the mesh
+        with jax.set_mesh(make_mesh(data=1, fsdp=1, tensor=1, devices=[device])):
             for window in shape.windows:
-                small = None if window is None else min(window, 100)  # else no window would reach into the small rows
-                for name, distance in _distances(backend, shape, small).items():
-                    distances[name] = max(distances.get(name, distance), distance)
-            if problem := _complaint(distances, LIMITS[shape.dtype]):
-                return Verdict(backend, problem, distances)
-            return Verdict(backend, None, distances, measure_speed(backend, shape) if timed else None)
+                # A shorter window, or none would reach into the small rows; with 300 some blocks are still full.
+                window = None if window is None else min(window, 300)
+                if problem := _complaint(_small_distances(backend, shape, window), seen, shape.dtype):
+                    return Verdict(backend, problem, seen)
+            if not timed:
+                return Verdict(backend, None, seen)
+            speed = Speed(0.0, 0.0, 0.0, 0)
+            for window in shape.windows:
+                distances, of_window = _at_length(backend, shape, window)
+                if problem := _complaint(distances, seen, shape.dtype):
+                    return Verdict(backend, f"{problem}, in rows of {shape.row_length}", seen)
+                speed = speed.plus(of_window)
+            return Verdict(backend, None, seen, speed)
     except Exception as error:  # of whatever kind: a compiler's, a driver's, or the backend's own
-        return Verdict(backend, _told(error), distances)
+        return Verdict(backend, told(error), seen, raised=True)
 
 
-def _distances(backend: str, shape: Shape, window: int | None) -> dict[str, Distance]:
-    rows = small_rows()
+def _small_distances(backend: str, shape: Shape, window: int | None) -> dict[str, Distance]:
+    inputs, exact = _small_case(replace(shape, rows=2, row_length=640, room=None), window)
     rule = ScoreRule(shape.scale, window, shape.softcap)
-    inputs = _random_inputs(shape, *rows.key_end.shape)
-    run = _Attend(backend, rows, rule).compiled(_with_gradients, inputs)
-    found = Results(*map(_on_host, run()))
-    q, k, v, dout = map(_on_host, inputs)
-    exact = exact_attention(q, k, v, dout, rows, rule)
-    return {name: _distance(found, exact) for name, found, exact in zip(Results._fields, found, exact, strict=True)}
+    found = _Attend(backend, small_rows(), rule).compiled(_with_gradients, _on_device(inputs, shape.dtype))()
+    return _distances(map(_on_host, found), exact)
+
+
+@lru_cache(maxsize=4)
+def _small_case(shape: Shape, window: int | None) -> tuple[Inputs, Results]:
+    """Returns inputs for the small rows, and the exact results; every backend is compared with the same."""
+    rows = small_rows()
+    inputs = _random_inputs(shape)
+    return inputs, exact_attention(*inputs, rows, ScoreRule(shape.scale, window, shape.softcap))
+
+
+def _at_length(backend: str, shape: Shape, window: int | None) -> tuple[dict[str, Distance], Speed]:
+    """Times a backend on rows of packed pairs, filled as a run's are, and compares the last pair of each row.
+
+    Raises:
+        Exception: whatever the backend raises.
+    """
+    rows = packed_pairs(shape.rows, shape.row_length)
+    rule = ScoreRule(shape.scale, window, shape.softcap)
+    on_host = _random_inputs(shape)
+    inputs = _on_device(on_host, shape.dtype)
+    attend = _Attend(backend, rows, rule, shape.room)
+    forward_seconds = seconds_per_call(attend.compiled(_forward, inputs))
+    both = attend.compiled(_with_gradients, inputs)
+    seconds = seconds_per_call(both)
+    found = [_on_host(x) for x in both()]
+    last = rows.last_group()
+    q, k, v, dout = (x[:, last] for x in on_host)
+    exact = exact_attention(q, k, v, dout, rows.part(last), rule)
+    distances = _distances([x[:, last] for x in found], exact)
+    for name, array in zip(Results._fields, found, strict=True):
+        if not np.isfinite(array).all():
+            distances[name] = Distance(float("inf"), float("inf"))
+    # Two products in the forward pass, five in the backward pass (FlashAttention-2, section 4.1).
+    operations = 7 * 2 * rows.live_area(window) * shape.heads * shape.head_dim
+    return distances, Speed(forward_seconds, seconds, operations / seconds / 1e12, both.temporary_bytes)
+
+
+def _distances(found: Iterable[np.ndarray], exact: Results) -> dict[str, Distance]:
+    return {name: _distance(a, b) for name, a, b in zip(Results._fields, found, exact, strict=True)}
 
 
 def _distance(found: np.ndarray, exact: np.ndarray) -> Distance:
@@ -152,8 +211,12 @@ def _distance(found: np.ndarray, exact: np.ndarray) -> Distance:
     return Distance(float(np.sqrt(np.mean(error**2)) / unit), float((error / np.maximum(norm, unit)).max()))
 
 
-def _complaint(distances: dict[str, Distance], limits: Distance) -> str | None:
-    """Says which array is wrong, if one is."""
+def _complaint(distances: dict[str, Distance], seen: dict[str, Distance], dtype: str) -> str | None:
+    """Says which array is wrong, if one is. `seen` takes up the distances."""
+    for name, (mean, worst) in distances.items():
+        former = seen.get(name, Distance(0.0, 0.0))
+        seen[name] = Distance(max(mean, former.mean), max(worst, former.worst))
+    limits = LIMITS[dtype]
     for name, distance in distances.items():
         array = _IN_WORDS[name]
         if distance.mean == float("inf"):
@@ -165,28 +228,7 @@ def _complaint(distances: dict[str, Distance], limits: Distance) -> str | None:
     return None
 
 
-def measure_speed(backend: str, shape: Shape) -> Speed:
-    """Times a backend on rows of packed pairs, filled as a run's are. The mask is made before.
-
-    Raises:
-        Exception: whatever the backend raises.
-    """
-    rows = packed_pairs(shape.rows, shape.row_length)
-    inputs = _random_inputs(shape, *rows.key_end.shape)
-    forward = total = 0.0
-    area = temporary = 0
-    for window in shape.windows:
-        attend = _Attend(backend, rows, ScoreRule(shape.scale, window, shape.softcap))
-        forward += seconds_per_call(attend.compiled(_forward, inputs))
-        both = attend.compiled(_with_gradients, inputs)
-        total += seconds_per_call(both)
-        area += rows.live_area(window)
-        temporary = max(temporary, both.temporary_bytes)
-    # Two products in the forward pass, five in the backward pass (FlashAttention-2, section 4.1).
-    operations = 7 * 2 * area * shape.heads * shape.head_dim
-    return Speed(forward, total, operations / total / 1e12, temporary)
-
-
+Inputs = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # q, k, v, and the gradient of the result, float32
 _AttendFn = Callable[[Array, Array, Array], Array]  # of q, k and v
 _Pass = Callable[[_AttendFn, Array, Array, Array, Array], Any]  # of those and the gradient of the result
 
@@ -220,11 +262,12 @@ class _Compiled:
 class _Attend:
     """Attention with a backend on given rows, with the mask made once, as a model does it."""
 
-    def __init__(self, backend: str, rows: RowMask, rule: ScoreRule) -> None:
+    def __init__(self, backend: str, rows: RowMask, rule: ScoreRule, room: Room | None = None) -> None:
         self._rule = rule
+        room = room or rows.room
 
         def prepare(key_end: Array, positions: Array) -> Mask:
-            return prepare_mask(key_end, positions, (rule.window,), backend, room=rows.room)
+            return prepare_mask(key_end, positions, (rule.window,), backend, room=room)
 
         mask = jax.block_until_ready(jax.jit(prepare)(rows.key_end, rows.positions))
         self._arrays, self._mask_of = jax.tree.flatten(mask)
@@ -244,22 +287,28 @@ class _Attend:
         return _Compiled(jax.jit(whole).lower(*arguments).compile(), arguments)
 
 
-def _random_inputs(shape: Shape, rows: int, length: int) -> tuple[Array, Array, Array, Array]:
-    """Returns q, k, v and the gradient of the result, normally distributed."""
+def _random_inputs(shape: Shape) -> Inputs:
+    """Returns q, k, v and the gradient of the result, normally distributed, as numbers of the dtype."""
     chance = np.random.default_rng(0)
 
-    def array(heads: int) -> Array:
-        numbers = chance.standard_normal((rows, length, heads, shape.head_dim), np.float32)
-        return jnp.asarray(numbers, shape.dtype)
+    def array(heads: int) -> np.ndarray:
+        size = (shape.rows, shape.row_length, heads, shape.head_dim)
+        return np.asarray(chance.standard_normal(size, np.float32).astype(shape.dtype), np.float32)
 
     return array(shape.heads), array(shape.kv_heads), array(shape.kv_heads), array(shape.heads)
+
+
+def _on_device(inputs: Inputs, dtype: str) -> tuple[Array, Array, Array, Array]:
+    q, k, v, dout = (jnp.asarray(x, dtype) for x in inputs)
+    return q, k, v, dout
 
 
 def _on_host(x: Array) -> np.ndarray:
     return np.asarray(x, np.float64)
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
+    """Returns an error as a phrase that goes on after the name of what raised it."""
     text = " ".join(str(error).split())
     if len(text) > _LONGEST_REASON:
         text = text[:_LONGEST_REASON] + " ..."

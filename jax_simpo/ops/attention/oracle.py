@@ -40,6 +40,16 @@ class RowMask(NamedTuple):
         sequences = (self.key_end == index + 1).sum(1).max()
         return Room(int(sequences), int(self.positions.max()) + 1, int((self.key_end - index).max()))
 
+    def last_group(self) -> slice:
+        """Returns where the last group of the first row stands, alone."""
+        row = self.key_end[0]
+        end = int(row.max())
+        return slice(int(np.flatnonzero((row == end) & (self.positions[0] == 0))[0]), end)
+
+    def part(self, tokens: slice) -> RowMask:
+        """Returns these tokens of every row as rows of their own; no token before them sees, or is seen by, them."""
+        return RowMask(self.key_end[:, tokens] - tokens.start, self.positions[:, tokens])
+
     def live_area(self, window: int | None) -> int:
         """Counts the pairs of a query and a key that it sees."""
         index = np.arange(self.key_end.shape[1])

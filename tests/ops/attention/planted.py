@@ -59,7 +59,13 @@ def _slow(q: Array, k: Array, v: Array, mask: Mask, rule: ScoreRule) -> Array:
     return jax.lax.fori_loop(0, 30, again, dense.attend(q, k, v, mask, rule))
 
 
+def _wrong_in_long_rows(q: Array, k: Array, v: Array, mask: Mask, rule: ScoreRule) -> Array:
+    """Is right on the rows of 640 tokens, as a kernel may be that takes larger blocks in longer rows."""
+    return (_branches_see_each_other if q.shape[1] > 640 else dense.attend)(q, k, v, mask, rule)
+
+
 PLANTED: dict[str, Attend] = {
+    "wrong_in_long_rows": _wrong_in_long_rows,
     "wrong_mask": _branches_see_each_other,
     "one_key_too_much": _one_key_too_much,
     "no_window": _no_window,

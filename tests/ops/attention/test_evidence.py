@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_simpo.ops.attention import attention, prepare_mask
+from jax_simpo.ops.attention import Mask, attention, dense, prepare_mask
 from jax_simpo.ops.attention.backends import ScoreRule
 from jax_simpo.ops.attention.evidence import Shape, examine
 from jax_simpo.ops.attention.oracle import Results, exact_attention, packed_pairs, small_rows
+from jax_simpo.sharding import make_mesh
 from tests.ops.attention.planted import plant
 
 SHAPE = Shape(
@@ -55,6 +56,9 @@ def test_the_rows_have_every_kind_of_block_and_the_live_area_is_counted() -> Non
     assert rows.live_area(50) == np.asarray(mask.visible(50)).sum() < visible.sum()
     blocks = visible.reshape(2, 5, 128, 5, 128).swapaxes(2, 3)
     full, live = blocks.all((3, 4)), blocks.any((3, 4))
+    windowed = np.asarray(mask.visible(300))
+    assert windowed.reshape(2, 5, 128, 5, 128).swapaxes(2, 3).all((3, 4)).any()  # the small window leaves full blocks
+    assert windowed.sum() < visible.sum()
     assert full.any() and (live & ~full).any()
     assert (~live & np.tri(5, dtype=bool)).any()  # hidden, though causality would allow it
     assert not visible[:, -20:].any()  # padding
@@ -69,7 +73,7 @@ def test_packed_pairs_fill_a_row() -> None:
 @pytest.mark.parametrize("backend", ["dense", "blockwise", "banded"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_right_backends_pass(backend: str, dtype: str) -> None:
-    verdict = examine(backend, replace(SHAPE, dtype=dtype))
+    verdict = examine(backend, replace(SHAPE, dtype=dtype), jax.devices()[0])
     assert verdict.problem is None
     assert verdict.speed is not None and verdict.speed.seconds > 0 and verdict.speed.forward_seconds > 0
     assert verdict.speed.tflops > 0
@@ -89,7 +93,35 @@ def test_right_backends_pass(backend: str, dtype: str) -> None:
 )
 def test_wrong_backends_are_found_out(backend: str, dtype: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, backend)
-    verdict = examine(backend, replace(SHAPE, dtype=dtype))
+    verdict = examine(backend, replace(SHAPE, dtype=dtype), jax.devices()[0])
     assert verdict.speed is None
     assert verdict.problem is not None
     assert re.search(problem, verdict.problem), verdict.problem
+
+
+def test_a_fault_in_the_layers_with_one_window_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token is far off in layers without a window only; those with one have the larger mean distance."""
+    plant(monkeypatch, "one_key_too_much")
+    shape = replace(SHAPE, dtype="bfloat16", windows=(100, None))
+    verdict = examine("one_key_too_much", shape, jax.devices()[0], timed=False)
+    assert verdict.problem is not None and "at one token" in verdict.problem
+
+
+def test_a_fault_that_only_long_rows_show_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, "wrong_in_long_rows")
+    verdict = examine("wrong_in_long_rows", replace(SHAPE, row_length=1024), jax.devices()[0])
+    assert verdict.problem is not None and "in rows of 1024" in verdict.problem
+
+
+def test_a_backend_is_tried_on_one_device_whatever_the_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = set()
+
+    def watched(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, rule: ScoreRule) -> jax.Array:
+        devices.add(jax.sharding.get_abstract_mesh().size)
+        return dense.attend(q, k, v, mask, rule)
+
+    monkeypatch.setattr(dense, "BACKEND", replace(dense.BACKEND, attend=watched))
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
+        verdict = examine("dense", SHAPE, jax.devices()[3], timed=False)
+        assert jax.sharding.get_abstract_mesh().size == 8
+    assert verdict.problem is None and devices == {1}
