@@ -54,6 +54,13 @@ def _devices(facts: Facts) -> Iterator[Finding]:
         else:
             advice = "End the process that holds the chips (`fuser /dev/accel0 /dev/vfio/0`), and unset JAX_PLATFORMS"
             yield Finding("error", text, advice)
+    wanted = facts.environment.get("JAX_PLATFORMS")
+    if not facts.devices and wanted and not facts.nvidia_gpus and not facts.tpu_chips:
+        yield Finding(
+            "error",
+            f"JAX_PLATFORMS is {wanted}, and the driver lists no such device",
+            "Unset JAX_PLATFORMS, or install the driver and the extra `gpu` or `tpu`",
+        )
     if facts.platform in ("gpu", "tpu") and facts.cores < _FEW_CORES * facts.devices:
         share = facts.cores / facts.devices
         yield Finding(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +104,13 @@ def test_the_shapes_are_those_of_the_config(tmp_path: Path) -> None:
     assert status == 0
     assert (shape["heads"], shape["kv_heads"], shape["head_dim"], shape["row_length"]) == (4, 2, 16, 256)
     assert shape["windows"] == [128, None] and shape["softcap"] == 50.0 and shape["scale"] == 0.125
+
+
+def test_a_platform_that_is_not_here_is_told_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "jax_simpo", "doctor"]
+    ended = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cuda"}, capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert "error: JAX cannot use its devices" in ended.stderr and "JAX_PLATFORMS is cuda" in ended.stderr
 
 
 def test_overrides_without_a_config_are_refused() -> None:

@@ -52,6 +52,18 @@ def test_a_sound_machine_has_no_findings() -> None:
             "JAX_PLATFORMS is cpu",
             "Unset JAX_PLATFORMS",
         ),
+        (
+            {
+                "platform": "none",
+                "devices": 0,
+                "capability": None,
+                "nvidia_gpus": [],
+                "environment": {"JAX_PLATFORMS": "cuda"},
+            },
+            "error",
+            "JAX_PLATFORMS is cuda, and the driver lists no such device",
+            "Unset JAX_PLATFORMS",
+        ),
         (CPU_OF_GPU, "error", "though jax-cuda13-plugin is installed", "prints the driver's reason"),
         (
             {**CPU_OF_GPU, "nvidia_gpus": [], "tpu_chips": 4, **with_versions(jax="0.11.2", jaxlib="0.11.2")},
