@@ -31,7 +31,7 @@ test: lint ## lint, type check and the quick tests
 
 # A second, small environment: constraints.txt names another jax, flax and tokamax for Python 3.12 and later.
 NEWEST := .venv-newest
-NEWEST_TESTS := tests/ops tests/models tests/objectives tests/doctor tests/plan/test_hlo.py \
+NEWEST_TESTS := tests/ops tests/models tests/objectives tests/plan/test_hlo.py \
   tests/training/test_attention.py tests/training/test_optim.py tests/training/test_step.py
 
 test-newest: $(NEWEST)/.installed ## the tests of arrays, models and the step, with the newest jax (Python 3.12, no torch)

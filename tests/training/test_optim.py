@@ -16,7 +16,7 @@ MATRICES = {"q": (3, 6, 4), "down": (3, 8, 6)}  # matrices of three stacked laye
 
 
 def test_updates_are_torchs_adamw_with_clipping_and_no_decay_of_norms_and_biases() -> None:
-    import torch
+    torch = pytest.importorskip("torch")
 
     rng = np.random.default_rng(0)
     shapes = {"kernel": (4, 3), "scale": (3,), "bias": (4,), "embedding": (5, 2)}
@@ -97,7 +97,7 @@ def settings(**given: Any) -> dict[str, Any]:
 
 
 def test_adafactor_is_that_of_transformers_for_each_layer() -> None:
-    import torch
+    torch = pytest.importorskip("torch")
     from transformers import Adafactor
 
     params = stacked_params(np.random.default_rng(2))
