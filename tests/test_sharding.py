@@ -28,6 +28,6 @@ def test_one_process_shares_no_tensor_axis() -> None:
 def test_parameters_are_not_split_over_the_network_between_tpu_slices(
     sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharding, "_slice_count", lambda devices: 3)
+    monkeypatch.setattr(sharding, "slice_count", lambda devices: 3)
     with pytest.raises(MeshError, match=r"3 TPU slices: .* Set `mesh.data` to 3, or a multiple of it"):
         make_mesh(**sizes)
