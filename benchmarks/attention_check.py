@@ -8,7 +8,8 @@ result is printed as soon as it is there, and the exit status is 3 if one failed
 Expected: in bfloat16 at most 1.5 times the distance of `dense`, and at most 2e-3; in float32 at most a thirtieth of the
 distance of `dense` in bfloat16. `blockwise` on a CPU has 3.3e-4 to 7.8e-4, 0.86 to 1.08 times that of `dense`.
 
-Takes about three and a half minutes on two CPU cores busy with other work (`--quick`: the same). On a GPU it has not run yet.
+Takes about three and a half minutes on two CPU cores busy with other work (`--quick`: the same). On a GPU it has not
+run yet.
 """
 
 from __future__ import annotations

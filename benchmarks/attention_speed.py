@@ -3,9 +3,9 @@
 Times our backends and PyTorch's on the same rows: one causal sequence, packed pairs with each prompt once and twice,
 and one pair with a long prompt. Masks are prepared before, on both sides. Each shape has a process for JAX and one for
 PyTorch; each measurement dispatches many calls and waits at the end. Contenders do not take turns: each is measured on
-its own, one after another, and after a call that was cut off the figures of one table come from several calls. `forward` computes the result alone, `backward`
-the three gradients from what the forward pass left, `both` goes through the two in one call. The first call, which
-compiles, has a time of its own.
+its own, one after another, and after a resume the figures of one table may come from several calls. `forward` computes
+the result alone, `backward` the three gradients from what the forward pass left, `both` goes through the two in one
+call. The first call, which compiles, has a time of its own.
 
 Operations are counted over the live area, the pairs of a query and a key that it sees: for each head of size D, 4 D a
 pair forward and 10 D backward, where the scores are computed a second time. They are compared with a matrix product of

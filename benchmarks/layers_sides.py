@@ -2,8 +2,9 @@
 
 A request names a cell (prefix and response lengths). The answer has the seconds of forward plus backward of every part
 and implementation that runs on the device, separate and shared, in turns. Short runs are started many times before the
-process waits for them. If a run raises, the answer is which one and why, and the process is of no more use: a GPU may
-refuse whatever it asks for next. The request then names that run in `without`, for a new process. Masks and rotary tables, which a model makes once for all layers, are made before.
+process waits for them. If a run raises, the answer says which one and why, and the process is of no more use: a GPU may
+refuse whatever it asks for next. The request to a new process then names that run in `without`. Masks and rotary
+tables, which a model makes once for all layers, are made before.
 """
 
 from __future__ import annotations
