@@ -2,13 +2,14 @@
 
 Times our backends and PyTorch's on the same rows: one causal sequence, packed pairs with each prompt once and twice,
 and one pair with a long prompt. Masks are prepared before, on both sides. Each shape has a process for JAX and one for
-PyTorch; each measurement dispatches many calls and waits at the end. `forward` computes the result alone, `backward`
-the three gradients from what the forward pass left, `both` goes through the two in one call. The first call, which
-compiles, has a time of its own.
+PyTorch; each measurement dispatches many calls and waits at the end. Contenders do not take turns: each is measured on
+its own, one after another, and after a resume the figures of one table may come from several calls. `forward` computes
+the result alone, `backward` the three gradients from what the forward pass left, `both` goes through the two in one
+call. The first call, which compiles, has a time of its own.
 
 Operations are counted over the live area, the pairs of a query and a key that it sees: for each head of size D, 4 D a
 pair forward and 10 D backward, where the scores are computed a second time. They are compared with a matrix product of
-the same process.
+the same side and shape.
 
 Expected on an H100: our kernels reach 60 to 70 % of the matrix product forward and 40 to 48 % backward on long rows.
 Not measured yet.
@@ -26,7 +27,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,13 +39,14 @@ from benchmarks.masks import fill_row, live_area
 from benchmarks.options import Option, run
 from benchmarks.results import Result, Table, percent
 from benchmarks.timing import sampled
-from benchmarks.workers import Requests, RestartedWorker
+from benchmarks.workers import Requests, RestartedWorker, WorkerFailed
 
 LAYOUTS = ("causal", "separate", "shared", "long prompt")
 PASSES = {"forward": 4, "backward": 10, "both": 14}  # operations a visible pair and feature of a head
 PROFILE = PROFILES["capybara"]
 CELL_LIMIT = 120.0  # seconds of a contender, compilation included
 QUICK = {"rows": 1, "length": 256, "heads": 4, "kv_heads": 2}
+PRODUCT, CONTENDERS = "matrix product", "names of contenders"  # requests beside the contenders themselves
 QUICK_SCALE = 16  # the pairs are so many times shorter
 
 
@@ -116,6 +117,11 @@ def main(
     about = f"{dtype}; pairs of {PROFILE.name}'s lengths. " + __doc__.split("\n\n")[1].replace("\n", " ")
     tables = [_speeds(measured), _sides(measured)]
     Result(name, "Attention alone", about, machine_facts(device), tables, {"cells": measured}).write(output)
+    unable = [f"{m['attention']}: {m['failed']}" for m in measured if m["contender"] == PRODUCT and failed(m)]
+    if unable:
+        sys.exit(f"not even a matrix product runs, so nothing is measured: {'; '.join(unable)}")
+    if not any("seconds" in data for m in measured if "passes" in m for data in _passes(m).values()):
+        sys.exit("no contender could be measured")
 
 
 def _measure(cells: Cells, shape: Shape, side: str) -> list[dict[str, Any]]:
@@ -124,11 +130,18 @@ def _measure(cells: Cells, shape: Shape, side: str) -> list[dict[str, Any]]:
     arguments = ["benchmarks.attention_speed", "--worker", side, json.dumps(asdict(shape))]
     settings = {"attention": side, **asdict(shape)}
     with tempfile.TemporaryDirectory() as logs, RestartedWorker(arguments, Path(logs) / "log", environment) as worker:
-        facts = cells.measure(
-            {**settings, "contender": "matrix product"}, partial(worker.ask, CELL_LIMIT, contender="matrix product")
-        )
-        results = [{**settings, "contender": "matrix product", **facts}]
-        for contender in facts.get("contenders", ()):
+        product = {**settings, "contender": PRODUCT}
+        facts = cells.measure(product, partial(worker.ask, CELL_LIMIT, contender=PRODUCT), always=True)
+        results = [{**product, **facts}]
+        if failed(facts):
+            return results
+        # Asked anew each time and not kept, so that a package that is installed later is timed too.
+        try:
+            there = worker.ask(CELL_LIMIT, contender=CONTENDERS)
+        except WorkerFailed as error:
+            there = {"failed": first_line(error)}
+        results[0] |= there
+        for contender in there.get("contenders", ()):
             own = {**settings, "contender": contender}
             data = cells.measure(own, partial(worker.ask, CELL_LIMIT, contender=contender))
             results.append({**own, "peak": facts["flops_per_second"], "passes": data})
@@ -240,13 +253,12 @@ def _jax_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
     def handle(request: dict[str, Any]) -> dict[str, Any]:
         name = request["contender"]
-        if name == "matrix product":
-            names, missing = contenders()
+        if name == PRODUCT:
             peak = matmul_peak(shape.dtype, 256 if shape.scale > 1 else None)
-            return {
-                **{"device": device_name(), "flops_per_second": peak},
-                **{"contenders": names, "missing": "; ".join(missing)},
-            }
+            return {"device": device_name(), "flops_per_second": peak}
+        if name == CONTENDERS:
+            names, missing = contenders()
+            return {"contenders": names, "missing": "; ".join(missing)}
         mask = prepared(key_end, positions, name)
 
         @jax.jit
@@ -278,7 +290,7 @@ def _torch_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-    from benchmarks.facts import cores
+    from benchmarks.facts import cores, installed
     from benchmarks.flex import compiled_flex
     from torch_ref.attention import RowMask
 
@@ -343,16 +355,16 @@ def _torch_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
     def handle(request: dict[str, Any]) -> dict[str, Any]:
         name = request["contender"]
-        if name == "matrix product":
+        if name == PRODUCT:
             width = 256 if shape.scale > 1 else 8192 if gpu else 2048
             a = torch.randn(width, width, device=device, dtype=dtype)
-            there = [own for own, (package, _) in known.items() if _installed(package)]
             return {
                 "device": torch.cuda.get_device_name() if gpu else "cpu",
                 "flops_per_second": 2.0 * width**3 / min(sampled(partial(torch.mm, a, a), wait)["seconds"]),
-                "contenders": there,
-                "missing": ", ".join(own for own in known if own not in there),
             }
+        if name == CONTENDERS:
+            there = [own for own, (package, _) in known.items() if installed(package)]
+            return {"contenders": there, "missing": ", ".join(own for own in known if own not in there)}
         attend = known[name][1]()
 
         inputs = [a.detach().requires_grad_() for a in arrays]
@@ -374,13 +386,6 @@ def _torch_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
         return _sample({"forward": lambda: forward, "backward": backward, "both": lambda: both}, wait)
 
     return handle
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that the module lies in
-        return False
 
 
 SIDES = {"jax": _jax_side, "torch": _torch_side}

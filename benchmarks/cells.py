@@ -4,7 +4,9 @@ A cell is one measurement with all its settings. A file of cells has two lines o
 begins, one when it is done. Every line is a single write at the end of the file, so whatever kills the process takes
 at most the cell in progress, and the beginning of a line that was not finished is dropped when the file is opened next.
 
-A cell counts as measured only with the same settings, the same source code and the same machine.
+A cell counts as measured only with the same settings, the same source code and in the same place: machine, driver,
+versions of what computes there, and `XLA_FLAGS`. A measurement that failed is tried again by the next process, three
+times at most.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.facts import accelerator, code_digest, commit
+from benchmarks.facts import accelerator, code_digest, commit, computing_versions, driver
 
-# A cell that began so often without an end is not tried again: it hangs, or takes more time than there is.
+# A cell that began so often without an end is not tried again: it hangs, or takes more time than there is. Nor is one
+# that failed so often.
 MOST_STARTS = 3
 # The exit status of a script that has measured everything, when what it measured is wrong.
 WRONG = 3
@@ -46,10 +49,15 @@ class Cells:
             path: the file; None keeps cells for this process alone.
         """
         self._path = path
-        self._place = {"code": code_digest(), "machine": accelerator()}
+        self._place = {
+            **{"code": code_digest(), "machine": accelerator(), "driver": driver()},
+            **{"versions": list(computing_versions()), "xla_flags": os.environ.get("XLA_FLAGS", "")},
+        }
         self._data: dict[str, Any] = {}
-        self._starts: dict[str, int] = {}
-        self.elsewhere = 0  # data of other code or another machine, which do not count
+        self._cut_off: dict[str, int] = {}  # key -> how often it began without an end
+        self._failures: dict[str, list[Any]] = {}  # key -> the data of each time that it failed
+        self._failed_now: set[str] = set()  # keys that failed in this process
+        self.elsewhere = 0  # data of other code or from another place, which do not count
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             for line in _whole_lines(path):
@@ -57,17 +65,26 @@ class Cells:
                 if line["place"] != self._place:
                     self.elsewhere += "data" in line
                 elif "data" in line:
-                    self._data[key] = line["data"]
+                    self._keep(key, line["data"])
                 else:
-                    self._starts[key] = self._starts.get(key, 0) + 1
+                    self._cut_off[key] = self._cut_off.get(key, 0) + 1
 
     def measured(self, settings: Mapping[str, Any]) -> Any:
-        """Returns the data of a cell, or None if there are none."""
+        """Returns the data of a cell, or None if there are none. A failure is no data."""
         return self._data.get(_key(settings))
 
     def counts(self) -> tuple[int, int]:
-        """Returns the number of cells that are measured, and how many of them failed."""
-        return len(self._data), sum(failed(data) for data in self._data.values())
+        """Returns the number of cells that have an end, and how many of them failed or are given up."""
+        without = self._without_data()
+        return len(self._data) + len(without), len(without)
+
+    def to_try_again(self) -> int:
+        """Returns the number of cells that failed and are tried again by the next process."""
+        return sum(self._given_up(key) is None for key in self._without_data())
+
+    def _without_data(self) -> set[str]:
+        cut_off = {key for key, times in self._cut_off.items() if times >= MOST_STARTS}
+        return (self._failures.keys() | cut_off) - self._data.keys()
 
     def put(self, settings: Mapping[str, Any], data: Any, seconds: float | None = None) -> Any:
         """Writes a cell and returns its data as they will be read back."""
@@ -75,22 +92,44 @@ class Cells:
         taken = {} if seconds is None else {"seconds": round(seconds, 3)}
         self._append({"cell": settings, "place": self._place, "commit": commit(), "date": date, **taken, "data": data})
         data = json.loads(json.dumps(data))
-        self._data[_key(settings)] = data
+        self._keep(_key(settings), data)
         return data
 
-    def measure(self, settings: Mapping[str, Any], run: Callable[[], Any]) -> Any:
+    def _keep(self, key: str, data: Any) -> None:
+        """Takes the data of a cell, whose last beginning now has its end."""
+        self._cut_off[key] = max(0, self._cut_off.get(key, 0) - 1)
+        if failed(data):
+            self._failures.setdefault(key, []).append(data)
+        else:
+            self._data[key] = data
+
+    def _given_up(self, key: str, always: bool = False) -> dict[str, Any] | None:
+        """Returns the reason why a cell is not tried again, or None."""
+        cut_off, failures = self._cut_off.get(key, 0), self._failures.get(key, [])
+        if cut_off >= MOST_STARTS:
+            return {"failed": f"was cut off {cut_off} times before it had a result"}
+        if key in self._failed_now or (len(failures) >= MOST_STARTS and not always):
+            return dict(failures[-1])
+        return None
+
+    def measure(self, settings: Mapping[str, Any], run: Callable[[], Any], *, always: bool = False) -> Any:
         """Returns the data of a cell, which is measured and written if it is not there yet.
 
-        A measurement that raises is a cell too: its data is `{"failed": REASON}`.
+        A measurement that raises has the data `{"failed": REASON, "details": MORE}`; of one that is given up, `details`
+        may be missing. Both count in this process alone: the next one tries again what failed.
+
+        Args:
+            settings: what is measured, with everything that it depends on.
+            run: measures it.
+            always: tries it again however often it failed, because nothing else can be measured without it.
         """
         known = self.measured(settings)
         if known is not None:
             return known
         key = _key(settings)
-        starts = self._starts.get(key, 0)
-        if starts >= MOST_STARTS:
-            return self.put(settings, {"failed": f"was cut off {starts} times before it had a result"})
-        self._starts[key] = starts + 1
+        if (reason := self._given_up(key, always)) is not None:
+            return reason
+        self._cut_off[key] = self._cut_off.get(key, 0) + 1
         self._append({"cell": settings, "place": self._place})
         started = time.perf_counter()
         try:
@@ -98,6 +137,7 @@ class Cells:
         except Exception as error:  # no kernel for this device, out of memory, a worker that died: other cells go on
             data = {"failed": first_line(error), "details": str(error)}
         if failed(data):
+            self._failed_now.add(key)
             print(f"failed: {json.dumps(settings)}: {data.get('details', data['failed'])}", flush=True)
         return self.put(settings, data, time.perf_counter() - started)
 

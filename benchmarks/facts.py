@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +21,8 @@ _GPU_PACKAGES = (
     *("jax-cuda12-plugin", "jax-cuda13-plugin", "triton", "flash-attn", "flash-attn-4"),
     *("nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc"),
 )
+# CUTLASS comes with FlashAttention 4, and is in nothing else that is measured.
+_COMPUTING = re.compile(r"jax|jaxlib|jax-cuda.*|torch|triton|nvidia-(?!cutlass).*")
 _SOURCES = ("jax_simpo", "torch_ref", "parity", "benchmarks")
 
 
@@ -67,15 +70,35 @@ def code_digest() -> str:
 @cache
 def accelerator() -> str:
     """Returns the names of the GPUs that a process may use, or of the processor where there is none."""
-    if os.environ.get("JAX_PLATFORMS") != "cpu":
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        try:
-            listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-        except (OSError, subprocess.SubprocessError):
-            listed = ""
-        if listed.strip():
-            return ", ".join(line.strip() for line in listed.strip().splitlines())
-    return _processor()
+    return ", ".join(_of_gpus("name")) or _processor()
+
+
+@cache
+def driver() -> str:
+    """Returns the version of the GPUs' driver, or nothing where there is none."""
+    return ", ".join(dict.fromkeys(_of_gpus("driver_version")))
+
+
+def _of_gpus(field: str) -> list[str]:
+    """Returns what `nvidia-smi` says of each GPU that a process may use."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return []
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in listed.strip().splitlines()]
+
+
+@cache
+def computing_versions() -> tuple[str, ...]:
+    """Returns name and version of the installed packages that compute: jax with its plugins, torch, CUDA.
+
+    Packages that only add a contender are not among them: the others' measurements stay good when one is installed.
+    """
+    names = {name.lower().replace("_", "-") for each in metadata.distributions() if (name := each.metadata["Name"])}
+    return tuple(installed_versions(sorted(name for name in names if _COMPUTING.fullmatch(name))))
 
 
 def _processor() -> str:
@@ -95,6 +118,14 @@ def installed_versions(names: Iterable[str]) -> list[str]:
         except metadata.PackageNotFoundError:
             continue
     return installed
+
+
+def installed(module: str) -> bool:
+    """Returns True if a module is there, which may lie in a package that is not."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def peak_resident_bytes() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -154,21 +155,37 @@ def main(arguments: list[str] | None = None) -> int:
         write_archive(folder)
         print(f"everything is in {folder.archive}")
         signal.signal(signal.SIGTERM, before)
-    left = [name for name, part in parts.items() if not _missing(part) and not is_done(_result(state, name, options))]
+    left = [
+        name for name, part in parts.items() if not _missing(part) and not _nothing_left(folder, state, name, options)
+    ]
     if left:
-        print(f"not done: {', '.join(left)}; go on with: benchmarks/gpu.sh {options.folder} --resume")
-    return 1 if left else 0
+        print(f"not done: {', '.join(left)}; go on with: {_go_on(options)}")
+        return 1
+    cannot = [name for name, part in parts.items() if _missing(part)]
+    print("nothing is left" + (f", but {', '.join(cannot)} cannot run here" if cannot else ""))
+    return 0
 
 
-def _result(state: Cells, name: str, options: argparse.Namespace) -> dict[str, Any] | None:
-    result: dict[str, Any] | None = state.measured(_settings(name, PARTS[name], options.device))
-    return result
+def _go_on(options: argparse.Namespace) -> str:
+    """Returns the command that goes on with what is left of a call."""
+    words = ["benchmarks/gpu.sh", str(options.folder), "--resume"]
+    words += ["--device", options.device] if options.device != "gpu" else []
+    words += [word for part in options.part or () for word in ("--part", part)]
+    return shlex.join(words)
+
+
+def _nothing_left(folder: Folder, state: Cells, name: str, options: argparse.Namespace) -> bool:
+    """Returns True if a part has ended, and none of its measurements is to be tried again."""
+    return (
+        is_done(state.measured(_settings(name, PARTS[name], options.device)))
+        and not Cells(folder.cells(name)).to_try_again()
+    )
 
 
 def _run_parts(parts: dict[str, Part], folder: Folder, state: Cells, options: argparse.Namespace, ends: float) -> None:
     """Runs the parts that are not done, one after another, until the call's time is over."""
     for name, part in parts.items():
-        if is_done(_result(state, name, options)):
+        if _nothing_left(folder, state, name, options):
             continue
         settings = _settings(name, part, options.device)
         if missing := _missing(part):

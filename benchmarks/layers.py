@@ -37,7 +37,10 @@ from jax_simpo.models.config import ModelConfig
 
 Ideal = Callable[[str, int, int], float]  # part, prefix length, response length -> ideal speed-up
 PARTS = ("mlp", "attention", "attention layer")
-CELL_LIMIT = 1800.0  # seconds of a side in a cell; on a CPU long prefixes take minutes
+# Seconds of a side in a cell, for each try that leaves one run out. On a CPU long prefixes take minutes. On a GPU a run
+# that hangs must not take the time of the other cells, and most of a cell is compilation.
+CPU_LIMIT, GPU_LIMIT = 1800.0, 120.0
+FACTS_LIMIT = 120.0
 _ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
@@ -72,22 +75,25 @@ def main(
             )
             for side in ("jax", "torch")
         }
-        facts = store.measure({**base, "do": "facts"}, partial(sides["jax"].ask, do="facts"))
+        facts = store.measure({**base, "do": "facts"}, partial(sides["jax"].ask, FACTS_LIMIT, do="facts"), always=True)
         if failed(facts):
-            sys.exit(f"the side of JAX cannot run: {facts['details']}")
+            sys.exit(f"the side of JAX cannot run: {facts.get('details', facts['failed'])}")
+        limit = GPU_LIMIT if facts["device"].startswith("gpu") else CPU_LIMIT
         ask = {"implementations": implementation or facts["implementations"], "rounds": rounds}
         for p in prefixes:
             for c in responses:
                 times: dict[str, Any] = {}
                 for side, worker in sides.items():
                     request = {"do": "time", "prefix": p, "response": c, **ask}
-                    data = store.measure({**base, "side": side, **request}, partial(worker.ask, CELL_LIMIT, **request))
+                    data = store.measure({**base, "side": side, **request}, partial(_ask, worker, limit, request))
                     if failed(data):
                         reasons[f"{side}, prefix {p}, response {c}"] = data["failed"]
                     else:
                         times |= data
                 measured.append({"prefix": p, "response": c, "times": times})
                 print(f"prefix {p}, response {c}: {_summary(times)}", flush=True)
+    if not any("seconds" in timing for cell in measured for timing in cell["times"].values()):
+        sys.exit(f"nothing could be measured: {reasons}")
     shapes = model_mapping(model, 1)
     config = read_model_config(shapes)
     ideal = partial(_ideal, config)
@@ -96,7 +102,8 @@ def main(
         f"{model}: hidden {shapes['hidden_size']}, {shapes['num_attention_heads']} heads, "
         f"{shapes['num_key_value_heads']} key/value heads of {shapes['head_dim']}, feed-forward "
         f"{shapes['intermediate_size']}; {dtype}, forward and backward, one pair, medians of {rounds} rounds in turns. "
-        f"Masks are prepared before. Matrix products reach {peak / 1e12:.3g} TFLOP/s in this run."
+        f"Masks are prepared before. Matrix products reach {peak / 1e12:.3g} TFLOP/s. What takes turns are the "
+        "implementations of a side in a cell; cells, and the two sides of one, may come from several calls."
     )
     tables = [_speed_ups(measured, ideal), _times(measured), _shares(measured, config, peak)]
     if reasons:
@@ -109,6 +116,24 @@ def main(
         {"cells": measured, "failed": reasons, "matmul_flops_per_second": peak},
         pictures,
     ).write(output)
+
+
+def _ask(worker: RestartedWorker, limit: float, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a side's timings of a cell. A run that raises gets the reason, and a new process times the others.
+
+    Raises:
+        RuntimeError: every run raised.
+    """
+    reasons: dict[str, Any] = {}
+    while True:
+        answer = worker.ask(limit, **request, without=list(reasons))
+        if not failed(answer):
+            break
+        reasons[answer["run"]] = {"failed": answer["failed"]}
+        print(f"{answer['run']}: {answer['failed']}", flush=True)
+    if reasons and not answer:
+        raise RuntimeError("; ".join(f"{name}: {reason['failed']}" for name, reason in reasons.items()))
+    return {**reasons, **answer}
 
 
 def _summary(times: Mapping[str, Any]) -> str:

@@ -2,18 +2,22 @@
 
 A request names a cell (prefix and response lengths). The answer has the seconds of forward plus backward of every part
 and implementation that runs on the device, separate and shared, in turns. Short runs are started many times before the
-process waits for them. Masks and rotary tables, which a model makes once for all layers, are made before.
+process waits for them. If a run raises, the answer says which one and why, and the process is of no more use: a GPU may
+refuse whatever it asks for next. The request to a new process then names that run in `without`. Masks and rotary
+tables, which a model makes once for all layers, are made before.
 """
 
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from benchmarks.cells import first_line
 from benchmarks.timing import calls_a_window, in_turns, window_seconds
 from benchmarks.workers import Requests
 
@@ -38,29 +42,33 @@ def layouts(prefix: int, response: int) -> dict[str, list[np.ndarray]]:
 
 
 def time_all(
-    runs: Mapping[str, Callable[[], Any]], wait: Callable[[Any], object], rounds: int
-) -> dict[str, dict[str, Any]]:
-    """Times each run after one that compiles. A run that fails gets the reason instead.
+    runs: Mapping[str, Callable[[], Any]], wait: Callable[[Any], object], request: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Times each run after one that compiles.
 
     Args:
         runs: functions that start a computation.
         wait: waits for what such a function returns.
-        rounds: windows of each run, in turns.
+        request: has `rounds`, the number of windows of each run, in turns, and `without`, the runs to leave out.
+
+    Returns:
+        `first_seconds`, `calls` and `seconds` of each run; if one raises, its name (`run`) and why (`failed`).
     """
     working: dict[str, Callable[[int], float]] = {}
     timings: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
+        if name in request["without"]:
+            continue
         try:
             first = window_seconds(run, wait, 1)
             calls = calls_a_window(run, wait)
-        except Exception as error:  # out of memory, or no kernel for this device: go on with the others
-            timings[name] = {"failed": f"{type(error).__name__}: {error}".partition("\n")[0][:200]}
-            print(f"{name}: {error}", flush=True)
-            continue
+        except Exception as error:  # out of memory, or no kernel for this device
+            traceback.print_exc()
+            return {"run": name, "failed": first_line(error)}
         timings[name] = {"first_seconds": first, "calls": calls}
         working[name] = partial(_window, run, wait, calls)
     if working:
-        for name, seconds in in_turns(working, rounds).items():
+        for name, seconds in in_turns(working, request["rounds"]).items():
             timings[name]["seconds"] = seconds
     return timings
 
@@ -91,10 +99,15 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
         return jax.random.normal(jax.random.key(len(shape)), shape, jnp.dtype(dtype))
 
     def gradient(forward: Callable[..., Any], prepared: Any, *arguments: Any) -> Callable[[], Any]:
-        def loss(prepared: Any, *arguments: Any) -> Any:
-            return forward(prepared, *arguments).astype(jnp.float32).sum()
+        # With the gradient of a sum, XLA would drop the last product of the forward pass, whose result nothing reads.
+        @jax.jit
+        def run(cotangent: Any, prepared: Any, *arguments: Any) -> Any:
+            out, pull = jax.vjp(partial(forward, prepared), *arguments)
+            return out, pull(cotangent)
 
-        return partial(jax.jit(jax.grad(loss, tuple(range(1, 1 + len(arguments))))), prepared, *arguments)
+        out = jax.eval_shape(forward, prepared, *arguments)
+        cotangent = jax.random.normal(jax.random.key(7), out.shape, out.dtype)
+        return partial(run, cotangent, prepared, *arguments)
 
     def apply_mlp(_: None, x: Any, params: Any) -> Any:
         return nnx.merge(mlp, params)(x)
@@ -125,19 +138,17 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
                 mask = prepared(key_end, positions, which)
                 runs[f"attention/{which}/{name}"] = gradient(attend, mask, q, k, v)
                 runs[f"attention layer/{which}/{name}"] = gradient(attention_layer, (mask, rope), x, layer_params)
-        return time_all(runs, jax.block_until_ready, request["rounds"])
+        return time_all(runs, jax.block_until_ready, request)
 
     return handle
 
 
 def torch_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Times FlexAttention under the same masks, PyTorch's SDPA (flash kernel on a GPU), and flash-attn if installed."""
-    from importlib.util import find_spec
-
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-    from benchmarks.facts import cores
+    from benchmarks.facts import cores, installed
     from benchmarks.flex import compiled_flex
     from torch_ref.attention import RowMask, sdpa_attention
 
@@ -147,7 +158,8 @@ def torch_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]]
     heads, groups = mapping["num_attention_heads"], mapping["num_attention_heads"] // mapping["num_key_value_heads"]
     width = mapping["head_dim"]
     scale = width**-0.5
-    flash = find_spec("flash_attn") is not None and gpu
+    # FlashAttention 4 alone brings a package `flash_attn` too, without this module.
+    flash = gpu and installed("flash_attn.flash_attn_interface")
 
     def random(*shape: int) -> Any:
         return torch.randn(*shape, device=device, dtype=getattr(torch, dtype), requires_grad=True)
@@ -155,7 +167,14 @@ def torch_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]]
     flex = compiled_flex()
 
     def gradient(forward: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(forward(*arguments).sum(), arguments)
+        with torch.no_grad():
+            cotangent = torch.randn_like(arguments[0])  # the output has the shape of the queries
+
+        def run() -> Any:
+            out = forward(*arguments)
+            return out, torch.autograd.grad(out, arguments, cotangent)
+
+        return run
 
     def wait(_: Any) -> None:
         if gpu:
@@ -194,7 +213,7 @@ def torch_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]]
             transposed = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
             call = lambda q, k, v: flash_attn_func(q, k, v, causal=True, softmax_scale=scale)  # noqa: E731
             runs["attention/flash-attn/separate"] = gradient(call, *transposed)
-        return time_all(runs, wait, request["rounds"])
+        return time_all(runs, wait, request)
 
     return handle
 

@@ -7,7 +7,7 @@ and vocabulary runs in a process of its own; the ways of a vocabulary take turns
 Expected: the temporaries of the tiled head do not grow with targets x vocabulary, while those of full logits do,
 several times over. The tiled head is no slower, though it computes the logits twice.
 
-Takes about 8 minutes on two CPU cores (`--quick`: half a minute), 2 minutes on a GPU.
+Takes about 8 minutes on two CPU cores (`--quick`: half a minute). On a GPU it has not run yet.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def main(
         result = store.measure(
             {"loss head": list(WAYS), **sizes, "dtype": dtype, "rounds": rounds},
             partial(_measure, [str(size) for size in sizes.values()], dtype, rounds),
+            always=True,
         )
         measured[vocabulary] = dict.fromkeys(WAYS, result) if failed(result) else result
         print(f"{vocabulary}: {measured[vocabulary]}", flush=True)
@@ -90,7 +91,11 @@ def _draw(output: Path, name: str, measured: Mapping[int, Any]) -> None:
 
 
 def _measure(arguments: list[str], dtype: str, rounds: int) -> dict[str, Any]:
-    """Measures seconds and memory of each way at one vocabulary; a way that fails gets the reason instead."""
+    """Measures seconds and memory of each way at one vocabulary; a way that fails gets the reason instead.
+
+    Raises:
+        RuntimeError: every way failed.
+    """
     measured: dict[str, Any] = {}
     running = {}
     with tempfile.TemporaryDirectory() as work, ExitStack() as workers:
@@ -106,8 +111,10 @@ def _measure(arguments: list[str], dtype: str, rounds: int) -> dict[str, Any]:
                 running[way] = worker
             except WorkerFailed as error:
                 measured[way] = {"failed": str(error)}
+        if not running:
+            raise RuntimeError("; ".join(f"{way}: {result['failed']}" for way, result in measured.items()))
         turns = {way: partial(_seconds, worker) for way, worker in running.items()}
-        for way, seconds in (in_turns(turns, rounds) if turns else {}).items():
+        for way, seconds in in_turns(turns, rounds).items():
             measured[way]["seconds"] = seconds
     return measured
 
@@ -125,7 +132,7 @@ def _table(by_vocabulary: Mapping[int, Any]) -> Table:
             rows.append(
                 (
                     *(vocabulary, way),
-                    "out of memory" if seconds is None else 1e3 * statistics.median(seconds),
+                    measured["failed"].partition("\n")[0] if seconds is None else 1e3 * statistics.median(seconds),
                     speed_up(full, seconds) if full and seconds else "",
                     *(gib(measured.get(key)) for key in ("extra_bytes", "temporary_bytes")),
                 )

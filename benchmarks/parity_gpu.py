@@ -39,9 +39,9 @@ def main(
     quick: Annotated[bool, Option("float32 alone, fewer models.")] = False,
 ) -> None:
     """Compares both sides and keeps the reports."""
-    data = Cells(cells).measure({"parity": PAIRS, "quick": quick}, partial(_compare, output, name, quick))
+    data = Cells(cells).measure({"parity": PAIRS, "quick": quick}, partial(_compare, output, name, quick), always=True)
     if failed(data):
-        sys.exit(data["failed"])
+        sys.exit(data.get("details", data["failed"]))
     print(data["verdict"], flush=True)
     sys.exit(WRONG if data["status"] else 0)
 
@@ -52,7 +52,10 @@ def _compare(output: Path, name: str, quick: bool) -> dict[str, Any]:
         write_start(folder)
         command = [sys.executable, "-m", "parity", str(folder / "config.yaml"), "--output", work]
         with subprocess.Popen(
-            [*command, *(["--quick"] if quick else [])], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            [*command, *(["--quick"] if quick else [])],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
         ) as process:
             assert process.stdout is not None
             lines = []
@@ -60,8 +63,9 @@ def _compare(output: Path, name: str, quick: bool) -> dict[str, Any]:
                 print(line, end="", flush=True)
                 lines.append(line.rstrip())
         if process.returncode not in (0, 1) or not (folder / "report.html").exists():
-            # Nothing was compared, so this is no measurement to keep.
-            sys.exit(f"python -m parity ended with status {process.returncode} and no report; the lines above say why")
+            raise RuntimeError(
+                f"python -m parity ended with status {process.returncode} and no report; the lines above say why"
+            )
         output.mkdir(parents=True, exist_ok=True)
         for kind in ("md", "json", "html"):
             shutil.copyfile(folder / f"report.{kind}", output / f"{name}.{kind}")

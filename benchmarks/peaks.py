@@ -2,7 +2,7 @@
 
 Writes what `nvidia-smi` says, the versions, and for JAX and PyTorch the floating-point operations a second of a large
 matrix product and the bytes a second of a copy, from many calls in a window. Every other page of a GPU states its
-figures beside such a product of its own run.
+figures beside such a product of its own.
 
 Expected on an H100 SXM: 600 to 800 TFLOP/s in bfloat16, and 2.8 to 3.1 TB/s. Not measured yet.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,9 @@ def main(
     for framework, measure in frameworks.items():
         for what in ("device", "matmul", "copy"):
             size = {"device": None, "matmul": width, "copy": copied}[what]
-            data = store.measure({"facts": framework, "what": what, "size": size}, partial(measure, what, size))
+            data = store.measure(
+                {"facts": framework, "what": what, "size": size}, partial(measure, what, size), always=True
+            )
             measured[f"{framework} {what}"] = data
             rows.append((framework, what, data["failed"] if failed(data) else data["text"]))
             print(*rows[-1], sep=": ", flush=True)
@@ -55,6 +58,8 @@ def main(
     device = measured["jax device"].get("text", "none that jax can use")
     about = f"Peaks of {DTYPE}. What `nvidia-smi` said:\n\n```\n{said}\n```"
     Result(name, "The machine and its peaks", about, machine_facts(device), tables, measured).write(output)
+    if unable := [f"{what}: {data['failed']}" for what, data in measured.items() if failed(data)]:
+        sys.exit(f"not measured: {'; '.join(unable)}")
 
 
 def _nvidia_smi() -> dict[str, str]:

@@ -57,6 +57,9 @@ CONTENDERS = {
     "jax-simpo, bfloat16": ("ours", "bfloat16"),
 }
 TITLES = {"simpo": "SimPO", "dpo": "DPO"}
+# Seconds of a step, or of the warm-up before it, which compiles. On a GPU a contender that hangs must leave time to the
+# others of a part.
+STEP_LIMIT = {"cpu": 1800.0, "gpu": 180.0}
 OURS = [name for name in CONTENDERS if name.startswith("jax-simpo")]
 
 
@@ -138,6 +141,7 @@ def _compare(
     environment = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if job.device == "cpu" else {}
     environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    limit = STEP_LIMIT[job.device]
     answers: dict[str, list[dict[str, Any]]] = {contender: [] for contender in chosen}
     failed: dict[str, str] = {}
 
@@ -154,12 +158,12 @@ def _compare(
             log = Path(job.work) / "logs" / f"{contender}.log"
             worker = Worker([f"benchmarks.contenders.{module}", str(job.file), *arguments], log, environment)
             open_workers.callback(worker.close)
-            worker.ask(do="warm")
+            worker.ask(limit, do="warm")
             workers[contender] = worker
             return worker
 
         def step(contender: str, number: int) -> dict[str, Any]:
-            answer = started(contender).ask(do="step", step=number if resident else 0)
+            answer = started(contender).ask(limit, do="step", step=number if resident else 0)
             if not resident:
                 workers.pop(contender).close()
             return answer
@@ -170,7 +174,7 @@ def _compare(
             cell = {"peers": contender, **settings, "round": number}
             answer = cells.measure(cell, partial(step, contender, number))
             if is_failed(answer):
-                failed[contender] = answer["details"]
+                failed[contender] = answer.get("details", answer["failed"])
                 return 0.0
             answers[contender].append(answer)
             print(f"round {number + 1}, {contender}: {answer}", flush=True)

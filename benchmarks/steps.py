@@ -116,7 +116,7 @@ class Trainee:
         plan: the step plan.
         pairs: the pairs.
         mesh: a mesh of one device.
-        attention: the config key `attention`; `auto` takes the implementation that a run would take.
+        attention: the config key `attention`; `auto` takes the first of the table of preferences, untried.
         chunk: the config key `logprob_chunk`.
         objective: the objective.
         reference: the sum of each response under the reference (`ReferencePass.sums`), for an objective that needs one.
@@ -133,7 +133,7 @@ class Trainee:
 
     @cached_property
     def attention_name(self) -> str:
-        """The implementation that `attention` stands for on this machine."""
+        """The implementation that `attention` stands for here; a run on a GPU tries candidates first."""
         config = self.model.config
         settings = {"dtype": self.model.dtype, "head_dim": config.head_dim, "softcap": config.attention_softcap}
         return choose(self.attention, place_of(self.mesh.devices.flat[0], **settings))[0]

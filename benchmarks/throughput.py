@@ -12,7 +12,7 @@ Expected: sharing speeds packed steps up by the ratio of tokens computed, within
 filled to 95 % at 128 pairs a step and to 97 % at 512. A step of DPO is as fast as one of SimPO within 3 % and takes as
 much memory within 2 %; the reference pass adds a third of an epoch's time.
 
-Takes about 25 minutes on two CPU cores, 5 of them for DPO (`--quick`: one minute), 3 to 5 minutes on a GPU.
+Takes about 25 minutes on two CPU cores, 5 of them for DPO (`--quick`: one minute). On a GPU it has not run yet.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main(
     compared: dict[str, Any] = {}
     reasons: dict[str, str] = {}
     with jax.set_mesh(mesh):
-        peak = store.measure({"peak": dtype}, lambda: matmul_peak(dtype))
+        peak = store.measure({"peak": dtype}, lambda: matmul_peak(dtype), always=True)
         if failed(peak):
             sys.exit(f"not even a matrix product runs: {peak['failed']}")
         parts = [
@@ -131,7 +131,8 @@ def main(
         f"The model is {model}{'' if layers is None else f' with {layers} layers'} ({policy.parameter_count / 1e6:.1f} "
         f"M parameters), with {dtype}, remat {remat} and attention {attention}. A step has {batch} pairs when packed, "
         f"in rows of {MEDIANS_A_ROW} medians, and {unpacked_batch} when not. Matrix products reach "
-        f"{peak / 1e12:.3g} TFLOP/s in this run."
+        f"{peak / 1e12:.3g} TFLOP/s. The layouts of a profile took turns; profiles may "
+        "come from several calls."
     )
     tables, pictures = [], []
     if measured:
@@ -237,7 +238,7 @@ def _table(measured: Mapping[str, Any], peak: float) -> Table:
             )
     note = (
         "Tokens are the computed ones without padding. Useful FLOPs are those of each layout's own tokens, without "
-        "padding and recomputation, against the matrix products of this run. Memory is that of the compiled program of "
+        "padding and recomputation, against those matrix products. Memory is that of the compiled program of "
         "a micro-batch: parameters, gradients, temporaries; the optimizer's state comes on top. Without packing a row "
         "is as long as the longest pair of all, as in the trainer."
     )

@@ -48,18 +48,21 @@ def test_a_benchmark_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None
     assert (tmp_path / "runs").read_text().split() == ["0", "1", "1", "2"]
 
 
-def test_a_cell_is_known_by_its_settings_its_code_and_its_machine(
+def test_a_cell_is_known_by_its_settings_its_code_and_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "cells.jsonl"
     assert measure(path, {"width": 64, "of": [1]}, 1.5) == (1.5, True)
     assert measure(path, {"of": [1], "width": 64}, 2.5) == (1.5, False)
     assert measure(path, {"width": 128, "of": [1]}, 2.5) == (2.5, True)
-    for name in ("code_digest", "accelerator"):
+    for name in ("code_digest", "accelerator", "driver", "computing_versions"):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, lambda: "another")
             assert measure(path, {"width": 64, "of": [1]}, 3.5) == (3.5, True)
             assert Cells(path).counts() == (1, 0) and Cells(path).elsewhere
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_another=true")
+        assert measure(path, {"width": 64, "of": [1]}, 3.5) == (3.5, True)
     assert measure(path, {"width": 64, "of": [1]}, 2.5) == (1.5, False)
 
 
@@ -76,14 +79,23 @@ def test_a_line_that_was_not_finished_is_dropped(cut: int, tmp_path: Path) -> No
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
-def test_a_measurement_that_raises_is_a_cell_with_the_reason(tmp_path: Path) -> None:
+def test_a_measurement_that_raises_is_tried_again_by_the_next_process_three_times_at_most(tmp_path: Path) -> None:
+    path, runs = tmp_path / "cells.jsonl", []
+
     def run() -> None:
+        runs.append(1)
         raise ValueError("no kernel\nand details")
 
-    data = Cells(tmp_path / "cells.jsonl").measure({}, run)
-    assert failed(data) and data["failed"] == "ValueError: no kernel" and "details" in data["details"]
-    assert measure(tmp_path / "cells.jsonl", {}, 1) == (data, False)
-    assert Cells(tmp_path / "cells.jsonl").counts() == (1, 1)
+    for tries in range(1, MOST_STARTS + 1):
+        cells = Cells(path)
+        data = cells.measure({}, run)
+        assert failed(data) and data["failed"] == "ValueError: no kernel" and "details" in data["details"]
+        assert cells.measure({}, run) == data and len(runs) == tries, "tried once a process"
+        assert Cells(path).measured({}) is None and Cells(path).counts() == (1, 1)
+        assert Cells(path).to_try_again() == (tries < MOST_STARTS)
+    assert measure(path, {}, 1) == (data, False)
+    assert Cells(path).measure({}, lambda: 5, always=True) == 5, "what all else depends on is never given up"
+    assert measure(path, {}, 1) == (5, False) and Cells(path).counts() == (1, 0)
 
 
 def test_a_cell_that_never_comes_to_an_end_is_given_up(tmp_path: Path) -> None:
@@ -95,3 +107,4 @@ def test_a_cell_that_never_comes_to_an_end_is_given_up(tmp_path: Path) -> None:
             Cells(tmp_path / "cells.jsonl").measure({}, run)
     data, measured = measure(tmp_path / "cells.jsonl", {}, 1)
     assert failed(data) and not measured
+    assert Cells(tmp_path / "cells.jsonl").counts() == (1, 1) and not Cells(tmp_path / "cells.jsonl").to_try_again()

@@ -45,11 +45,15 @@ def test_parts_that_are_cut_off_are_finished_by_the_next_call(
     assert "stuck: stopped after 2 s, 2 cells" in summary
     assert "fine: ok, 3 cells" in summary
     assert "bad: done, and something is WRONG: a number is wrong, 3 cells" in summary
-    assert f"not done: dead, stuck; go on with: benchmarks/gpu.sh {folder} --resume" in capfd.readouterr().out
+    assert (
+        f"not done: dead, stuck; go on with: benchmarks/gpu.sh {folder} --resume --device cpu\n"
+        in capfd.readouterr().out
+    )
 
     assert call(folder) == 2, "measurements that exist are not begun anew"
     assert call(folder, "--resume") == 0
     shown = capfd.readouterr().out
+    assert "nothing is left\n" in shown
     assert "== dead: ok" in shown and "== stuck: ok" in shown and "== fine" not in shown and "== bad" not in shown
     assert all(numbers(folder, name) == [0, 1, 2] for name in parts)
     with tarfile.open(f"{folder}.tar.gz") as archive:
