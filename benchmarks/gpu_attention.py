@@ -58,7 +58,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the assembler says of one kernel; `shared_bytes` are those of a block of threads."""
+    """Holds what the assembler says of one kernel; `shared_bytes` are those of a block of threads."""
 
     gpu: str
     dtype: str

@@ -54,7 +54,7 @@ PACKAGES = ("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cuda-nvcc-cu12", "
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the assembler says of one kernel, and what the disassembler finds in it.
+    """Holds what the assembler says of one kernel, and what the disassembler finds in it.
 
     Attributes:
         switches: the variants that are not the default, such as "overlap".

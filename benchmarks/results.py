@@ -52,7 +52,7 @@ class Result:
     def write(self, folder: Path) -> None:
         """Writes `name.json` and `name.md` and prints the tables."""
         folder.mkdir(parents=True, exist_ok=True)
-        command = " ".join(["python -m", _module(), *sys.argv[1:]])
+        command = " ".join(["python -m", _module(), *_shown(sys.argv[1:])])
         content = {"command": command, "facts": dict(self.facts), "data": self.data}
         content["tables"] = [asdict(table) for table in self.tables]
         (folder / f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -64,6 +64,16 @@ class Result:
         (folder / f"{self.name}.md").write_text("\n".join(page), encoding="utf-8")
         print("\n".join(tables))
         print(folder / f"{self.name}.md")
+
+
+def _shown(arguments: Sequence[str]) -> Iterator[str]:
+    """Yields the arguments that a reader would give: not those that say where this run keeps its files."""
+    words = iter(arguments)
+    for word in words:
+        if word in ("--output", "--cells"):
+            next(words, None)
+        elif not word.startswith(("--output=", "--cells=")):
+            yield word
 
 
 def can_draw() -> bool:

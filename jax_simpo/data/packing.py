@@ -198,7 +198,7 @@ def _epoch_order(count: int, seed: int | None, epoch: int) -> Int[np.ndarray, " 
 
 @dataclass(frozen=True)
 class PackingReport:
-    """The average cost of a step under a step plan, over the simulated steps; in tokens unless noted otherwise."""
+    """Holds the average cost of a step of a plan, over the simulated steps; in tokens unless noted otherwise."""
 
     groups: float
     input_tokens: float  # after sharing, without padding
@@ -208,6 +208,7 @@ class PackingReport:
     computed_targets: float
     empty_rows: float  # their share of the computed rows
     rows: float  # number of computed rows, empty ones included
+    most_micro_batches: int  # of a simulated step
 
     @property
     def fill(self) -> float:
@@ -219,11 +220,12 @@ def measure(plan: StepPlan) -> PackingReport:
     """Simulates steps spread over the first epoch and averages what they compute."""
     tokens, separate = (plan.lengths.row_tokens(sharing) for sharing in (plan.prefix_sharing, False))
     targets = plan.lengths.row_targets(plan.prompt_targets)
-    sums = np.zeros(8)
+    sums, most = np.zeros(8), 0
     steps = _sampled_steps(plan)
     for k in steps:
         step = plan.step(int(k))
         rows = step.micro_batches * plan.rows_per_micro_batch
+        most = max(most, step.micro_batches)
         sums += (
             len(step.groups),
             tokens[step.groups].sum(),
@@ -234,7 +236,8 @@ def measure(plan: StepPlan) -> PackingReport:
             (rows - len(step.rows)) / rows,
             rows,
         )
-    return PackingReport(*(sums / len(steps)))
+    figures = [*(sums / len(steps)), most]
+    return PackingReport(*figures)
 
 
 def make_step_plan(
@@ -310,11 +313,6 @@ def grow_micro_batches(plan: StepPlan, devices: int, most: int) -> StepPlan:
     costs = (micro_batches * (rows * plan.shape.length + MICRO_BATCH_TOKENS)).mean(0)
     cheapest = int(rows[np.argmax(costs <= _GOOD_ENOUGH * costs.min())])
     return replace(plan, rows_per_micro_batch=devices * cheapest)
-
-
-def most_micro_batches(plan: StepPlan) -> int:
-    """Returns the most micro-batches of a step, among the steps that stand for all in a choice of rows."""
-    return max(plan.step(int(k)).micro_batches for k in _sampled_steps(plan))
 
 
 def micro_batch_line(plan: StepPlan, report: PackingReport, devices: int, most: int | None) -> str:

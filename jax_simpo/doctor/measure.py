@@ -24,7 +24,7 @@ _LIMITS = {"float32": 1e-5, "bfloat16": 1e-2}
 
 @dataclass(frozen=True)
 class Peaks:
-    """The most that the chip did here.
+    """Holds the most that the chip did here.
 
     Attributes:
         tflops: 1e12 operations a second of a product of square matrices in the compute dtype.
@@ -37,7 +37,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class HeadSizes:
-    """The sizes of a loss head: what a micro-batch asks of it."""
+    """Holds the sizes of a loss head: what a micro-batch asks of it."""
 
     targets: int
     width: int
@@ -47,7 +47,7 @@ class HeadSizes:
 
 @dataclass(frozen=True)
 class HeadVerdict:
-    """What trying the loss head showed.
+    """Says what trying the loss head showed.
 
     Attributes:
         problem: why its numbers must not be used; None where they are right.

@@ -87,12 +87,11 @@ def shape_of(config: TrainConfig, model: Model, mesh: Mesh, longest_row: int, pl
 def choose_attention(config: TrainConfig, shape: Shape, device: jax.Device) -> AttentionChoice:
     """Chooses the backend for a run. In a run of several processes all call it, and the first one tries for all.
 
-    The first process uses its first device.
 
     Args:
         config: the settings of the run; of them `attention` and `attention_check` count.
         shape: of `shape_of`.
-        device: a device of the run's mesh.
+        device: a device of this process in the run's mesh.
 
     Raises:
         ConfigError: the backend that the config names cannot run there, or computes wrong numbers there; or no backend

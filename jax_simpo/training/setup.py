@@ -178,7 +178,7 @@ class Setup:
 
     def _attention_choice(self, plan: StepPlan | None) -> AttentionChoice:
         self.model.shardings(self.mesh)  # raises before anything is tried
-        return choose_attention(self.config, self.attention_shape(plan), self.mesh.devices.flat[0])
+        return choose_attention(self.config, self.attention_shape(plan), self.mesh.local_devices[0])
 
     def attention_shape(self, plan: StepPlan | None = None) -> Shape:
         """Returns the part of the run's shapes that its attention depends on; of typical rows without a plan."""

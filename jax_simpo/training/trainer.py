@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jax_simpo import hf
 from jax_simpo.config import TrainConfig
-from jax_simpo.data.packing import measure, most_micro_batches
+from jax_simpo.data.packing import measure
 from jax_simpo.data.sources import RawSplit
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.models.generate import generate
@@ -175,7 +175,7 @@ def _train(
         start = reference.take()  # before the policy is loaded: two models are never in memory together
     with checkpoints, jax.set_mesh(mesh):
         schedule, optimizer = run_optimizer(config, total_steps)
-        accumulates = most_micro_batches(plan) > 1
+        accumulates = packing.most_micro_batches > 1
         functions = make_train_functions(
             setup.training_forward_of(plan),
             setup.objective,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 from jax_simpo.ops.attention.mask import visible_at
 
@@ -31,6 +31,12 @@ class BlockLists(NamedTuple):
     def size(self) -> int:
         """Rows of a tile in blocks of the other side."""
         return self.blocks.shape[2] // self.blocks.shape[1]
+
+
+def whole_blocks(x: Shaped[Array, "B L *rest"], block: int) -> Shaped[Array, "B M *rest"]:
+    """Fills the rows up to a whole number of blocks with zeros; as `key_end` these are keys that no query sees."""
+    padding = -x.shape[1] % block
+    return jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)]) if padding else x
 
 
 def live_and_full(

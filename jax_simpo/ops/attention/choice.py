@@ -61,7 +61,7 @@ def place_of(
 
 
 class Candidates(NamedTuple):
-    """What `auto` chooses among in a place.
+    """Lists what `auto` chooses among in a place.
 
     Attributes:
         reasons: by name of a backend that can run there, in the order of preference, why it is preferred.

@@ -54,7 +54,7 @@ _IN_WORDS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a run decides which of a backend's kernels run, and how long they take; all of it is static.
+    """Holds what of a run decides which of a backend's kernels run, and how long they take; all of it is static.
 
     Attributes:
         dtype: the compute dtype.
@@ -83,7 +83,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a layer's attention takes on rows of packed pairs, the mask being made before.
+    """Says what a layer's attention takes on rows of packed pairs, the mask being made before.
 
     Attributes:
         forward_seconds: seconds of the forward pass.
@@ -107,7 +107,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What trying a backend showed.
+    """Says what trying a backend showed.
 
     Attributes:
         backend: its name.

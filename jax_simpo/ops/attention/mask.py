@@ -43,7 +43,7 @@ def visible_at(
 
 
 class Room(NamedTuple):
-    """What is known of rows before they are made, from which backends take their static sizes.
+    """Holds what is known of rows before they are made, from which backends take their static sizes.
 
     Attributes:
         sequences: most responses of a row.

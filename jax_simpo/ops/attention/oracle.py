@@ -23,7 +23,7 @@ class Node(NamedTuple):
 
 
 class RowMask(NamedTuple):
-    """What the mask of some rows is made from.
+    """Holds what the mask of some rows is made from.
 
     Attributes:
         key_end: int32, see `mask.visible_at`; 0 for padding.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from jax_simpo.errors import ConfigError
 from jax_simpo.ops.attention.backends import Backend, Place, ScoreRule
+from jax_simpo.ops.attention.head_sizes import check_kernel, missing_kernel
 from jax_simpo.ops.attention.mask import Mask
 from jax_simpo.ops.attention.pallas.bounds import BlockBounds, find_block_bounds
 from jax_simpo.ops.attention.pallas.switches import DEFAULTS, Switches
@@ -19,13 +19,7 @@ def obstacle(place: Place) -> str | None:
     """Says why the kernels cannot run there; see `Backend.obstacle`."""
     if place.kind != "Hopper GPU":
         return f"needs a Hopper GPU (H100, H200), and this is a {place.kind}"
-    sizes = HEAD_SIZES.get(place.dtype, ())
-    if place.head_dim not in sizes:
-        return (
-            f"has kernels for heads of {', '.join(map(str, sizes))} in {place.dtype}, and this model's have "
-            f"{place.head_dim}"
-        )
-    return None
+    return missing_kernel(HEAD_SIZES, place.dtype, place.head_dim)
 
 
 def make_backend(switches: Switches) -> Backend:
@@ -47,14 +41,7 @@ def make_backend(switches: Switches) -> Backend:
         Raises:
             ConfigError: there is no kernel for the head size or the dtype.
         """
-        if str(q.dtype) not in HEAD_SIZES:
-            raise ConfigError(f"`attention: pallas` computes in bfloat16 or float32, not {q.dtype}; set `dtype`")
-        sizes = HEAD_SIZES[str(q.dtype)]
-        if not mask.interpret and q.shape[-1] not in sizes:
-            raise ConfigError(
-                f"`attention: pallas` has {q.dtype} kernels for head sizes {', '.join(map(str, sizes))}, and this "
-                f"model's is {q.shape[-1]}; choose `attention: blockwise`"
-            )
+        check_kernel("pallas", HEAD_SIZES, q, interpret=mask.interpret)
         from jax_simpo.ops.attention.pallas import kernel
 
         bounds = mask.table(rule.window)

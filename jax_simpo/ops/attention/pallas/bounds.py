@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jax_simpo.ops.attention.blocks import BlockLists, listed, live_and_full
+from jax_simpo.ops.attention.blocks import BlockLists, listed, live_and_full, whole_blocks
 
 BLOCK = 128  # rows of a tile: two warpgroups work on 64 each
 
@@ -32,9 +31,7 @@ def find_block_bounds(
     heavy_first: bool = True,
 ) -> BlockBounds:
     """Returns the lists of a batch. A row whose length is no multiple of the block ends with keys that none sees."""
-    padding = ((0, 0), (0, -key_end.shape[1] % block))
-    key_end, positions = jnp.pad(key_end, padding), jnp.pad(positions, padding)
-    live, full = live_and_full(key_end, positions, window, block // 2)
+    live, full = live_and_full(whole_blocks(key_end, block), whole_blocks(positions, block), window, block // 2)
     rows, halves, _ = live.shape
 
     def lists(query_halves: int, key_halves: int, by_keys: bool = False) -> BlockLists:

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jax_simpo.ops.attention.backends import ScoreRule
+from jax_simpo.ops.attention.blocks import whole_blocks
 from jax_simpo.ops.attention.pallas.backward import Inputs, key_value_gradients, query_gradient
 from jax_simpo.ops.attention.pallas.bounds import BLOCK, BlockBounds
 from jax_simpo.ops.attention.pallas.forward import forward
@@ -77,10 +78,7 @@ def attention(
     if rule.scale <= 0:  # the largest score would not be the largest product
         raise ValueError(f"attention: the scale is {rule.scale}, not a positive number")
     length = q.shape[1]
-    padding = -length % block
-    if padding:
-        q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-        key_end, positions = (jnp.pad(x, ((0, 0), (0, padding))) for x in (key_end, positions))
+    q, k, v, key_end, positions = (whole_blocks(x, block) for x in (q, k, v, key_end, positions))
     return _attention(_Static(rule, switches, block, interpret), q, k, v, key_end, positions, bounds)[:, :length]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from jax_simpo.errors import ConfigError
 from jax_simpo.ops.attention.backends import Backend, Place, ScoreRule
+from jax_simpo.ops.attention.head_sizes import check_kernel, missing_kernel
 from jax_simpo.ops.attention.mask import Mask
 from jax_simpo.ops.attention.triton.bounds import BlockBounds, find_block_bounds
 from jax_simpo.ops.attention.triton.sizes import HEAD_SIZES
@@ -28,14 +28,7 @@ def attend(
     Raises:
         ConfigError: there is no kernel for the head size or the dtype.
     """
-    if str(q.dtype) not in HEAD_SIZES:
-        raise ConfigError(f"`attention: triton` computes in bfloat16 or float32, not {q.dtype}; set `dtype`")
-    sizes = HEAD_SIZES[str(q.dtype)]
-    if not mask.interpret and q.shape[-1] not in sizes:
-        raise ConfigError(
-            f"`attention: triton` has {q.dtype} kernels for head sizes {', '.join(map(str, sizes))}, and this model's "
-            f"is {q.shape[-1]}; choose `attention: auto`"
-        )
+    check_kernel("triton", HEAD_SIZES, q, interpret=mask.interpret)
     from jax_simpo.ops.attention.triton import kernel
 
     bounds = mask.table(rule.window)
@@ -52,13 +45,7 @@ def obstacle(place: Place) -> str | None:
         return f"needs an NVIDIA GPU, and this is a {place.kind}"
     if place.capability < (8, 0):
         return "needs an NVIDIA GPU of compute capability 8.0 (A100) or later, and this is another"
-    sizes = HEAD_SIZES.get(place.dtype, ())
-    if place.head_dim not in sizes:
-        return (
-            f"has kernels for heads of {', '.join(map(str, sizes))} in {place.dtype}, and this model's have "
-            f"{place.head_dim}"
-        )
-    return None
+    return missing_kernel(HEAD_SIZES, place.dtype, place.head_dim)
 
 
 BACKEND = Backend(prepare, attend, obstacle)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jax_simpo.ops.attention.blocks import BlockLists, listed, live_and_full
+from jax_simpo.ops.attention.blocks import BlockLists, listed, live_and_full, whole_blocks
 from jax_simpo.ops.attention.triton.sizes import BLOCK
 
 
@@ -22,7 +21,6 @@ def find_block_bounds(
     key_end: Int[Array, "B L"], positions: Int[Array, "B L"], window: int | None, block: int = BLOCK
 ) -> BlockBounds:
     """Returns the lists of a batch. A row whose length is no multiple of the block ends with keys that none sees."""
-    padding = ((0, 0), (0, -key_end.shape[1] % block))
-    live, full = live_and_full(jnp.pad(key_end, padding), jnp.pad(positions, padding), window, block)
+    live, full = live_and_full(whole_blocks(key_end, block), whole_blocks(positions, block), window, block)
     by_keys = live.swapaxes(1, 2), full.swapaxes(1, 2)
     return BlockBounds(listed(live, full, heavy_first=False), listed(*by_keys, heavy_first=False))

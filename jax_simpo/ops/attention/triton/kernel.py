@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jax_simpo.ops.attention.backends import ScoreRule
+from jax_simpo.ops.attention.blocks import whole_blocks
 from jax_simpo.ops.attention.triton.backward import Inputs, key_value_gradients, query_gradient
 from jax_simpo.ops.attention.triton.bounds import BlockBounds
 from jax_simpo.ops.attention.triton.forward import forward
@@ -58,10 +59,7 @@ def attention(
         interpret: run the kernels on the CPU, for tests.
     """
     length = q.shape[1]
-    padding = -length % block
-    if padding:
-        q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
-        key_end, positions = (jnp.pad(x, ((0, 0), (0, padding))) for x in (key_end, positions))
+    q, k, v, key_end, positions = (whole_blocks(x, block) for x in (q, k, v, key_end, positions))
     return _attention(_Static(rule, block, interpret), q, k, v, key_end, positions, bounds)[:, :length]
 
 
