@@ -87,7 +87,6 @@ def shape_of(config: TrainConfig, model: Model, mesh: Mesh, longest_row: int, pl
 def choose_attention(config: TrainConfig, shape: Shape, device: jax.Device) -> AttentionChoice:
     """Chooses the backend for a run. In a run of several processes all call it, and the first one tries for all.
 
-
     Args:
         config: the settings of the run; of them `attention` and `attention_check` count.
         shape: of `shape_of`.

@@ -178,7 +178,7 @@ def _at_length(backend: str, shape: Shape, window: int | None) -> tuple[dict[str
     Raises:
         Exception: whatever the backend raises.
     """
-    rows = packed_pairs(shape.rows, shape.row_length)
+    rows = packed_pairs(shape.rows, shape.row_length, shape.room)
     rule = ScoreRule(shape.scale, window, shape.softcap)
     on_host = _random_inputs(shape)
     inputs = _on_device(on_host, shape.dtype)

@@ -82,11 +82,23 @@ def small_rows() -> RowMask:
     return write_rows([[pair, leaf(60)], [tree, leaf(75), leaf(75)]], 640)
 
 
-def packed_pairs(rows: int, length: int) -> RowMask:
-    """Returns rows filled with pairs of 1,024 tokens, half of them the shared prompt; shorter rows hold one pair."""
-    tokens = min(1024, length // 4 * 4)
+def packed_pairs(rows: int, length: int, room: Room | None = None) -> RowMask:
+    """Returns rows filled with pairs of which half the tokens are the shared prompt, and padding after them.
+
+    A pair has 1,024 tokens: fewer where the row or `room` has no place for such a pair, more where `room` has no place
+    for enough of them to fill the row.
+
+    Args:
+        rows: the number of rows.
+        length: tokens of a row.
+        room: bounds that the rows keep; `sequences` is at least 2.
+    """
+    largest, most = length, length
+    if room is not None:
+        largest, most = min(length, room.span, room.longest * 4 // 3), room.sequences // 2
+    tokens = min(largest, max(1024, length // most)) // 4 * 4
     pair = Node(tokens // 2, (Node(tokens // 4), Node(tokens // 4)))
-    return write_rows([[pair] * (length // tokens)] * rows, length)
+    return write_rows([[pair] * min(most, length // tokens)] * rows, length)
 
 
 def write_rows(rows: list[list[Node]], length: int) -> RowMask:

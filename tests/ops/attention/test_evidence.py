@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jax_simpo.ops.attention import Mask, attention, dense, prepare_mask
+from jax_simpo.ops.attention import Mask, Room, attention, dense, prepare_mask
 from jax_simpo.ops.attention.backends import ScoreRule
 from jax_simpo.ops.attention.evidence import Shape, examine
 from jax_simpo.ops.attention.oracle import Results, exact_attention, packed_pairs, small_rows
@@ -68,6 +70,26 @@ def test_packed_pairs_fill_a_row() -> None:
     rows = packed_pairs(2, 4096)
     assert (rows.key_end > 0).all() and rows.room == (8, 768, 1024)
     assert packed_pairs(1, 256).room == (2, 192, 256)
+
+
+@given(
+    length=st.integers(1, 64).map(lambda n: 128 * n),
+    sequences=st.integers(2, 64),
+    longest=st.integers(1, 8192),
+    more=st.integers(0, 8192),
+)
+def test_packed_pairs_keep_the_bounds_of_a_run(length: int, sequences: int, longest: int, more: int) -> None:
+    """Beyond them a right backend gives NaN, and would be passed over."""
+    room = Room(sequences, max(4, longest), max(4, longest) + more)
+    rows = packed_pairs(2, length, room)
+    assert all(has <= may for has, may in zip(rows.room, room, strict=True))
+    assert (rows.key_end > 0).any(axis=1).all()
+
+
+@pytest.mark.parametrize("room", [Room(64, 96, 128), Room(2, 900, 1024)], ids=["short groups", "one long group"])
+def test_a_right_backend_passes_in_the_room_of_any_run(room: Room) -> None:
+    verdict = examine("banded", replace(SHAPE, row_length=1024, room=room), jax.devices()[0])
+    assert verdict.problem is None
 
 
 @pytest.mark.parametrize("backend", ["dense", "blockwise", "banded"])
