@@ -19,6 +19,7 @@ from jax_simpo.config.objectives import code_of
 from jax_simpo.config.yaml_files import read_file
 from jax_simpo.data import sources
 from jax_simpo.data.packing import measure
+from jax_simpo.data.selection import Selection
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.errors import ConfigError
 from jax_simpo.models.transformer import Params
@@ -72,13 +73,20 @@ def train(
     """
     console = console or open_console(quiet=quiet or not launch.is_first())
     print_notices(config, console)
-    if eval_pairs is not None:  # the config that the run records says what was evaluated
+    selection = Selection.of(config)
+    train_split = None if pairs is None else sources.from_memory("pairs", pairs, config.weight_column, selection)
+    eval_split = None if eval_pairs is None else sources.from_memory("eval_pairs", eval_pairs, None, selection)
+    if config.test_size is not None and eval_split is not None:
+        raise ConfigError("`test_size` and `eval_pairs` are two ways to say what is evaluated; keep one of them")
+    if config.test_size is not None and train_split is not None:
+        train_split, eval_split = sources.divide(train_split, selection)
+    elif eval_split is not None:  # the config that the run records says what was evaluated
         config = config.model_copy(update={"dataset_splits": [*config.train_splits, "eval_pairs"], "do_eval": True})
     return trainer.train(
         config,
         console,
-        pairs=None if pairs is None else sources.from_memory("pairs", pairs, config.weight_column),
-        eval_pairs=None if eval_pairs is None else sources.from_memory("eval_pairs", eval_pairs),
+        pairs=train_split,
+        eval_pairs=eval_split,
         on_record=_ask(callbacks) if callbacks else None,
     )
 

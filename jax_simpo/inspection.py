@@ -383,6 +383,7 @@ def _print_split(
     shape = plan.shape
     sharing_note = "" if plan.prefix_sharing else " (off in this config)"
     facts = {
+        **{f"read {number}" if number > 1 else "read": layout.line for number, layout in enumerate(pairs.layouts, 1)},
         "row shape": f"{shape.length} tokens, {shape.targets} targets, {shape.responses} responses",
         "micro-batch": f"{_count(plan.rows_per_micro_batch, 'row')}; {micro_batches}",
         "step": f"{_count(round(report.groups), noun)} in {report.computed_tokens / shape.length:.3g} rows, "

@@ -184,3 +184,20 @@ def test_json_has_one_object_per_pair_in_input_order(setup: Setup) -> None:
     tokenizer = make_tokenizer("cafe")
     first = objects[0]
     assert tokenizer.decode(first["chosen_input_ids"]) == first["text_prompt"] + first["text_chosen"]
+
+
+def test_inspect_says_how_the_data_was_read_and_shows_what_is_held_out(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"question": f"tea {n % 4}", "chosen": f"{n}", "rejected": "no", "id": n} for n in range(20)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    overrides = [f"--dataset_mixer={{{file}: 1.0}}", "--dataset_splits=[train]", "--test_size=0.25"]
+    config = load_config(QUICKSTART, [*overrides, f"--data_cache_dir={tmp_path / 'cache'}"])
+    assert config.eval_splits == ["held_out"]
+    setup = Setup(config, given_mesh=mesh_of((1, 1, 1)))
+    assert (len(setup.train_pairs()), len(setup.eval_pairs())) == (15, 5)
+    console = Console(file=io.StringIO(), width=300)
+    inspection.show(setup, "held_out", 0, console)
+    shown = console.file.getvalue()
+    read = "pairs.jsonl: read as pairs (prompt from question, chosen, rejected); columns not used: id"
+    assert "held_out: 5 pairs" in shown and read in shown
+    assert read in notes_on(setup.train_pairs())[0]

@@ -26,6 +26,8 @@ def print_split(console: Console, setup: Setup, name: str, groups: GroupDataset,
         groups: its groups.
         plan: its step plan.
     """
+    for layout in groups.layouts:
+        console.print(layout.line, style="yellow")
     if groups.cache_damage:
         console.print(f"warning: {groups.cache_damage}; the tokens were made again", style="yellow")
     if groups.skipped:

@@ -17,6 +17,7 @@ from jax_simpo.config import TrainConfig
 from jax_simpo.data import chat, sources
 from jax_simpo.data.loader import Known
 from jax_simpo.data.packing import StepPlan, grow_micro_batches, make_step_plan
+from jax_simpo.data.selection import HELD_OUT, Selection
 from jax_simpo.data.tokenize import GroupDataset, settings_of, tokenize_split
 from jax_simpo.errors import ConfigError, ModelError
 from jax_simpo.run.reference_cache import model_digest
@@ -170,11 +171,9 @@ class Setup:
     def train_pairs(self) -> GroupDataset:
         """Reads and tokenises the training groups."""
         config = self.config
+        selection = Selection.of(config)
         raw = sources.load_train(
-            config.dataset_mixer,
-            config.train_splits,
-            dataset_configs=config.dataset_configs,
-            weight_column=config.weight_column,
+            config.dataset_mixer, config.train_splits, selection, weight_column=config.weight_column
         )
         return self._tokenize(raw)
 
@@ -196,23 +195,26 @@ class Setup:
         return Known(reference, scores, weights)
 
     def eval_pairs(self) -> GroupDataset:
-        """Reads and tokenises the groups of all evaluation splits, uncut.
+        """Reads and tokenises the groups of all evaluation splits, or those that `test_size` holds out.
 
         Raises:
             ConfigError: `dataset_splits` names no split to evaluate.
         """
         config = self.config
+        if config.test_size is not None:
+            return self.split_pairs(HELD_OUT)
         if not config.eval_splits:
             raise ConfigError(
                 f"`dataset_splits` {config.dataset_splits} names no split to evaluate: those have no `train` in their "
                 "name. Add one, or set `do_eval: false`"
             )
-        raw = sources.load_eval(config.dataset_mixer, config.eval_splits, dataset_configs=config.dataset_configs)
+        raw = sources.load_eval(config.dataset_mixer, config.eval_splits, Selection.of(config))
         return self._tokenize(raw)
 
     def split_pairs(self, split: str) -> GroupDataset:
-        """Reads and tokenises the groups of a whole split, in file order."""
-        raw = sources.load_split(self.config.dataset_mixer, split, dataset_configs=self.config.dataset_configs)
+        """Reads and tokenises the groups of a whole split, in file order; `held_out` is `test_size`'s."""
+        config = self.config
+        raw = sources.load_named(config.dataset_mixer, split, config.train_splits, Selection.of(config))
         return self._tokenize(raw)
 
     def _tokenize(self, raw: sources.RawSplit) -> GroupDataset:

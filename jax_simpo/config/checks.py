@@ -67,6 +67,7 @@ def check(config: Any) -> None:
             f"`dataset_splits` {config.dataset_splits} has nothing to train on: training splits have `train` in "
             "their name"
         )
+    _check_data_keys(config)
     if config.max_prompt_length >= config.max_length:
         raise ValueError(
             f"`max_prompt_length` ({config.max_prompt_length}) leaves no room for a response within `max_length` "
@@ -90,6 +91,23 @@ def check(config: Any) -> None:
         raise ValueError("`max_steps` is 0; expected a positive number, or -1 for `num_train_epochs`")
     if config.load_in_4bit and config.load_in_8bit:
         raise ValueError("`load_in_4bit` and `load_in_8bit` contradict each other; keep one of them")
+
+
+def _check_data_keys(config: Any) -> None:
+    """Checks the keys that say how rows are chosen and read; what needs the data itself is checked where it is read."""
+    named = [split for split in config.dataset_splits if "train" not in split]
+    if config.test_size is not None and named:
+        raise ValueError(
+            f"`test_size` holds rows of the training splits out, and `dataset_splits` names {', '.join(named)} to "
+            "evaluate on; keep one of the two"
+        )
+    if config.test_size is not None and config.test_size > 1 and not config.test_size.is_integer():
+        raise ValueError(
+            f"`test_size` is {config.test_size:g}; expected a share below 1, or from 1 on a whole number of rows"
+        )
+    columns = config.dataset_columns or {}
+    if len({isinstance(value, dict) for value in columns.values()}) > 1:
+        raise ValueError("`dataset_columns` mixes columns of all sources with columns of single sources; use one form")
 
 
 def _check_best(config: Any) -> None:

@@ -104,7 +104,8 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     dataset_mixer: dict[Name, Number] = _key(
         dict,
         "Data sources and the fraction of the training pairs taken from each (`{source: 1.0}`). A source is a hub id, "
-        "a `.jsonl`, `.json` or `.parquet` file, a folder of `train`/`test` files, a saved dataset, or `builtin:NAME`. "
+        "a `.jsonl`, `.json`, `.csv` (also with `.gz`) or `.parquet` file, a folder of `train`/`test` files, a saved "
+        "dataset, or `builtin:NAME`. "
         "Fractions cut training splits only; evaluation splits are taken whole. Required in a file; from Python, pairs "
         "may be handed over instead.",
         section="Data",
@@ -119,6 +120,42 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         None,
         "Configuration name of each hub data set, one for each entry of `dataset_mixer`, null where it has none.",
         identity=True,
+    )
+    dataset_format: Text | dict[Name, Text] | None = _key(
+        None,
+        "Format of the rows, or of each source's (`{source: format}`): `pairs`, `dialogues`, `hh`, `implicit_text`, "
+        "`alpaca`, `conversation`, `ranked` or `scored` (docs/data-formats.md). Default: found from the first rows; "
+        "`jax-simpo inspect` shows it.",
+        identity=True,
+        entries="source to format",
+    )
+    dataset_columns: dict[Name, Text | dict[Text, Text]] | None = _key(
+        None,
+        "Columns that have other names in your data (`{prompt: question, chosen: better}`), for all sources or for "
+        "each (`{source: {prompt: question}}`).",
+        identity=True,
+        entries="what a column holds to its name",
+    )
+    test_size: Number | None = _key(
+        None,
+        "How many of the training rows are held out and evaluated, as the split `held_out`: a share, or from 1 on a "
+        "number of rows. All rows of a prompt are on one side. Without `dataset_splits` for evaluation.",
+        identity=True,
+        gt=0,
+    )
+    max_samples: Whole | None = _key(
+        None,
+        "Most rows taken of each split of a source, in training and evaluation, such as 100 to try a run.",
+        identity=True,
+        ge=1,
+    )
+    shuffle_seed: Whole | None = _key(
+        None,
+        "Draws the rows that a fraction, `max_samples` or `test_size` takes. Default: fractions and `max_samples` take "
+        "the first rows, and `test_size` draws with 42. (The order of training is `seed`'s.)",
+        identity=True,
+        ge=0,
+        le=2**63 - 1,
     )
     auto_insert_empty_system_msg: bool = _key(
         True, "Puts an empty system message first when the chat template knows system messages.", identity=True
@@ -509,6 +546,8 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         if number and float(length).is_integer() and "max_prompt_length" not in data:
             data["max_prompt_length"] = max(int(length) - 248, int(length) // 2, 1)
         data.setdefault("do_eval", data.get("eval_strategy", "no") != "no")
+        if data.get("test_size") is not None:
+            data.setdefault("dataset_splits", ["train"])
         if data.get("optim") == "lion":
             data.setdefault("adam_beta2", 0.99)
         if data.get("lr_scheduler_kwargs", {}) is None:
@@ -545,8 +584,9 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
 
     @property
     def eval_splits(self) -> list[str]:
-        """The splits to evaluate on."""
-        return [split for split in self.dataset_splits if "train" not in split]
+        """The splits to evaluate on; with `test_size` these are the rows held out."""
+        named = [split for split in self.dataset_splits if "train" not in split]
+        return ["held_out"] if self.test_size is not None else named
 
     def to_yaml(self) -> str:
         """Returns the resolved config as YAML; reading it back gives an equal config."""

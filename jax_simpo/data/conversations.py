@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jax_simpo.data.messages import BadRow, Message, check_tool_turns, parse_hh, read_turns, short
+from jax_simpo.data.messages import BadRow, Message, check_text, check_tool_turns, parse_hh, read_turns, short
 from jax_simpo.data.ranking import GroupSettings, is_number, rank_answers, read_scores
 
 _TEXT_KEYS = ("response", "answer", "completion", "text", "content")  # of an answer that is an object
@@ -89,9 +89,13 @@ def read_row(row: Mapping[str, Any]) -> Row:
     - `prompt` and they are text: a user turn and assistant turns;
     - they are whole dialogues in HH-RLHF's text form `\\n\\nHuman: ...\\n\\nAssistant: ...`.
 
+    Text in `system` becomes the system turn before the prompt.
+
     Raises:
         BadRow: the row has none of these forms, or cannot be trained on.
     """
+    if fault := row.get("fault"):
+        raise BadRow(*fault)
     prompt = read_turns(row.get("prompt"), "prompt")
     answers = read_answers(row)
     if prompt == []:
@@ -107,6 +111,7 @@ def read_row(row: Mapping[str, Any]) -> Row:
                 )
     else:
         prompt, turns = _read_without_prompt_turns(prompt, answers)
+    prompt = _with_system(row.get("system"), prompt)
     read = Row(prompt, turns, answers.names, answers.scores, answers.ranks, _read_tools(row.get("tools")))
     _check_turns(read)
     return read
@@ -245,6 +250,24 @@ def read_weight(value: Any, column: str) -> float:
         shown = "missing" if value is None else short(value)
         raise BadRow("wrong weight", f"`{column}` is {shown}; expected a number >= 0, of at most 3.4e38")
     return float(value)
+
+
+def _with_system(system: Any, prompt: list[Message]) -> list[Message]:
+    """Puts the text of the column `system` before the turns of the prompt."""
+    if system is None or system == "" or not prompt:  # without a prompt the row is refused for that
+        return prompt
+    if not isinstance(system, str):
+        raise BadRow("wrong system message", f"`system` is {short(system)}; expected text")
+    check_text(system, "`system`")
+    turn = {"role": "system", "content": system}
+    if prompt[0]["role"] != "system":
+        return [turn, *prompt]
+    if prompt[0] != turn:
+        raise BadRow(
+            "two system messages",
+            f"`system` is {short(system)}, and the conversation begins with another system message: keep one of them",
+        )
+    return prompt
 
 
 def _read_tools(tools: Any) -> list[Any] | None:

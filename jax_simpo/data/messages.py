@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,20 @@ Message = dict[str, Any]  # `role` and `content`, and where there are such `tool
 ROLES = ("system", "user", "assistant", "tool")
 _TOOL_KEYS = ("tool_calls", "tool_call_id", "name")
 _TEXT_PARTS = ("text", "input_text", "output_text")
+
+# The roles in ShareGPT's messages, which are {"from", "value"}. A `function_call` is a call of a tool.
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+    "function_call": "assistant",
+}
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -25,7 +40,9 @@ class BadRow(Exception):
 
 
 def read_turns(value: Any, name: str) -> str | list[Message] | None:
-    """Reads a value that is text, a list of messages, or missing.
+    """Reads a value that is text, a message, a list of messages, or missing.
+
+    A message is `{"role", "content"}`, or ShareGPT's `{"from", "value"}`.
 
     Args:
         value: the value as the data file has it.
@@ -35,20 +52,32 @@ def read_turns(value: Any, name: str) -> str | list[Message] | None:
         BadRow: it is none of them, or a message is not as it should be.
     """
     if value is None or isinstance(value, str):
-        _check_text(value, f"`{name}`")
+        check_text(value, f"`{name}`")
         return value
-    if isinstance(value, dict) and isinstance(value.get("role"), list) and isinstance(value.get("content"), list):
-        # Datasets on the hub store a `Sequence` of objects by column.
-        roles, contents = value["role"], value["content"]
-        if len(roles) != len(contents):
-            raise BadRow("not a message list", f"`{name}` has {len(roles)} roles but {len(contents)} contents")
-        value = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    if isinstance(value, dict):
+        value = _listed(value, name)
     if not isinstance(value, list):
         raise BadRow("not a message list", f"`{name}` is {short(value)}, neither text nor a list of messages")
     return [_read_message(message, number, name) for number, message in enumerate(value)]
 
 
+def _listed(value: dict[str, Any], name: str) -> Any:
+    """Returns the list that a message by itself stands for, or messages that are stored by column."""
+    for role, content in (("role", "content"), ("from", "value")):
+        roles, contents = value.get(role), value.get(content)
+        if isinstance(roles, list) and isinstance(contents, list):
+            # Datasets on the hub store a `Sequence` of objects by column.
+            if len(roles) != len(contents):
+                raise BadRow("not a message list", f"`{name}` has {len(roles)} roles but {len(contents)} contents")
+            return [{role: r, content: c} for r, c in zip(roles, contents, strict=True)]
+        if isinstance(roles, str):
+            return [value]
+    return value
+
+
 def _read_message(message: Any, number: int, name: str) -> Message:
+    if isinstance(message, dict) and "role" not in message and "from" in message and "value" in message:
+        message = _from_sharegpt(message, f"turn {number} of `{name}`")
     if not isinstance(message, dict) or "role" not in message or not ("content" in message or "tool_calls" in message):
         raise BadRow("not a message list", f"turn {number} of `{name}` is {short(message)}, not {{'role', 'content'}}")
     role = message["role"]
@@ -67,6 +96,23 @@ def _read_message(message: Any, number: int, name: str) -> Message:
     return {"role": role, "content": text, **(more if calls or role == "tool" else {})}
 
 
+def _from_sharegpt(message: dict[str, Any], place: str) -> dict[str, Any]:
+    """Renames the keys and the role of a ShareGPT message; a `function_call` becomes a call of a tool."""
+    role, value = message["from"], message["value"]
+    if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
+        raise BadRow("wrong role", f"{place} is from {short(role)}, not from {', '.join(_SHAREGPT_ROLES)}")
+    if role != "function_call":
+        return {"role": _SHAREGPT_ROLES[role], "content": value}
+    try:
+        calls = json.loads(value)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadRow("wrong tools", f"{place} is a `function_call` that is no JSON ({error})") from error
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise BadRow("wrong tools", f"{place} is a `function_call` without a `name`: {short(value)}")
+    return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": c} for c in calls]}
+
+
 def _read_content(content: Any, place: str) -> str:
     """Reads the content of a message: text, or a list of parts that are text."""
     if isinstance(content, list):
@@ -74,7 +120,7 @@ def _read_content(content: Any, place: str) -> str:
         content = "".join(texts)
     if not isinstance(content, str):
         raise BadRow("not a message list", f"{place} has {short(content)} for content")
-    _check_text(content, place)
+    check_text(content, place)
     return content
 
 
@@ -115,7 +161,8 @@ def parse_hh(text: str) -> list[Message] | None:
     return [{"role": _HH_ROLES[speaker], "content": content.strip()} for speaker, content in turns]
 
 
-def _check_text(text: str | None, place: str) -> None:
+def check_text(text: str | None, place: str) -> None:
+    """Raises BadRow if text holds what no UTF-8 can."""
     if text is not None and not text.isascii():
         try:
             text.encode()

@@ -1,37 +1,50 @@
 """Reads preference pairs from files, saved datasets and the hub into tables of one schema.
 
-The columns of answers, prompt, scores and weights become columns of JSON text. So message lists and plain strings, with
-or without a `prompt`, fit one table, and other columns of the source are dropped. In every function here,
-`label` is the source's name in messages, and `weights` names the column of the weights, if there is one.
+Rows of any format (`formats`) become rows of our columns, and these become columns of JSON text. So message lists and
+plain strings, with or without a prompt, fit one table. In every function here, `label` is the source's name in
+messages, and `reading` is what the config says of its columns.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import re
-from collections.abc import Iterable
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jax_simpo.data import formats
+from jax_simpo.data.formats import Layout, Reader, Reading
+from jax_simpo.data.messages import BadRow
 from jax_simpo.errors import DataError
 
-# Our columns, and the other names that data sets give them. The names of a row's answers come first.
-COLUMNS = {
-    "chosen": ("chosen",),
-    "rejected": ("rejected",),
-    "responses": ("responses", "completions", "answers"),
-    "response": ("response",),
-    "prompt": ("prompt", "instruction"),
-    "scores": ("scores",),
-    "score": ("score",),
-    "ranks": ("ranks",),
-    "tools": ("tools",),
-}
-_NAMES = tuple(name for names in COLUMNS.values() for name in names)
-FILE_TYPES = (".jsonl", ".json", ".parquet")
+# The columns that every row becomes. `fault` is what is wrong with a row that cannot be one.
+COLUMNS = (
+    "chosen",
+    "rejected",
+    "responses",
+    "response",
+    "prompt",
+    "system",
+    "scores",
+    "score",
+    "ranks",
+    "tools",
+    "fault",
+)
+_TEXT_TYPES = (".jsonl", ".json", ".csv")
+FILE_TYPES = (*_TEXT_TYPES, ".parquet")
+_COMPRESSED = ".gz"
 
 _SCHEMA = pa.schema(
     [
@@ -44,29 +57,74 @@ _SCHEMA = pa.schema(
 )
 
 
-def from_rows(label: str, rows: Iterable[Any], weights: str | None = None) -> pa.Table:
-    """Makes a table of rows that are Python objects. Raises `DataError` for rows without `chosen` and `rejected`."""
-    builder = _TableBuilder(label, weights)
+@dataclass(frozen=True)
+class Source:
+    """The rows of a file, or of a split of a data set.
+
+    Attributes:
+        table: the rows, with the columns of `COLUMNS`, their weight, and where each is from.
+        layout: how they were read.
+    """
+
+    table: pa.Table
+    layout: Layout
+
+
+def file_type(path: Path) -> str | None:
+    """Returns the extension of a data file, such as `.jsonl` also for `.jsonl.gz`; None for other files."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [_COMPRESSED]:
+        return suffixes[-2] if suffixes[-2:-1] and suffixes[-2] in _TEXT_TYPES else None
+    return suffixes[-1] if suffixes and suffixes[-1] in FILE_TYPES else None
+
+
+def stem(path: Path) -> str:
+    """Returns the name of a data file without its extension."""
+    name = path.name[: -len(_COMPRESSED)] if path.suffix.lower() == _COMPRESSED else path.name
+    return Path(name).stem
+
+
+def from_rows(label: str, rows: Iterable[Any], reading: Reading | None = None) -> Source:
+    """Reads rows that are Python objects. Raises `DataError` for rows that are in no format, or in several."""
+    builder = _TableBuilder(label, reading or Reading())
     for row in rows:
         builder.add(row, None)
-    return builder.table()
+    return builder.source()
 
 
-def read_file(label: str, path: Path, weights: str | None = None) -> pa.Table:
+def read_file(label: str, path: Path, reading: Reading | None = None) -> Source:
     """Reads a file by its extension. Raises `DataError` if it is empty, broken or has no pairs."""
+    reading = reading or Reading()
     if path.stat().st_size == 0:
         raise DataError(f"{label}: the file is empty")
-    suffix = path.suffix.lower()
+    suffix = file_type(path)
     if suffix == ".parquet":
-        return _read_parquet(label, path, weights)
-    if suffix == ".json" and not _is_jsonl(path):
-        return _read_json(label, path, weights)
-    return _read_jsonl(label, path, weights)
+        return _read_parquet(label, path, reading)
+    with _unpacked(label, path):
+        if suffix == ".csv":
+            return _read_csv(label, path, reading)
+        if suffix == ".json" and not _is_jsonl(path):
+            return _read_json(label, path, reading)
+        return _read_jsonl(label, path, reading)
+
+
+def _open(path: Path) -> IO[bytes]:
+    """Opens a file, compressed or not."""
+    return gzip.open(path, "rb") if path.suffix.lower() == _COMPRESSED else path.open("rb")  # type: ignore[return-value]
+
+
+@contextmanager
+def _unpacked(label: str, path: Path) -> Iterator[None]:
+    """Words the errors of a compressed file that is none, or is cut off."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{label}: not a whole gzip file ({error}): copy it again") from error
 
 
 def _is_jsonl(path: Path) -> bool:
     """Returns True if a file named .json holds one object per line, judged by its first line."""
-    with path.open("rb") as stream:
+    with _open(path) as stream:
         first = next((line for line in stream if not line.isspace()), b"").removeprefix(b"\xef\xbb\xbf")
     if not first.lstrip().startswith(b"{"):
         return False
@@ -77,10 +135,10 @@ def _is_jsonl(path: Path) -> bool:
     return True
 
 
-def _read_jsonl(label: str, path: Path, weights: str | None) -> pa.Table:
+def _read_jsonl(label: str, path: Path, reading: Reading) -> Source:
     """Reads one JSON object per line, line by line, so that an error names the line."""
-    builder = _TableBuilder(label, weights)
-    with path.open("rb") as stream:
+    builder = _TableBuilder(label, reading)
+    with _open(path) as stream:
         for line, data in enumerate(stream, start=1):
             if data.isspace():
                 continue
@@ -91,12 +149,13 @@ def _read_jsonl(label: str, path: Path, weights: str | None) -> pa.Table:
                     f"{label}, line {line}: broken JSON ({_json_fault(error)}): each line must be one JSON object"
                 ) from error
             builder.add(value, line)
-    return builder.table()
+    return builder.source()
 
 
-def _read_json(label: str, path: Path, weights: str | None) -> pa.Table:
+def _read_json(label: str, path: Path, reading: Reading) -> Source:
     """Reads one JSON list of objects."""
-    data = path.read_bytes()
+    with _open(path) as stream:
+        data = stream.read()
     if not data.strip():
         raise DataError(f"{label}: the file is empty")
     try:
@@ -115,21 +174,74 @@ def _read_json(label: str, path: Path, weights: str | None) -> pa.Table:
         raise DataError(
             f"{label}: holds {_type_name(values)}: a .json file must be one list of objects, or one object per line"
         )
-    return from_rows(label, values, weights)
+    return from_rows(label, values, reading)
 
 
-def _read_parquet(label: str, path: Path, weights: str | None) -> pa.Table:
+# Columns of CSV files whose cells are JSON, since text cannot be meant; in others text may begin with a bracket.
+_JSON_CELLS = (
+    *("conversations", "conversation", "messages", "history"),
+    *("responses", "completions", "answers", "scores", "score", "ranks"),
+)
+
+
+def _read_csv(label: str, path: Path, reading: Reading) -> Source:
+    """Reads a table with a line of column names; cells may be quoted and hold line ends. An empty cell is no value."""
+    builder = _TableBuilder(label, reading)
+    columns = reading.columns or {}
+    json_cells = {columns.get(name, name) for name in _JSON_CELLS} | {reading.weights}
+    with _open(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # it refuses cells above 128 KB otherwise
+        lines = csv.reader(text, strict=True)
+        try:
+            names = next(lines, [])
+            if len(set(names)) < len(names) or not all(names):
+                raise DataError(
+                    f"{label}, line 1: the first line must name every column once; it is {', '.join(names)}"
+                )
+            end = lines.line_num
+            for cells in lines:
+                line, end = end + 1, lines.line_num
+                if not cells:
+                    continue
+                if len(cells) != len(names):
+                    raise DataError(
+                        f"{label}, line {line}: {len(cells)} cells for {len(names)} columns: put quotes around cells "
+                        "with commas"
+                    )
+                row = {name: _read_cell(cell, name in json_cells) for name, cell in zip(names, cells, strict=True)}
+                builder.add({name: value for name, value in row.items() if value is not None}, line, names)
+        except (csv.Error, UnicodeDecodeError) as error:
+            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
+            raise DataError(f"{label}, line {lines.line_num}: not a readable CSV file ({reason})") from error
+    return builder.source()
+
+
+def _read_cell(cell: str, as_json: bool) -> Any:
+    """Reads a cell: JSON where text cannot be meant, a message list where it is one, else text."""
+    if not cell:
+        return None
+    if as_json or cell.startswith(('[{"', '{"role"', '{"from"')):
+        try:
+            value = json.loads(cell)
+        except (ValueError, RecursionError):
+            return cell
+        turns = value if isinstance(value, list) else [value]
+        if as_json or all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns):
+            return value
+    return cell
+
+
+def _read_parquet(label: str, path: Path, reading: Reading) -> Source:
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            _check_columns(label, names, weights)
-            table = file.read(columns=[name for name in (*_NAMES, weights) if name in names])
+            table = file.read(columns=[name for name in reading.names if name in names])
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{label}: not a readable parquet file ({error})") from error
-    return _from_arrow(label, [table], weights)
+    return _from_arrow(label, [table], names, reading)
 
 
-def read_saved(label: str, folder: Path, weights: str | None = None) -> pa.Table:
+def read_saved(label: str, folder: Path, reading: Reading | None = None) -> Source:
     """Reads a `Dataset` that was written with `save_to_disk`. Raises `DataError` if it cannot be loaded."""
     import datasets  # takes half a second, and runs on JSONL do not need it
 
@@ -137,10 +249,10 @@ def read_saved(label: str, folder: Path, weights: str | None = None) -> pa.Table
         dataset = datasets.load_from_disk(str(folder))
     except Exception as error:
         raise DataError(f"{label}: cannot load the saved dataset ({_first_line(error)}): save it again") from error
-    return _from_dataset(label, dataset, weights)
+    return _from_dataset(label, dataset, reading or Reading())
 
 
-def read_hub(name: str, split: str, config: str | None, weights: str | None = None) -> pa.Table:
+def read_hub(name: str, split: str, config: str | None, reading: Reading | None = None) -> Source:
     """Reads a split of a dataset on the hub. Raises `DataError` if the dataset or the split cannot be reached."""
     import datasets
 
@@ -157,69 +269,86 @@ def read_hub(name: str, split: str, config: str | None, weights: str | None = No
             f"{name}: neither a file or folder here nor a dataset that could be reached on the hub "
             f"({type(error).__name__}: {reason}): check the name, the network, or give a file"
         ) from error
-    return _from_dataset(f"{name}/{split}", dataset, weights)
+    return _from_dataset(f"{name}/{split}", dataset, reading or Reading())
 
 
-def _from_dataset(label: str, dataset: Any, weights: str | None) -> pa.Table:
-    _check_columns(label, dataset.column_names, weights)
-    pairs = dataset.select_columns([name for name in (*_NAMES, weights) if name in dataset.column_names])
-    return _from_arrow(label, pairs.with_format("arrow").iter(batch_size=1000), weights)
+def _from_dataset(label: str, dataset: Any, reading: Reading) -> Source:
+    names = dataset.column_names
+    pairs = dataset.select_columns([name for name in reading.names if name in names])
+    return _from_arrow(label, pairs.with_format("arrow").iter(batch_size=1000), names, reading)
 
 
-def _from_arrow(label: str, tables: Iterable[pa.Table], weights: str | None) -> pa.Table:
-    batches = (batch for table in tables for batch in table.to_batches(max_chunksize=1000))
-    return from_rows(label, (row for batch in batches for row in batch.to_pylist()), weights)
+def _from_arrow(label: str, tables: Iterable[pa.Table], names: list[str], reading: Reading) -> Source:
+    """Reads Arrow tables that hold those of the columns `names` which may be read."""
+    builder = _TableBuilder(label, reading)
+    for table in tables:
+        for batch in table.to_batches(max_chunksize=1000):
+            # Without any column that may be read a batch has no objects, but it has rows.
+            rows = batch.to_pylist() if batch.num_columns else [{}] * batch.num_rows
+            for row in rows:
+                builder.add(row, None, names)
+    return builder.source()
 
 
 class _TableBuilder:
-    """Collects rows and makes the table of a `RawSplit` from them."""
+    """Collects rows: finds their format from the first ones, and makes rows of our columns of all."""
 
-    def __init__(self, label: str, weights: str | None) -> None:
-        self.label, self.weights = label, weights
-        self.keys: set[str] = set()
-        # By our column, its names in the source and its values.
-        self.texts: dict[str, tuple[tuple[str, ...], list[str | None]]] = {n: (m, []) for n, m in COLUMNS.items()}
-        self.texts["weight"] = (() if weights is None else (weights,)), []
+    def __init__(self, label: str, reading: Reading) -> None:
+        self.label, self.reading = label, reading
+        self.names: dict[str, None] = {}  # the columns there are, in their order
+        self.first: list[dict[str, Any]] = []  # rows that wait for the format
+        self.reader: Reader | None = None
+        self.texts: dict[str, list[str | None]] = {name: [] for name in (*COLUMNS, "weight")}
         self.lines: list[int | None] = []
 
-    def add(self, value: Any, line: int | None) -> None:
+    def add(self, value: Any, line: int | None, names: Iterable[str] = ()) -> None:
+        """Adds a row; `names` are the columns of the source where a row does not show them all."""
         if not isinstance(value, dict):
             place = f"line {line}" if line is not None else f"row {len(self.lines)}"
             raise DataError(f"{self.label}, {place}: {_type_name(value)}, not an object with `chosen` and `rejected`")
-        self.keys.update(value)
-        is_pair = value.get("chosen") is not None or value.get("rejected") is not None
-        for column, (names, texts) in self.texts.items():
-            # Beside a pair, a column named `answers`, say, is one of those that are ignored.
-            names = names[:1] if column == "responses" and is_pair else names
-            item = next((value[name] for name in names if value.get(name) is not None), None)
-            texts.append(None if item is None else json.dumps(item, default=str))
+        self.names.update(dict.fromkeys(names or value))
         self.lines.append(line)
+        if self.reader is not None:
+            self._convert(self.reader, value)
+            return
+        self.first.append(value)
+        if len(self.first) == formats.SAMPLE:
+            self._begin()
 
-    def table(self) -> pa.Table:
-        rows = len(self.lines)
+    def _begin(self) -> Reader:
+        reader = self.reader = formats.detect(self.label, self.first, self.names, self.reading)
+        for value in self.first:
+            self._convert(reader, value)
+        self.first = []
+        return reader
+
+    def _convert(self, reader: Reader, value: dict[str, Any]) -> None:
+        try:
+            row = reader.read(value)
+        except BadRow as bad:
+            row = formats.flag_fault(bad)
+        if self.reading.weights is not None:
+            row = {**row, "weight": value.get(self.reading.weights)}
+        for column, texts in self.texts.items():
+            texts.append(formats.as_json(row, column))
+
+    def source(self) -> Source:
+        rows, weights = len(self.lines), self.reading.weights
         if rows == 0:
             raise DataError(f"{self.label}: there are no rows in it")
-        # Some rows without a column are bad rows; a column that no row has is a mistake in the whole file.
-        _check_columns(self.label, self.keys, self.weights)
+        reader = self.reader or self._begin()
+        names = list(self.names)
+        if weights is not None and weights not in names:
+            raise DataError(
+                f"{self.label}: has no column `{weights}`, which `weight_column` names; it has "
+                f"{', '.join(sorted(names))}"
+            )
         file = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([self.label]))
-        arrays = [pa.array(texts, pa.string()) for _, texts in self.texts.values()]
-        return pa.Table.from_arrays(
+        arrays = [pa.array(texts, pa.string()) for texts in self.texts.values()]
+        table = pa.Table.from_arrays(
             [*arrays, file, pa.array(range(rows), pa.int64()), pa.array(self.lines, pa.int64())], schema=_SCHEMA
         )
-
-
-def _check_columns(label: str, names: Iterable[str], weights: str | None) -> None:
-    names = sorted(names)
-    ranked = any(name in names for name in (*COLUMNS["responses"], *COLUMNS["response"]))
-    missing = [name for name in ("chosen", "rejected") if name not in names]
-    if missing and not ranked:
-        raise DataError(
-            f"{label}: has the columns {', '.join(names) or '(none)'} but not {' and '.join(missing)}: "
-            "rename them; needed are `chosen` and `rejected`, or `responses` with `scores` or `ranks`, and `prompt` if "
-            "the answers stand alone"
-        )
-    if weights is not None and weights not in names:
-        raise DataError(f"{label}: has no column `{weights}`, which `weight_column` names; it has {', '.join(names)}")
+        return Source(table, reader.layout(self.label, names, weights, rows))
 
 
 def _json_fault(error: ValueError | RecursionError) -> str:

@@ -23,6 +23,7 @@ from filelock import FileLock
 from jaxtyping import Float, Int
 
 from jax_simpo.data.chat import GroupText
+from jax_simpo.data.formats import Layout
 from jax_simpo.data.groups import Group, GroupLengths, Response
 from jax_simpo.data.sources import RawSplit
 from jax_simpo.errors import DataError
@@ -199,12 +200,19 @@ class GroupDataset:
         indices = {name: np.flatnonzero(np.isin(part_of_group, own)) for name, own in numbers.items()}
         return {name: own for name, own in indices.items() if own.size}
 
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """How each source of the split was read."""
+        return self._raw.layouts
+
     def skipped_summary(self) -> str:
         """Counts the skipped rows by reason, in one line; empty if there are none."""
-        if not self.skipped:
-            return ""
+        return f"{len(self.skipped)} of {len(self._raw)} rows skipped: {self.skipped_kinds()}" if self.skipped else ""
+
+    def skipped_kinds(self) -> str:
+        """Counts the skipped rows by reason, such as "2 no prompt, 1 empty response"."""
         kinds = Counter(row.kind for row in self.skipped).most_common()
-        return f"{len(self.skipped)} of {len(self._raw)} rows skipped: " + ", ".join(f"{n} {kind}" for kind, n in kinds)
+        return ", ".join(f"{count} {kind}" for kind, count in kinds)
 
     def left_out_summary(self) -> str:
         """Counts the responses that were left out of groups by reason, in one line; empty if there are none."""
@@ -224,10 +232,12 @@ class GroupDataset:
         )
 
     def skipped_lines(self) -> list[str]:
-        """Lists the first skipped rows with file, row and reason, one line each."""
+        """Lists the first skipped rows with file, row and reason, one line each, then the columns that are there."""
         lines = [f"  {self._raw.place(row.index)}: {row.reason}" for row in self.skipped[:SHOWN_SKIPPED]]
         more = len(self.skipped) - SHOWN_SKIPPED
-        return [*lines, f"  and {more} more"] if more > 0 else lines
+        if more > 0:
+            lines.append(f"  and {more} more")
+        return [*lines, *(f"  {layout.line}" for layout in self.layouts)]
 
     def skipped_report(self) -> str:
         """Joins `skipped_summary` and `skipped_lines`; empty if there are none."""

@@ -288,7 +288,7 @@ def tokenize_split(
                     )
     dataset = store.open(raw, cache_hit, damage)
     if dataset.skipped and on_bad_row == "error":
-        first = f"{len(dataset.skipped)} of {len(raw)} rows of {raw.name} cannot be used:"
+        first = f"{len(dataset.skipped)} of {len(raw)} rows of {raw.name} cannot be used ({dataset.skipped_kinds()}):"
         last = "Correct or remove them, or set `on_bad_row: skip` to go on without them (rows count from 0)."
         raise DataError("\n".join([first, *dataset.skipped_lines(), last]))
     if len(dataset) == 0:

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from jax_simpo.config import objective_weights, yaml_files
 from jax_simpo.config.objectives import WITH_REFERENCE
+from jax_simpo.data.selection import HELD_OUT
 from jax_simpo.errors import CheckpointError
 from jax_simpo.run import files
 from jax_simpo.run.bad_steps import read_bad_steps
@@ -61,6 +62,8 @@ class Run:
     @property
     def eval_splits(self) -> list[str]:
         """Names of the evaluated splits, as far as the config tells them."""
+        if self.config.get("test_size") is not None:
+            return [HELD_OUT]
         return [split for split in self.config.get("dataset_splits") or [] if "train" not in split]
 
     @property

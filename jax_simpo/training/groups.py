@@ -45,8 +45,11 @@ def tokenize_on_first(config: TrainConfig, raw: RawSplit, tokenizer: PreTrainedT
 
 
 def notes_on(pairs: GroupDataset) -> list[str]:
-    """Lists what the user should know of the rows, and of their tokens in the cache. Every process calls it."""
-    notes = []
+    """Lists how the rows were read, and what the user should know of them and of their tokens in the cache.
+
+    Every process calls it.
+    """
+    notes = [] if pairs.skipped else [layout.line for layout in pairs.layouts]  # the report of skipped rows has them
     repeated = distributed.collect("cache", pairs.cache_hit)[1:].count(False)
     if repeated:
         notes.append(

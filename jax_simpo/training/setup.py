@@ -24,6 +24,7 @@ from jax_simpo.data.packing import (
     make_step_plan,
     micro_batch_line,
 )
+from jax_simpo.data.selection import HELD_OUT, Selection
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.errors import CheckpointError, ConfigError, ModelError
 from jax_simpo.hf import adapters
@@ -312,16 +313,14 @@ class Setup:
         if self.memory_pairs is not None:
             return self.tokenize(self.memory_pairs)
         require_data(config)
+        selection = Selection.of(config)
         raw = sources.load_train(
-            config.dataset_mixer,
-            config.train_splits,
-            dataset_configs=config.dataset_configs,
-            weight_column=config.weight_column,
+            config.dataset_mixer, config.train_splits, selection, weight_column=config.weight_column
         )
         return self.tokenize(raw)
 
     def eval_pairs(self) -> GroupDataset:
-        """Tokenises the pairs of all evaluation splits, uncut.
+        """Tokenises the pairs of all evaluation splits, or those that `test_size` holds out.
 
         Raises:
             ConfigError: `dataset_splits` names no split to evaluate, or there is no data at all.
@@ -331,16 +330,18 @@ class Setup:
         if self.memory_eval_pairs is not None:
             return self.tokenize(self.memory_eval_pairs)
         require_data(config)
+        if config.test_size is not None:
+            return self.split_pairs(HELD_OUT)
         if not config.eval_splits:
             raise ConfigError(
                 f"`dataset_splits` {config.dataset_splits} names no split to evaluate: those have no `train` in their "
                 "name. Add one, or set `do_eval: false`"
             )
-        raw = sources.load_eval(config.dataset_mixer, config.eval_splits, dataset_configs=config.dataset_configs)
+        raw = sources.load_eval(config.dataset_mixer, config.eval_splits, Selection.of(config))
         return self.tokenize(raw)
 
     def split_pairs(self, split: str) -> GroupDataset:
-        """Tokenises the pairs of one split of all sources, uncut and in file order.
+        """Tokenises the pairs of one split of all sources, uncut and in file order; `held_out` is `test_size`'s.
 
         Raises:
             ConfigError: the config names no data.
@@ -348,7 +349,7 @@ class Setup:
         """
         config = self.config
         require_data(config)
-        raw = sources.load_split(config.dataset_mixer, split, dataset_configs=config.dataset_configs)
+        raw = sources.load_named(config.dataset_mixer, split, config.train_splits, Selection.of(config))
         return self.tokenize(raw)
 
     def known(self, groups: GroupDataset, reference: np.ndarray | None = None, *, training: bool = False) -> Known:

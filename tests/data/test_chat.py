@@ -251,7 +251,7 @@ def test_a_leading_bos_is_taken_off_the_answers_only(folder: Path) -> None:
 BAD_ROWS = {
     "not a message list": [
         {"chosen": 3, "rejected": "b", "prompt": "q"},
-        {"chosen": [{"from": "human", "value": "q"}], "rejected": [asks(), says("b")]},
+        {"chosen": [{"from": "human", "text": "q"}], "rejected": [asks(), says("b")]},
         {"chosen": [asks(), message("assistant", None)], "rejected": [asks(), says("b")]},
         {"chosen": [asks(), message("assistant", [{"type": "text"}])], "rejected": [asks(), says("b")]},
         {"chosen": {"role": ["user", "assistant"], "content": ["q"]}, "rejected": [asks(), says("b")]},

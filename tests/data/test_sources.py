@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jax_simpo.data.selection import Selection
 from jax_simpo.data.sources import load_split, load_train
 from jax_simpo.errors import DataError
 
@@ -111,7 +112,7 @@ def test_a_hub_id_is_loaded_with_its_split_and_configuration(monkeypatch: pytest
         return datasets.Dataset.from_list(make_rows(4))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    raw = load_train({"owner/pairs": 0.5}, ["train_prefs"], dataset_configs=["default"])
+    raw = load_train({"owner/pairs": 0.5}, ["train_prefs"], Selection(dataset_configs=["default"]))
     assert calls == [("owner/pairs", "default", "train_prefs")]
     assert [raw.origin(i) for i in range(len(raw))] == [("owner/pairs/train_prefs", 0), ("owner/pairs/train_prefs", 1)]
 
@@ -239,7 +240,9 @@ def test_an_empty_file_is_an_error(tmp_path: Path, name: str, content: str, mess
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the folder holds neither \.jsonl, \.json or \.parquet files"):
+    with pytest.raises(
+        DataError, match=r"the folder holds neither \.jsonl, \.json, \.csv \(also with \.gz\) or \.parquet files"
+    ):
         load_split({str(tmp_path): 1.0}, "train")
 
 
@@ -304,6 +307,6 @@ def test_two_files_for_one_split_are_an_error(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_type_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "pairs.csv").write_text("chosen,rejected\na,b\n")
-    with pytest.raises(DataError, match=r"cannot read \.csv; use \.jsonl, \.json or \.parquet"):
-        load_split({str(tmp_path / "pairs.csv"): 1.0}, "train")
+    (tmp_path / "pairs.xlsx").write_text("chosen,rejected\na,b\n")
+    with pytest.raises(DataError, match=r"cannot read \.xlsx; use \.jsonl, \.json, \.csv"):
+        load_split({str(tmp_path / "pairs.xlsx"): 1.0}, "train")

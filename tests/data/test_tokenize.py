@@ -429,8 +429,12 @@ def test_bad_rows_stop_the_run_with_file_row_line_reason_and_total(
 
 
 def test_a_long_list_of_bad_rows_is_shortened(tmp_path: Path, run: Callable[..., GroupDataset]) -> None:
-    with pytest.raises(DataError, match=r"25 of 25 rows of train cannot be used(.|\n)*\n  and 15 more\n"):
-        run(write(tmp_path / "pairs.jsonl", [{"chosen": "a", "rejected": "b"}] * 25))
+    rows = [{"prompt": " ", "chosen": "a", "rejected": "b", "id": 7}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
+    with pytest.raises(DataError, match=r"25 of 50 rows of train cannot be used \(25 no prompt\):\n") as caught:
+        run(write(tmp_path / "pairs.jsonl", rows * 25))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 14 and lines[11] == "  and 15 more"
+    assert lines[12].endswith("pairs.jsonl: read as pairs (prompt, chosen, rejected); columns not used: id")
 
 
 @pytest.mark.parametrize("second", ["fresh", "cached"])
@@ -453,14 +457,14 @@ def test_skipped_rows_are_counted_and_summarised(second: str, tmp_path: Path, ru
         f"  {tmp_path / 'pairs.jsonl'}, row 4 (line 5): chosen = rejected: the two answers are the same, so there is "
         "nothing to prefer",
     ]
-    assert len(lines) == 5
+    assert len(lines) == 6 and lines[5].endswith("pairs.jsonl: read as dialogues (chosen, rejected)")
     assert len(dataset) == 26
     assert [row for _, row in dataset.origins] == [i for i in range(30) if i not in (4, 7, 8, 20)]
 
 
 def test_a_split_of_bad_rows_only_is_an_error(tmp_path: Path, run: Callable[..., GroupDataset]) -> None:
     with pytest.raises(DataError, match=r"no row of train can be used: 3 of 3 rows skipped: 3 no prompt"):
-        run(write(tmp_path / "pairs.jsonl", [{"chosen": "a", "rejected": "b"}] * 3), on_bad_row="skip")
+        run(write(tmp_path / "pairs.jsonl", [{"prompt": [], "chosen": "a", "rejected": "b"}] * 3), on_bad_row="skip")
 
 
 # --- the real files
