@@ -188,7 +188,7 @@ def test_json_has_one_object_per_pair_in_input_order(setup: Setup) -> None:
 
 def test_inspect_says_how_the_data_was_read_and_shows_what_is_held_out(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
-    rows = [{"question": f"tea {n % 4}", "chosen": f"{n}", "rejected": "no", "id": n} for n in range(20)]
+    rows = [{"question": f"tea {n % 4}", "chosen": f"a cup {n}", "rejected": "no", "id": n} for n in range(20)]
     file.write_text("\n".join(map(json.dumps, rows)))
     overrides = [f"--dataset_mixer={{{file}: 1.0}}", "--dataset_splits=[train]", "--test_size=0.25"]
     config = load_config(QUICKSTART, [*overrides, f"--data_cache_dir={tmp_path / 'cache'}"])
