@@ -108,12 +108,92 @@ def _options(
 
 
 @app.command()
-def configs() -> None:
+def configs(
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of config files instead, for editors.")
+    ] = False,
+) -> None:
     """Lists the configs that come with the program."""
+    if schema:
+        from jax_simpo.config import json_schema
+
+        print(json.dumps(json_schema.schema(TrainConfig), indent=1, ensure_ascii=False))
+        return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, description in builtin_configs().items():
         table.add_row(f"builtin:{name}", description)
     _console(stderr=False).print(table)
+
+
+@app.command()
+def init(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The file to write.")] = Path("config.yaml"),
+    model: Annotated[str | None, typer.Option(help="Model to start from.", show_default=False)] = None,
+    data: Annotated[str | None, typer.Option(help="Preference data.", show_default=False)] = None,
+    objective: Annotated[str | None, typer.Option(help="Objective, such as simpo or dpo.", show_default=False)] = None,
+    method: Annotated[str | None, typer.Option(help="full or lora.", show_default=False)] = None,
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", help="Folder of the run.", show_default=False)
+    ] = None,
+) -> None:
+    """Asks five questions and writes a config; options answer them beforehand."""
+    from jax_simpo.config.first_config import QUESTIONS, Answers, write_config
+
+    if config.exists():
+        raise ConfigError(f"{config}: exists already; name another file")
+    given = {"model": model, "data": data, "objective": objective, "method": method, "output_dir": output_dir}
+    open_questions = [question for question in QUESTIONS if given[question.option] is None]
+    if not sys.stdin.isatty() and (model is None or data is None):
+        needed = " ".join(f"--{question.option} {question.default}" for question in open_questions)
+        raise ConfigError(f"there is no terminal to ask on; answer with options, such as {needed}")
+    for question in open_questions:
+        ask = sys.stdin.isatty()
+        given[question.option] = typer.prompt(question.text, default=question.default) if ask else question.default
+    text = write_config(Answers(**{option: str(answer) for option, answer in given.items()}))
+    with writing(config) as file:
+        file.write(text)
+    _console().print(f"written: {config}. Next: jax-simpo inspect {config}, then jax-simpo train {config}")
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="A config of TRL, LLaMA-Factory, Axolotl, ...")],
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write. Default: standard output.", show_default=False)
+    ] = None,
+    origin: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="What the file is for: trl-cpo, trl-dpo, trl-orpo, llama-factory, axolotl or open-instruct. Default: "
+            "known by its keys.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="A source to train on in place of the file's; may be given again.")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="Devices the file was made for: writes their batch.", min=1, show_default=False)
+    ] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="A key of the file to leave out; may be given again.")] = None,
+) -> None:
+    """Converts the config of another trainer; every line says what it was, and what cannot be kept is an error."""
+    from jax_simpo.config.convert.engine import convert as convert_file
+    from jax_simpo.config.convert.rules import Options
+
+    if output is not None and output.exists():
+        raise ConfigError(f"{output}: exists already; name another file")
+    options = Options(data=tuple(data or ()), devices=devices, drop=tuple(drop or ()))
+    converted, console = convert_file(file, origin, options), _console()
+    for note in converted.notes:
+        console.print(f"note: {note}", style="yellow")
+    if output is None:
+        print(converted.text, end="")
+        return
+    with writing(output) as stream:
+        stream.write(converted.text)
+    console.print(f"written: {output}, from a {converted.trainer} file")
 
 
 @app.command(context_settings=OVERRIDES)

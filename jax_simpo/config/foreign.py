@@ -19,9 +19,10 @@ from jax_simpo.errors import ConfigError
 _NOTHING = (None, False, 0, 0.0, "", "no", "none", "None", "off")
 
 
-def _asks_for_nothing(value: Any) -> bool:
+def asks_for_nothing(value: Any) -> bool:
+    """Returns True for a value that asks for nothing: false, null, 0, no, or a list of such."""
     if isinstance(value, list | tuple | dict):
-        return all(_asks_for_nothing(v) for v in value)
+        return all(asks_for_nothing(v) for v in value)
     return value in _NOTHING
 
 
@@ -134,7 +135,7 @@ RENAMED: dict[str, tuple[str, Callable[[Any], Any] | None]] = {
 }
 
 # The Hugging Face trainer's names of optimizers that exist here, some of them in several implementations.
-_OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "lion_32bit": "lion"}
+OPTIMIZERS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "lion_32bit": "lion"}
 
 # `gamma` is read by `read_gamma`.
 KEYS = frozenset(WITHOUT_MEANING) | frozenset(NOT_SUPPORTED) | frozenset(RENAMED) | {"gamma"}
@@ -174,14 +175,14 @@ def translate(values: dict[str, Any], place: Callable[[str], str]) -> tuple[dict
             result[ours] = translated
             origin[ours] = key
         elif key in WITHOUT_MEANING:
-            done = value in (None, _DONE_ANYWAY[key]) if key in _DONE_ANYWAY else _asks_for_nothing(value)
+            done = value in (None, _DONE_ANYWAY[key]) if key in _DONE_ANYWAY else asks_for_nothing(value)
             if not done:
                 notices.append(f"{place(key)}: `{key}` has no effect here: {WITHOUT_MEANING[key]}")
         elif key in NOT_SUPPORTED:
-            if not _asks_for_nothing(value):
+            if not asks_for_nothing(value):
                 raise ConfigError(f"{place(key)}: `{key}: {_show(value)}` cannot be honoured: {NOT_SUPPORTED[key]}")
         elif key == "optim":
-            result[key] = _OPTIMIZERS.get(value, value) if isinstance(value, str) else value
+            result[key] = OPTIMIZERS.get(value, value) if isinstance(value, str) else value
         else:
             result[key] = value
     return result, notices, origin

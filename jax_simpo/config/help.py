@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from jax_simpo.config import foreign, shown, yaml_files
+from jax_simpo.config.convert.trainers import known_elsewhere
 from jax_simpo.config.objectives import OwnObjective
 
 _SIGNS = {annotated_types.Gt: "gt", annotated_types.Ge: "ge", annotated_types.Lt: "lt", annotated_types.Le: "le"}
@@ -191,9 +192,25 @@ def did_you_mean(key: str, model: type[BaseModel]) -> str:
     for dotted in below:
         if dotted.endswith(f".{plain}"):
             return f" Did you mean `{dotted}`?"
+    if elsewhere := known_elsewhere(plain):
+        return f" {elsewhere}"
     own = [*keys_of(model), *below]
-    near = difflib.get_close_matches(plain, own, 1, 0.7) or difflib.get_close_matches(plain, foreign.KEYS, 1, 0.8)
-    return f" Did you mean `{near[0]}`?" if near else " `python -m jax_simpo.config` lists all keys."
+    near = difflib.get_close_matches(plain, own, 5, 0.7) + difflib.get_close_matches(plain, foreign.KEYS, 5, 0.8)
+    alike = next((key for key in near if _is_slip(plain, key)), None)
+    return f" Did you mean `{alike}`?" if alike else " `python -m jax_simpo.config` lists all keys."
+
+
+def _is_slip(key: str, meant: str) -> bool:
+    """Returns True if a key is another one misspelt: every word of each is like one of the other.
+
+    Keys that merely look alike as a whole, such as `cpo_alpha` and `lora_alpha`, are about different things.
+    """
+    sides = [re.split(r"[._]", text) for text in (key, meant)]
+
+    def like(a: str, b: str) -> bool:
+        return a in b or b in a or difflib.SequenceMatcher(None, a, b).ratio() >= 0.6
+
+    return all(any(like(a, b) for b in there) for here, there in (sides, sides[::-1]) for a in here)
 
 
 def show_default(field: FieldInfo) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_simpo.config import effects, foreign, objectives, yaml_files
+from jax_simpo.config import effects, foreign, help, objectives, yaml_files
 from jax_simpo.config.builtin import find_config
+from jax_simpo.config.convert.trainers import recognise
 from jax_simpo.config.overrides import Values, apply
 from jax_simpo.config.schema import TrainConfig, checked_config, with_notices
 from jax_simpo.errors import ConfigError
@@ -31,6 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool 
     """
     path = find_config(path)
     written, lines = yaml_files.read_file(path)
+    _check_whose(written, path)
     places = {key: f"{path}, line {line}" for key, line in lines.items()}
     values, notices, origin = foreign.translate(written, lambda key: places.get(key, str(path)))
     places |= {ours: places[theirs] for ours, theirs in origin.items()}
@@ -57,6 +59,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool 
     unused = effects.unused(config)
     notices = [f"{places.get(key, path)}: `{key}` has no effect {unused[key]}" for key in values if key in unused]
     return with_notices(config, notices)
+
+
+def _check_whose(values: Mapping[str, Any], path: Path) -> None:
+    """Raises for a file that is another trainer's. A single key of one in a file of ours is told by itself."""
+    strange = [key for key in values if key not in help.keys_of(TrainConfig) and key not in foreign.KEYS]
+    found = recognise({key: values[key] for key in strange})
+    if found is not None and (len(strange) > 1 or "dataset_mixer" not in values):
+        trainer, keys = found
+        known_by = ", ".join(f"`{key}`" for key in keys[:4])
+        raise ConfigError(
+            f"{path}: this is a {trainer.title} file (it has {known_by}). Run `jax-simpo convert {path} --output "
+            f"OURS.yaml`, which says what becomes of each key, and use OURS.yaml"
+        )
 
 
 def _check_data_is_named(values: Mapping[str, Any], places: Mapping[str, str], path: Path) -> str:

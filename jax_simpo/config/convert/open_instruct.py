@@ -1,0 +1,218 @@
+"""Files of open-instruct's `dpo_tune_cache.py`, the keys of several versions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax_simpo.config.convert.common import set_remat, whole
+from jax_simpo.config.convert.data import Source, need_data, set_sources
+from jax_simpo.config.convert.rules import Do, Draft, Drop, Keep, Part, Refuse, Rule, Trainer, each
+
+# Its loss -> our objective, and the keys of that one which it has.
+_LOSSES = {"dpo": "dpo", "dpo_norm": "sigmoid_norm", "simpo": "simpo"}
+
+
+def _set_last(draft: Draft, key: str, value: Any) -> None:
+    """Sets how many checkpoints are kept; -1 keeps all."""
+    draft.set("save_total_limit", None if value == -1 else value, f"{key}: {value}", of=key)
+
+
+def _set_checkpoints(draft: Draft, key: str, value: Any) -> None:
+    """Sets when checkpoints are written: after a number of steps, which may be text, or after each epoch."""
+    if value == "epoch":
+        draft.set("save_strategy", "epoch", f"{key}: epoch", of=key)
+        return
+    draft.set("save_strategy", "steps", f"{key}: {value}", of=key)
+    draft.set("save_steps", whole(int(value) if str(value).isdecimal() else value), f"{key}: {value}", of=key)
+
+
+_RULES: dict[str, Rule] = {
+    "model_name_or_path": Keep("model_name_or_path"),
+    "model_revision": Keep("model_revision"),
+    "tokenizer_name": Keep("tokenizer_name_or_path"),
+    "tokenizer_name_or_path": Keep("tokenizer_name_or_path"),
+    "trust_remote_code": Keep("trust_remote_code"),
+    "chat_template_name": Part("`chat_template`"),
+    **dict(each("dpo_loss_type loss_type", Part("`objective`"))),
+    **dict(each("dpo_beta beta", Part("`beta`"))),
+    **dict(each("dpo_gamma_beta_ratio gamma_beta_ratio", Part("`gamma_beta_ratio`"))),
+    **dict(each("dpo_label_smoothing label_smoothing", Part("`label_smoothing`"))),
+    **dict(
+        each(
+            "dataset_name dataset_mixer dataset_mixer_list mixer_list dataset_mixer_list_splits dataset_config_name "
+            "train_file",
+            Part("`dataset_mixer` and `dataset_splits`"),
+        )
+    ),
+    "max_train_samples": Keep("max_samples"),
+    "max_seq_length": Keep("max_length"),
+    "max_token_length": Keep("max_length"),
+    "preprocessing_num_workers": Keep("preprocessing_num_workers"),
+    "per_device_train_batch_size": Keep("per_device_train_batch_size"),
+    "gradient_accumulation_steps": Keep("gradient_accumulation_steps"),
+    "learning_rate": Keep("learning_rate"),
+    "lr_scheduler_type": Keep("lr_scheduler_type"),
+    "warmup_ratio": Keep("warmup_ratio"),
+    "weight_decay": Keep("weight_decay"),
+    "num_train_epochs": Keep("num_train_epochs"),
+    "num_epochs": Keep("num_train_epochs"),
+    "max_train_steps": Keep("max_steps"),
+    "clip_grad_norm": Keep("max_grad_norm", lambda norm: 0.0 if norm == -1 else norm),
+    "max_grad_norm": Keep("max_grad_norm", lambda norm: 0.0 if norm == -1 else norm),
+    "seed": Keep("seed"),
+    "gradient_checkpointing": Do(set_remat, "`remat`"),
+    "logging_steps": Keep("logging_steps", whole),
+    "checkpointing_steps": Do(_set_checkpoints, "`save_steps`"),
+    "keep_last_n_checkpoints": Do(_set_last, "`save_total_limit`"),
+    "output_dir": Keep("output_dir"),
+    "run_name": Keep("run_name"),
+    "exp_name": Drop("`run_name` names the run"),
+    "use_lora": Keep("use_peft"),
+    "lora_rank": Keep("lora_r"),
+    "lora_alpha": Keep("lora_alpha"),
+    "lora_dropout": Keep("lora_dropout"),
+    "use_qlora": Refuse("weights are not quantised"),
+    "load_balancing_loss": Refuse("mixtures of experts are not trained"),
+    "packing": Drop("pairs are always packed (`packing`), which changes no step"),
+    "resume_from_checkpoint": Refuse("checkpoints of another trainer cannot be continued; start from its model"),
+    "config_name": Refuse("a model has its own `config.json`"),
+    "reduce_loss": Drop("sums and means are those of the objective"),
+    "use_8bit_optimizer": Drop("moments are kept in 32 bits, which changes no more than rounding"),
+    "overwrite_output_dir": Drop("a run continues in its folder; to start afresh, say so on the command line"),
+    **dict(
+        each(
+            "use_flash_attn use_slow_tokenizer low_cpu_mem_usage concatenated_forward fused_optimizer add_bos timeout "
+            "dataset_mix_dir dataset_skip_cache dataset_cache_mode dataset_local_cache_dir dataset_transform_fn "
+            "dataset_target_columns dataset_config_hash overwrite_cache load_balancing_weight tokenizer_revision "
+            "reference_logprobs_cache_path use_liger_kernel",
+            Drop("it concerns open-instruct's own runtime"),
+        )
+    ),
+    **dict(
+        each(
+            "with_tracking report_to wandb_entity wandb_project_name push_to_hub save_to_hub hf_entity hf_repo_id "
+            "hf_repo_revision hf_repo_url hf_metadata_dataset try_launch_beaker_eval_jobs try_auto_save_to_beaker "
+            "gs_bucket_path oe_eval_tasks oe_eval_max_length",
+            Drop("metrics go to metrics.jsonl in `output_dir`, and nothing is uploaded"),
+        )
+    ),
+}
+
+
+def _first(draft: Draft, *keys: str, default: Any) -> tuple[str, Any]:
+    """Returns the first of some keys that the file gives, and its value; the first key and the default otherwise."""
+    return next(((key, draft.get(key)) for key in keys if draft.get(key) is not None), (keys[0], default))
+
+
+def _set_objective(draft: Draft) -> None:
+    key, loss = _first(draft, "dpo_loss_type", "loss_type", default="dpo")
+    if loss not in _LOSSES:
+        draft.refuse(key, f"there are {', '.join(_LOSSES)} here")
+        return
+    draft.set("objective", _LOSSES[loss], draft.pairs(key) or f"{key}: dpo, its default")
+    key, beta = _first(draft, "dpo_beta", "beta", default=0.1)
+    draft.set("beta", beta, draft.pairs(key) or f"{key}: 0.1, its default", of=key)
+    if loss == "simpo":
+        key, ratio = _first(draft, "dpo_gamma_beta_ratio", "gamma_beta_ratio", default=0.3)
+        draft.set("gamma_beta_ratio", ratio, draft.pairs(key) or f"{key}: 0.3, its default", of=key)
+    else:
+        draft.dropped |= {k: "it is read with simpo alone" for k in draft.theirs if k.endswith("gamma_beta_ratio")}
+    key, smoothing = _first(draft, "dpo_label_smoothing", "label_smoothing", default=0.0)
+    if smoothing:
+        draft.set("label_smoothing", smoothing, draft.pairs(key), of=key)
+
+
+def _set_method(draft: Draft) -> None:
+    if not draft.get("use_lora"):
+        for key in [key for key in draft.ours if key.startswith("lora_")]:
+            draft.dropped[draft.names[key]] = "there is no adapter"
+            del draft.ours[key]
+        return
+    for key, default in (("lora_r", 64), ("lora_alpha", 16), ("lora_dropout", 0.1)):
+        if key not in draft.ours:
+            draft.set(key, default, "its default")
+
+
+def _set_data(draft: Draft) -> None:
+    splits = draft.get("dataset_mixer_list_splits", ["train"])
+    if not isinstance(splits, list) or len(set(splits)) != 1:
+        draft.refuse("dataset_mixer_list_splits", "all data are of one split here")
+        return
+    (split,) = set(splits)
+    keys = ("dataset_mixer", "dataset_mixer_list", "mixer_list", "dataset_name", "train_file")
+    key, value = _first(draft, *keys, default=None)
+    sources = []
+    if draft.options.data or value is None:
+        pass
+    elif key in ("dataset_name", "train_file"):
+        sources.append(Source(value, split if key == "dataset_name" else "train", draft.get("dataset_config_name")))
+    else:
+        listed = list(value.items()) if isinstance(value, dict) else list(zip(value[::2], value[1::2], strict=False))
+        if not isinstance(value, dict) and len(value) % 2:
+            draft.refuse(key, "expected data sets and numbers in turn")
+            return
+        for name, amount in listed:
+            fraction = _fraction(amount)
+            if fraction is None:
+                draft.refuse(key, f"{name}: {amount} counts rows; write it as a share of all, such as 0.5")
+                return
+            sources.append(Source(name, split, fraction=fraction))
+    set_sources(draft, key, sources, [], f"{key} ({len(sources)})")
+    need_data(draft, "`dataset_mixer`")
+
+
+def _fraction(amount: Any) -> float | None:
+    """Reads a share of rows; a whole number, `1` too, counts rows. 1.0 takes all."""
+    try:
+        number = float(amount)
+    except (TypeError, ValueError):
+        return None
+    return number if "." in str(amount) and 0 <= number <= 1 else None
+
+
+def _set_template(draft: Draft) -> None:
+    if (name := draft.get("chat_template_name")) is not None:
+        draft.refuse(
+            "chat_template_name",
+            f"open-instruct's template {name} does not come with this program; write it to a file, name that in "
+            "`chat_template`, and leave this key out with --drop. Without it the tokenizer's own is used",
+        )
+
+
+def _together(draft: Draft) -> None:
+    _set_objective(draft)
+    _set_method(draft)
+    _set_template(draft)
+    _set_data(draft)
+
+
+OPEN_INSTRUCT = Trainer(
+    name="open-instruct",
+    title="open-instruct",
+    markers=frozenset(
+        {
+            "dpo_loss_type",
+            "dpo_gamma_beta_ratio",
+            "dataset_mixer_list",
+            "mixer_list",
+            "use_lora",
+            "tokenizer_name",
+            "use_slow_tokenizer",
+            "with_tracking",
+            "checkpointing_steps",
+            "max_train_steps",
+        }
+    ),
+    rules=_RULES,
+    together=_together,
+    # Gradients are not clipped unless asked for; accelerate computes in bfloat16.
+    defaults={
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "linear",
+        "warmup_ratio": 0.03,
+        "num_train_epochs": 2.0,
+        "max_grad_norm": 0.0,
+        "dtype": "bfloat16",
+        "auto_insert_empty_system_msg": False,
+    },
+)
