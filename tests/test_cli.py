@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from jax_simpo import cli
+from jax_simpo.config import load_config
 from jax_simpo.data.synthetic import make_rows
 from jax_simpo.terminal import visible
 from tests.training.runs import MODEL
@@ -314,3 +316,56 @@ def test_skipped_rows_are_counted_and_summarised(user: User) -> None:
     broken(GOOD_LINE * 3 + SAME)(user)
     status, _, err = user.types("train config.yaml --on_bad_row=skip --max_steps=1")
     assert status == 0 and "1 of 4 rows skipped" in err
+
+
+def test_convert_and_init_write_configs_that_the_other_commands_take(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factory = {"stage": "dpo", "pref_loss": "simpo", "pref_beta": 2.0, "simpo_gamma": 1.0, "finetuning_type": "full"}
+    factory |= {"model_name_or_path": "m", "dataset": "pairs", "cutoff_len": 128, "quantization_bit": 4}
+    user.writes("factory.yaml", yaml.safe_dump(factory))
+    status, _, err = user.types("train factory.yaml")
+    assert status == 1 and "this is a LLaMA-Factory file" in err and "jax-simpo convert factory.yaml" in err
+    status, _, err = user.types("convert factory.yaml --output ours.yaml")
+    assert status == 1 and "`quantization_bit: 4` cannot be kept" in err and "give the data with --data" in err
+    assert not (user.folder / "ours.yaml").exists()
+    status, _, err = user.types(
+        "convert factory.yaml --output ours.yaml --data pairs.jsonl --drop quantization_bit --devices 4"
+    )
+    assert status == 0 and "written: ours.yaml, from a LLaMA-Factory file" in err
+    ours = yaml.safe_load((user.folder / "ours.yaml").read_text())
+    assert (ours["gamma_beta_ratio"], ours["global_batch_size"]) == (0.5, 32)
+    assert load_config(user.folder / "ours.yaml").objective == "simpo"
+    assert user.types("convert factory.yaml --output ours.yaml")[0] == 1  # it is there already
+
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    status, _, err = user.types("init new.yaml --model m")
+    assert status == 1 and "there is no terminal to ask on; answer with options, such as --data" in err
+    status, _, err = user.types("init new.yaml --model m --data pairs.jsonl --objective dpo --method lora")
+    assert status == 0 and "Next: jax-simpo inspect new.yaml" in err
+    written = yaml.safe_load((user.folder / "new.yaml").read_text())
+    assert (written["objective"], written["use_peft"], written["test_size"]) == ("dpo", True, 0.05)
+    assert "exists already" in user.types("init new.yaml")[2]
+
+
+def test_init_asks_what_no_option_answers(user: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    asked: list[str] = []
+
+    def prompt(text: str, default: str) -> str:
+        asked.append(text)
+        return {"Preference data": "pairs.jsonl"}.get(text.partition(" (")[0], default)
+
+    monkeypatch.setattr("typer.prompt", prompt)
+    assert user.types("init asked.yaml --model m --method lora")[0] == 0
+    assert len(asked) == 3
+    assert yaml.safe_load((user.folder / "asked.yaml").read_text())["dataset_mixer"] == {"pairs.jsonl": 1.0}
+
+
+def test_the_schema_is_printed_for_editors(user: User) -> None:
+    status, out, _ = user.types("configs --schema")
+    assert status == 0 and json.loads(out)["properties"]["beta"]["description"].startswith("Scale of the rewards")

@@ -234,6 +234,7 @@ def reference_page(model: type[BaseModel]) -> str:
         "for nested keys (`--mesh.fsdp=8`, `--dataset_mixer.pairs.jsonl=1.0`). Keys marked with * define the",
         "mathematics of a run: it can only be resumed with the same values. (Where the learning rate does not depend",
         "on the length of the run, `constant` or `constant_with_warmup` with `warmup_steps`, it may be made longer.)",
+        "`jax-simpo configs --schema` prints a JSON schema of them, for editors.",
     ]
     tables: list[tuple[str, type[BaseModel]]] = []
     for name, field in keys_of(model).items():

@@ -11,7 +11,7 @@ import yaml
 
 from jax_simpo.config import TrainConfig, foreign, help, load_config
 from jax_simpo.config.convert.engine import Converted, convert
-from jax_simpo.config.convert.rules import Keep, Options
+from jax_simpo.config.convert.rules import Keep, Options, meaning
 from jax_simpo.config.convert.trainers import CHOICES, TRAINERS, recognise
 from jax_simpo.errors import ConfigError
 
@@ -378,3 +378,18 @@ def test_the_tables_name_keys_that_exist_and_markers_that_are_theirs_alone() -> 
             assert one is other or not one.markers & other.markers
     assert all(recognise({key: 1}) for trainer in TRAINERS for key in trainer.markers)
     assert {trainer.name for trainer, _ in CHOICES.values()} == {trainer.name for trainer in TRAINERS}
+
+
+def test_the_page_on_other_trainers_says_what_the_tables_say() -> None:
+    page = (Path(__file__).parents[2] / "docs/other-trainers.md").read_text()
+    rows = re.findall(r"^\| (`.+?) \| (.+?) \| (`.+?) \|$", page, re.M)
+    by_title = {trainer.title: trainer for trainer in TRAINERS}
+    assert len(rows) == 14
+    for keys, titles, ours in rows:
+        for title in titles.split(", "):
+            rules = by_title[title].rules
+            own = [key.partition(":")[0] for key in re.findall(r"`(.+?)`", keys)]
+            there = [meaning(rules[key]) for key in own if key in rules]
+            assert there, f"{title} has none of {own}"
+            named = re.findall(r"`(\w+)", ours)
+            assert any(f"`{name}`" in text or f"`{name}:" in text for name in named for text in there), (title, own)

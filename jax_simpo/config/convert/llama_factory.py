@@ -159,7 +159,7 @@ def _set_objective(draft: Draft) -> None:
         draft.set("sft_over", "response", origin, "TRL's ORPO takes prompt and response")
         draft.set("sft_weight", 1.0 + sft[1], f"ORPO's own 1 + pref_ftx {sft[1]:g}", of="pref_ftx")
     elif loss in ("sigmoid", "hinge", "ipo"):
-        set_dpo(draft, ("pref_loss", loss), ("", None), beta, smoothing, "stage: dpo")
+        set_dpo(draft, ("pref_loss", loss), ("", None), beta, smoothing, "stage: dpo", smoothing_note="")
         draft.set("sft_weight", sft[1], draft.pairs("pref_ftx") or "pref_ftx: 0, its default", of="pref_ftx")
     else:
         draft.refuse("pref_loss", "there are sigmoid, hinge, ipo, simpo and orpo here")

@@ -22,6 +22,7 @@ DPO_LOSSES: dict[str, tuple[str, str | None]] = {
     },
     "sppo_hard": ("sppo_hard", None),
 }
+SMOOTHING_NOTE = "here as in TRL 0.24 (cDPO); TRL 0.29 and 1.16 do not read it with the loss sigmoid"
 _SMOOTHED = ("dpo", "robust", "exo_pair", "sigmoid_norm")
 
 
@@ -70,8 +71,13 @@ def set_dpo(
     beta: tuple[str, Any],
     smoothing: tuple[str, Any],
     origin: str,
+    *,
+    smoothing_note: str = SMOOTHING_NOTE,
 ) -> None:
-    """Sets one of the losses with a reference, or a weighted sum of them. Each argument is a key and its value."""
+    """Sets one of the losses with a reference, or a weighted sum of them. The first arguments are keys and values.
+
+    `smoothing_note` is what is to be known of label smoothing beside the loss `sigmoid`.
+    """
     key, value = losses
     names: Sequence[Any] = value if isinstance(value, list) else [value]
     unknown = [name for name in names if name not in DPO_LOSSES and name != "sft"]
@@ -97,7 +103,8 @@ def set_dpo(
     draft.set("beta", beta[1], _said(draft, *beta), of=beta[0])
     if smoothing[1]:
         if any(ours in _SMOOTHED for ours, _ in objectives):
-            draft.set("label_smoothing", smoothing[1], _said(draft, *smoothing), of=smoothing[0])
+            note = smoothing_note if any(ours == "dpo" for ours, _ in objectives) else ""
+            draft.set("label_smoothing", smoothing[1], _said(draft, *smoothing), note, of=smoothing[0])
         else:
             draft.refuse(smoothing[0], "the loss has no label smoothing; remove it")
 
