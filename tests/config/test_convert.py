@@ -313,6 +313,21 @@ def test_the_names_of_llama_factorys_data_sets_are_looked_up(tmp_path: Path) -> 
     assert config.dataset_columns == {"owner/comparisons": {"prompt": "question"}, file: {"conversation": "turns"}}
 
 
+def test_the_handbooks_mixture_becomes_sources_and_splits(tmp_path: Path) -> None:
+    def mixture(*splits: str, weight: float = 1.0, **more: Any) -> dict[str, Any]:
+        listed = [{"id": "owner/pairs", "config": "default", "split": split, "weight": weight} for split in splits]
+        return {"model_name_or_path": "m", "dataset_mixture": {"datasets": listed, **more}}
+
+    both = run(tmp_path, "trl-dpo", **mixture("train_prefs", "test_prefs", test_split_size=2000))
+    assert both.config.dataset_splits == ["train_prefs", "test_prefs"] and both.config.test_size is None
+    assert any("test_prefs is trained on too, and a test split of 2000 drawn from all" in note for note in both.notes)
+    one = run(tmp_path, "trl-dpo", **mixture("train_a", "train_b", weight=0.5, test_split_size=0.1, seed=3)).config
+    assert (one.dataset_mixer, one.dataset_splits) == ({"owner/pairs": 0.5}, ["train_a", "train_b"])
+    assert (one.dataset_configs, one.test_size, one.shuffle_seed) == (["default"], 0.1, 3)
+    with pytest.raises(ConfigError, match="stands in it more than once"):
+        run(tmp_path, "trl-dpo", **mixture("train", "train"))
+
+
 def test_the_users_own_data_stand_in_for_those_of_the_file(tmp_path: Path) -> None:
     values = FACTORY | {"dataset_dir": "nowhere"}
     config = run(tmp_path, options=Options(data=("pairs.jsonl",)), **values).config

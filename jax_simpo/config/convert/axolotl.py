@@ -27,6 +27,9 @@ from jax_simpo.config.convert.rules import (
 _TEMPLATES = {"llama3": "llama-3", "gemma": "gemma", "mistral_v1": "mistral-instruct"}
 # The first part of a data set's `type`, which also writes the template's tokens -> the template.
 _TYPES = {"llama3": "llama-3", "zephyr": "zephyr", "chatml": None, "chat_template": None}
+_METRICS = Drop("metrics go to metrics.jsonl in `output_dir`")
+# Plugins that compute the same numbers, or record them.
+_PLUGINS = ("liger", "cut_cross", "kernels", "swanlab")
 # What those types call the prompt's column.
 _PROMPTS = {"intel": "question", "icr": "input", "argilla": "instruction"}
 
@@ -42,18 +45,22 @@ def _set_target(draft: Draft, key: str, value: Any) -> None:
 def _set_tokens(draft: Draft, key: str, value: Any) -> None:
     """Refuses special tokens that change what is trained; the padding's do not matter."""
     if (isinstance(value, dict) and set(value) > {"pad_token"}) or not isinstance(value, dict):
-        draft.refuse(key, "tokenizers stay as they are; save one with these tokens, and name it in the config")
+        draft.refuse(
+            key,
+            f"tokenizers stay as they are. If yours has these tokens anyway, add --drop {key}; else save one with them "
+            "and name it in `tokenizer_name_or_path`",
+        )
     else:
         draft.dropped[key] = "padding is masked out and its token does not matter"
 
 
 def _set_plugins(draft: Draft, key: str, value: Any) -> None:
-    """Drops plugins that compute the same numbers otherwise."""
+    """Drops plugins that compute the same numbers otherwise, or record them."""
     names = [value] if isinstance(value, str) else value or []
-    if other := [name for name in names if not any(kernel in str(name).lower() for kernel in ("liger", "cut_cross"))]:
+    if other := [name for name in names if not any(plugin in str(name).lower() for plugin in _PLUGINS)]:
         draft.refuse(key, f"{', '.join(map(str, other))} may change what is trained")
     else:
-        draft.dropped[key] = "log-probs are always taken in tiles"
+        draft.dropped[key] = "kernels are chosen by themselves, and metrics go to metrics.jsonl"
 
 
 def _set_cadence(draft: Draft, key: str, value: Any) -> None:
@@ -159,7 +166,7 @@ _RULES: dict[str, Rule] = merged(
             each(
                 "loraplus_lr_ratio peft_use_dora peft_use_rslora peft_layers_to_transform lora_rank_pattern "
                 "lora_alpha_pattern peft_init_lora_weights loftq_bits relora lisa_n_layers qat quantization gptq "
-                "use_pose reward_model process_reward_model noisy_embedding_alpha scaling_softmax use_eaft",
+                "use_pose use_onebitllms reward_model process_reward_model noisy_embedding_alpha scaling_softmax use_eaft",
                 Refuse("there is no such method here"),
             )
         ),
@@ -187,10 +194,9 @@ _RULES: dict[str, Rule] = merged(
         ),
         **dict(
             each(
-                "wandb_project wandb_entity wandb_watch wandb_name wandb_run_id wandb_log_model wandb_mode use_wandb "
-                "use_mlflow mlflow_experiment_name mlflow_run_name mlflow_tracking_uri use_comet comet_project_name "
-                "use_tensorboard use_trackio trackio_project_name include_tokens_per_second include_tkps",
-                Drop("metrics go to metrics.jsonl in `output_dir`"),
+                "use_wandb use_mlflow use_comet use_tensorboard use_trackio use_swanlab hf_mlflow_log_artifacts "
+                "include_tokens_per_second include_tkps",
+                _METRICS,
             )
         ),
         **dict(
@@ -198,9 +204,9 @@ _RULES: dict[str, Rule] = merged(
                 "dataset_prepared_path push_dataset_to_hub dataset_keep_in_memory skip_prepare_dataset "
                 "shuffle_before_merging_datasets hf_use_auth_token auto_resume_from_checkpoints local_rank world_size "
                 "device device_map ddp low_cpu_mem_usage strict debug gc_steps gc_collect_steps "
-                "torch_empty_cache_steps profiler_steps lora_mlp_kernel lora_qkv_kernel lora_o_kernel liger_rope "
-                "liger_rms_norm liger_layer_norm liger_glu_activation liger_fused_linear_cross_entropy liger_swiglu "
-                "liger_cross_entropy cut_cross_entropy chunked_cross_entropy activation_offloading layer_offloading "
+                "torch_empty_cache_steps profiler_steps lora_mlp_kernel lora_qkv_kernel lora_o_kernel "
+                "lora_embedding_kernel use_kernels use_scattermoe use_sonicmoe experimental_skip_move_to_device "
+                "eot_tokens cut_cross_entropy chunked_cross_entropy activation_offloading layer_offloading "
                 "fsdp_version deepcompile dp_shard_size dp_replicate_size tensor_parallel_size context_parallel_size "
                 "sequence_parallel_degree precompute_ref_log_probs dpo_use_liger_kernel dpo_generate_during_eval "
                 "dpo_use_logits_to_keep max_memory gpu_memory_limit lora_on_cpu lora_fan_in_fan_out save_first_step "
@@ -395,6 +401,10 @@ AXOLOTL = Trainer(
     markers=frozenset({"base_model", "micro_batch_size", "sequence_len", "adapter", "rl", "rl_beta"}),
     rules=_RULES,
     together=_together,
+    prefixes={
+        **dict(each("wandb_ mlflow_ comet_ trackio_ swanlab_ otel_", _METRICS)),
+        "liger_": Drop("log-probs are always taken in tiles"),
+    },
     defaults={
         "num_train_epochs": 1.0,
         "per_device_train_batch_size": 1,

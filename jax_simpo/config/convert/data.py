@@ -59,12 +59,20 @@ def set_sources(draft: Draft, key: str, sources: Sequence[Source], eval_splits: 
     if not sources:
         return
     names = list(dict.fromkeys(source.name for source in sources))
-    for name in names:
-        own = [source for source in sources if source.name == name]
-        if len({(source.config, source.fraction, source.split) for source in own}) != len(own) or len(own) > 1:
+    of_name = {name: [source for source in sources if source.name == name] for name in names}
+    splits = [source.split for source in of_name[names[0]]]
+    for name, own in of_name.items():
+        if len({(source.config, source.fraction) for source in own}) > 1 or len({s.split for s in own}) < len(own):
             draft.refuse(key, f"{name} stands in it more than once; a source is named once here. Give --data SOURCE")
             return
-    splits = list(dict.fromkeys(source.split for source in sources))
+        if {source.split for source in own} != set(splits):
+            there = ", ".join(source.split for source in own)
+            draft.refuse(
+                key,
+                f"its sources have different splits ({', '.join(splits)}; {there}); `dataset_splits` is for all. Give "
+                "--data SOURCE",
+            )
+            return
     for split in splits:
         if "[" in split:
             draft.refuse(key, f"the split {split} is a part of one; name the split, and set `max_samples`")
@@ -76,17 +84,13 @@ def set_sources(draft: Draft, key: str, sources: Sequence[Source], eval_splits: 
                 "such a name and give it with --data",
             )
             return
-    if len(splits) > 1:
-        draft.refuse(key, f"its sources have different splits ({', '.join(splits)}); `dataset_splits` is for all")
-        return
-    draft.set("dataset_mixer", {source.name: source.fraction for source in sources}, origin, of=key)
+    firsts = [own[0] for own in of_name.values()]
+    draft.set("dataset_mixer", {source.name: source.fraction for source in firsts}, origin, of=key)
     draft.set("dataset_splits", [*splits, *eval_splits], origin)
-    if any(source.config is not None for source in sources):
-        draft.set("dataset_configs", [source.config for source in sources], origin)
-    _set_by_source(
-        draft, "dataset_format", {s.name: s.format for s in sources if s.format is not None}, sources, origin
-    )
-    _set_by_source(draft, "dataset_columns", {s.name: dict(s.columns) for s in sources if s.columns}, sources, origin)
+    if any(source.config is not None for source in firsts):
+        draft.set("dataset_configs", [source.config for source in firsts], origin)
+    _set_by_source(draft, "dataset_format", {s.name: s.format for s in firsts if s.format is not None}, firsts, origin)
+    _set_by_source(draft, "dataset_columns", {s.name: dict(s.columns) for s in firsts if s.columns}, firsts, origin)
 
 
 def _set_by_source(draft: Draft, key: str, values: Mapping[str, Any], sources: Sequence[Source], origin: str) -> None:

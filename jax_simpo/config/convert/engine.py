@@ -102,7 +102,7 @@ def _find_trainer(path: str, values: dict[str, Any], origin: str | None) -> tupl
 
 
 def _convert_key(draft: Draft, trainer: Trainer, key: str, value: Any) -> None:
-    rule = trainer.rules.get(key)
+    rule = trainer.rule_of(key)
     if key in draft.options.drop:
         draft.dropped[key] = "left out, as --drop asks"
     elif rule is None:

@@ -149,6 +149,7 @@ class Trainer:
         rules: its keys.
         together: sets the keys of ours that come from several of theirs: objective and data.
         defaults: our key -> what it trains with where its file says nothing.
+        prefixes: the beginnings of keys that all have one rule.
     """
 
     name: str
@@ -157,6 +158,12 @@ class Trainer:
     rules: Mapping[str, Rule]
     together: Callable[[Draft], None]
     defaults: Mapping[str, Any]
+    prefixes: Mapping[str, Rule] = field(default_factory=dict)
+
+    def rule_of(self, key: str) -> Rule | None:
+        """Returns the rule of a key; None for a key that is not known."""
+        by_prefix = (rule for prefix, rule in self.prefixes.items() if key.startswith(prefix))
+        return self.rules[key] if key in self.rules else next(by_prefix, None)
 
     def known_by(self, values: Mapping[str, Any]) -> list[str]:
         """Returns the keys of a file by which it is known to be this trainer's."""

@@ -26,7 +26,7 @@ def recognise(values: Mapping[str, Any]) -> tuple[Trainer, list[str]] | None:
     """Finds the trainer that a file is for by the keys that only it has; returns it with these keys."""
     found = [(trainer, keys) for trainer in TRAINERS if (keys := trainer.known_by(values))]
     # TRL's marker `dataset_name` is a key of open-instruct too. With as many markers, whoever knows more keys counts.
-    known = {trainer.name: sum(key in trainer.rules for key in values) for trainer, _ in found}
+    known = {trainer.name: sum(trainer.rule_of(key) is not None for key in values) for trainer, _ in found}
     return max(found, key=lambda entry: (len(entry[1]), known[entry[0].name]), default=None)
 
 
@@ -35,7 +35,7 @@ def known_elsewhere(key: str) -> str:
 
     Of several trainers that have the key, one counts whose key becomes one of ours.
     """
-    rules = [(trainer, trainer.rules[key]) for trainer in TRAINERS if key in trainer.rules]
+    rules = [(trainer, rule) for trainer in TRAINERS if (rule := trainer.rule_of(key)) is not None]
     if not rules:
         return ""
     trainer, rule = next((entry for entry in rules if not isinstance(entry[1], Keep) or entry[1].key != key), rules[0])

@@ -139,8 +139,8 @@ def _set_data(draft: Draft) -> None:
         set_sources(draft, "dataset_name", [source], [test] if evaluated else [], origin)
     elif mixture := draft.get("dataset_mixture"):
         _set_mixture(draft, mixture)
-    elif listed := draft.get("datasets"):
-        _set_listed(draft, "datasets", listed)
+    elif (listed := draft.get("datasets")) and (sources := _listed(draft, "datasets", listed)) is not None:
+        set_sources(draft, "datasets", sources, [], f"datasets ({len(sources)})")
     elif draft.options.data:
         set_sources(draft, "dataset_name", [], [test] if evaluated else [], "--data")
     need_data(draft, "`dataset_name` or `dataset_mixer`")
@@ -153,26 +153,44 @@ def _is_evaluated(draft: Draft) -> bool:
 
 
 def _set_mixture(draft: Draft, mixture: Any) -> None:
-    """Sets the handbook's newer mixture: data sets with weights, and perhaps the size of the test split."""
-    listed = mixture.get("datasets") if isinstance(mixture, dict) else None
-    _set_listed(draft, "dataset_mixture", listed)
-    if isinstance(mixture, dict) and mixture.get("test_split_size"):
-        draft.set("test_size", mixture["test_split_size"], "dataset_mixture.test_split_size", of="dataset_mixture")
+    """Sets the handbook's newer mixture: data sets with weights, and perhaps the size of the test split.
+
+    Its recipes put the splits for training and for testing of a data set together and draw the test split anew.
+    """
+    mixture = mixture if isinstance(mixture, dict) else {}
+    sources = _listed(draft, "dataset_mixture", mixture.get("datasets"))
+    if sources is None:
+        return
+    trained = [source for source in sources if "train" in source.split]
+    others = list(dict.fromkeys(source.split for source in sources if source not in trained))
+    size = mixture.get("test_split_size")
+    if not trained or not others or not size:
+        trained, others = sources, []
+    set_sources(draft, "dataset_mixture", trained, others, f"dataset_mixture ({len(sources)})")
+    if others and "dataset_splits" in draft.ours:
+        note = f"there {', '.join(others)} is trained on too, and a test split of {size} drawn from all"
+        line = draft.ours["dataset_splits"]
+        draft.set("dataset_splits", line.value, line.origin, note)
+    elif size:
+        draft.set("test_size", size, "dataset_mixture.test_split_size", of="dataset_mixture")
+    if any(source.fraction < 1 for source in trained):
+        draft.set("shuffle_seed", mixture.get("seed") or 0, "dataset_mixture.seed", of="dataset_mixture")
 
 
-def _set_listed(draft: Draft, key: str, listed: Any) -> None:
+def _listed(draft: Draft, key: str, listed: Any) -> list[Source] | None:
+    """Reads a list of data sets."""
     if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
         draft.refuse(key, "expected a list of data sets, each a mapping")
-        return
+        return None
     sources = []
     for entry in listed:
         name = file_or_hub(draft, key, entry.get("path") or entry.get("id"), entry.get("data_files"))
         config = entry.get("name") or entry.get("config")
         fraction = entry.get("fraction") if entry.get("fraction") is not None else entry.get("weight")
         if name is None:
-            return
+            return None
         sources.append(Source(name, entry.get("split") or "train", config, 1.0 if fraction is None else fraction))
-    set_sources(draft, key, sources, [], f"{key} ({len(sources)})")
+    return sources
 
 
 def _together(draft: Draft) -> None:
