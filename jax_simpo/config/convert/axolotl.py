@@ -166,7 +166,8 @@ _RULES: dict[str, Rule] = merged(
             each(
                 "loraplus_lr_ratio peft_use_dora peft_use_rslora peft_layers_to_transform lora_rank_pattern "
                 "lora_alpha_pattern peft_init_lora_weights loftq_bits relora lisa_n_layers qat quantization gptq "
-                "use_pose use_onebitllms reward_model process_reward_model noisy_embedding_alpha scaling_softmax use_eaft",
+                "use_pose use_onebitllms reward_model process_reward_model noisy_embedding_alpha scaling_softmax "
+                "use_eaft",
                 Refuse("there is no such method here"),
             )
         ),

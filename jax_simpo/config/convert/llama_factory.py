@@ -144,7 +144,9 @@ _RULES: dict[str, Rule] = merged(
 
 def _set_objective(draft: Draft) -> None:
     if "train_dataset" in draft.theirs and "stage" not in draft.theirs:
-        draft.errors.insert(0, "this is the form of LLaMA-Factory's version 1 (`train_dataset`), which is not read here")
+        draft.errors.insert(
+            0, "this is the form of LLaMA-Factory's version 1 (`train_dataset`), which is not read here"
+        )
         return
     if draft.get("stage", "sft") != "dpo":
         draft.refuse("stage", "only `stage: dpo` (DPO, SimPO, ORPO and their like) is trained here")
