@@ -184,3 +184,16 @@ def test_keys_of_other_trainers_are_understood_in_python() -> None:
     config = js.TrainConfig(model_name_or_path="x", bf16=True, gradient_checkpointing=False, gamma=1.0, beta=2.0)
     assert (config.dtype, config.remat, config.gamma_beta_ratio) == ("bfloat16", "none", 0.5)
     assert any("`bf16: true` is read as `dtype: bfloat16`" in notice for notice in config.notices)
+
+
+def test_test_size_holds_pairs_in_memory_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("jax_simpo.training.trainer.train", lambda config, console, **splits: given.update(splits))
+    renamed = [{"order": pair["prompt"], "chosen": pair["chosen"], "rejected": pair["rejected"]} for pair in PAIRS]
+    config = config_of(tmp_path, test_size=4, dataset_columns={"prompt": "order"})
+    assert config.do_eval and config.eval_splits == ["held_out"]
+    js.train(config, renamed, quiet=True)
+    sides = [{given[name].row(i)["prompt"] for i in range(len(given[name]))} for name in ("pairs", "eval_pairs")]
+    assert [len(side) for side in sides] == [8, 4] and sides[0].isdisjoint(sides[1])
+    with pytest.raises(ConfigError, match="`test_size` and `eval_pairs` are two ways"):
+        js.train(config, renamed, renamed[:2], quiet=True)

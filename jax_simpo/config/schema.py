@@ -453,7 +453,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     do_eval: bool = _key(
         False,
         "Evaluates at the end, and during training as `eval_strategy` says. Default: true when `eval_strategy` is not "
-        "`no`; an explicit false turns all evaluation off.",
+        "`no`, or with `test_size`; an explicit false turns all evaluation off.",
         section="Evaluation, logging and saving",
     )
     eval_strategy: Literal["no", "steps", "epoch"] = _key("no", "When to evaluate during training.")
@@ -545,8 +545,9 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         number = isinstance(length, int | float) and not isinstance(length, bool)
         if number and float(length).is_integer() and "max_prompt_length" not in data:
             data["max_prompt_length"] = max(int(length) - 248, int(length) // 2, 1)
-        data.setdefault("do_eval", data.get("eval_strategy", "no") != "no")
-        if data.get("test_size") is not None:
+        held_out = data.get("test_size") is not None
+        data.setdefault("do_eval", data.get("eval_strategy", "no") != "no" or held_out)
+        if held_out:
             data.setdefault("dataset_splits", ["train"])
         if data.get("optim") == "lion":
             data.setdefault("adam_beta2", 0.99)

@@ -23,8 +23,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jax_simpo.data import formats
-from jax_simpo.data.formats import Layout, Reader, Reading
+from jax_simpo.data import detection
+from jax_simpo.data.detection import Layout, Reader, Reading
 from jax_simpo.data.messages import BadRow
 from jax_simpo.errors import DataError
 
@@ -312,11 +312,11 @@ class _TableBuilder:
             self._convert(self.reader, value)
             return
         self.first.append(value)
-        if len(self.first) == formats.SAMPLE:
+        if len(self.first) == detection.SAMPLE:
             self._begin()
 
     def _begin(self) -> Reader:
-        reader = self.reader = formats.detect(self.label, self.first, self.names, self.reading)
+        reader = self.reader = detection.detect(self.label, self.first, self.names, self.reading)
         for value in self.first:
             self._convert(reader, value)
         self.first = []
@@ -326,11 +326,11 @@ class _TableBuilder:
         try:
             row = reader.read(value)
         except BadRow as bad:
-            row = formats.flag_fault(bad)
+            row = detection.flag_fault(bad)
         if self.reading.weights is not None:
             row = {**row, "weight": value.get(self.reading.weights)}
         for column, texts in self.texts.items():
-            texts.append(formats.as_json(row, column))
+            texts.append(detection.as_json(row, column))
 
     def source(self) -> Source:
         rows, weights = len(self.lines), self.reading.weights

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jax_simpo.data.formats import Reading
+from jax_simpo.data.detection import Reading
 from jax_simpo.errors import DataError
 
 HELD_OUT = "held_out"

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from jax_simpo.data import synthetic
 from jax_simpo.data.conversations import read_row
-from jax_simpo.data.formats import Layout, Reading
+from jax_simpo.data.detection import Layout, Reading
 from jax_simpo.data.messages import BadRow
 from jax_simpo.data.readers import (
     COLUMNS,
@@ -305,7 +305,8 @@ def _read_source(source: str, split: str, config: str | None, reading: Reading) 
         _check_split(source, split, ["train"], "a single data file is the split `train`; put test pairs beside it")
         read = [read_file(source, path, reading)]
     elif _is_local(source, path):
-        raise DataError(f"{source}: no such file or folder{_suggest_neighbour(path)}")
+        hub = "" if "/" in source else "; a data set on the hub is `owner/name`"
+        raise DataError(f"{source}: no such file or folder{_suggest_neighbour(path)}{hub}")
     else:
         read = [read_hub(source, split, config, reading)]
     table = pa.concat_tables([one.table for one in read])

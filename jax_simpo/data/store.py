@@ -23,7 +23,7 @@ from filelock import FileLock
 from jaxtyping import Float, Int
 
 from jax_simpo.data.chat import GroupText
-from jax_simpo.data.formats import Layout
+from jax_simpo.data.detection import Layout
 from jax_simpo.data.groups import Group, GroupLengths, Response
 from jax_simpo.data.sources import RawSplit
 from jax_simpo.errors import DataError

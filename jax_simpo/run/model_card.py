@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jax_simpo.config import TrainConfig, objective_weights
 from jax_simpo.config.objectives import ALL_KEYS as OBJECTIVE_SETTINGS
 from jax_simpo.config.objectives import code_of, described, is_own
-from jax_simpo.data.readers import FILE_TYPES
+from jax_simpo.data.readers import file_type
 from jax_simpo.data.sources import BUILTIN
 from jax_simpo.run import files
 from jax_simpo.run.facts import PACKAGES
@@ -143,7 +143,7 @@ def _is_adapter(config: TrainConfig) -> bool:
 def _is_hub_id(name: str) -> bool:
     """Returns True for the name of a hub repository: `owner/name`, and no path on this machine."""
     local = name.startswith(BUILTIN) or Path(name).expanduser().exists()
-    data_file = Path(name).suffix.lower() in FILE_TYPES
+    data_file = file_type(Path(name)) is not None
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not name.startswith(".") and not local and not data_file
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from jax_simpo.data.conversations import Conversation, make_conversation, read_row
-from jax_simpo.data.formats import BY_NAME, FORMATS, SAMPLE
+from jax_simpo.data.detection import SAMPLE
+from jax_simpo.data.formats import BY_NAME, FORMATS
 from jax_simpo.data.messages import BadRow
 from jax_simpo.data.ranking import GroupSettings
 from jax_simpo.data.selection import Selection
