@@ -65,6 +65,7 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
             "lora_r": 32,
             "lora_alpha": 16,
             "lora_target_modules": None,
+            "lora_dropout": 0.0,
             "dtype": "bfloat16",
         },
     ),
@@ -195,7 +196,9 @@ TRL = {"model_name_or_path": "m", "dataset_name": "owner/pairs"}
 FACTORY = {"model_name_or_path": "m", "stage": "dpo", "dataset": "owner/pairs", "dataset_dir": "ONLINE"}
 AXOLOTL = {"base_model": "m", "datasets": [{"path": "owner/pairs", "type": "chat_template.default"}]}
 AXOLOTL |= {"learning_rate": 1e-6}
-OPEN = {"model_name_or_path": "m", "dataset_name": "owner/pairs"}
+OPEN = {"model_name_or_path": "m", "dataset_name": "owner/pairs", "num_epochs": 1, "warmup_ratio": 0.1}
+OPEN |= {"max_seq_length": 512}
+SIMPO = {"loss_type": "simpo", "beta": 10, "gamma_beta_ratio": 0.3}
 
 
 @pytest.mark.parametrize(
@@ -223,7 +226,13 @@ OPEN = {"model_name_or_path": "m", "dataset_name": "owner/pairs"}
         (None, AXOLOTL | {"rl": "ipo", "rl_beta": 0.3}, {"objective": "ipo", "beta": 0.3, "warmup_ratio": 0.03}),
         (None, AXOLOTL | {"rl": "orpo", "orpo_alpha": 0.3}, {"objective": "orpo", "beta": 0.3}),
         (None, AXOLOTL | {"rl": "dpo", "trl": {"beta": 0.4}}, {"beta": 0.4, "lr_scheduler_type": "cosine"}),
-        ("open-instruct", OPEN, {"objective": "dpo", "beta": 0.1, "learning_rate": 2e-5, "warmup_ratio": 0.03}),
+        (
+            None,
+            OPEN | {"dpo_loss_type": "dpo", "dpo_beta": 0.2},
+            {"objective": "dpo", "beta": 0.2, "max_grad_norm": 0.0},
+        ),
+        ("trl-dpo", TRL | {"use_peft": True}, {"lora_r": 16, "lora_target_modules": ["q_proj", "v_proj"]}),
+        ("open-instruct", OPEN | SIMPO | {"use_lora": True}, {"lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.0}),
         (
             "open-instruct",
             OPEN | {"dpo_loss_type": "dpo_norm", "dpo_beta": 5},
@@ -291,7 +300,11 @@ def test_everything_that_cannot_be_kept_is_told_at_once_and_may_be_left_out(tmp_
         (TRL, r"does not say which of TRL's trainers .* add --from trl-dpo"),
         ({"text": 1}, r"not known to be a file of TRL, LLaMA-Factory, Axolotl, open-instruct; say with --from"),
         ({"model_name_or_path": "m", "beta": 0.1}, r"every key of it is known here, so it may need no conversion"),
-        (OPEN | {"dataset_mixer_list": ["a", 100], "dataset_name": None}, r"a: 100 counts rows"),
+        (OPEN | SIMPO | {"dataset_mixer_list": ["a", 100], "dataset_name": None}, r"a: 100 counts rows"),
+        (
+            OPEN | {"use_lora": True, "with_tracking": True},
+            r"leaves dpo_loss_type/loss_type, dpo_beta/beta to open-",
+        ),
     ],
 )
 def test_what_cannot_be_kept_says_what_to_do(values: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from jax_simpo.config import foreign
-from jax_simpo.config.convert.common import PEFT, modules, optimizer, set_bf16, set_remat, set_warmup, whole
+from jax_simpo.config.convert.common import (
+    PEFT,
+    modules,
+    optimizer,
+    set_adapter_defaults,
+    set_bf16,
+    set_remat,
+    set_warmup,
+    whole,
+)
 from jax_simpo.config.convert.data import Source, file_or_hub, need_data, set_sources
 from jax_simpo.config.convert.losses import set_dpo, set_orpo, set_simpo
 from jax_simpo.config.convert.rules import (
@@ -262,6 +271,8 @@ def _set_method(draft: Draft) -> None:
         draft.refuse("adapter", "there is lora here")
     if "lora_r" not in draft.ours or "lora_alpha" not in draft.ours:
         draft.errors.append("an adapter needs `lora_r` and `lora_alpha`")
+        return
+    set_adapter_defaults(draft, 0, 0, 0.0, "Axolotl's")
 
 
 def _set_template(draft: Draft, types: list[str]) -> None:

@@ -43,6 +43,21 @@ def modules(value: Any) -> list[str] | None:
     return names
 
 
+def set_adapter_defaults(draft: Draft, rank: int, alpha: int, dropout: float, whose: str) -> None:
+    """Writes out what an adapter has where a file says nothing of it.
+
+    Without names of layers peft takes those of its table: the same for all families that are trained here.
+    """
+    if "lora_r" not in draft.ours:
+        draft.set("lora_r", rank, f"{whose} default")
+    if "lora_alpha" not in draft.ours:
+        draft.set("lora_alpha", alpha, f"{whose} default")
+    if "lora_target_modules" not in draft.ours:
+        draft.set("lora_target_modules", ["q_proj", "v_proj"], "peft's default")
+    if "lora_dropout" not in draft.ours and "lora_dropout" not in draft.options.drop and dropout:
+        draft.set("lora_dropout", 0.0, f"{whose} default is {dropout}", "adapters have no dropout here")
+
+
 def set_bf16(draft: Draft, key: str, value: Any) -> None:
     """Sets the type that is computed in. `auto` asks the GPU, which has bfloat16 where it is not old."""
     computed = "float32" if value in (False, "false", "no", "off") else "bfloat16"

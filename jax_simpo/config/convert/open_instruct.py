@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from jax_simpo.config.convert.common import set_remat, whole
+from jax_simpo.config.convert.common import optimizer, set_adapter_defaults, set_remat, whole
 from jax_simpo.config.convert.data import Source, need_data, set_sources
 from jax_simpo.config.convert.rules import Do, Draft, Drop, Keep, Part, Refuse, Rule, Trainer, each
 
+# Keys with other defaults in 2024 (dpo with beta 0.1, 2 epochs, warm-up 0.03) than later (dpo_norm, 5, 1, 0.1).
+_UNSETTLED = (
+    ("dpo_loss_type", "loss_type"),
+    ("dpo_beta", "beta"),
+    ("num_epochs", "num_train_epochs", "max_train_steps"),
+    ("warmup_ratio",),
+    ("max_seq_length", "max_token_length"),
+)
 # Its loss -> our objective, and the keys of that one which it has.
 _LOSSES = {"dpo": "dpo", "dpo_norm": "sigmoid_norm", "simpo": "simpo"}
 
@@ -39,8 +47,8 @@ _RULES: dict[str, Rule] = {
     **dict(each("dpo_label_smoothing label_smoothing", Part("`label_smoothing`"))),
     **dict(
         each(
-            "dataset_name dataset_mixer dataset_mixer_list mixer_list dataset_mixer_list_splits dataset_config_name "
-            "train_file",
+            "dataset_name dataset_mixer dataset_mixer_list mixer_list dataset_mixer_list_splits mixer_list_splits "
+            "dataset_config_name train_file",
             Part("`dataset_mixer` and `dataset_splits`"),
         )
     ),
@@ -76,6 +84,9 @@ _RULES: dict[str, Rule] = {
     "packing": Drop("pairs are always packed (`packing`), which changes no step"),
     "resume_from_checkpoint": Refuse("checkpoints of another trainer cannot be continued; start from its model"),
     "config_name": Refuse("a model has its own `config.json`"),
+    "optimizer_type": Keep("optim", optimizer),
+    "optimizer_kwargs": Refuse("the optimizers take adam_beta1, adam_beta2, adam_epsilon and weight_decay"),
+    "additional_model_arguments": Refuse("models are trained as their `config.json` says"),
     "reduce_loss": Drop("sums and means are those of the objective"),
     "use_8bit_optimizer": Drop("moments are kept in 32 bits, which changes no more than rounding"),
     "overwrite_output_dir": Drop("a run continues in its folder; to start afresh, say so on the command line"),
@@ -84,7 +95,11 @@ _RULES: dict[str, Rule] = {
             "use_flash_attn use_slow_tokenizer low_cpu_mem_usage concatenated_forward fused_optimizer add_bos timeout "
             "dataset_mix_dir dataset_skip_cache dataset_cache_mode dataset_local_cache_dir dataset_transform_fn "
             "dataset_target_columns dataset_config_hash overwrite_cache load_balancing_weight tokenizer_revision "
-            "reference_logprobs_cache_path use_liger_kernel",
+            "reference_logprobs_cache_path use_liger_kernel dpo_use_paged_optimizer tensor_parallel_degree "
+            "context_parallel_degree cache_logprobs_only fsdp_shard_degree fsdp_num_replicas sync_each_batch "
+            "zero_stage offload_optimizer offload_param zero_hpz_partition_size transform_fn target_columns "
+            "do_not_randomize_output_dir profiling verbose compile_model activation_memory_budget config_hash "
+            "cache_mode local_cache_dir skip_cache cache_dataset_only",
             Drop("it concerns open-instruct's own runtime"),
         )
     ),
@@ -92,7 +107,8 @@ _RULES: dict[str, Rule] = {
         each(
             "with_tracking report_to wandb_entity wandb_project_name push_to_hub save_to_hub hf_entity hf_repo_id "
             "hf_repo_revision hf_repo_url hf_metadata_dataset try_launch_beaker_eval_jobs try_auto_save_to_beaker "
-            "gs_bucket_path oe_eval_tasks oe_eval_max_length",
+            "gs_bucket_path oe_eval_tasks oe_eval_max_length oe_eval_gpu_multiplier eval_workspace eval_priority "
+            "send_slack_alerts wandb_project",
             Drop("metrics go to metrics.jsonl in `output_dir`, and nothing is uploaded"),
         )
     ),
@@ -105,13 +121,20 @@ def _first(draft: Draft, *keys: str, default: Any) -> tuple[str, Any]:
 
 
 def _set_objective(draft: Draft) -> None:
-    key, loss = _first(draft, "dpo_loss_type", "loss_type", default="dpo")
+    missing = ["/".join(keys) for keys in _UNSETTLED if all(draft.get(key) is None for key in keys)]
+    if missing:
+        draft.errors.append(
+            f"the file leaves {', '.join(missing)} to open-instruct's defaults, which its versions differ in; add what "
+            "yours has"
+        )
+        return
+    key, loss = _first(draft, "dpo_loss_type", "loss_type", default=None)
+    beta_key, beta = _first(draft, "dpo_beta", "beta", default=None)
     if loss not in _LOSSES:
         draft.refuse(key, f"there are {', '.join(_LOSSES)} here")
         return
-    draft.set("objective", _LOSSES[loss], draft.pairs(key) or f"{key}: dpo, its default")
-    key, beta = _first(draft, "dpo_beta", "beta", default=0.1)
-    draft.set("beta", beta, draft.pairs(key) or f"{key}: 0.1, its default", of=key)
+    draft.set("objective", _LOSSES[loss], draft.pairs(key))
+    draft.set("beta", beta, draft.pairs(beta_key), of=beta_key)
     if loss == "simpo":
         key, ratio = _first(draft, "dpo_gamma_beta_ratio", "gamma_beta_ratio", default=0.3)
         draft.set("gamma_beta_ratio", ratio, draft.pairs(key) or f"{key}: 0.3, its default", of=key)
@@ -128,15 +151,14 @@ def _set_method(draft: Draft) -> None:
             draft.dropped[draft.names[key]] = "there is no adapter"
             del draft.ours[key]
         return
-    for key, default in (("lora_r", 64), ("lora_alpha", 16), ("lora_dropout", 0.1)):
-        if key not in draft.ours:
-            draft.set(key, default, "its default")
+    draft.set("lora_target_modules", None, "all linear layers, as there")
+    set_adapter_defaults(draft, 64, 16, 0.1, "open-instruct's")
 
 
 def _set_data(draft: Draft) -> None:
-    splits = draft.get("dataset_mixer_list_splits", ["train"])
+    key, splits = _first(draft, "dataset_mixer_list_splits", "mixer_list_splits", default=["train"])
     if not isinstance(splits, list) or len(set(splits)) != 1:
-        draft.refuse("dataset_mixer_list_splits", "all data are of one split here")
+        draft.refuse(key, "all data are of one split here")
         return
     (split,) = set(splits)
     keys = ("dataset_mixer", "dataset_mixer_list", "mixer_list", "dataset_name", "train_file")
@@ -209,8 +231,6 @@ OPEN_INSTRUCT = Trainer(
     defaults={
         "learning_rate": 2e-5,
         "lr_scheduler_type": "linear",
-        "warmup_ratio": 0.03,
-        "num_train_epochs": 2.0,
         "max_grad_norm": 0.0,
         "dtype": "bfloat16",
         "auto_insert_empty_system_msg": False,

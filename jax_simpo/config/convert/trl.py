@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jax_simpo.config import foreign
-from jax_simpo.config.convert.common import HUGGING_FACE, PEFT
+from jax_simpo.config.convert.common import HUGGING_FACE, PEFT, set_adapter_defaults
 from jax_simpo.config.convert.data import Source, file_or_hub, need_data, set_sources
 from jax_simpo.config.convert.losses import set_cpo, set_dpo, set_orpo, set_simpo
 from jax_simpo.config.convert.rules import Draft, Drop, Keep, Part, Refuse, Rule, Trainer, each, merged
@@ -198,6 +198,8 @@ def _together(draft: Draft) -> None:
     if method is not None:
         _set_objective(draft, method)
     _set_data(draft)
+    if draft.get("use_peft"):
+        set_adapter_defaults(draft, 16, 32, 0.05, "TRL's")
     if "auto_insert_empty_system_msg" not in draft.ours:
         handbook = draft.get("dataset_mixer") is not None
         origin = "the alignment handbook's default" if handbook else "TRL writes none"
