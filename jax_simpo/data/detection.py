@@ -198,6 +198,11 @@ def _find_columns(
         name = given.get(role, first)
         if name is not None:
             columns[role] = name
+    for role, other in (("chosen", "rejected"), ("rejected", "chosen")):
+        # Without a value in any of the rows these are bad rows, and no rows of another kind.
+        named = next((name for name in ALIASES[role] if name in names and name not in taken), None)
+        if other in columns and role not in columns and named is not None:
+            columns[role] = named
     # Beside a pair, a column named `answers`, say, has something else in it.
     if columns.get("responses") not in (None, "responses", given.get("responses")) and not (
         {"chosen", "rejected"}.isdisjoint(columns)
@@ -237,6 +242,8 @@ def _ambiguous(label: str, names: Sequence[str], why: str) -> str:
 def _no_format(label: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str], columns: Mapping[str, str]) -> str:
     """Says why rows are in no format, as exactly as their columns allow."""
     there = f"{label}: has the columns {', '.join(names) or '(none)'}"
+    if rows and not any(_by_role(row, columns) for row in rows) and not {"chosen", "rejected"}.isdisjoint(names):
+        return f"{there}, without a value in its first {len(rows):,} rows"
     has_label = any(isinstance(row.get(name), bool | int | str) for row in rows for name in _LABELS)
     if "chosen" in columns and "rejected" in columns:
         return (

@@ -281,11 +281,12 @@ def _from_dataset(label: str, dataset: Any, reading: Reading) -> Source:
 def _from_arrow(label: str, tables: Iterable[pa.Table], names: list[str], reading: Reading) -> Source:
     """Reads Arrow tables that hold those of the columns `names` which may be read."""
     builder = _TableBuilder(label, reading)
+    if set(reading.names).isdisjoint(names):  # a table without columns has no rows either
+        builder.add({}, None, names)
+        return builder.source()  # which says what is missing
     for table in tables:
         for batch in table.to_batches(max_chunksize=1000):
-            # Without any column that may be read a batch has no objects, but it has rows.
-            rows = batch.to_pylist() if batch.num_columns else [{}] * batch.num_rows
-            for row in rows:
+            for row in batch.to_pylist():
                 builder.add(row, None, names)
     return builder.source()
 

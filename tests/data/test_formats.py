@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from jax_simpo.data.conversations import Conversation, make_conversation, read_row
@@ -218,6 +219,17 @@ def test_an_unknown_format_is_an_error_that_says_what_it_may_be(name: str, messa
 def test_a_named_format_without_its_columns_is_an_error(name: str) -> None:
     with pytest.raises(DataError, match=f"`dataset_format: {name}` needs"):
         from_memory("rows", [{"text": "a"}], selection=Selection(dataset_format=name))
+
+
+def test_a_column_without_values_makes_bad_rows_and_one_that_is_missing_an_error(tmp_path: Path) -> None:
+    raw = from_memory("rows", [{"prompt": "q", "chosen": "a", "rejected": None}])
+    with pytest.raises(BadRow, match="missing value: the row has no `rejected`"):
+        read_row(raw.row(0))
+    with pytest.raises(DataError, match="has the columns chosen, rejected, without a value in its first 1 rows"):
+        from_memory("rows", [{"chosen": None, "rejected": None}])
+    datasets.Dataset.from_list([{"a": 1, "b": 2}]).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DataError, match="has the columns a, b but not chosen and rejected"):
+        load_split({str(tmp_path / "saved"): 1.0}, "train")
 
 
 def test_rows_with_pictures_are_refused() -> None:
