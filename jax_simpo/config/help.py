@@ -136,8 +136,14 @@ def explain(
     if len(location) > 1 and isinstance(value, Mapping) and location[1] in value:
         below = nested(field)
         key, value = f"{key}.{shown.one_line(location[1])}", value[location[1]]
-        wanted = expected(below.model_fields[location[1]]) if below else "a number from 0 to 1"
-        kinds = members(below.model_fields[location[1]].annotation) if below else [float]
+        if below:
+            wanted, kinds = (
+                expected(below.model_fields[location[1]]),
+                members(below.model_fields[location[1]].annotation),
+            )
+        else:
+            kinds = [m for k in kinds if get_origin(k) is dict for m in members(get_args(k)[1])]
+            wanted = "a number from 0 to 1" if kinds == [float] else "text" if kinds == [str] else "text or a mapping"
     elif len(location) > 1 and isinstance(value, list) and location[1].isdigit():
         value = value[int(location[1])]
         key, wanted = f"{key}[{location[1]}]", wanted.removeprefix("a list of ")

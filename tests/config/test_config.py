@@ -277,6 +277,20 @@ def test_an_argument_of_another_form_is_answered_with_the_right_form(message, ar
             "weight_decay: ~",
             "run.yaml, line 4: `weight_decay` is null; expected a number >= 0. For the default (0.0) leave the key out",
         ),
+        ("dataset_columns: {prompt: 3}", "`dataset_columns.prompt` is 3; expected text or a mapping"),
+        (
+            "dataset_format: {a.jsonl: 3}",
+            "`dataset_format` is {'a.jsonl': 3}; expected text or a mapping from source to",
+        ),
+        (
+            "test_size: 1.5\ndataset_splits: [train]",
+            "`test_size` is 1.5; expected a share below 1, or from 1 on a whole",
+        ),
+        (
+            "test_size: 0.1\ndataset_splits: [train, test]",
+            "`dataset_splits` names test to evaluate on; keep one of the",
+        ),
+        ("dataset_columns: {prompt: q, a.jsonl: {prompt: q}}", "mixes columns of all sources with columns of single"),
         ("remat: ful", "`remat` is 'ful'; expected one of none, dots, attention, full. Did you mean `full`?"),
         ("dtype: bf16", "`dtype` is 'bf16'; expected one of float32, bfloat16. Did you mean `bfloat16`?"),
         ("loss_type: sigmiod", "expected one of sigmoid, hinge. Did you mean `sigmoid`?"),
