@@ -58,7 +58,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool 
         raise ConfigError(f"{places.get(key, path)}: {why}")
     unused = effects.unused(config)
     notices = [f"{places.get(key, path)}: `{key}` has no effect {unused[key]}" for key in values if key in unused]
-    return with_notices(config, notices)
+    return with_notices(config, [*notices, *_notice_of_other_objective(values, config, places, path)])
 
 
 def _check_whose(values: Mapping[str, Any], path: Path) -> None:
@@ -72,6 +72,20 @@ def _check_whose(values: Mapping[str, Any], path: Path) -> None:
             f"{path}: this is a {trainer.title} file (it has {known_by}). Run `jax-simpo convert {path} --output "
             f"OURS.yaml`, which says what becomes of each key, and use OURS.yaml"
         )
+
+
+def _notice_of_other_objective(
+    values: Mapping[str, Any], config: TrainConfig, places: Mapping[str, str], path: Path
+) -> list[str]:
+    """Returns a notice where a file looks like one for DPO or ORPO: the handbook's have no key that says so."""
+    said = {"objective", "gamma_beta_ratio", "gamma"} & values.keys()
+    if said or config.objective != "simpo" or config.beta is None or config.beta >= 0.5:
+        return []
+    return [
+        f"{places.get('beta', path)}: `beta: {config.beta:g}` is small for `objective: simpo`, the default that the file "
+        "leaves; published SimPO runs have 2 to 10. If the file is for DPO or ORPO, set `objective`, or run "
+        "`jax-simpo convert FILE --from trl-dpo` (or trl-orpo)"
+    ]
 
 
 def _check_data_is_named(values: Mapping[str, Any], places: Mapping[str, str], path: Path) -> str:

@@ -370,6 +370,14 @@ def test_a_file_of_another_trainer_is_told_from_ours(name: str, title: str, key:
         load_config(FILES / f"{name}.yaml")
 
 
+def test_a_file_of_the_handbook_is_not_taken_for_one_of_simpo_without_a_word(tmp_path: Path) -> None:
+    values = {"model_name_or_path": "m", "dataset_mixer": {"owner/pairs": 1.0}, "beta": 0.01}
+    (notice,) = load_config(write(tmp_path, **values)).notices
+    assert "line 1: `beta: 0.01` is small for `objective: simpo`" in notice and "--from trl-dpo" in notice
+    for said in ({"objective": "simpo"}, {"gamma_beta_ratio": 0.5}, {"beta": 2.0}, {"objective": "dpo"}):
+        assert not load_config(write(tmp_path, **{**values, **said})).notices
+
+
 @pytest.mark.parametrize(
     ("key", "hint"),
     [
