@@ -82,8 +82,8 @@ def _notice_of_other_objective(
     if said or config.objective != "simpo" or config.beta is None or config.beta >= 0.5:
         return []
     return [
-        f"{places.get('beta', path)}: `beta: {config.beta:g}` is small for `objective: simpo`, the default that the file "
-        "leaves; published SimPO runs have 2 to 10. If the file is for DPO or ORPO, set `objective`, or run "
+        f"{places.get('beta', path)}: `beta: {config.beta:g}` is small for `objective: simpo`, the file's default; "
+        "published SimPO runs have 2 to 10. If the file is for DPO or ORPO, set `objective`, or run "
         "`jax-simpo convert FILE --from trl-dpo` (or trl-orpo)"
     ]
 
