@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -51,7 +52,7 @@ def main(
         title="Llama-3-8B, Gemma-2-9b and Mistral-7B, as compiled",
         about="What `jax-simpo plan` says of the configs in [configs/plan](../../configs/plan). They have the batch of "
         "the published runs (128 pairs) and their lengths, and made-up pairs of UltraFeedback's lengths. bfloat16, "
-        "`remat: full`, everything on `fsdp`. Compiled, not run: no such hardware was at hand. "
+        "`remat: full`, everything on `fsdp`, but slices on `data`. Compiled, not run: no such hardware was at hand. "
         "[plan.md](../plan.md) explains the columns.",
         facts=machine_facts("none") | {"compilers": _versions()},
         tables=[
@@ -80,9 +81,10 @@ def _plan(model: str, topology: str) -> dict[str, Any]:
     """Returns the hardware plan of a config as `--json` prints it, or the last line of its error."""
     print(f"{model} on {topology}", flush=True)
     command = [sys.executable, "-m", "jax_simpo", "plan", f"builtin:{model}", "--topology", topology]
-    done = subprocess.run(
-        [*command, "--json", "--no-search"], capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
-    )
+    if slices := re.match(r"(\d+)x[a-z]", topology):  # the network between slices is for gradients alone
+        command.append(f"--mesh.data={slices[1]}")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([*command, "--json", "--no-search"], capture_output=True, text=True, env=environment)
     try:
         plan: dict[str, Any] = json.loads(done.stdout)  # the exit status is 1 where a step does not fit
     except json.JSONDecodeError:
