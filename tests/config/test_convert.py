@@ -198,6 +198,7 @@ AXOLOTL = {"base_model": "m", "datasets": [{"path": "owner/pairs", "type": "chat
 AXOLOTL |= {"learning_rate": 1e-6}
 OPEN = {"model_name_or_path": "m", "dataset_name": "owner/pairs", "num_epochs": 1, "warmup_ratio": 0.1}
 OPEN |= {"max_seq_length": 512}
+QLORA = {"rl": "dpo", "adapter": "qlora", "load_in_4bit": True, "lora_r": 8, "lora_alpha": 16}
 SIMPO = {"loss_type": "simpo", "beta": 10, "gamma_beta_ratio": 0.3}
 
 
@@ -286,9 +287,11 @@ def test_everything_that_cannot_be_kept_is_told_at_once_and_may_be_left_out(tmp_
         (FACTORY | {"eval_dataset": "x"}, r"`eval_dataset: x` cannot be kept: evaluation data are a split"),
         (FACTORY | {"lora_target": "lm_head"}, r"the head and the embedding get no adapter here"),
         (FACTORY | {"save_steps": 0.5}, r"`save_steps: 0\.5` cannot be kept: it is no whole number of steps"),
+        (AXOLOTL | {"rl": "dpo", "special_tokens": {"eos_token": "<|x|>"}}, r"tokenizers stay as they are"),
         (AXOLOTL | {"rl": "kto"}, r"`rl: kto` cannot be kept: there are simpo, dpo, ipo and orpo"),
         (AXOLOTL | {"rl": "simpo"}, r"`rl: simpo` needs `simpo_gamma`"),
-        (AXOLOTL | {"rl": "dpo", "adapter": "qlora"}, r"`adapter: qlora` cannot be kept: weights are not quantised"),
+        (AXOLOTL | {"rl": "dpo", "adapter": "dora"}, r"`adapter: dora` cannot be kept: there is lora here"),
+        (AXOLOTL | QLORA, r"`load_in_4bit: true` cannot be honoured: weights are not .*--drop load_in_4bit goes"),
         (AXOLOTL | {"rl": "dpo", "datasets": [{"path": "x", "type": "sharegpt"}]}, r"x has type: sharegpt"),
         (AXOLOTL | {"rl": "dpo", "datasets": [{"path": "json"}]}, r"names no file; give its `data_files`"),
         (AXOLOTL | {"rl": "dpo", "datasets": "x"}, r"expected a list of data sets"),
@@ -345,6 +348,28 @@ def test_the_users_own_data_stand_in_for_those_of_the_file(tmp_path: Path) -> No
     values = FACTORY | {"dataset_dir": "nowhere"}
     config = run(tmp_path, options=Options(data=("pairs.jsonl",)), **values).config
     assert config.dataset_mixer == {"pairs.jsonl": 1.0} and config.dataset_splits == ["train"]
+
+
+def test_an_adapter_on_quantised_weights_becomes_one_on_whole_weights_if_asked(tmp_path: Path) -> None:
+    converted = run(tmp_path, options=Options(drop=("load_in_4bit",)), **AXOLOTL | QLORA)
+    assert converted.config.use_peft and not converted.config.load_in_4bit
+    assert converted.config.lora_target_modules == ["q_proj", "v_proj"]
+    assert any("on weights that are not quantised" in note for note in converted.notes)
+
+
+def test_keys_of_which_nothing_came_are_named(tmp_path: Path) -> None:
+    text = run(tmp_path, **FACTORY, simpo_gamma=0.7, dpo_label_smoothing=0.0).text
+    assert "#   simpo_gamma: 0.7 -- beside the other keys it has no effect" in text
+    assert "#   dpo_label_smoothing: 0.0 -- it asks for nothing" in text
+    converted = run(tmp_path, "trl-dpo", **TRL, lora_r=8, do_eval=True)
+    assert "lora_r: 8 -- there is no adapter" in converted.text
+    assert not load_config(write_text(tmp_path, converted.text)).notices
+
+
+def write_text(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "ours.yaml"
+    file.write_text(text)
+    return file
 
 
 def test_a_number_of_devices_fixes_the_batch(tmp_path: Path) -> None:

@@ -39,6 +39,11 @@ _TYPES = {"llama3": "llama-3", "zephyr": "zephyr", "chatml": None, "chat_templat
 _METRICS = Drop("metrics go to metrics.jsonl in `output_dir`")
 # Plugins that compute the same numbers, or record them.
 _PLUGINS = ("liger", "cut_cross", "kernels", "swanlab")
+# The keys of a data set that are read, or that say nothing more.
+_OF_DATASETS = frozenset(
+    "path data_files type split name ds_type field_messages field_chosen field_rejected message_property_mappings "
+    "roles revision trust_remote_code".split()
+)
 # What those types call the prompt's column.
 _PROMPTS = {"intel": "question", "icr": "input", "argilla": "instruction"}
 
@@ -53,7 +58,7 @@ def _set_target(draft: Draft, key: str, value: Any) -> None:
 
 def _set_tokens(draft: Draft, key: str, value: Any) -> None:
     """Refuses special tokens that change what is trained; the padding's do not matter."""
-    if (isinstance(value, dict) and set(value) > {"pad_token"}) or not isinstance(value, dict):
+    if not isinstance(value, dict) or set(value) - {"pad_token"}:
         draft.refuse(
             key,
             f"tokenizers stay as they are. If yours has these tokens anyway, add --drop {key}; else save one with them "
@@ -76,10 +81,10 @@ def _set_cadence(draft: Draft, key: str, value: Any) -> None:
     """Sets evaluation or saving once an epoch, for any number of times."""
     ours = "eval_strategy" if key == "evals_per_epoch" else "save_strategy"
     if not value:
-        draft.set(ours, "no", shown_pair(key, value))
+        draft.set(ours, "no", shown_pair(key, value), of=key)
     else:
         note = "" if value == 1 else f"to do it {value} times an epoch give `steps` and a number of steps"
-        draft.set(ours, "epoch", shown_pair(key, value), note)
+        draft.set(ours, "epoch", shown_pair(key, value), note, of=key)
 
 
 _RULES: dict[str, Rule] = merged(
@@ -260,14 +265,11 @@ def _set_method(draft: Draft) -> None:
     adapter = draft.get("adapter")
     if adapter is None or adapter == "":
         draft.set("use_peft", False, "no adapter")
-        for key in [key for key in draft.ours if key.startswith("lora_")]:
-            draft.dropped[draft.names.get(key, key)] = "there is no adapter"
-            del draft.ours[key]
         return
-    draft.set("use_peft", True, shown_pair("adapter", adapter))
-    if adapter == "qlora":
-        draft.refuse("adapter", "weights are not quantised; `adapter: lora` trains the same adapter on whole weights")
-    elif adapter != "lora":
+    # What qlora adds is `load_in_4bit`, which it requires and which is told by itself.
+    note = "the same adapter, on weights that are not quantised" if adapter == "qlora" else ""
+    draft.set("use_peft", True, shown_pair("adapter", adapter), note)
+    if adapter not in ("lora", "qlora"):
         draft.refuse("adapter", "there is lora here")
     if "lora_r" not in draft.ours or "lora_alpha" not in draft.ours:
         draft.errors.append("an adapter needs `lora_r` and `lora_alpha`")
@@ -328,19 +330,7 @@ def _source(draft: Draft, entry: dict[str, Any]) -> Source | None:
         return None
     kind = entry.get("type")
     columns: dict[str, Any] = {}
-    known = {
-        "path",
-        "data_files",
-        "type",
-        "split",
-        "name",
-        "ds_type",
-        "field_messages",
-        "field_chosen",
-        "field_rejected",
-    }
-    known |= {"message_property_mappings", "roles", "revision", "trust_remote_code"}
-    odd = sorted(set(entry) - known)
+    odd = sorted(entry.keys() - _OF_DATASETS)
     if isinstance(kind, dict):
         columns = {"prompt": kind.get("field_prompt"), "system": kind.get("field_system")}
         columns |= {role: kind.get(f"field_{role}") for role in ("chosen", "rejected")}

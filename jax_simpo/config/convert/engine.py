@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,9 @@ def convert(path: str | Path, origin: str | None = None, options: Options | None
         if key not in draft.ours:
             draft.set(key, value, f"{trainer.title}'s default")
     _set_batch(draft)
+    _leave_out_adapter(draft)
     _leave_out_evaluation(draft)
+    _name_the_unread(draft, trainer)
     config = _check(draft, str(path), lines)
     return Converted("\n".join(_write(draft, trainer, Path(path).name)), config, trainer.title, tuple(_notes(draft)))
 
@@ -143,6 +146,25 @@ def _set_batch(draft: Draft) -> None:
     draft.set("global_batch_size", batch, f"{sizes[0]} pairs x {sizes[1]} x {draft.options.devices} devices")
 
 
+def _leave_out_adapter(draft: Draft) -> None:
+    """Leaves the keys of an adapter out where there is none."""
+    if "use_peft" in draft.ours and draft.ours["use_peft"].value is True:
+        return
+    for key in [key for key in draft.ours if key.startswith("lora_")]:
+        del draft.ours[key]
+        draft.dropped[draft.names.get(key, key)] = "there is no adapter"
+
+
+def _name_the_unread(draft: Draft, trainer: Trainer) -> None:
+    """Says of keys that are read together with others, and of which nothing came, that they had no effect."""
+    said = " ".join([*(line.origin for line in draft.ours.values()), *draft.names.values(), *draft.errors])
+    words = set(re.findall(r"\w+", said))
+    for key, value in draft.theirs.items():
+        if isinstance(trainer.rule_of(key), Part) and key not in draft.dropped and key not in words:
+            nothing = foreign.asks_for_nothing(value)
+            draft.dropped[key] = "it asks for nothing" if nothing else "beside the other keys it has no effect"
+
+
 def _leave_out_evaluation(draft: Draft) -> None:
     """Leaves evaluation out where there are no rows for it."""
     splits = draft.ours["dataset_splits"].value if "dataset_splits" in draft.ours else []
@@ -200,10 +222,11 @@ def _write(draft: Draft, trainer: Trainer, name: str) -> Iterator[str]:
     if draft.dropped:
         yield ""
         yield "# Not needed here:"
-        nulls = [key for key in draft.dropped if draft.theirs.get(key) is None]
-        for key, why in draft.dropped.items():
+        given = [key for key in draft.dropped if key in draft.theirs]
+        nulls = [key for key in given if draft.theirs[key] is None]
+        for key in given:
             if key not in nulls:
-                yield f"#   {shown_pair(key, draft.theirs[key])} -- {why}"
+                yield f"#   {shown_pair(key, draft.theirs[key])} -- {draft.dropped[key]}"
         if nulls:
             yield f"#   null, which asks for nothing: {', '.join(nulls)}"
     yield ""

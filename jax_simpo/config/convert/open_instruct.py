@@ -147,9 +147,6 @@ def _set_objective(draft: Draft) -> None:
 
 def _set_method(draft: Draft) -> None:
     if not draft.get("use_lora"):
-        for key in [key for key in draft.ours if key.startswith("lora_")]:
-            draft.dropped[draft.names[key]] = "there is no adapter"
-            del draft.ours[key]
         return
     draft.set("lora_target_modules", None, "all linear layers, as there")
     set_adapter_defaults(draft, 64, 16, 0.1, "open-instruct's")
