@@ -26,7 +26,8 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
         identity["objective"] = f"{config.objective}, file {digest}"
     # Keys that ask for nothing are left out, so that a run of a version without them can be continued.
     groups = ("train_on", "group_by", "max_responses", "min_score_gap", "ties", *objectives.GROUP_KEYS)
-    for key in ("optim", "adam_mu_dtype", "lr_scheduler_kwargs", "weight_column", *groups):
+    rendering = ("chat_rendering", "special_tokens_in_messages")
+    for key in ("optim", "adam_mu_dtype", "lr_scheduler_kwargs", "weight_column", *groups, *rendering):
         if values[key] == help.default_of(type(config), key):
             del identity[key]
     unread = {"objective", *objectives.ALL_KEYS, objectives.REFERENCE_KEY}
