@@ -386,7 +386,6 @@ def _print_split(
         "rendering": pairs.rendering_summary(),
         "left out": pairs.left_out_summary(),
         "special tokens": pairs.special_summary(),
-        "cut": pairs.cuts_summary(),
     }
     facts = {
         "row shape": f"{shape.length} tokens, {shape.targets} targets, {shape.responses} responses",
@@ -397,6 +396,7 @@ def _print_split(
         "padding": f"{1 - report.fill:.1%} of the computed tokens",
         "saved by prefix sharing": f"{saved:.1%} of the tokens{_by_level(pairs)}{sharing_note}",
         "skipped rows": pairs.skipped_summary() or "none",
+        "cut": pairs.cuts_summary() or "nothing",
         **{name: text for name, text in remarks.items() if text},
         **training_facts,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,6 +37,7 @@ class GroupText:
         scored: which characters of each response are scored, as starts and stops. Empty where all are.
         stand_ins: what parts of the texts stand for that are no special tokens (`special_text`). Empty in most groups.
         in_context: True if the responses were written in context, where others are as in the original.
+        shortened: responses in which the template left out a part of what the answer says.
     """
 
     prompt: str
@@ -44,6 +45,7 @@ class GroupText:
     scored: tuple[Spans, ...] = ()
     stand_ins: StandIns = field(default_factory=dict)
     in_context: bool = field(default=False, compare=False)
+    shortened: int = field(default=0, compare=False)
 
     def scored_of(self, place: int) -> Spans:
         """Returns the scored characters of a response."""
@@ -171,7 +173,14 @@ def render_group(
         raise BadRow("empty response", "the chat template writes nothing for an answer")
     if len(set(text.responses)) == 1:
         raise BadRow("chosen = rejected", "the two answers read the same after the chat template")
-    return text
+    pairs = zip(turns.answers, text.responses, strict=True)
+    shortened = sum(not all(_holds(response, turn["content"]) for turn in answer) for answer, response in pairs)
+    return replace(text, shortened=shortened) if shortened else text
+
+
+def _holds(response: str, content: str) -> bool:
+    """Returns True if a response holds the content of a turn, blanks apart."""
+    return content.strip() in response or "".join(content.split()) in "".join(response.split())
 
 
 def _render(

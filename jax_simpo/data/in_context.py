@@ -171,10 +171,9 @@ def _end_of(
 def _before_answer(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], tools: list[Any] | None) -> str:
     """Returns what stands before the content of an answer that follows these turns."""
     text = write(tokenizer, [*turns, {"role": "assistant", "content": _MARK}], tools)
-    before, mark, _ = text.partition(_MARK)
-    if not mark:
-        raise BadRow("refused by the chat template", "it does not write the content of an answer")
-    return before
+    if text.count(_MARK) != 1:
+        raise BadRow("refused by the chat template", "it does not write the content of an answer once")
+    return text.partition(_MARK)[0]
 
 
 def _write_apart(

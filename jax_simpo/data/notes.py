@@ -81,6 +81,7 @@ class Notes:
         special_text: the messages that hold the text of a special token; None if there are none.
         cuts: what `max_length` has cut.
         in_context: groups that were rendered in context although the others were rendered as in the original.
+        shortened: responses in which the chat template left out a part of what the answer says.
         rendering: how answers are rendered, a sentence each; empty where there is nothing to say.
     """
 
@@ -89,6 +90,7 @@ class Notes:
     special_text: SpecialText | None = None
     cuts: Cuts = field(default_factory=Cuts)
     in_context: int = 0
+    shortened: int = 0
     rendering: list[str] = field(default_factory=list)
 
     def add(self, other: Notes) -> None:
@@ -100,6 +102,7 @@ class Notes:
             self.special_text = first._replace(messages=first.messages + other.special_text.messages)
         self.cuts.add(other.cuts)
         self.in_context += other.in_context
+        self.shortened += other.shortened
         self.rendering += other.rendering
 
     def to_json(self) -> dict[str, Any]:
@@ -117,6 +120,7 @@ class Notes:
             None if special is None else SpecialText(*special),
             Cuts(**values["cuts"]),
             values["in_context"],
+            values["shortened"],
             list(values["rendering"]),
         )
 
@@ -192,5 +196,10 @@ def rendering_summary(notes: Notes, noun: str) -> str:
         sentences.append(
             f"{notes.in_context:,} {noun} are rendered in context, unlike the others, because the chat template writes "
             "their answers otherwise by themselves than after their prompts"
+        )
+    if notes.shortened:
+        sentences.append(
+            f"the chat template leaves out a part of {notes.shortened:,} answers, such as their thoughts, which is not "
+            "trained; `inspect` shows what is"
         )
     return "; ".join(sentences)

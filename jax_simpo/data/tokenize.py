@@ -496,7 +496,8 @@ class Chunk:
         if len(kept) < len(responses):
             left_out["with the same tokens as a better one"] += len(responses) - len(kept)
         cuts.row = read.indices[0]
-        self.notes.add(Notes(left_out=left_out, cuts=cuts, in_context=int(text.in_context)))
+        rendered = Notes(in_context=int(text.in_context), shortened=text.shortened)
+        self.notes.add(replace(rendered, left_out=left_out, cuts=cuts))
         dense = {rank: number for number, rank in enumerate(dict.fromkeys(ranks))}
         scores = None if turns.scores is None else tuple(turns.scores[place] for place in kept)
         self.groups.append(Group(tuple(responses[n] for n in kept), tuple(dense[rank] for rank in ranks), scores))

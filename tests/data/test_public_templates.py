@@ -142,7 +142,8 @@ def test_what_is_trained_is_the_answer_in_context(name: str, variant: str) -> No
             # Before it stands the prompt that the model is asked with, or that prompt without the header.
             starts = [once(start, bos) for start in (asked, alone, alone.removesuffix(eos), alone.rstrip())]
             assert before in starts + [f"{bos}{start}" for start in starts if bos]
-            if not (name in FORGETS and prompt[0]["role"] == "system"):
+            has_system = prompt[0]["role"] == "system" or variant == "a default system prompt"
+            if not (name in FORGETS and has_system):
                 assert text in (wanted, f"{bos}{wanted}")
             # The tokens are those of the text.
             assert response.ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
