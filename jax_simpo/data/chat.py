@@ -192,12 +192,16 @@ def _render(
 ) -> GroupText:
     """Renders a group in context, or as in the original."""
     if not rendering.in_context:
-        text = _render_as_original(tokenizer, prompt, turns, train_on)
-        if not rendering.compared or all(
-            len(answer) > 1 or write(tokenizer, [*prompt, *answer], turns.tools) == text.prompt + response
-            for answer, response in zip(turns.answers, text.responses, strict=True)
-        ):
-            return text
+        try:
+            text = _render_as_original(tokenizer, prompt, turns, train_on)
+            if not rendering.compared or all(
+                len(answer) > 1 or write(tokenizer, [*prompt, *answer], turns.tools) == text.prompt + response
+                for answer, response in zip(turns.answers, text.responses, strict=True)
+            ):
+                return text
+        except Exception as error:  # the template may refuse an answer by itself and write it in context
+            if isinstance(error, MemoryError) or not rendering.compared:
+                raise
     every_turn = train_on == "assistant_turns"
     written = write_in_context(tokenizer, prompt, turns.answers, turns.tools, every_turn=every_turn)
     return _group_text(written.prompt, written.answers, written.scored, in_context=not rendering.in_context)

@@ -193,9 +193,10 @@ def rendering_summary(notes: Notes, noun: str) -> str:
     """Says how answers were rendered where not as in the original, in one line; otherwise empty."""
     sentences = list(notes.rendering)
     if notes.in_context:
+        some = f"1 {noun[:-1]} is" if notes.in_context == 1 else f"{notes.in_context:,} {noun} are"
         sentences.append(
-            f"{notes.in_context:,} {noun} are rendered in context, unlike the others, because the chat template writes "
-            "their answers otherwise by themselves than after their prompts"
+            f"{some} rendered in context, unlike the others, because the chat template writes the answers otherwise by "
+            "themselves than after their prompts"
         )
     if notes.shortened:
         sentences.append(

@@ -103,7 +103,7 @@ class SpecialTokens:
         return result
 
     @cached_property
-    def _copy(self) -> tuple[Tokenizer, dict[str, str], dict[int, Any]]:
+    def _copy(self) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
         """A copy of the tokenizer that knows special tokens by other names; their names, and their ids in the copy."""
         from tokenizers import Tokenizer
 
@@ -118,7 +118,7 @@ class SpecialTokens:
                 names[token["content"]] = token["content"] = f"{_NAME}{number}{_NAME}"
         copy = Tokenizer.from_str(json.dumps(content))
         # Names that the model's vocabulary does not have get new ids, and may push those of other added tokens.
-        ids = {int(copy.token_to_id(name) or 0): backend.token_to_id(token) for token, name in names.items()}
+        ids: dict[Any, Any] = {copy.token_to_id(name): backend.token_to_id(token) for token, name in names.items()}
         return copy, names, ids
 
 

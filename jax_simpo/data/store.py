@@ -31,7 +31,7 @@ from jax_simpo.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENISATION_VERSION = 6
+TOKENISATION_VERSION = 7
 """Raise this number with every change that can change a token or the stored columns: it ends old caches."""
 
 _ABANDONED_SECONDS = 24 * 3600.0

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jax_simpo.data import template_limits
 from jax_simpo.data.chat import TOO_MUCH, GroupText, render_group
 from jax_simpo.data.conversations import Conversation, Row, make_conversation, read_row, read_weight
+from jax_simpo.data.cutting import Limits, Parts, TruncationMode, cut_group
 from jax_simpo.data.groups import Group, Response
 from jax_simpo.data.in_context import ChatRendering
 from jax_simpo.data.messages import BadRow
@@ -33,19 +34,14 @@ if TYPE_CHECKING:
 
 __all__ = ["GroupDataset", "TokenSettings", "tokenize_group", "tokenize_split"]
 
-TruncationMode = Literal["keep_end", "keep_start"]
-
 CHUNK_ROWS = 512
 _MOST_TOO_MUCH = 10
 
 
 @dataclass(frozen=True)
-class TokenSettings:
+class TokenSettings(Limits):
     """The settings that determine a group's token ids, together with its rows and the tokenizer."""
 
-    max_length: int
-    max_prompt_length: int
-    truncation_mode: TruncationMode = "keep_end"
     auto_insert_empty_system_msg: bool = True
     chat_rendering: ChatRendering = "auto"
     special_tokens_in_messages: SpecialTokensInMessages = "text"
@@ -105,22 +101,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
     return ids
 
 
-class _Parts(NamedTuple):
-    """The ids of a prompt and of an answer to it, and the runs of scored ids in the answer."""
-
-    prompt: list[int]
-    answer: list[int]
-    scored: list[tuple[int, int]]
-
-
 def _make_responses(
     encoded: Iterable[list[int]], text: GroupText, tokenizer: PreTrainedTokenizerBase, settings: TokenSettings
 ) -> list[Response]:
     """Makes the responses of a group from the ids of its texts, in the order of `_texts_to_encode`."""
-    return _cut_group(_take_apart(encoded, text, tokenizer), settings)[0]
+    return cut_group(_take_apart(encoded, text, tokenizer), settings)[0]
 
 
-def _take_apart(encoded: Iterable[list[int]], text: GroupText, tokenizer: PreTrainedTokenizerBase) -> list[_Parts]:
+def _take_apart(encoded: Iterable[list[int]], text: GroupText, tokenizer: PreTrainedTokenizerBase) -> list[Parts]:
     """Finds prompt, answer and scored ids of each response, with BOS and EOS, and cuts nothing."""
     texts = iter(encoded)
     prompt, sequences, inside = next(texts), [], []
@@ -137,29 +125,6 @@ def _take_apart(encoded: Iterable[list[int]], text: GroupText, tokenizer: PreTra
     return parts
 
 
-def _cut_group(parts: list[_Parts], settings: TokenSettings) -> tuple[list[Response], Cuts]:
-    """Makes the responses of a group, none longer than `max_length`, and counts what that has cut."""
-    longest = max(len(part.answer) for part in parts)
-    cut = [_cut(part, longest, settings) for part in parts]
-    responses = [response for response, _, _ in cut]
-    if all(np.array_equal(responses[0].ids, other.ids) for other in responses[1:]):
-        raise BadRow(
-            "same tokens",
-            f"the answers differ only beyond max_length {settings.max_length}, or in words the tokenizer does not know",
-        )
-    lost = [len(part.answer) > answer for part, (_, _, answer) in zip(parts, cut, strict=True)]
-    shorter = any(len(part.prompt) > prompt for part, (_, prompt, _) in zip(parts, cut, strict=True))
-    whole = max(len(part.prompt) for part in parts) + longest
-    return responses, Cuts(
-        groups=int(any(lost) or shorter),
-        prompts=int(shorter),
-        responses=sum(lost),
-        all_responses=len(parts),
-        longest=whole,
-        max_length=settings.max_length,
-    )
-
-
 def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Joins runs that touch, as those of two turns of the assistant in a row, or that meet in a merged token."""
     joined = runs[:1]
@@ -169,31 +134,6 @@ def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((start, stop))
     return joined
-
-
-def _cut(parts: _Parts, longest: int, settings: TokenSettings) -> tuple[Response, int, int]:
-    """Makes a response that is no longer than `max_length`, and counts what is left of its prompt and its answer.
-
-    `longest` is the length of the group's longest answer.
-    """
-    prompt, answer, scored = parts
-    max_length, max_prompt_length = settings.max_length, settings.max_prompt_length
-    # As in the original: each response has its own prompt, but the longest answer decides for all.
-    if len(prompt) + longest > max_length:
-        keep_start = settings.truncation_mode == "keep_start"
-        prompt = prompt[:max_prompt_length] if keep_start else prompt[-max_prompt_length:]
-    # Unlike the original, which cuts all answers to max_length - max_prompt_length, even if the prompt is short.
-    answer = answer[: max(max_length - len(prompt), 0)]
-    ends = ((start, min(stop, len(answer))) for start, stop in scored)
-    spans = tuple((len(prompt) + start, len(prompt) + stop) for start, stop in ends if start < stop)
-    if not prompt or not spans or max_prompt_length < 1:
-        raise BadRow(
-            "nothing left after truncation",
-            f"max_length {max_length} and max_prompt_length {max_prompt_length} leave {len(prompt)} prompt and "
-            f"{sum(stop - start for start, stop in spans)} answer tokens",
-        )
-    ids = (prompt + answer)[: spans[-1][1]]  # what follows the last scored token would be computed for nothing
-    return Response(np.array(ids, np.int32), spans), len(prompt), len(answer)
 
 
 def _boundary(before: list[int], ids: list[int]) -> int:
@@ -222,7 +162,7 @@ def _common_prefix_length(a: list[int], b: list[int]) -> int:
 
 def _add_bos_and_eos(
     prompt: list[int], answer: list[int], scored: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
-) -> _Parts:
+) -> Parts:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and prompt[:1] != [bos]:
         prompt = [bos, *prompt]
@@ -230,7 +170,7 @@ def _add_bos_and_eos(
         answer = [*answer, eos]
         *before, (start, _) = scored
         scored = [*before, (start, len(answer))]  # the last turn is the assistant's, and EOS ends it
-    return _Parts(prompt, answer, scored)
+    return Parts(prompt, answer, scored)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -449,7 +389,7 @@ def _tokenize_chunk(chunk: Chunk, conversations: list[tuple[_Read, Conversation]
     for (read, turns, text), own in zip(rendered, texts, strict=True):
         try:
             ids = special.encode(own, text.stand_ins) if text.stand_ins else list(islice(encoded, len(own)))
-            responses, cuts = _cut_group(_take_apart(ids, text, tokenizer), settings)
+            responses, cuts = cut_group(_take_apart(ids, text, tokenizer), settings)
         except BadRow as bad:
             chunk.skip(read, bad)
             continue
