@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 SpecialTokensInMessages = Literal["text", "tokens"]
@@ -107,7 +107,7 @@ class Notes:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the notes as JSON has them."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
         return {**values, "skipped": [asdict(row) for row in self.skipped], "cuts": asdict(self.cuts)}
 
     @classmethod
