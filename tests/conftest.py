@@ -12,10 +12,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests compile many programs and run each a few times, so quick code costs more than it saves. This leaves out LLVM's
 # optimisations; XLA's own, which the tests of memory and copies look at, all stay. `make test-slow` leaves out none.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and metadata.version("jaxlib").startswith("0.10."):
-    # The older way to emit a fusion's code compiles twice as fast without optimisations. Later releases have only one.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
+    # Both cores have a test worker, so cutting a program into parts that compile side by side only costs time.
+    _flags = "--xla_cpu_parallel_codegen_split_count=1"
+    if metadata.version("jaxlib").startswith("0.10."):
+        # The older way to emit a fusion's code compiles twice as fast without optimisations. Later releases have one.
+        _flags += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}"
 
+import gc
 import signal
 from pathlib import Path
 
@@ -26,6 +31,9 @@ from hypothesis import settings
 for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _usual)
+
+# Tracing makes millions of small objects that live on, and looking for cycles among them again and again takes 5 %.
+gc.set_threshold(200_000, 20, 100)
 
 settings.register_profile("default", deadline=None, max_examples=50, print_blob=True)
 settings.load_profile("default")

@@ -5,6 +5,9 @@
 #   configs/launch/multi-gpu.sh my-run.yaml --mesh.tensor=2        # another config, any overrides
 #   CUDA_VISIBLE_DEVICES=0,1,2,3 configs/launch/multi-gpu.sh       # some of the GPUs
 #
+#   docker build --target gpu -t jax-simpo:gpu .                   # the same in a container:
+#   docker run --gpus all --shm-size=8g -v "$PWD:/work" --entrypoint configs/launch/multi-gpu.sh jax-simpo:gpu
+#
 # docs/launch.md explains it.
 set -euo pipefail
 

@@ -27,6 +27,7 @@ class Facts:
     """A machine as this process sees it.
 
     Attributes:
+        system: the operating system, such as Linux.
         python: the version of Python.
         versions: of the installed packages that matter here, by name.
         platform: what JAX computes on: cpu, gpu or tpu; none where it cannot use its devices.
@@ -43,6 +44,7 @@ class Facts:
         compilation_cache: the folder that keeps compiled programs; None where they are not kept.
     """
 
+    system: str
     python: str
     versions: dict[str, str]
     platform: str
@@ -73,6 +75,7 @@ def gather_facts() -> Facts:
     place = None if device is None else place_of(device)
     gpus, driver = _nvidia()
     return Facts(
+        system=platform.system(),
         python=platform.python_version(),
         versions=versions_of((*_PACKAGES, *COMPILERS)),
         platform="none" if place is None else place.platform,

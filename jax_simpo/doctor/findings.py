@@ -54,6 +54,19 @@ def _devices(facts: Facts) -> Iterator[Finding]:
         else:
             advice = "End the process that holds the chips (`fuser /dev/accel0 /dev/vfio/0`), and unset JAX_PLATFORMS"
             yield Finding("error", text, advice)
+    if facts.system != "Linux":
+        yield Finding(
+            "note",
+            f"JAX computes on NVIDIA GPUs and TPUs on Linux alone, and this is {facts.system}: the extras `gpu` and "
+            "`tpu` add nothing here",
+            "Use a machine with Linux, or WSL2 on Windows",
+        )
+    elif plugins and not facts.nvidia_gpus and facts.platform != "gpu":
+        yield Finding(
+            "note",
+            f"{plugins[0]} is installed, and NVIDIA's driver lists no GPU",
+            f"Install NVIDIA's driver, {_OLDEST_DRIVERS[plugins[0]]} or later; start a container with `--gpus all`",
+        )
     wanted = facts.environment.get("JAX_PLATFORMS")
     if not facts.devices and wanted and not facts.nvidia_gpus and not facts.tpu_chips:
         yield Finding(

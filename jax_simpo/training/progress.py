@@ -36,6 +36,7 @@ class TrainingProgress:
         self._total = total_steps
         self._notebook = _NotebookBar(total_steps, first_step) if console.is_jupyter and not console.quiet else None
         self._next_line = 0.0
+        self._remark = ", compilation included"  # in the first figures
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -50,8 +51,9 @@ class TrainingProgress:
         """Shows the figures of a step's record: its loss, accuracy and pairs, or groups, per second."""
         figures = (
             f"loss {record['loss']:.4f}  accuracy {record['rewards/accuracies']:.2f}  "
-            f"{record['pairs_per_second']:.1f} {self._noun}/s"
+            f"{record['pairs_per_second']:.1f} {self._noun}/s{self._remark}"
         )
+        self._remark = ""
         self._bar.update(self._task, completed=step, figures=figures)
         if self._notebook is not None:
             self._notebook.update(step, figures)

@@ -40,6 +40,7 @@ PAGES = {
     "saving": Page("saving", "measured"),
     "facts": Page("peaks", "jax matmul"),
     "attention_speed": Page("attention_speed", "cells", ("--width", "64", "--layout", "shared")),
+    "plans": Page("plans", "plans"),
     "kernel_schedule": Page("kernel_schedule", "profiles"),
 }
 QUICK = ("streaming",)

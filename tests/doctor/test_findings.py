@@ -11,6 +11,7 @@ from jax_simpo.doctor.facts import Facts, gather_facts
 from jax_simpo.doctor.findings import find
 
 H100 = Facts(
+    system="Linux",
     python="3.12.3",
     versions={"jax": "0.11.2", "jaxlib": "0.11.2", "jax-cuda13-plugin": "0.11.2", "flax": "0.12.12"},
     platform="gpu",
@@ -121,6 +122,18 @@ def test_a_sound_machine_has_no_findings() -> None:
         ({"environment": {}}, "warning", "75 % of the GPU's memory", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92"),
         ({"compilation_cache": None}, "warning", "every start compiles again", "JAX_COMPILATION_CACHE_DIR"),
         ({"devices": 8}, "note", "16 CPU cores for 8 devices: 2 each", "4 cores a device"),
+        (
+            {**CPU_OF_GPU, "nvidia_gpus": []},
+            "note",
+            "jax-cuda13-plugin is installed, and NVIDIA's driver lists no GPU",
+            "driver, 580 or later; start a container with `--gpus all`",
+        ),
+        (
+            {**CPU_OF_GPU, "nvidia_gpus": [], "system": "Darwin", **with_versions(jax="0.11.2", jaxlib="0.11.2")},
+            "note",
+            "this is Darwin: the extras `gpu` and `tpu` add nothing here",
+            "a machine with Linux, or WSL2",
+        ),
         ({"python": "3.11.7"}, "note", "Python 3.11 gets jax up to 0.10", "Python 3.12"),
     ],
 )
