@@ -111,11 +111,14 @@ def read_pairs(file: Path, tokenizer: str, count: int, vocabulary: int | None = 
     """
     from jax_simpo.data import chat
     from jax_simpo.data.conversations import read_conversation
+    from jax_simpo.data.rendering import choose_rendering
     from jax_simpo.data.tokenize import tokenize_group
 
     loaded = chat.load_tokenizer(tokenizer)
+    rendering = choose_rendering(loaded, "auto", False)
     with file.open(encoding="utf-8") as lines:
-        texts = [chat.render_group(read_conversation(json.loads(line)), loaded, False) for line in islice(lines, count)]
+        rows = [read_conversation(json.loads(line)) for line in islice(lines, count)]
+    texts = [chat.render_group(row, loaded, False, rendering=rendering) for row in rows]
     limits = {"max_length": 8192, "max_prompt_length": 6144, "truncation_mode": "keep_end"}
     pairs = [tokenize_group(text, loaded, **limits) for text in texts]  # type: ignore[arg-type]
     if vocabulary is None or vocabulary >= len(loaded):

@@ -382,6 +382,11 @@ def _print_split(
     saved = 1 - lengths.row_tokens(True).sum() / lengths.row_tokens(False).sum()
     shape = plan.shape
     sharing_note = "" if plan.prefix_sharing else " (off in this config)"
+    remarks = {
+        "rendering": pairs.rendering_summary(),
+        "left out": pairs.left_out_summary(),
+        "special tokens": pairs.special_summary(),
+    }
     facts = {
         **{f"read {number}" if number > 1 else "read": layout.line for number, layout in enumerate(pairs.layouts, 1)},
         "row shape": f"{shape.length} tokens, {shape.targets} targets, {shape.responses} responses",
@@ -392,8 +397,8 @@ def _print_split(
         "padding": f"{1 - report.fill:.1%} of the computed tokens",
         "saved by prefix sharing": f"{saved:.1%} of the tokens{_by_level(pairs)}{sharing_note}",
         "skipped rows": pairs.skipped_summary() or "none",
-        **({"left out": pairs.left_out_summary()} if pairs.left_out else {}),
-        **({"special tokens": pairs.special_summary()} if pairs.special_text else {}),
+        "cut": pairs.cuts_summary() or "nothing",
+        **{name: text for name, text in remarks.items() if text},
         **training_facts,
     }
     grid = Table.grid(padding=(0, 2))

@@ -20,6 +20,7 @@ from jax_simpo.data import chat, synthetic
 from jax_simpo.data.conversations import read_conversation
 from jax_simpo.data.groups import GroupLengths
 from jax_simpo.data.messages import BadRow
+from jax_simpo.data.rendering import Rendering, choose_rendering
 from jax_simpo.data.tokenize import tokenize_group
 from jax_simpo.errors import UserError
 from parity.cases import (
@@ -186,7 +187,8 @@ def _short_pairs(shared: str | None, tokenizer_name: str, row_tokens: int) -> li
             rows = [json.loads(line) for line in islice(file, 400)]
     else:
         rows = synthetic.make_rows("cafe", "train")
-    short = (row for row in rows if _row_tokens(row, tokenizer) <= row_tokens)
+    rendering = choose_rendering(tokenizer, "auto", False)
+    short = (row for row in rows if _row_tokens(row, tokenizer, rendering) <= row_tokens)
     # Weights are read only where a config names their column. Some are 0, and they are not 1 on average.
     return [{**row, "weight": number % 4 * 0.7} for number, row in enumerate(islice(short, PAIRS))]
 
@@ -218,9 +220,9 @@ def _short_groups(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return groups
 
 
-def _row_tokens(row: dict[str, Any], tokenizer: Any) -> int:
+def _row_tokens(row: dict[str, Any], tokenizer: Any, rendering: Rendering) -> int:
     try:
-        text = chat.render_group(read_conversation(row), tokenizer, False)
+        text = chat.render_group(read_conversation(row), tokenizer, False, rendering=rendering)
         pair = tokenize_group(text, tokenizer, max_length=2048, max_prompt_length=1800, truncation_mode="keep_end")
     except BadRow:
         return 2 * ROW_TOKENS

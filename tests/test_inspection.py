@@ -158,9 +158,7 @@ def test_messages_with_the_text_of_a_special_token_are_counted_and_noted(tmp_pat
     config = load_config(QUICKSTART, [f"--dataset_mixer={{{file}: 1.0}}", f"--data_cache_dir={tmp_path}"])
     setup, out = Setup(config), io.StringIO()
     inspection.show(setup, None, 0, Console(file=out, width=300))
-    told = (
-        f"1 message holds the text of a special token, such as <|end|> in {file}, row 0 (line 1); it becomes that token"
-    )
+    told = f"1 message holds the text of a special token, such as <|end|> in {file}, row 0 (line 1); it is read as"
     assert f"special tokens           {told}" in out.getvalue()
     assert [note for note in notes_on(setup.train_pairs()) if note.startswith(f"note: {told}")]
 

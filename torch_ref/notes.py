@@ -32,10 +32,8 @@ def print_split(console: Console, setup: Setup, name: str, groups: GroupDataset,
         console.print(f"warning: {groups.cache_damage}; the tokens were made again", style="yellow")
     if groups.skipped:
         console.print(groups.skipped_summary(), style="yellow")
-    if groups.left_out:
-        console.print(groups.left_out_summary(), style="yellow")
-    if groups.special_text:
-        console.print(f"note: {groups.special_summary()}", style="yellow")
+    for remark in groups.remarks():
+        console.print(f"note: {remark}", style="yellow")
     text = f"{name}: {len(plan.lengths)} {plan.lengths.noun}"
     if uses_rows(setup.config):
         cost = measure(plan)

@@ -101,6 +101,7 @@ class Setup:
         return chat.load_tokenizer(
             config.tokenizer_name_or_path or self.model_choice or config.model_name_or_path or "",
             chat_template=config.chat_template,
+            chat_rendering=config.chat_rendering,
             trust_remote_code=config.trust_remote_code,
             revision=config.model_revision if not config.tokenizer_name_or_path and not self.model_choice else None,
         )

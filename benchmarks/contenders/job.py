@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.lengths import Profile, draw_lengths
 from jax_simpo.data import chat, synthetic
 from jax_simpo.data.conversations import read_conversation
+from jax_simpo.data.rendering import choose_rendering
 
 # The objectives that are compared, with their config keys: those of a published SimPO run, and the default of DPO.
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -78,8 +79,9 @@ class Job:
     def texts(self) -> list[chat.GroupText]:
         """Returns the pairs after the chat template."""
         tokenizer = chat.load_tokenizer(self.tokenizer)
-        lines = self.rows.read_text(encoding="utf-8").splitlines()
-        return [chat.render_group(read_conversation(json.loads(line)), tokenizer, False) for line in lines]
+        rendering = choose_rendering(tokenizer, "auto", False)
+        rows = [read_conversation(json.loads(line)) for line in self.rows.read_text(encoding="utf-8").splitlines()]
+        return [chat.render_group(row, tokenizer, False, rendering=rendering) for row in rows]
 
 
 def as_pair(text: chat.GroupText) -> dict[str, str]:

@@ -27,7 +27,9 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
     # Keys that ask for nothing are left out, so that a run of a version without them can be continued.
     groups = ("train_on", "group_by", "max_responses", "min_score_gap", "ties", *objectives.GROUP_KEYS)
     rows = ("dataset_format", "dataset_columns", "test_size", "max_samples", "shuffle_seed")
-    for key in (*rows, "optim", "adam_mu_dtype", "lr_scheduler_kwargs", "weight_column", *groups):
+    rendering = ("chat_rendering", "special_tokens_in_messages")
+    others = ("optim", "adam_mu_dtype", "lr_scheduler_kwargs", "weight_column")
+    for key in (*rows, *rendering, *others, *groups):
         if values[key] == help.default_of(type(config), key):
             del identity[key]
     unread = {"objective", *objectives.ALL_KEYS, objectives.REFERENCE_KEY}

@@ -160,6 +160,19 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     auto_insert_empty_system_msg: bool = _key(
         True, "Puts an empty system message first when the chat template knows system messages.", identity=True
     )
+    chat_rendering: Literal["auto", "in_context", "original"] = _key(
+        "auto",
+        "How answers are written with the chat template: `in_context`, after their prompts, or each by itself as in "
+        "the `original` SimPO. `auto` takes the original's way where both give the same tokens, and a line says where "
+        "not and why (docs/chat-templates.md).",
+        identity=True,
+    )
+    special_tokens_in_messages: Literal["text", "tokens"] = _key(
+        "text",
+        "What becomes of text in a message that spells a special token, such as `<|eot_id|>`: it is read as the `text` "
+        "that it is, or becomes that token as in the original SimPO, so that whoever wrote the message can end a turn.",
+        identity=True,
+    )
     max_length: Whole = _key(
         2048,
         "Longest prompt plus response in tokens. (The published runs' value; the original falls back to 512.)",

@@ -1,33 +1,30 @@
-"""Loads the tokenizer and renders groups as text with its chat template, exactly as the original SimPO does."""
+"""Loads the tokenizer, and renders groups as text with its chat template: as the original SimPO does, or in context."""
 
 from __future__ import annotations
 
-import difflib
-import logging
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jax_simpo.data import synthetic, template_limits
+from jax_simpo.data.chat_templates import built_in_templates, check_template, reason_of, resolve_template
 from jax_simpo.data.conversations import Conversation
-from jax_simpo.data.messages import BadRow, Message, short
+from jax_simpo.data.in_context import ChatRendering, Spans, strip_bos, write, write_in_context
+from jax_simpo.data.messages import BadRow, Message
+from jax_simpo.data.rendering import Rendering, choose_rendering, knows_system
+from jax_simpo.data.special_text import StandIns, shown
 from jax_simpo.errors import DataError
-from jax_simpo.terminal import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
+__all__ = ["GroupText", "built_in_templates", "load_tokenizer", "reason_of", "render_group", "resolve_template"]
 
 REASONABLE_LENGTH = 100_000
 """Tokenizers without a maximum length report a number above this one."""
 
 TOO_MUCH = "too much for the chat template"
 """The `kind` of a row that the chat template takes too much time or memory for."""
-
-
-Spans = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -38,15 +35,26 @@ class GroupText:
         prompt: the text of the prompt.
         responses: the text of each response.
         scored: which characters of each response are scored, as starts and stops. Empty where all are.
+        stand_ins: what parts of the texts stand for that are no special tokens (`special_text`). Empty in most groups.
+        in_context: True if the responses were written in context, where others are as in the original.
+        shortened: responses in which the template left out a part of what the answer says.
     """
 
     prompt: str
     responses: tuple[str, ...]
     scored: tuple[Spans, ...] = ()
+    stand_ins: StandIns = field(default_factory=dict)
+    in_context: bool = field(default=False, compare=False)
+    shortened: int = field(default=0, compare=False)
 
     def scored_of(self, place: int) -> Spans:
         """Returns the scored characters of a response."""
         return self.scored[place] if self.scored else ((0, len(self.responses[place])),)
+
+    def shown(self) -> tuple[str, tuple[str, ...]]:
+        """Returns prompt and responses as people read them."""
+        prompt, *responses = (shown(text, self.stand_ins) for text in (self.prompt, *self.responses))
+        return prompt, tuple(responses)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -58,6 +66,7 @@ def load_tokenizer(
     name_or_path: str | Path,
     *,
     chat_template: str | None = None,
+    chat_rendering: ChatRendering = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> PreTrainedTokenizerBase:
@@ -67,6 +76,7 @@ def load_tokenizer(
         name_or_path: a folder, a hub id, or `builtin:NAME` for a tokenizer of `jax_simpo.data.synthetic`.
         chat_template: a built-in name (`built_in_templates()`), a path to a `.jinja` file, or the template's text.
             None keeps the tokenizer's own template; a template is never guessed from a path.
+        chat_rendering: how answers will be rendered; for `original` the template must write an answer by itself.
         trust_remote_code: runs code that comes with the tokenizer.
         revision: a branch, tag or commit on the hub.
 
@@ -94,7 +104,7 @@ def load_tokenizer(
             f"tokenizer {name}: has no chat template: set `chat_template` to one of {', '.join(built_in_templates())}, "
             "to a .jinja file, or to the template's text"
         )
-    _check_template(name, tokenizer)
+    check_template(name, tokenizer, chat_rendering)
     return tokenizer
 
 
@@ -115,81 +125,6 @@ def _load_as_saved(name: str, trust_remote_code: bool, revision: str | None) -> 
         ) from error
 
 
-def built_in_templates() -> list[str]:
-    """Lists the templates that come with the package: those of the published SimPO runs."""
-    folder = resources.files("jax_simpo.data") / "templates"
-    return sorted(file.name.removesuffix(".jinja") for file in folder.iterdir() if file.name.endswith(".jinja"))
-
-
-def resolve_template(chat_template: str) -> str:
-    """Returns the text of a template that is given by a built-in name, a path, or its text.
-
-    Raises:
-        DataError: the value is none of the three.
-    """
-    if chat_template in built_in_templates():
-        return (resources.files("jax_simpo.data") / "templates" / f"{chat_template}.jinja").read_text("utf-8")
-    if "{%" in chat_template or "{{" in chat_template:
-        return chat_template
-    try:
-        path = Path(chat_template).expanduser()
-        if path.is_file():
-            return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # the last of a user without a home folder
-        raise DataError(f"chat_template {short(chat_template, 300)}: cannot be read ({reason_of(error)})") from error
-    near = difflib.get_close_matches(chat_template, built_in_templates(), n=1)
-    raise DataError(
-        f"chat_template {short(chat_template, 300)}: neither a built-in name ({', '.join(built_in_templates())}), a "
-        "file, nor a jinja template" + (f"; did you mean {near[0]}?" if near else "")
-    )
-
-
-def _check_template(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Renders an answer by itself: refuses a template that cannot, and warns of one that adds a system prompt to it."""
-    from jinja2 import TemplateError, TemplateSyntaxError
-
-    user, assistant = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
-    dialogues = [[assistant], [user], [user, assistant]]
-    remedy = f"set `chat_template`, for example to one of {', '.join(built_in_templates())}"
-    try:
-        line = template_limits.limited(lambda: template_limits.line_of_a_power(tokenizer.get_chat_template()))
-        texts = [] if line else template_limits.limited(lambda: [_render(tokenizer, turns) for turns in dialogues])
-        template_limits.check_written(texts, dialogues)
-    except TemplateSyntaxError as error:
-        raise DataError(f"chat template of {name}, line {error.lineno}: {reason_of(error)}: correct it") from error
-    except TemplateError as error:
-        raise DataError(
-            f"chat template of {name}: cannot write an answer by itself, as SimPO needs ({reason_of(error)}): {remedy}"
-        ) from error
-    except Exception as error:  # a template may raise anything
-        raise DataError(f"chat template of {name}: cannot write a message ({reason_of(error)}): {remedy}") from error
-    if line:
-        raise DataError(
-            f"chat template of {name}, line {line}: the power `**` may take for ever: remove it, or {remedy}"
-        )
-    lone_answer, prompt, dialogue = texts
-    lone_answer = _strip_bos(lone_answer, tokenizer)
-    answer = dialogue.removeprefix(prompt)
-    if answer != lone_answer and answer and lone_answer.endswith(answer):
-        logger.warning(
-            "The chat template of %s puts %s before every answer, so the model is trained to write it. "
-            "The original SimPO does the same. To avoid it, set `chat_template` to a template without a default "
-            "system prompt.",
-            visible(name),
-            visible(short(lone_answer.removesuffix(answer), 1000)),
-        )
-
-
-def reason_of(error: Exception) -> str:
-    """Returns what an exception says, in a line."""
-    from jinja2 import TemplateError
-
-    text = " ".join(str(error).split())
-    text = text if len(text) <= 300 else text[:297] + "..."
-    plain = isinstance(error, TemplateError | template_limits.TooMuchError) and text
-    return text if plain else f"{type(error).__name__}: {text}".removesuffix(": ")
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Rendering
 # ---------------------------------------------------------------------------------------------------------------
@@ -200,54 +135,91 @@ def render_group(
     tokenizer: PreTrainedTokenizerBase,
     auto_insert_empty_system_msg: bool,
     train_on: Literal["last_turn", "assistant_turns"] = "last_turn",
+    rendering: Rendering | None = None,
 ) -> GroupText:
     """Renders a prompt and its answers with the tokenizer's chat template.
 
-    No generation prompt is added: the assistant header, where a template has one, belongs to the answer.
+    In context, the template's generation prompt is part of the prompt (see `in_context`). In the original's rendering
+    no generation prompt is added: the assistant header, where a template has one, belongs to the answer.
 
     Args:
         turns: the turns of the prompt and the answers.
         tokenizer: as `load_tokenizer` returns it.
-        auto_insert_empty_system_msg: puts an empty system turn first if the template knows system turns and the prompt
+        auto_insert_empty_system_msg: puts an empty system turn first if the template takes system turns and the prompt
             has none.
         train_on: the turns of the assistant that are scored in an answer of several turns.
+        rendering: how answers are rendered; None chooses as `chat_rendering: auto` does.
 
     Raises:
         BadRow: the row cannot be rendered, or an answer is empty, or all are equal.
     """
     prompt = turns.prompt
-    template = tokenizer.get_chat_template()
-    takes_system = "system" in template or "<|im_start|>" in template
+    rendering = rendering or choose_rendering(tokenizer, "auto", auto_insert_empty_system_msg)
+    takes_system = rendering.takes_system and knows_system(tokenizer)
     if auto_insert_empty_system_msg and takes_system and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": ""}, *prompt]
     try:
-        rendered, answers = template_limits.limited(lambda: _render_all(tokenizer, prompt, turns, train_on))
-        template_limits.check_written([rendered, *(text for text, _ in answers)], turns)
+        text = template_limits.limited(lambda: _render(tokenizer, prompt, turns, train_on, rendering))
+        template_limits.check_written([text.prompt, *text.responses], turns)
     except BadRow:
         raise
     except template_limits.TooMuchError as error:
         raise BadRow(TOO_MUCH, str(error)) from error
     except Exception as error:  # a template may raise anything, `raise_exception` included: this row is at fault
         raise BadRow("refused by the chat template", reason_of(error)) from error
-    all_scored = all(spans == ((0, len(answer)),) for answer, spans in answers)
-    scored = () if all_scored else tuple(spans for _, spans in answers)
-    text = GroupText(rendered, tuple(answer for answer, _ in answers), scored)
     if not text.prompt:
         raise BadRow("no prompt", "the chat template writes nothing for the prompt")
     if not all(text.responses):
         raise BadRow("empty response", "the chat template writes nothing for an answer")
     if len(set(text.responses)) == 1:
         raise BadRow("chosen = rejected", "the two answers read the same after the chat template")
-    return text
+    pairs = zip(turns.answers, text.responses, strict=True)
+    shortened = sum(not all(_holds(response, turn["content"]) for turn in answer) for answer, response in pairs)
+    return replace(text, shortened=shortened) if shortened else text
 
 
-def _render_all(
+def _holds(response: str, content: str) -> bool:
+    """Returns True if a response holds the content of a turn, blanks apart."""
+    return content.strip() in response or "".join(content.split()) in "".join(response.split())
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[Message],
+    turns: Conversation,
+    train_on: Literal["last_turn", "assistant_turns"],
+    rendering: Rendering,
+) -> GroupText:
+    """Renders a group in context, or as in the original."""
+    if not rendering.in_context:
+        try:
+            text = _render_as_original(tokenizer, prompt, turns, train_on)
+            if not rendering.compared or all(
+                len(answer) > 1 or write(tokenizer, [*prompt, *answer], turns.tools) == text.prompt + response
+                for answer, response in zip(turns.answers, text.responses, strict=True)
+            ):
+                return text
+        except Exception as error:  # the template may refuse an answer by itself and write it in context
+            if isinstance(error, MemoryError) or not rendering.compared:
+                raise
+    every_turn = train_on == "assistant_turns"
+    written = write_in_context(tokenizer, prompt, turns.answers, turns.tools, every_turn=every_turn)
+    return _group_text(written.prompt, written.answers, written.scored, in_context=not rendering.in_context)
+
+
+def _render_as_original(
     tokenizer: PreTrainedTokenizerBase, prompt: list[Message], turns: Conversation, train_on: str
-) -> tuple[str, list[tuple[str, Spans]]]:
-    """Returns the text of the prompt, and of each answer the text and its scored characters."""
-    rendered = _render(tokenizer, prompt, turns.tools)
+) -> GroupText:
+    rendered = write(tokenizer, prompt, turns.tools)
     answers = [_render_answer(tokenizer, prompt, rendered, answer, turns.tools, train_on) for answer in turns.answers]
-    return rendered, answers
+    return _group_text(rendered, tuple(text for text, _ in answers), tuple(spans for _, spans in answers))
+
+
+def _group_text(
+    prompt: str, responses: tuple[str, ...], scored: tuple[Spans, ...], *, in_context: bool = False
+) -> GroupText:
+    all_scored = all(spans == ((0, len(text)),) for text, spans in zip(responses, scored, strict=True))
+    return GroupText(prompt, responses, () if all_scored else scored, in_context=in_context)
 
 
 def _render_answer(
@@ -258,13 +230,13 @@ def _render_answer(
     tools: list[Any] | None,
     train_on: str,
 ) -> tuple[str, Spans]:
-    """Returns the text of an answer and its scored characters."""
-    if len(answer) == 1:  # by itself, as in the original
-        text = _strip_bos(_render(tokenizer, answer), tokenizer)
+    """Returns the text of an answer and its scored characters, as in the original where it has one turn."""
+    if len(answer) == 1:
+        text = strip_bos(write(tokenizer, answer), tokenizer)
         return text, ((0, len(text)),)
     texts = [rendered]
     for number in range(1, len(answer) + 1):
-        texts.append(_render(tokenizer, [*prompt, *answer[:number]], tools))
+        texts.append(write(tokenizer, [*prompt, *answer[:number]], tools))
         if not texts[-1].startswith(texts[-2]):
             raise BadRow(
                 "refused by the chat template",
@@ -275,15 +247,3 @@ def _render_answer(
     turns = [(ends[n], ends[n + 1]) for n, turn in enumerate(answer) if turn["role"] == "assistant"]
     scored = turns[-1:] if train_on == "last_turn" else turns
     return texts[-1].removeprefix(rendered), tuple(scored)
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None = None) -> str:
-    # Templates add text to `bos_token`, which would be undefined for a tokenizer without one.
-    extra: dict[str, Any] = {"bos_token": ""} if tokenizer.bos_token is None else {}
-    if tools:
-        extra["tools"] = tools
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **extra))
-
-
-def _strip_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token else text

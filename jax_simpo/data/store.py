@@ -11,10 +11,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,16 +25,16 @@ from jaxtyping import Float, Int
 from jax_simpo.data.chat import GroupText
 from jax_simpo.data.detection import Layout
 from jax_simpo.data.groups import Group, GroupLengths, Response
+from jax_simpo.data.notes import Notes, Skipped, cuts_summary, rendering_summary, rows_by_kind, special_summary
 from jax_simpo.data.sources import RawSplit
 from jax_simpo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENISATION_VERSION = 5
+TOKENISATION_VERSION = 7
 """Raise this number with every change that can change a token or the stored columns: it ends old caches."""
 
-SHOWN_SKIPPED = 10
 _ABANDONED_SECONDS = 24 * 3600.0
 
 _GROUPS, _NOTES, _SUMS = "groups.arrow", "notes.json", "sums.json"  # the files of an entry
@@ -56,35 +56,12 @@ _SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A row that cannot be used: its number in the raw split, and the `kind` and `detail` of its `BadRow`."""
-
-    index: int
-    kind: str
-    detail: str
-
-    @property
-    def reason(self) -> str:
-        return f"{self.kind}: {self.detail}"
-
-
-class SpecialText(NamedTuple):
-    """The messages of a split that hold the text of a special token: how many, and the row and token of the first."""
-
-    messages: int
-    row: int
-    token: str
-
-
 class GroupDataset:
     """The tokenised groups of a split, in file order, read from disk on demand.
 
     Attributes:
         name: the split's name.
-        skipped: the rows that could not be used, in file order, also when the tokens came from the cache.
-        left_out: how many responses were left out of groups, by reason.
-        special_text: the messages that hold the text of a special token; None if there are none.
+        notes: what the user should know of its rows, also when the tokens came from the cache.
         cache_hit: True if the tokens came from the cache.
         cache_damage: what was wrong with the tokens in the cache, which were made again; empty if nothing was.
         fingerprint: a hash of rows, tokenizer, template and settings. Moving a file does not change it.
@@ -94,18 +71,14 @@ class GroupDataset:
         self,
         table: pa.Table,
         raw: RawSplit,
-        skipped: list[Skipped],
-        left_out: Mapping[str, int],
-        special_text: SpecialText | None = None,
+        notes: Notes,
         *,
         cache_hit: bool,
         cache_damage: str = "",
         fingerprint: str,
     ) -> None:
         self.name = raw.name
-        self.skipped = skipped
-        self.left_out = left_out
-        self.special_text = special_text
+        self.notes = notes
         self.cache_hit, self.cache_damage = cache_hit, cache_damage
         self.fingerprint = fingerprint
         self._table = table
@@ -114,6 +87,11 @@ class GroupDataset:
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """The rows that could not be used, in file order."""
+        return self.notes.skipped
 
     @cached_property
     def lengths(self) -> GroupLengths:
@@ -207,41 +185,53 @@ class GroupDataset:
 
     def skipped_summary(self) -> str:
         """Counts the skipped rows by reason, in one line; empty if there are none."""
-        return f"{len(self.skipped)} of {len(self._raw)} rows skipped: {self.skipped_kinds()}" if self.skipped else ""
-
-    def skipped_kinds(self) -> str:
-        """Counts the skipped rows by reason, such as "2 no prompt, 1 empty response"."""
-        kinds = Counter(row.kind for row in self.skipped).most_common()
-        return ", ".join(f"{count} {kind}" for kind, count in kinds)
-
-    def left_out_summary(self) -> str:
-        """Counts the responses that were left out of groups by reason, in one line; empty if there are none."""
-        total = sum(self.left_out.values())
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
-        return f"{total} responses left out of their groups: {reasons}" if total else ""
-
-    def special_summary(self) -> str:
-        """Counts the messages that hold the text of a special token, in one line; empty if there are none."""
-        if self.special_text is None:
+        if not self.skipped:
             return ""
-        count, row, token = self.special_text
-        hold = "1 message holds" if count == 1 else f"{count:,} messages hold"
-        return (
-            f"{hold} the text of a special token, such as {token} in {self._raw.place(row)}; it becomes that token "
-            "(docs/your-own-pairs.md)"
-        )
+        kinds = Counter(row.kind for row in self.skipped).most_common()
+        return f"{len(self.skipped)} of {len(self._raw)} rows skipped: " + ", ".join(f"{n} {kind}" for kind, n in kinds)
 
     def skipped_lines(self) -> list[str]:
-        """Lists the first skipped rows with file, row and reason, one line each, then the columns that are there."""
-        lines = [f"  {self._raw.place(row.index)}: {row.reason}" for row in self.skipped[:SHOWN_SKIPPED]]
-        more = len(self.skipped) - SHOWN_SKIPPED
-        if more > 0:
-            lines.append(f"  and {more} more")
-        return [*lines, *(f"  {layout.line}" for layout in self.layouts)]
+        """Lists the skipped rows by kind, a line each, then the columns that are there."""
+        kinds = rows_by_kind(self.skipped, self._raw.place, self._raw.origin)
+        return [*kinds, *(f"  {layout.line}" for layout in self.layouts)]
 
     def skipped_report(self) -> str:
         """Joins `skipped_summary` and `skipped_lines`; empty if there are none."""
         return "\n".join([self.skipped_summary(), *self.skipped_lines()])
+
+    def left_out_summary(self) -> str:
+        """Counts the responses that were left out of groups by reason, in one line; empty if there are none."""
+        total = sum(self.notes.left_out.values())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.notes.left_out.items())
+        return f"{total} responses left out of their groups: {reasons}" if total else ""
+
+    def special_summary(self) -> str:
+        """Counts the messages that hold the text of a special token, in one line; empty if there are none."""
+        return special_summary(self.notes, self._raw.place)
+
+    def cuts_summary(self) -> str:
+        """Says how much `max_length` has cut and how to cut nothing, in one line; empty if it has cut nothing."""
+        return cuts_summary(self.notes.cuts, self.lengths.noun, len(self), self._raw.place)
+
+    def rendering_summary(self) -> str:
+        """Says how the answers were rendered where not as in the original, in one line; otherwise empty."""
+        return rendering_summary(self.notes, self.lengths.noun)
+
+    def remarks(self) -> list[str]:
+        """Lists what the user should know of the rows that are used, a sentence each."""
+        remarks = [self.rendering_summary(), self.left_out_summary(), self.special_summary(), self.cuts_summary()]
+        return [remark for remark in remarks if remark]
+
+    def public_remarks(self) -> list[str]:
+        """Lists the same for a page that is published: a file is named by the last part of its path."""
+
+        def place(index: int) -> str:
+            file, row = self._raw.origin(index)
+            return f"{Path(file).name}, row {row}"
+
+        cuts = cuts_summary(self.notes.cuts, self.lengths.noun, len(self), place)
+        remarks = [self.rendering_summary(), self.left_out_summary(), special_summary(self.notes, place), cuts]
+        return [remark for remark in remarks if remark]
 
     def inspect_objects(self) -> Iterator[dict[str, Any]]:
         """Yields one object per group in file order, as `inspect --json` writes them."""
@@ -413,13 +403,8 @@ class Store:
             with pa.OSFile(str(temporary / _GROUPS), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as stream:
                 writer = Writer(stream)
                 yield writer
-            writer.skipped.sort(key=lambda row: row.index)
-            notes = {
-                "skipped": [asdict(row) for row in writer.skipped],
-                "left_out": writer.left_out,
-                "special_text": writer.special_text,
-            }
-            (temporary / _NOTES).write_text(json.dumps(notes), encoding="utf-8")
+            writer.notes.skipped.sort(key=lambda row: row.index)
+            (temporary / _NOTES).write_text(json.dumps(writer.notes.to_json()), encoding="utf-8")
             sums = {name: _checksum(temporary / name) for name in (_GROUPS, _NOTES)}
             (temporary / _SUMS).write_text(json.dumps(sums), encoding="utf-8")
             temporary.chmod(0o755)  # mkdtemp closes its folder to other users, who may share the cache
@@ -435,18 +420,9 @@ class Store:
         """Opens the written entry; `raw` gives the origins of its groups."""
         with pa.memory_map(str(self.folder / _GROUPS)) as source:
             table = pa.ipc.open_file(source).read_all()
-        notes = json.loads((self.folder / _NOTES).read_text(encoding="utf-8"))
-        skipped, left_out = [Skipped(**row) for row in notes["skipped"]], notes["left_out"]
-        special_text = notes["special_text"] and SpecialText(*notes["special_text"])
+        notes = Notes.of_json(json.loads((self.folder / _NOTES).read_text(encoding="utf-8")))
         return GroupDataset(
-            table,
-            raw,
-            skipped,
-            left_out,
-            special_text,
-            cache_hit=cache_hit,
-            cache_damage=cache_damage,
-            fingerprint=self.folder.name,
+            table, raw, notes, cache_hit=cache_hit, cache_damage=cache_damage, fingerprint=self.folder.name
         )
 
 
@@ -460,9 +436,7 @@ class Writer:
 
     def __init__(self, stream: pa.RecordBatchWriter) -> None:
         self._stream = stream
-        self.skipped: list[Skipped] = []
-        self.left_out: Counter[str] = Counter()
-        self.special_text: SpecialText | None = None
+        self.notes = Notes()
 
     def write(
         self,
@@ -470,22 +444,17 @@ class Writer:
         texts: list[GroupText],
         groups: list[Group],
         weights: list[float],
-        skipped: list[Skipped],
-        left_out: Mapping[str, int],
-        special_texts: list[SpecialText],
+        notes: Notes,
     ) -> None:
-        """Writes the groups of a chunk, and notes what was skipped or left out of it and which rows are special."""
-        self.skipped += skipped
-        self.left_out.update(left_out)
-        for one in special_texts:
-            former = self.special_text or one._replace(messages=0)
-            self.special_text = former._replace(messages=former.messages + one.messages)
+        """Writes the groups of a chunk, and adds the notes on it to those of the split."""
+        self.notes.add(notes)
         if not groups:
             return
         lengths = GroupLengths.of(groups)
         sizes = lengths.sizes.tolist()
         responses = [response for group in groups for response in group.responses]
         spans = [np.array(response.spans, np.int32).reshape(-1) for response in responses]
+        shown = [text.shown() for text in texts]
         columns = [
             pa.array(indices, pa.int64()),
             pa.ListArray.from_arrays(_offsets(sizes), _list_array([response.ids for response in responses])),
@@ -496,8 +465,8 @@ class Writer:
             pa.array(lengths.tree_visible),
             pa.array(lengths.tree_predictors),
             pa.array(weights, pa.float32()),
-            pa.array([text.prompt for text in texts], pa.string()),
-            pa.array([text.responses for text in texts], pa.list_(pa.string())),
+            pa.array([prompt for prompt, _ in shown], pa.string()),
+            pa.array([responses for _, responses in shown], pa.list_(pa.string())),
         ]
         self._stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
 

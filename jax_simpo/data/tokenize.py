@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -18,11 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jax_simpo.data import template_limits
 from jax_simpo.data.chat import TOO_MUCH, GroupText, render_group
 from jax_simpo.data.conversations import Conversation, Row, make_conversation, read_row, read_weight
+from jax_simpo.data.cutting import Limits, Parts, TruncationMode, cut_group
 from jax_simpo.data.groups import Group, Response
+from jax_simpo.data.in_context import ChatRendering
 from jax_simpo.data.messages import BadRow
+from jax_simpo.data.notes import Cuts, Notes, Skipped, SpecialText, SpecialTokensInMessages
 from jax_simpo.data.ranking import GroupSettings
+from jax_simpo.data.rendering import Rendering, choose_rendering
 from jax_simpo.data.sources import RawSplit, decode_rows
-from jax_simpo.data.store import GroupDataset, Skipped, SpecialText, Store, cache_key
+from jax_simpo.data.special_text import SpecialTokens, StandIns
+from jax_simpo.data.store import GroupDataset, Store, cache_key
 from jax_simpo.errors import DataError
 from jax_simpo.terminal import open_console, visible
 
@@ -31,20 +34,17 @@ if TYPE_CHECKING:
 
 __all__ = ["GroupDataset", "TokenSettings", "tokenize_group", "tokenize_split"]
 
-TruncationMode = Literal["keep_end", "keep_start"]
-
 CHUNK_ROWS = 512
 _MOST_TOO_MUCH = 10
 
 
 @dataclass(frozen=True)
-class TokenSettings:
+class TokenSettings(Limits):
     """The settings that determine a group's token ids, together with its rows and the tokenizer."""
 
-    max_length: int
-    max_prompt_length: int
-    truncation_mode: TruncationMode = "keep_end"
     auto_insert_empty_system_msg: bool = True
+    chat_rendering: ChatRendering = "auto"
+    special_tokens_in_messages: SpecialTokensInMessages = "text"
     train_on: Literal["last_turn", "assistant_turns"] = "last_turn"
     group_by: Literal["prompt"] | None = None
     groups: GroupSettings = field(default_factory=GroupSettings)
@@ -101,18 +101,15 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
     return ids
 
 
-class _Parts(NamedTuple):
-    """The ids of a prompt and of an answer to it, and the runs of scored ids in the answer."""
-
-    prompt: list[int]
-    answer: list[int]
-    scored: list[tuple[int, int]]
-
-
 def _make_responses(
     encoded: Iterable[list[int]], text: GroupText, tokenizer: PreTrainedTokenizerBase, settings: TokenSettings
 ) -> list[Response]:
     """Makes the responses of a group from the ids of its texts, in the order of `_texts_to_encode`."""
+    return cut_group(_take_apart(encoded, text, tokenizer), settings)[0]
+
+
+def _take_apart(encoded: Iterable[list[int]], text: GroupText, tokenizer: PreTrainedTokenizerBase) -> list[Parts]:
+    """Finds prompt, answer and scored ids of each response, with BOS and EOS, and cuts nothing."""
     texts = iter(encoded)
     prompt, sequences, inside = next(texts), [], []
     for place in range(len(text.responses)):
@@ -125,14 +122,7 @@ def _make_responses(
         index |= {end: _boundary(before, ids) for end, before in inside[place].items()}
         scored = _joined([(index[a] - start, index[b] - start) for a, b in text.scored_of(place)])
         parts.append(_add_bos_and_eos(ids[:start], ids[start:], scored, tokenizer))
-    longest = max(len(part.answer) for part in parts)
-    responses = [_cut(part, longest, settings) for part in parts]
-    if all(np.array_equal(responses[0].ids, other.ids) for other in responses[1:]):
-        raise BadRow(
-            "same tokens",
-            f"the answers differ only beyond max_length {settings.max_length}, or in words the tokenizer does not know",
-        )
-    return responses
+    return parts
 
 
 def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -144,28 +134,6 @@ def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((start, stop))
     return joined
-
-
-def _cut(parts: _Parts, longest: int, settings: TokenSettings) -> Response:
-    """Makes a response that is no longer than `max_length`; `longest` is the length of the group's longest answer."""
-    prompt, answer, scored = parts
-    max_length, max_prompt_length = settings.max_length, settings.max_prompt_length
-    # As in the original: each response has its own prompt, but the longest answer decides for all.
-    if len(prompt) + longest > max_length:
-        keep_start = settings.truncation_mode == "keep_start"
-        prompt = prompt[:max_prompt_length] if keep_start else prompt[-max_prompt_length:]
-    # Unlike the original, which cuts all answers to max_length - max_prompt_length, even if the prompt is short.
-    answer = answer[: max(max_length - len(prompt), 0)]
-    ends = ((start, min(stop, len(answer))) for start, stop in scored)
-    spans = tuple((len(prompt) + start, len(prompt) + stop) for start, stop in ends if start < stop)
-    if not prompt or not spans or max_prompt_length < 1:
-        raise BadRow(
-            "nothing left after truncation",
-            f"max_length {max_length} and max_prompt_length {max_prompt_length} leave {len(prompt)} prompt and "
-            f"{sum(stop - start for start, stop in spans)} answer tokens",
-        )
-    ids = (prompt + answer)[: spans[-1][1]]  # what follows the last scored token would be computed for nothing
-    return Response(np.array(ids, np.int32), spans)
 
 
 def _boundary(before: list[int], ids: list[int]) -> int:
@@ -194,7 +162,7 @@ def _common_prefix_length(a: list[int], b: list[int]) -> int:
 
 def _add_bos_and_eos(
     prompt: list[int], answer: list[int], scored: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
-) -> _Parts:
+) -> Parts:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and prompt[:1] != [bos]:
         prompt = [bos, *prompt]
@@ -202,7 +170,7 @@ def _add_bos_and_eos(
         answer = [*answer, eos]
         *before, (start, _) = scored
         scored = [*before, (start, len(answer))]  # the last turn is the assistant's, and EOS ends it
-    return _Parts(prompt, answer, scored)
+    return Parts(prompt, answer, scored)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -217,6 +185,8 @@ def settings_of(config: Any) -> dict[str, Any]:
         "max_prompt_length",
         "truncation_mode",
         "auto_insert_empty_system_msg",
+        "chat_rendering",
+        "special_tokens_in_messages",
         "train_on",
         "group_by",
     )
@@ -236,6 +206,8 @@ def tokenize_split(
     max_prompt_length: int,
     truncation_mode: TruncationMode = "keep_end",
     auto_insert_empty_system_msg: bool = True,
+    chat_rendering: ChatRendering = "auto",
+    special_tokens_in_messages: SpecialTokensInMessages = "text",
     train_on: Literal["last_turn", "assistant_turns"] = "last_turn",
     group_by: Literal["prompt"] | None = None,
     groups: GroupSettings | None = None,
@@ -251,6 +223,9 @@ def tokenize_split(
         tokenizer: as `load_tokenizer` returns it.
         max_length, max_prompt_length, truncation_mode: see `tokenize_group`.
         auto_insert_empty_system_msg, train_on: see `render_group`.
+        chat_rendering: see `choose_rendering`.
+        special_tokens_in_messages: "text" reads a message that spells a special token as it stands; "tokens" lets it
+            become that token, as in the original.
         group_by: "prompt" makes one group of all rows of a prompt; None makes one of every row.
         groups: which answers of a group are left out.
         on_bad_row: raises an error for rows that cannot be used, or skips them.
@@ -266,6 +241,8 @@ def tokenize_split(
         max_prompt_length,
         truncation_mode,
         auto_insert_empty_system_msg,
+        chat_rendering,
+        special_tokens_in_messages,
         train_on,
         group_by,
         groups or GroupSettings(),
@@ -276,19 +253,13 @@ def tokenize_split(
         cache_hit = store.exists()
         if not cache_hit:
             with _encoder_threads(num_proc), store.writer() as writer:
-                for chunk in _tokenize_chunks(raw, tokenizer, settings, progress):
-                    writer.write(
-                        chunk.indices,
-                        chunk.texts,
-                        chunk.groups,
-                        chunk.weights,
-                        chunk.skipped,
-                        chunk.left_out,
-                        chunk.special_texts,
-                    )
+                writing = _Writing.of(tokenizer, settings)
+                writer.notes.rendering += writing.rendering.reasons
+                for chunk in _tokenize_chunks(raw, writing, progress):
+                    writer.write(chunk.indices, chunk.texts, chunk.groups, chunk.weights, chunk.notes)
     dataset = store.open(raw, cache_hit, damage)
     if dataset.skipped and on_bad_row == "error":
-        first = f"{len(dataset.skipped)} of {len(raw)} rows of {raw.name} cannot be used ({dataset.skipped_kinds()}):"
+        first = f"{len(dataset.skipped)} of {len(raw)} rows of {raw.name} cannot be used:"
         last = "Correct or remove them, or set `on_bad_row: skip` to go on without them (rows count from 0)."
         raise DataError("\n".join([first, *dataset.skipped_lines(), last]))
     if len(dataset) == 0:
@@ -298,10 +269,31 @@ def tokenize_split(
     return dataset
 
 
-def _tokenize_chunks(
-    raw: RawSplit, tokenizer: PreTrainedTokenizerBase, settings: TokenSettings, progress: bool | None
-) -> Iterator[Chunk]:
-    special = _special_tokens(tokenizer)
+@dataclass(frozen=True)
+class _Writing:
+    """How the rows of a split become tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    settings: TokenSettings
+    rendering: Rendering
+    special: SpecialTokens
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, settings: TokenSettings) -> _Writing:
+        insert = settings.auto_insert_empty_system_msg
+        rendering = choose_rendering(tokenizer, settings.chat_rendering, insert)
+        return cls(tokenizer, settings, rendering, SpecialTokens(tokenizer))
+
+    def render(self, turns: Conversation, stand_ins: StandIns) -> GroupText:
+        """Renders a group whose messages hold these stand-ins."""
+        settings = self.settings
+        insert, train_on = settings.auto_insert_empty_system_msg, settings.train_on
+        text = render_group(turns, self.tokenizer, insert, train_on, self.rendering)
+        return replace(text, stand_ins=stand_ins) if stand_ins else text
+
+
+def _tokenize_chunks(raw: RawSplit, writing: _Writing, progress: bool | None) -> Iterator[Chunk]:
+    settings = writing.settings
     with _progress_bar(progress) as bar:
         task = bar.add_task(f"tokenise {visible(raw.name)}", total=len(raw))
         for rows in _gathered(raw, settings):
@@ -311,21 +303,9 @@ def _tokenize_chunks(
                     conversations.append((read, _conversation(read, raw, settings)))
                 except BadRow as bad:
                     chunk.skip(read, bad)
-            _tokenize_chunk(chunk, conversations, tokenizer, settings)
-            if special is not None:
-                for read, turns in conversations:
-                    chunk.look_for(special, read, turns)
+            _tokenize_chunk(chunk, conversations, writing)
             yield chunk
             bar.advance(task, sum(len(read.indices) for read in rows))
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Returns a pattern of the texts that become special tokens, wherever they stand; None if there are none."""
-    if getattr(tokenizer, "split_special_tokens", False):
-        return None
-    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    tokens |= set(tokenizer.all_special_tokens)
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))) if tokens else None
 
 
 class _Read(NamedTuple):
@@ -377,21 +357,22 @@ def _conversation(read: _Read, raw: RawSplit, settings: TokenSettings) -> Conver
     return make_conversation(read.rows, settings.groups)
 
 
-def _tokenize_chunk(
-    chunk: Chunk,
-    conversations: list[tuple[_Read, Conversation]],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: TokenSettings,
-) -> None:
+def _tokenize_chunk(chunk: Chunk, conversations: list[tuple[_Read, Conversation]], writing: _Writing) -> None:
+    tokenizer, settings, special = writing.tokenizer, writing.settings, writing.special
     rendered: list[tuple[_Read, Conversation, GroupText]] = []
     with template_limits.prepared():
         for read, turns in conversations:
             try:
-                text = render_group(turns, tokenizer, settings.auto_insert_empty_system_msg, settings.train_on)
-                rendered.append((read, turns, text))
+                written, stand_ins = turns, StandIns()
+                if found := special.found_in(turns):
+                    read_as = settings.special_tokens_in_messages
+                    chunk.notes.add(Notes(special_text=SpecialText(len(found), read.indices[0], found[0], read_as)))
+                    if read_as == "text":
+                        written, stand_ins = special.hide(turns)
+                rendered.append((read, turns, writing.render(written, stand_ins)))
             except BadRow as bad:
                 chunk.skip(read, bad)
-                too_much = [row for row in chunk.skipped if row.kind == TOO_MUCH]
+                too_much = [row for row in chunk.notes.skipped if row.kind == TOO_MUCH]
                 if len(too_much) >= _MOST_TOO_MUCH:  # each may have taken seconds
                     raise DataError(
                         f"{too_much[0].reason}, in row {too_much[0].index} and in {len(too_much) - 1} of the "
@@ -402,15 +383,17 @@ def _tokenize_chunk(
     # (0.6 M tokens, Llama-3 vocabulary) take 0.33 s to encode on two cores and 0.25 s for the rest, and a spawned
     # worker takes 2 s to import transformers. Forked workers (as in `datasets`) may deadlock beside JAX's threads.
     texts = [_texts_to_encode(text) for _, _, text in rendered]
-    encoded = iter(_encode(tokenizer, [*chain.from_iterable(texts)]) if rendered else [])
+    usual = [own for own, (_, _, text) in zip(texts, rendered, strict=True) if not text.stand_ins]
+    encoded = iter(_encode(tokenizer, [*chain.from_iterable(usual)]) if usual else [])
 
     for (read, turns, text), own in zip(rendered, texts, strict=True):
         try:
-            responses = _make_responses(list(islice(encoded, len(own))), text, tokenizer, settings)
+            ids = special.encode(own, text.stand_ins) if text.stand_ins else list(islice(encoded, len(own)))
+            responses, cuts = cut_group(_take_apart(ids, text, tokenizer), settings)
         except BadRow as bad:
             chunk.skip(read, bad)
             continue
-        chunk.add(read, turns, text, responses)
+        chunk.add(read, turns, text, responses, cuts)
 
 
 @dataclass
@@ -422,32 +405,21 @@ class Chunk:
         texts: the texts of each group.
         groups: its tokens.
         weights: its weight.
-        skipped: the rows that cannot be used.
-        left_out: how many responses were left out of groups, by reason.
-        special_texts: the rows with messages that hold the text of a special token.
+        notes: what the user should know of the rows.
     """
 
     indices: list[int] = field(default_factory=list)
     texts: list[GroupText] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-    special_texts: list[SpecialText] = field(default_factory=list)
-
-    def look_for(self, special: re.Pattern[str], read: _Read, turns: Conversation) -> None:
-        """Notes the messages of a row that hold the text of a special token."""
-        messages = chain(turns.prompt, *turns.answers)
-        found = [match for message in messages if (match := special.search(message["content"]))]
-        if found:
-            self.special_texts.append(SpecialText(len(found), read.indices[0], found[0].group()))
+    notes: Notes = field(default_factory=Notes)
 
     def skip(self, read: _Read, bad: BadRow) -> None:
         """Notes that rows cannot be used."""
-        self.skipped += [Skipped(index, bad.kind, bad.detail) for index in read.indices]
+        self.notes.skipped += [Skipped(index, bad.kind, bad.detail) for index in read.indices]
 
-    def add(self, read: _Read, turns: Conversation, text: GroupText, responses: list[Response]) -> None:
-        """Adds a group. Of responses with the same tokens the first stays."""
+    def add(self, read: _Read, turns: Conversation, text: GroupText, responses: list[Response], cuts: Cuts) -> None:
+        """Adds a group, of which something may have been cut. Of responses with the same tokens the first stays."""
         kept: list[int] = []
         for place, response in enumerate(responses):
             if all(not np.array_equal(response.ids, responses[other].ids) for other in kept):
@@ -460,13 +432,16 @@ class Chunk:
             bad = BadRow("same tokens", detail)
             self.skip(read, bad)
             return
-        self.left_out += turns.left_out
+        left_out = turns.left_out.copy()
         if len(kept) < len(responses):
-            self.left_out["with the same tokens as a better one"] += len(responses) - len(kept)
+            left_out["with the same tokens as a better one"] += len(responses) - len(kept)
+        cuts.row = read.indices[0]
+        rendered = Notes(in_context=int(text.in_context), shortened=text.shortened)
+        self.notes.add(replace(rendered, left_out=left_out, cuts=cuts))
         dense = {rank: number for number, rank in enumerate(dict.fromkeys(ranks))}
         scores = None if turns.scores is None else tuple(turns.scores[place] for place in kept)
         self.groups.append(Group(tuple(responses[n] for n in kept), tuple(dense[rank] for rank in ranks), scores))
-        self.texts.append(GroupText(text.prompt, tuple(text.responses[place] for place in kept)))
+        self.texts.append(replace(text, responses=tuple(text.responses[place] for place in kept), scored=()))
         self.indices.append(read.indices[0])
         self.weights.append(read.weights[0])
 

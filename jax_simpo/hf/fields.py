@@ -17,12 +17,14 @@ _HARMLESS = frozenset(
     "architectures dtype torch_dtype transformers_version use_cache return_dict output_attentions output_hidden_states "
     "torchscript problem_type finetuning_task task_specific_params tokenizer_class prefix id2label label2id "
     "num_labels classifier_dropout chunk_size_feed_forward use_bfloat16 tf_legacy_loss pretraining_tp name_or_path "
-    "attn_implementation experts_implementation sep_token_id unk_token_id decoder_start_token_id max_sequence_length "
+    "attn_implementation experts_implementation max_sequence_length "
     "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k "
     "top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size "
     "num_return_sequences output_scores return_dict_in_generate remove_invalid_values cache_implementation "
     "unsloth_version unsloth_fixed unsloth_training transformers.js_config tie_last_hidden_states".split()
 )
+# So do ids of tokens, whatever they are called: unk_token_id, sep_token_id, image_token_id.
+_TOKEN_IDS = ("token_id", "token_ids")
 
 # These fields would change the mathematics under any other value than the one given here.
 _ONLY: dict[str, Any] = {
@@ -165,7 +167,10 @@ class Fields:
         unknown = [
             key
             for key, value in self.raw.items()
-            if key not in self.read | _HARMLESS and value not in (None, {}, []) and not key.startswith("_")
+            if key not in self.read | _HARMLESS
+            and not key.endswith(_TOKEN_IDS)
+            and value not in (None, {}, [])
+            and not key.startswith("_")
         ]
         if unknown:
             fields = ", ".join(f"`{key}`={self.raw[key]!r}" for key in unknown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ def write_facts(
     noun: str,
     total_steps: int,
     tokens_saved: float,
+    remarks: Sequence[str] = (),
 ) -> None:
     """Writes the facts that a later report shows.
 
@@ -43,6 +44,7 @@ def write_facts(
         noun: what they are called: "pairs" or "groups".
         total_steps: steps the run is to take.
         tokens_saved: share of the tokens that prefix sharing saves, 0 without it.
+        remarks: sentences on the training pairs: what was cut, and how they were rendered.
     """
     _write(
         output,
@@ -54,6 +56,7 @@ def write_facts(
             "noun": noun,
             "total_steps": total_steps,
             "tokens_saved": tokens_saved,
+            "remarks": list(remarks),
             "versions": versions(),
         },
     )

@@ -90,6 +90,8 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
         f"{last['step']:,} steps, {run.pairs_seen:,} {run.noun} ({epochs(last['epoch'])}).",
         table(["setting", "value"], _settings(config, global_batch_size or config.global_batch_size)),
     ]
+    if run.remarks:
+        parts += [f"On the training {run.noun}:", "\n".join(f"- {escape(remark)}" for remark in run.remarks)]
     if run.evals:
         rows = [[str(r["eval_step"]), *(f"{r[f'eval_{key}']:.4f}" for key in MEASURES)] for r in run.evals]
         parts += [

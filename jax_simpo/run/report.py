@@ -174,6 +174,11 @@ class Run:
             return f"{sentence}, the same as {when}."
         return f"{sentence}, {'up' if after > before else 'down'} from {before:.1%} {when}."
 
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences on the data: what was cut of it, and how it was rendered."""
+        return list(self.facts.get("remarks", []))
+
     def figures(self) -> list[tuple[str, str, str]]:
         """Returns the key figures: name, value and a remark each."""
         last, facts = self.train[-1], self.facts

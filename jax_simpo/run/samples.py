@@ -58,10 +58,11 @@ def sample_prompts(
     samples, prompts = [], []
     for index in range(min(count, len(pairs))):
         text, chosen = pairs.texts(index), pairs.group(index).best
-        # The assistant's header belongs to the response, not to the prompt, but an answer comes after it. So the prompt
-        # goes on with as much of the template's generation prompt as the responses begin with: all of it with Llama-3
-        # and Zephyr, nothing with Mistral, and only a part where the template also opens a thought, say, which the
-        # responses do not have. The ids are the pair's own: they are cut to the length that training has.
+        # In the original's rendering the assistant's header belongs to the response, not to the prompt, but an answer
+        # comes after it. So the prompt goes on with as much of the template's generation prompt as the responses begin
+        # with: all of it with Llama-3 and Zephyr, nothing with Mistral or where the prompt ends with it already, and
+        # only a part where the template also opens a thought, say, which the responses do not have. The ids are the
+        # pair's own: they are cut to the length that training has.
         shared = _header_length(text.prompt, header, chosen.targets[:-1], tokenizer)
         prompts.append(chosen.ids[: chosen.prompt_length + shared])
         samples.append(
@@ -153,7 +154,7 @@ def _assistant_header(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _header_length(prompt: str, header: str, targets: Int[np.ndarray, " T"], tokenizer: PreTrainedTokenizerBase) -> int:
     """Counts the tokens of the header with which a response begins."""
-    if not header:
+    if not header or prompt.endswith(header):
         return 0
     alone, with_header = (
         np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32) for text in (prompt, prompt + header)

@@ -60,11 +60,7 @@ def notes_on(pairs: GroupDataset) -> list[str]:
         notes.append(f"warning: {pairs.cache_damage}; the tokens were made again")
     if pairs.skipped:
         notes.append(pairs.skipped_report())
-    if pairs.left_out:
-        notes.append(pairs.left_out_summary())
-    if pairs.special_text:
-        notes.append(f"note: {pairs.special_summary()}")
-    return notes
+    return notes + [f"note: {remark}" for remark in pairs.remarks()]
 
 
 def packing_line(name: str, plan: StepPlan, report: PackingReport) -> str:

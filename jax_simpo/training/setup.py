@@ -118,6 +118,7 @@ class Setup:
         return chat.load_tokenizer(
             name,
             chat_template=self.config.chat_template,
+            chat_rendering=self.config.chat_rendering,
             trust_remote_code=self.config.trust_remote_code,
             revision=self.config.model_revision if own else None,
         )

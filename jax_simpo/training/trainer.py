@@ -210,6 +210,10 @@ def _train(
                 noun=training.lengths.noun,
                 total_steps=total_steps,
                 tokens_saved=1 - packing.input_tokens / packing.separate_tokens,
+                remarks=[
+                    *training.public_remarks(),
+                    *(f"evaluation: {remark}" for remark in (evaluation.source.public_remarks() if evaluation else [])),
+                ],
             )
         sampler = _Sampler(setup, training if evaluation is None else evaluation.source, output)
         if not first_step:

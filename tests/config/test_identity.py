@@ -32,7 +32,17 @@ def test_what_does_not_touch_the_mathematics_may_change_between_resumes(load, ov
 
 @pytest.mark.parametrize(
     "override",
-    ["beta=3", "learning_rate=2e-6", "seed=1", "max_length=2100", "dtype=float32", "dataset_mixer.x=1", "max_steps=9"],
+    [
+        "chat_rendering=original",
+        "special_tokens_in_messages=tokens",
+        "beta=3",
+        "learning_rate=2e-6",
+        "seed=1",
+        "max_length=2100",
+        "dtype=float32",
+        "dataset_mixer.x=1",
+        "max_steps=9",
+    ],
 )
 def test_what_touches_the_mathematics_makes_another_run(load, override):
     assert identity_of(load("", f"--{override}")) != identity_of(load())

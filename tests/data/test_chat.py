@@ -107,22 +107,26 @@ def test_a_broken_template_is_refused_at_once(folder: Path) -> None:
         load_tokenizer(folder, chat_template="{% for m in messages %}\n{{ m[ }}")
 
 
-def test_a_template_that_refuses_a_lone_answer_is_refused_at_once(folder: Path) -> None:
-    strict = "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('roles must alternate') }}{% endif %}x"
-    with pytest.raises(DataError, match=r"roles must alternate.*set `chat_template`"):
-        load_tokenizer(folder, chat_template=strict)
+def test_a_template_that_refuses_a_lone_answer_is_refused_by_the_originals_rendering_alone(folder: Path) -> None:
+    strict = "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    with pytest.raises(DataError, match=r"roles must alternate.*set `chat_rendering: auto`"):
+        load_tokenizer(folder, chat_template=strict + PLAIN, chat_rendering="original")
+    assert texts(FORMS["text"], load_tokenizer(folder, chat_template=strict + PLAIN)) == (PROMPT, CHOSEN, REJECTED)
 
 
-def test_a_template_with_its_own_system_prompt_warns(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_default_system_prompt_in_every_answer_is_warned_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     chatty = "{% if messages[0]['role'] != 'system' %}<system>You help.{% endif %}" + PLAIN
     with caplog.at_level(logging.WARNING):
         load_tokenizer(folder, chat_template=chatty)
+        assert not caplog.text
+        load_tokenizer(folder, chat_template=chatty, chat_rendering="original")
     assert "'<system>You help.' before every answer" in caplog.text
 
 
 def test_that_warning_cannot_steer_the_terminal(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     chatty = "{% if messages[0]['role'] != 'system' %}\x1b[2J{% endif %}" + PLAIN
-    load_tokenizer(shutil.copytree(folder, tmp_path / "a\x1b[2Jb"), chat_template=chatty)
+    folder = shutil.copytree(folder, tmp_path / "a\x1b[2Jb")
+    load_tokenizer(folder, chat_template=chatty, chat_rendering="original")
     assert "a\u241b[2Jb puts '\\x1b[2J'" in caplog.text
 
 

@@ -16,6 +16,7 @@ from jax_simpo.data.chat import built_in_templates, load_tokenizer, render_group
 from jax_simpo.data.conversations import read_conversation
 from jax_simpo.data.messages import BadRow
 from jax_simpo.data.ranking import GroupSettings
+from jax_simpo.data.rendering import choose_rendering
 from jax_simpo.data.sources import load_eval, load_split
 from jax_simpo.data.tokenize import GroupDataset, tokenize_split
 from jax_simpo.errors import DataError
@@ -130,8 +131,10 @@ def test_the_built_in_templates_write_turns_one_after_the_other(name: str, tmp_p
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     forgets = train(template="{% for m in messages %}{% if loop.last %}{{ m['content'] }}{% endif %}{% endfor %}")
-    with pytest.raises(BadRow, match="does not write turn 0 of an answer after those before it"):
-        render_group(read_conversation(CONVERSATIONS), forgets, True, "assistant_turns")
+    for way, told in (("original", "does not write turn 0 of an answer"), ("auto", "nobody knows where the answer")):
+        rendering = choose_rendering(forgets, way, True)
+        with pytest.raises(BadRow, match=told):
+            render_group(read_conversation(CONVERSATIONS), forgets, True, "assistant_turns", rendering)
 
 
 def test_an_answer_whose_scored_turns_are_all_cut_off_is_a_bad_row(tmp_path: Path) -> None:
@@ -171,7 +174,7 @@ def test_what_is_left_out_is_counted_and_reported(tmp_path: Path) -> None:
         "4 responses left out of their groups: 2 equal to a better one, 2 beyond `max_responses`"
     )
     again = tokenized(tmp_path, [row] * 2, groups=GroupSettings(max_responses=2))
-    assert again.cache_hit and again.left_out == dataset.left_out
+    assert again.cache_hit and again.notes.left_out == dataset.notes.left_out
 
 
 def test_messages_with_the_text_of_a_special_token_are_counted(tmp_path: Path) -> None:
@@ -179,13 +182,14 @@ def test_messages_with_the_text_of_a_special_token_are_counted(tmp_path: Path) -
     assert tokenized(tmp_path, rows).special_summary() == ""
     rows[1] |= {"prompt": "what is </s>?", "rejected": "<s> and </s>"}
     rows[3]["chosen"] = "</s>"
-    dataset = tokenized(tmp_path, rows)
-    assert re.fullmatch(
-        r"3 messages hold the text of a special token, such as </s> in .*, row 1.*; it becomes that token \(docs/.*\)",
-        dataset.special_summary(),
-    )
+    for mode, told in (("tokens", "it becomes that token"), ("text", "it is read as ordinary text")):
+        dataset = tokenized(tmp_path, rows, special_tokens_in_messages=mode)
+        assert re.match(
+            rf"3 messages hold the text of a special token, such as </s> in .*, row 1.*; {told} \(`special_tokens_in_",
+            dataset.special_summary(),
+        )
     again = tokenized(tmp_path, rows)
-    assert again.cache_hit and again.special_text == dataset.special_text
+    assert again.cache_hit and again.notes.special_text == dataset.notes.special_text
 
 
 def test_a_tokenizer_that_splits_special_tokens_makes_none_of_text(tmp_path: Path) -> None:
@@ -200,7 +204,7 @@ def test_responses_that_truncation_makes_equal_count_once(tmp_path: Path) -> Non
     dataset = tokenized(tmp_path, [row], max_length=60, max_prompt_length=30)
     assert dataset.lengths.sizes.tolist() == [2]
     assert dataset.group(0).ranks == (0, 1)
-    assert dataset.left_out == {"with the same tokens as a better one": 1}
+    assert dataset.notes.left_out == {"with the same tokens as a better one": 1}
     assert len(dataset.texts(0).responses) == 2
 
 

@@ -353,3 +353,10 @@ def test_a_missing_size_is_an_error_that_names_it(hf_config: dict[str, Any]) -> 
 def test_fields_that_do_not_change_the_mathematics_are_accepted(hf_config: dict[str, Any]) -> None:
     harmless = {"pretraining_tp": 2, "unsloth_version": "x", "_name_or_path": "y", "sliding_window": None}
     assert read_model_config({**hf_config, **harmless}) == read_model_config(hf_config)
+
+
+@pytest.mark.parametrize(
+    "key", ["unk_token_id", "sep_token_id", "image_token_id", "boi_token_id", "suppress_token_ids"]
+)
+def test_ids_of_tokens_are_accepted_whatever_they_are_called(hf_config: dict[str, Any], key: str) -> None:
+    assert read_model_config({**hf_config, key: 3}) == read_model_config(hf_config)

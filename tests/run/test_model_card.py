@@ -68,6 +68,13 @@ def test_the_card_tells_settings_results_and_the_citation(output: Path) -> None:
     assert (output / "model" / "README.md").read_text() == path.read_text()
 
 
+def test_the_card_tells_what_was_cut(output: Path) -> None:
+    remark = "`max_length: 64` cuts 9 of 9 pairs"
+    (output / "run.json").write_text(json.dumps({"remarks": [remark]}))
+    card = ModelCard.load(model_card.write(output, config("a/b", "c/d")))
+    assert f"On the training pairs:\n\n- {markdown.escape(remark)}\n" in card.text
+
+
 def test_figures_over_all_pairs_name_all_splits_and_each_split_has_its_own(output: Path) -> None:
     splits = ["train", "helpful", "harmless"]
     lines = (output / "metrics.jsonl").read_text().splitlines()

@@ -140,6 +140,7 @@ def test_text_of_the_data_stays_text_on_the_page(tmp_path: Path) -> None:
         noun="pairs",
         total_steps=64,
         tokens_saved=0,
+        remarks=[text],
     )
     name = "</h2><script>x</script>\x9b\u202e $\\frac$"  # would be a formula with a mistake in the picture
     metrics = (tmp_path / "metrics.jsonl").read_text().replace("helpful", json.dumps(name)[1:-1])
@@ -221,6 +222,7 @@ def test_what_the_program_noted_of_the_run_is_shown(run_folder: Path) -> None:
         noun="pairs",
         total_steps=96,
         tokens_saved=0.312,
+        remarks=["`max_length: 64` cuts 9 of 9 pairs"],
     )
     figures = {name: (value, note) for name, value, note in report.read_run(run_folder).figures()}
     assert figures["saved by sharing"][0] == "31.2%"
@@ -229,6 +231,7 @@ def test_what_the_program_noted_of_the_run_is_shown(run_folder: Path) -> None:
     assert "1,234,567" in text
     assert "data=1, fsdp=8, tensor=1" in text
     assert re.search(r"jax +0\.", text)
+    assert "`max_length: 64` cuts 9 of 9 pairs." in text
 
 
 def test_groups_of_more_answers_are_called_so(run_folder: Path) -> None:
