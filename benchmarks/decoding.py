@@ -76,8 +76,8 @@ def main(
     )
     note = (
         f"The model `{model}` ({forward.model.parameter_count:,} parameters), {dtype}, prompts of {prompt} tokens, "
-        f"greedy answers of {new} tokens. Seconds are of the fastest of {rounds} runs, compilation left out and the "
-        "pass over the prompts counted; the speed-up is the median over the runs of the ratio within a round. The "
+        f"greedy answers of {new} tokens. Seconds are of the fastest of {rounds} run(s), compilation left out and "
+        "the pass over the prompts counted; the speed-up is the median over rounds of the ratio within a round. The "
         "baseline computes four answers to one prompt as answers to four prompts."
     )
     tables = [Table(f"{new} tokens an answer", columns, rows, note)]
