@@ -331,7 +331,9 @@ def answer_prompts(
     """Answers prompts; returns what `generate` returns, and prints now and then how many are done."""
     if batch_size < 1:
         raise ConfigError(f"`batch_size` is {batch_size}; expected a whole number >= 1")
-    lines = GroupLines(console or open_console(quiet=True), "answers", len(prompts), 0, "prompts")
+    console = console or open_console(quiet=True)
+    trainer.print_notes(console, _notes_on_answers(model, prompts, asked))
+    lines = GroupLines(console, "answers", len(prompts), 0, "prompts")
     done = 0
 
     def count(answered: int) -> None:
@@ -342,3 +344,18 @@ def answer_prompts(
     ids = [prompt.ids for prompt in prompts]
     answers = answer(model.setup, model.params, ids, asked, batch_size=batch_size, on_batch=count)
     return answer_records(prompts, answers, model.tokenizer)
+
+
+def _notes_on_answers(model: LoadedModel, prompts: Sequence[Prompt], asked: Generation) -> list[str]:
+    """Lists what the user should know of what is asked for."""
+    most = model.setup.model.config.max_position_embeddings
+    long = sum(len(prompt.ids) + asked.max_new_tokens > most for prompt in prompts)
+    notes = []
+    if long:
+        notes.append(
+            f"note: {long} of {len(prompts)} prompts and their answers may be longer than the {most:,} tokens that the "
+            "model was made for (`max_position_embeddings`); lower `max_new_tokens`, or shorten them"
+        )
+    if asked.samples > 1 and asked.sampling.is_greedy:
+        notes.append(f"note: with `temperature` 0 all {asked.samples} answers to a prompt are equal")
+    return notes

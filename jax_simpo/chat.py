@@ -44,11 +44,8 @@ class Chat:
         forward = setup.forward
         with jax.set_mesh(setup.mesh):
             self.dialogue = Dialogue(forward, params, setup.mesh)
-        self._reset()
-
-    def _reset(self) -> None:
         self._turns = list(self._system)
-        self._number = 0
+        self._number = 0  # of answers, also before a reset: the same question again is answered by other draws
 
     def run(self) -> None:
         """Answers line after line, until there are no more or one of them is `/quit`."""
@@ -57,7 +54,7 @@ class Chat:
             if line == "/quit":
                 return
             if line == "/reset":
-                self._reset()
+                self._turns = list(self._system)
                 self._console.print("the conversation is forgotten")
             elif line.startswith("/"):
                 self._console.print(f"{line.split()[0]} is no command: {HELP}. A space before the slash sends the line")

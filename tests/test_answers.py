@@ -123,7 +123,7 @@ def test_generate_returns_what_the_command_writes(model: js.LoadedModel, run: js
     user.writes("prompts.jsonl", [{"prompt": PROMPTS[0]}, {"prompt": [{"role": "user", "content": PROMPTS[1]}]}])
     options = "--samples 2 --temperature 0.9 --top_k 20 --top_p 0.9 --seed 3 --max_new_tokens 5"
     status, _, err = user.types(f"generate {run.model_path} prompts.jsonl --output answers.jsonl {options}")
-    assert status == 0 and "2 prompts answered: answers.jsonl" in err, err
+    assert status == 0 and "2 prompts answered: answers.jsonl" in err and "note:" not in err, err
     written = [json.loads(line) for line in (user.folder / "answers.jsonl").read_text().splitlines()]
     settings: dict[str, Any] = {"samples": 2, "temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 3}
     prompts = [PROMPTS[0], [{"role": "user", "content": PROMPTS[1]}]]
@@ -134,6 +134,15 @@ def test_generate_returns_what_the_command_writes(model: js.LoadedModel, run: js
         assert all(
             answer["tokens"] <= 5 and (answer["finished"] or answer["tokens"] == 5) for answer in record["answers"]
         )
+
+
+def test_what_may_surprise_is_noted(run: js.TrainRun, user: User) -> None:
+    user.writes("prompts.jsonl", GOOD)
+    options = "--samples 2 --max_new_tokens 125"
+    status, _, err = user.types(f"generate {run.model_path} prompts.jsonl --output answers.jsonl {options}")
+    assert status == 0, err
+    assert "note: with `temperature` 0 all 2 answers to a prompt are equal" in err
+    assert "note: 1 of 1 prompts and their answers may be longer than the 128 tokens" in err
 
 
 def test_pairs_are_prompts_too_and_messages_read_as_their_text(model: js.LoadedModel) -> None:

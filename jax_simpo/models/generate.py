@@ -135,7 +135,7 @@ def generate(
 def padded_length(length: int) -> int:
     """Returns the length that sequences of a length are filled up to: 128, 256, 384, 512, 768, 1024, 1536, 2048, ...
 
-    Each is at most one and a half times the one before, so few lengths serve all.
+    Few lengths serve all, and from 256 on each is at most one and a half times the one before.
     """
     blocks, power = -(-length // _LENGTH_MULTIPLE), 1
     while power < blocks:

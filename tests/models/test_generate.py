@@ -116,6 +116,22 @@ def test_prompts_longer_than_a_block_are_answered_as_by_transformers(llama: Side
     assert answers == [[llama.expected[1]], [llama.their_answer(prompt)]]
 
 
+def test_answers_in_bfloat16_are_those_of_float32_but_for_rounding(llama: Sides) -> None:
+    """Every token of an answer is one of the likeliest after those before it."""
+    model = replace(llama.model, dtype="bfloat16")
+    devices, params = llama.loaded()
+    with jax.set_mesh(devices):
+        answers = generate(Forward(model, "dense"), params, devices, PROMPTS, Generation(NEW, NEVER, samples=2))
+        dialogue = Dialogue(Forward(model, "dense"), params, devices, capacity=128)
+        spoken = list(dialogue.answer(PROMPTS[3], Generation(NEW, NEVER)))
+    assert all(first == second for first, second in answers)
+    for prompt, ids in [*zip(PROMPTS, [first.ids for first, _ in answers], strict=True), (PROMPTS[3], spoken)]:
+        with torch.no_grad():
+            logits = llama.theirs(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        behind = logits.max(-1).values - logits[range(NEW), ids]
+        assert (behind / logits.std(-1)).max() < 0.15
+
+
 def test_any_of_the_end_tokens_ends_an_answer(llama: Sides) -> None:
     ends = [llama.expected[1][4], llama.expected[2][9]]
     expected = [llama.their_answer(prompt, ends) for prompt in PROMPTS]
