@@ -65,9 +65,9 @@ def main(
     columns = ("answers", "way", "seconds", "ms a step", "tokens/s", "speed-up")
     note = (
         f"The model `{model}` ({forward.model.parameter_count:,} parameters), {dtype}, prompts of {prompt} tokens, "
-        f"greedy answers of {new} tokens. A step writes a token of every answer. Seconds are of the fastest of {rounds} "
-        "run(s), compilation left out and the pass over the prompts counted; the speed-up is the median over rounds of "
-        "the ratio within a round, to the way that recomputes."
+        f"greedy answers of {new} tokens. A step writes a token of every answer. Seconds are of the fastest of "
+        f"{rounds} run(s), compilation left out and the pass over the prompts counted; the speed-up is the median over "
+        "rounds of the ratio within a round, to the way that recomputes."
     )
     tables = [Table(f"{new} tokens an answer", columns, rows, note)]
     about = (
