@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -117,7 +118,8 @@ def test_prompts_longer_than_a_block_are_answered_as_by_transformers(llama: Side
 
 
 def test_answers_in_bfloat16_are_those_of_float32_but_for_rounding(llama: Sides) -> None:
-    """Every token of an answer is one of the likeliest after those before it."""
+    """No token is further behind the likeliest one than the rounding of transformers in bfloat16 can bring it."""
+    rounded = deepcopy(llama.theirs).to(torch.bfloat16)
     model = replace(llama.model, dtype="bfloat16")
     devices, params = llama.loaded()
     with jax.set_mesh(devices):
@@ -127,9 +129,12 @@ def test_answers_in_bfloat16_are_those_of_float32_but_for_rounding(llama: Sides)
     assert all(first == second for first, second in answers)
     for prompt, ids in [*zip(PROMPTS, [first.ids for first, _ in answers], strict=True), (PROMPTS[3], spoken)]:
         with torch.no_grad():
-            logits = llama.theirs(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            logits, other = (
+                side(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].float()
+                for side in (llama.theirs, rounded)
+            )
         behind = logits.max(-1).values - logits[range(NEW), ids]
-        assert (behind / logits.std(-1)).max() < 0.15
+        assert behind.max() <= 2 * (logits - other).abs().max()
 
 
 def test_any_of_the_end_tokens_ends_an_answer(llama: Sides) -> None:
