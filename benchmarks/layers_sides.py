@@ -87,7 +87,7 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
     from benchmarks.steps import device_name, matmul_peak
     from jax_simpo.hf.config import read_model_config
     from jax_simpo.models.rope import rope_tables
-    from jax_simpo.models.transformer import MLP, Attention
+    from jax_simpo.models.transformer import MLP, Attention, attend_under
     from jax_simpo.ops.attention import BACKENDS, attention
 
     config = read_model_config(mapping)
@@ -117,7 +117,7 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
 
     def attention_layer(mask_and_rope: Any, x: Any, params: Any) -> Any:
         mask, rope = mask_and_rope
-        return nnx.merge(layer, params)(x, rope, mask, None)
+        return nnx.merge(layer, params)(x, rope, None, attend_under(mask), None)[0]
 
     def handle(request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "facts":

@@ -5,6 +5,7 @@
     run = js.train(js.TrainConfig(model_name_or_path="...", output_dir="..."), pairs=pairs)
     model = js.load_model(run.model_path)
     js.score(model, [{"prompt": "...", "chosen": "...", "rejected": "..."}])
+    js.generate(model, ["..."])
 
 The names in `__all__` are the stable surface of the package, described in docs/api.md. Everything else is private and
 may change in any release. Importing the package is cheap: a name brings JAX along only when it is first used.
@@ -20,7 +21,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from jax_simpo import objectives
-    from jax_simpo.api import LoadedModel, evaluate, load_model, score, train
+    from jax_simpo.api import LoadedModel, evaluate, generate, load_model, score, train
     from jax_simpo.config import TrainConfig, builtin_configs, load_config
     from jax_simpo.data.rows import build_rows
     from jax_simpo.errors import UserError
@@ -34,6 +35,7 @@ __all__ = [
     "build_rows",
     "builtin_configs",
     "evaluate",
+    "generate",
     "load_config",
     "load_model",
     "objectives",
@@ -42,7 +44,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "jax_simpo.api": ("LoadedModel", "TrainRun", "evaluate", "load_model", "score", "train"),
+    "jax_simpo.api": ("LoadedModel", "TrainRun", "evaluate", "generate", "load_model", "score", "train"),
     "jax_simpo.config": ("TrainConfig", "builtin_configs", "load_config"),
     "jax_simpo.data.rows": ("build_rows",),
     "jax_simpo.errors": ("UserError",),

@@ -1,4 +1,4 @@
-"""Trains, loads and scores models from Python; the command line calls the same functions.
+"""Trains, loads and scores models from Python, and lets them answer; the command line calls the same functions.
 
 These functions are re-exported by `jax_simpo`, where users find them: `import jax_simpo as js; js.train(...)`.
 """
@@ -19,17 +19,22 @@ from jax_simpo.config.objectives import code_of
 from jax_simpo.config.yaml_files import read_file
 from jax_simpo.data import sources
 from jax_simpo.data.packing import measure
+from jax_simpo.data.prompts import Prompt, make_prompts
 from jax_simpo.data.selection import Selection
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.errors import ConfigError
+from jax_simpo.models.generate import BATCH_SIZE, Generation
+from jax_simpo.models.sampling import Sampling
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import launch
 from jax_simpo.run import files
 from jax_simpo.terminal import open_console
 from jax_simpo.training import evaluate as evaluation
 from jax_simpo.training import trainer
+from jax_simpo.training.answers import answer, answer_records
 from jax_simpo.training.compilation import keep_compiled_programs
 from jax_simpo.training.groups import notes_on, packing_line
+from jax_simpo.training.progress import GroupLines
 from jax_simpo.training.reference import Reference, ReferenceSums
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import make_score_function
@@ -121,24 +126,14 @@ def load_model(path: str | Path, **settings: Any) -> LoadedModel:
     Args:
         path: the folder or hub id of a model or of an adapter (whose base model is loaded below it).
         settings: keys of `TrainConfig` that are to differ: `dtype`, `attention`, `chat_template`, `max_length`, `beta`
-            and so on. The base of an adapter that does not name one is `model_name_or_path`.
+            and so on. The base of an adapter that does not name one is `model_name_or_path`. Without `mesh` the
+            parameters are split over as many devices as divide the model's width.
 
     Raises:
         ModelError: there is no such model, or it is of no supported kind.
         ConfigError: a setting is unknown or has a wrong value.
     """
-    defaults = _run_settings(Path(path).expanduser())
-    if defaults.get("model_name_or_path") is None and defaults.get("model_config") is None:
-        defaults["model_name_or_path"] = str(path)
-    if code_of(defaults.get("objective")) and "objective" not in settings:
-        raise ConfigError(
-            f"{path}: its run had `objective: {defaults['objective']}`, and loading a model runs nobody's code. Give "
-            'an objective, such as `load_model(path, objective="simpo")`'
-        )
-    keep_compiled_programs()
-    choice = f"./{path}" if str(path).isdecimal() else str(path)  # a bare number is the step of a run
-    setup = Setup(TrainConfig(**{**defaults, **settings}), choice, any_mesh=True)
-    return load_setup(setup)
+    return load_setup(model_setup(path, settings))
 
 
 def score(model: LoadedModel, pairs: Pairs) -> list[dict[str, Any]]:
@@ -173,6 +168,51 @@ def evaluate(model: LoadedModel, pairs: Pairs) -> dict[str, float]:
     return evaluate_dataset(model, model.setup.tokenize(sources.from_memory("pairs", pairs)))
 
 
+def generate(
+    model: LoadedModel,
+    prompts: Iterable[Any],
+    *,
+    samples: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+) -> list[dict[str, Any]]:
+    """Lets a model answer prompts.
+
+    An answer depends on the model, its prompt and its number, the number of the sample and the seed, not on the prompts
+    beside it, but for rounding: a batch of another shape may round the last bits of a logit otherwise.
+
+    Args:
+        model: from `load_model`.
+        prompts: texts, lists of messages, or dicts with a `prompt` and perhaps `tools`. The chat template writes them,
+            and the header of an answer after them.
+        samples: answers to each prompt.
+        max_new_tokens: the most tokens of an answer.
+        temperature: divides the logits before a token is drawn; 0 takes the most likely token.
+        top_k: draws among so many of the most likely tokens.
+        top_p: draws among the most likely tokens, as few as have this probability together.
+        seed: the seed of what is drawn.
+        batch_size: answers that are computed at once.
+
+    Returns:
+        One dict per prompt, in order: `prompt` as it was given, and `answers`, each with its `text`, the number of its
+        `tokens` (without the one that ended it) and `finished`, False where it was cut at `max_new_tokens`.
+
+    Raises:
+        DataError: a prompt cannot be used; the message names its row.
+        ConfigError: a number is out of its range.
+    """
+    asked = asked_for(model.setup, samples, max_new_tokens, temperature, top_k, top_p, seed)
+    config = model.setup.config
+    read = make_prompts(
+        "prompts", prompts, model.tokenizer, auto_insert_empty_system_msg=config.auto_insert_empty_system_msg
+    )
+    return answer_prompts(model, read, asked, batch_size)
+
+
 def _ask(callbacks: Sequence[Callback]) -> Callable[[dict[str, Any]], bool]:
     """Joins callbacks to one, which is True where any of them is."""
 
@@ -191,6 +231,21 @@ def _run_settings(model: Path) -> dict[str, Any]:
 
 
 # --- for the command line
+
+
+def model_setup(path: str | Path, settings: Mapping[str, Any]) -> Setup:
+    """Returns the setup of the model that `load_model` loads with these settings."""
+    defaults = _run_settings(Path(path).expanduser())
+    if defaults.get("model_name_or_path") is None and defaults.get("model_config") is None:
+        defaults["model_name_or_path"] = str(path)
+    if code_of(defaults.get("objective")) and "objective" not in settings:
+        raise ConfigError(
+            f"{path}: its run had `objective: {defaults['objective']}`, and loading a model runs nobody's code. Give "
+            'an objective, such as `load_model(path, objective="simpo")`'
+        )
+    keep_compiled_programs()
+    choice = f"./{path}" if str(path).isdecimal() else str(path)  # a bare number is the step of a run
+    return Setup(TrainConfig(**{**defaults, **settings}), choice, any_mesh="mesh" not in settings)
 
 
 def load_setup(setup: Setup) -> LoadedModel:
@@ -258,3 +313,57 @@ def print_notices(config: TrainConfig, console: Console) -> None:
     """Prints what the user should know about the keys of a config."""
     for notice in config.notices:
         console.print(f"note: {notice}", style="yellow")
+
+
+def asked_for(
+    setup: Setup,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+) -> Generation:
+    """Returns what `generate` asks for of a model."""
+    sampling = Sampling(float(temperature), top_k, None if top_p is None else float(top_p))
+    return Generation(max_new_tokens, setup.end_ids, samples, sampling, seed)
+
+
+def answer_prompts(
+    model: LoadedModel,
+    prompts: Sequence[Prompt],
+    asked: Generation,
+    batch_size: int = BATCH_SIZE,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Answers prompts; returns what `generate` returns, and prints now and then how many are done."""
+    if batch_size < 1:
+        raise ConfigError(f"`batch_size` is {batch_size}; expected a whole number >= 1")
+    console = console or open_console(quiet=True)
+    trainer.print_notes(console, _notes_on_answers(model, prompts, asked))
+    lines = GroupLines(console, "answers", len(prompts), 0, "prompts")
+    done = 0
+
+    def count(answered: int) -> None:
+        nonlocal done
+        done += answered
+        lines.show(done)
+
+    ids = [prompt.ids for prompt in prompts]
+    answers = answer(model.setup, model.params, ids, asked, batch_size=batch_size, on_batch=count)
+    return answer_records(prompts, answers, model.tokenizer)
+
+
+def _notes_on_answers(model: LoadedModel, prompts: Sequence[Prompt], asked: Generation) -> list[str]:
+    """Lists what the user should know of what is asked for."""
+    most = model.setup.model.config.max_position_embeddings
+    long = sum(len(prompt.ids) + asked.max_new_tokens > most for prompt in prompts)
+    notes = []
+    if long:
+        notes.append(
+            f"note: {long} of {len(prompts)} prompts and their answers may be longer than the {most:,} tokens that the "
+            "model was made for (`max_position_embeddings`); lower `max_new_tokens`, or shorten them"
+        )
+    if asked.samples > 1 and asked.sampling.is_greedy:
+        notes.append(f"note: with `temperature` 0 all {asked.samples} answers to a prompt are equal")
+    return notes

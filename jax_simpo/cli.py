@@ -7,14 +7,14 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from jax_simpo import __version__
-from jax_simpo.config import TrainConfig, builtin_configs, load_config
+from jax_simpo.config import TrainConfig, builtin_configs, load_config, read_overrides
 from jax_simpo.errors import CheckpointError, ConfigError, MeshError, StoppedError, UserError
 from jax_simpo.processes import launch
 from jax_simpo.run import signals
@@ -49,6 +49,27 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+# What `generate` and `chat` answer with, and how.
+AnsweringModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder or hub id, of a model or an adapter. Any --key=value of a config after it changes how it is "
+        "loaded: --dtype, --chat_template, --mesh.tensor, ...",
+        show_default=False,
+    ),
+]
+Temperature = Annotated[float, typer.Option(help="Divides the logits before a token is drawn. 0: the likeliest token.")]
+TopK = Annotated[
+    int | None, typer.Option("--top_k", help="Draw among so many of the likeliest tokens.", show_default=False)
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top_p", help="Draw among the likeliest tokens that have this probability together.", show_default=False
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of what is drawn.")]
 # The place of this process in a run of several.
 _PANEL = "Several processes (found by themselves under SLURM, GKE and Kubernetes; docs/launch.md)"
 Coordinator = Annotated[
@@ -270,6 +291,70 @@ def evaluate(
 
 
 @app.command(context_settings=OVERRIDES)
+def generate(
+    context: typer.Context,
+    model: AnsweringModel,
+    prompts: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PROMPTS.jsonl",
+            help="JSONL file whose rows have a `prompt`: a text or a list of messages. Pairs have one too.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="JSONL file to write, one object per prompt.", show_default=False)],
+    samples: Annotated[int, typer.Option(help="Answers to each prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="The most tokens of an answer.")] = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option("--batch_size", help="Answers computed at once.")] = 32,
+    coordinator_address: Coordinator = None,
+    num_processes: Processes = None,
+    process_id: ProcessId = None,
+    distributed: Distributed = None,
+) -> None:
+    """Writes the answers of a model to every prompt of a file, in file order."""
+    launch.join(launch.Launch(coordinator_address, num_processes, process_id, distributed))
+    settings, console = _settings(context.args)
+    with writing(output if launch.is_first() else os.devnull) as file:
+        from jax_simpo import api
+        from jax_simpo.data.prompts import read_prompts
+
+        setup = api.model_setup(model, settings)
+        asked = api.asked_for(setup, samples, max_new_tokens, temperature, top_k, top_p, seed)
+        insert = setup.config.auto_insert_empty_system_msg
+        read = read_prompts(prompts, setup.tokenizer, auto_insert_empty_system_msg=insert)
+        for record in api.answer_prompts(api.load_setup(setup), read, asked, batch_size, console):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    console.print(f"{len(read)} prompts answered: {output}")
+
+
+@app.command(context_settings=OVERRIDES)
+def chat(
+    context: typer.Context,
+    model: AnsweringModel,
+    system: Annotated[
+        str | None, typer.Option(help="A system turn to begin the conversation with.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="The most tokens of an answer.")] = 1024,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+) -> None:
+    """Talks with a model; reads lines from the terminal, or from standard input."""
+    settings, console = _settings(context.args)
+    from jax_simpo import api
+    from jax_simpo.chat import Chat
+
+    setup = api.model_setup(model, settings)
+    asked = api.asked_for(setup, 1, max_new_tokens, temperature, top_k, top_p, seed)
+    Chat(setup, api.load_setup(setup).params, asked, console, system).run()
+
+
+@app.command(context_settings=OVERRIDES)
 def export(
     context: typer.Context,
     config: ConfigFile,
@@ -416,6 +501,14 @@ def _begin(path: str, overrides: list[str]) -> tuple[TrainConfig, Console]:
     """Reads the config and prints its notices. Notes go to stderr: stdout is for results."""
     settings, console = _load(path, overrides), _console()
     for notice in settings.notices:
+        console.print(f"note: {notice}", style="yellow")
+    return settings, console
+
+
+def _settings(overrides: list[str]) -> tuple[dict[str, Any], Console]:
+    """Reads overrides of how a model is loaded, and prints their notices."""
+    (settings, notices), console = read_overrides(overrides), _console()
+    for notice in notices:
         console.print(f"note: {notice}", style="yellow")
     return settings, console
 

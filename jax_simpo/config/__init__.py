@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jax_simpo.config.builtin import builtin_configs
     from jax_simpo.config.effects import jax_only, torch_only
     from jax_simpo.config.identity import identity_of
-    from jax_simpo.config.load import load_config
+    from jax_simpo.config.load import load_config, read_overrides
     from jax_simpo.config.objectives import parts as objective_weights
     from jax_simpo.config.schema import MeshConfig, TrainConfig
 
@@ -25,6 +25,7 @@ __all__ = [
     "jax_only",
     "load_config",
     "objective_weights",
+    "read_overrides",
     "torch_only",
 ]
 
@@ -37,6 +38,7 @@ _SOURCES = {
     "jax_only": ("effects", "jax_only"),
     "load_config": ("load", "load_config"),
     "objective_weights": ("objectives", "parts"),
+    "read_overrides": ("load", "read_overrides"),
     "torch_only": ("effects", "torch_only"),
 }
 

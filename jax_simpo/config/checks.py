@@ -87,6 +87,10 @@ def check(config: Any) -> None:
             "`optim: muon` is for whole weight matrices, of which `use_peft` trains none; use `optim: adamw`"
         )
     _check_best(config)
+    if config.generate_during_eval and not config.do_eval:
+        raise ValueError("`generate_during_eval` needs evaluations; set `eval_strategy`, or `do_eval: true`")
+    if config.generate_during_eval and not config.sample_prompts:
+        raise ValueError("`generate_during_eval` needs prompts, and `sample_prompts` is 0; raise it, or remove one key")
     if config.max_steps == 0:
         raise ValueError("`max_steps` is 0; expected a positive number, or -1 for `num_train_epochs`")
     if config.load_in_4bit and config.load_in_8bit:

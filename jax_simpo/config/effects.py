@@ -30,6 +30,7 @@ def unused(config: TrainConfig) -> dict[str, str]:
 # Keys with values that the PyTorch reference does not have, with the reason and the remedy.
 _JAX_ONLY = {
     "optim": "it trains with AdamW only; remove the key",
+    "generate_during_eval": "it generates no answers; remove the key",
     "adam_mu_dtype": "it keeps AdamW's moments in float32; remove the key",
 }
 
@@ -38,9 +39,10 @@ def jax_only(config: TrainConfig) -> dict[str, str]:
     """Returns the settings that the PyTorch reference cannot honour: each key with a sentence that says why."""
     fields = TrainConfig.model_fields
     asked = {key: value for key in _JAX_ONLY if (value := getattr(config, key)) != fields[key].default}
+    shown = {key: str(value).lower() for key, value in asked.items()}
     return {
         key: f"`{key}: {value}` cannot be honoured by `python -m torch_ref`: {_JAX_ONLY[key]}, or use `jax-simpo train`"
-        for key, value in asked.items()
+        for key, value in shown.items()
     }
 
 

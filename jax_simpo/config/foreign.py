@@ -78,7 +78,6 @@ WITHOUT_MEANING: dict[str, str] = {
     "disable_dropout": "the models have no dropout",
     "label_pad_token_id": "targets are listed, prompts and padding never become labels",
     "padding_value": "padding is masked out and its token does not matter",
-    "generate_during_eval": "generate from the exported model in OUTPUT_DIR/model",
     "is_encoder_decoder": "only decoder models are trained",
     "model_init_kwargs": "`model_revision`, `trust_remote_code` and `dtype` say how a model is read",
     "max_target_length": "`max_length` and `max_prompt_length` bound a pair",

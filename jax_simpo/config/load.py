@@ -95,3 +95,14 @@ def _check_data_is_named(values: Mapping[str, Any], places: Mapping[str, str], p
     if values["dataset_mixer"] == {}:
         return f"{places.get('dataset_mixer', path)}: `dataset_mixer` is empty; name at least one source"
     return ""
+
+
+def read_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Reads `--key=value` overrides by themselves; returns the values by our keys, and notices for the user.
+
+    Raises:
+        ConfigError: an override is not of the form `--key=value`, or its dotted key leads nowhere.
+    """
+    gathered = Values({}, [])
+    apply(overrides, gathered, TrainConfig)
+    return gathered.values, gathered.notices

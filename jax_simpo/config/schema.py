@@ -526,10 +526,17 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     sample_prompts: Whole = _key(
         0,
         "How many prompts (the first of the evaluation split, or of the training pairs) the report shows the model's "
-        "answers to, before and after training.",
+        "answers to, before and after training. Default: 8 with `generate_during_eval`, otherwise 0.",
         ge=0,
     )
     sample_tokens: Whole = _key(64, "Longest sample answer, in tokens.", ge=1)
+    generate_during_eval: bool = _key(
+        False,
+        "Answers the sample prompts at every evaluation too. The report shows the answers, and the evaluation's record "
+        "has `eval_answers/length` (mean tokens), `eval_answers/ended` (share that the model ended within "
+        "`sample_tokens`) and `eval_answers/repetition` (mean share of runs of four tokens that an answer has written "
+        "before).",
+    )
     run_name: Text | None = _key(None, "Name of the run. Default: the config file's name.")
 
     _notices: tuple[str, ...] = PrivateAttr(default=())
@@ -569,6 +576,8 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         objective = data.get("objective", "simpo")
         if not objectives.check(objective):
             data |= {k: default for k, default in objectives.defaults(objective).items() if data.get(k) is None}
+        if data.get("generate_during_eval") is True:
+            data.setdefault("sample_prompts", 8)
         if isinstance(data.get("run_name"), str):
             data.setdefault("output_dir", f"outputs/{data['run_name']}")
         return data

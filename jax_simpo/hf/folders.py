@@ -72,6 +72,22 @@ def load_model_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     return read_model_config(raw, source=str(path)), raw
 
 
+def load_end_ids(folder: str | Path) -> tuple[int, ...]:
+    """Reads the tokens that end an answer from a model folder's `generation_config.json`; empty where it names none.
+
+    Raises:
+        ModelError: the file is not JSON, or what it names are no token ids.
+    """
+    config = load_generation_config(folder)
+    named = config.get("eos_token_id") if isinstance(config, dict) else None
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
+        raise ModelError(
+            f"{Path(folder) / 'generation_config.json'}: eos_token_id={named!r}, expected a token id or a list of them"
+        )
+    return tuple(ids)
+
+
 def load_generation_config(folder: str | Path) -> dict[str, Any] | None:
     """Reads `generation_config.json` of a model folder, for `save_model`; returns None where there is no such file.
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from jax_simpo.models.embedding import lookup
 from jax_simpo.models.lora import Adapter, Lora, join, split
 from jax_simpo.models.rope import rope_tables, rotate
 from jax_simpo.ops.attention import Mask, attention
+from jax_simpo.ops.attention.backends import ScoreRule
 from jax_simpo.ops.bits import slice_in_loop, sliced_as_bits, without_gradient
 from jax_simpo.ops.linear import linear
 from jax_simpo.ops.numerics import SAVED_ATTENTION, SAVED_PRODUCT
@@ -37,6 +38,33 @@ from jax_simpo.sharding import RULES, constrain, gather_parameter, named
 
 Params = dict[str, Any]  # nested, leaves are arrays
 Remat = Literal["none", "dots", "attention", "full"]
+
+
+class KeysAndValues(NamedTuple):
+    """What attention reads of some tokens in one layer, or with a leading axis in all layers.
+
+    Attributes:
+        k: rotated keys.
+        v: values.
+    """
+
+    k: Float[Array, "*N B L K Dh"]
+    v: Float[Array, "*N B L K Dh"]
+
+
+# `attend(q, own, rule, stored)` computes a layer's attention of queries [B, L, H, Dh], given the keys and values of the
+# same tokens and what is stored for this layer of earlier ones. It returns the result, in the queries' shape and dtype,
+# and what of this layer is to be kept.
+Attend = Callable[[Array, KeysAndValues, ScoreRule, Any], tuple[Array, Any]]
+
+
+def attend_under(mask: Mask, *, keep: bool = False) -> Attend:
+    """Returns the attention of rows under a mask, with nothing stored; it keeps keys and values if asked."""
+
+    def attend(q: Array, own: KeysAndValues, rule: ScoreRule, _: None) -> tuple[Array, KeysAndValues | None]:
+        return attention(q, *own, mask, **rule._asdict()), own if keep else None
+
+    return attend
 
 
 class Linear(nnx.Module):
@@ -112,23 +140,16 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(config, config.head_dim, None) if config.qk_norm else None
 
     def __call__(
-        self, x: Float[Array, "B L D"], rope: tuple[Array, Array], mask: Mask, window: int | None
-    ) -> Float[Array, "B L D"]:
+        self, x: Float[Array, "B L D"], rope: tuple[Array, Array], window: int | None, attend: Attend, stored: Any
+    ) -> tuple[Float[Array, "B L D"], Any]:
         config = self.config
         q, k = _split_heads(self.q(x), config.num_heads), _split_heads(self.k(x), config.num_kv_heads)
         v = _split_heads(self.v(x), config.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = attention(
-            rotate(q, *rope),
-            rotate(k, *rope),
-            v,
-            mask,
-            scale=config.query_pre_attn_scalar**-0.5,
-            window=window,
-            softcap=config.attention_softcap,
-        )
-        return self.o(out.reshape(*x.shape[:2], -1))
+        rule = ScoreRule(config.query_pre_attn_scalar**-0.5, window, config.attention_softcap)
+        out, kept = attend(rotate(q, *rope), KeysAndValues(rotate(k, *rope), v), rule, stored)
+        return self.o(out.reshape(*x.shape[:2], -1)), kept
 
 
 class MLP(nnx.Module):
@@ -171,13 +192,13 @@ class Layer(nnx.Module):
         self.mlp_post_norm = norm() if config.post_norms else None
 
     def __call__(
-        self, x: Float[Array, "B L D"], rope: tuple[Array, Array], mask: Mask, window: int | None
-    ) -> Float[Array, "B L D"]:
-        y = self.attention(self.attention_norm(x), rope, mask, window)
+        self, x: Float[Array, "B L D"], rope: tuple[Array, Array], window: int | None, attend: Attend, stored: Any
+    ) -> tuple[Float[Array, "B L D"], Any]:
+        y, kept = self.attention(self.attention_norm(x), rope, window, attend, stored)
         x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
         y = self.mlp(self.mlp_norm(x))
         x = x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y))
-        return constrain(x, "batch", None, None)
+        return constrain(x, "batch", None, None), kept
 
 
 class Decoder(nnx.Module):
@@ -191,15 +212,20 @@ class Decoder(nnx.Module):
         self.final_norm = RMSNorm(config, config.hidden_size)
         self.lm_head = None if config.tie_word_embeddings else Embedding(config, rngs)
 
-    def __call__(self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], mask: Mask) -> Float[Array, "B L D"]:
+    def __call__(
+        self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], attend: Attend, stored: Any
+    ) -> tuple[Float[Array, "B L D"], Any]:
         x = self.embed(tokens, self.dtype)
         if self.config.scale_embeddings:
             x = x * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
         x = constrain(x, "batch", None, None)
         rope = rope_tables(self.config.rope, self.config.head_dim, positions, self.dtype)
-        return self.final_norm(self._run_layers(x, rope, mask))
+        x, kept = self._run_layers(x, rope, attend, stored)
+        return self.final_norm(x), kept
 
-    def _run_layers(self, x: Float[Array, "B L D"], rope: tuple[Array, Array], mask: Mask) -> Float[Array, "B L D"]:
+    def _run_layers(
+        self, x: Float[Array, "B L D"], rope: tuple[Array, Array], attend: Attend, stored: Any
+    ) -> tuple[Float[Array, "B L D"], Any]:
         layer, stacked = nnx.split(self.layers)
         windows = _shortest_period(self.config.layer_windows)
         count, periods = len(windows), self.config.num_layers // len(windows)
@@ -210,24 +236,32 @@ class Decoder(nnx.Module):
         if count > 1:
             looped = jax.tree.map(lambda leaf: leaf.reshape(periods, count, *leaf.shape[1:]), looped)
 
-        def run_layer(number: int, x: Array, params: Any, unsliced: Any, period: Array) -> Array:
+        def run_layer(
+            number: int, x: Array, params: Any, unsliced: Any, stored: Any, period: Array
+        ) -> tuple[Array, Any]:
             # The layer is sliced out of its period inside the rematerialised function. So the backward pass keeps the
             # stack of parameters itself, not a copy of it.
             if count > 1:
                 params = jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, number, keepdims=False), params)
-            sliced = jax.tree.map(lambda leaf: slice_in_loop(leaf, period * count + number, 1).squeeze(0), unsliced)
+            sliced, stored = jax.tree.map(
+                lambda leaf: slice_in_loop(leaf, period * count + number, 1).squeeze(0), (unsliced, stored)
+            )
             params = [a if b is None else b for a, b in zip(params, sliced, strict=True)]
-            return nnx.merge(layer, jax.tree.unflatten(structure, params))(x, rope, mask, windows[number])
+            merged = nnx.merge(layer, jax.tree.unflatten(structure, params))
+            return merged(x, rope, windows[number], attend, stored)
 
-        def run_period(x: Array, params_and_period: tuple[Any, Array]) -> tuple[Array, None]:
+        def run_period(x: Array, params_and_period: tuple[Any, Array]) -> tuple[Array, Any]:
             params, period = params_and_period
+            kept = []
             for number in range(count):
                 # prevent_cse stops the compiler from undoing the rematerialisation, which it cannot do inside a loop.
                 run = jax.checkpoint(partial(run_layer, number), policy=_REMAT[self.remat], prevent_cse=periods == 1)
-                x = run(x, params, unsliced, period)
-            return x, None
+                x, of_layer = run(x, params, unsliced, stored, period)
+                kept.append(of_layer)
+            return x, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *kept)
 
-        return jax.lax.scan(run_period, x, (looped, jnp.arange(periods)))[0]
+        x, kept = jax.lax.scan(run_period, x, (looped, jnp.arange(periods)))
+        return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), kept)
 
 
 def _shortest_period(windows: tuple[int | None, ...]) -> tuple[int | None, ...]:
@@ -432,7 +466,40 @@ class Model:
             positions: int32, the RoPE position of each token in its own response's sequence.
             mask: from `jax_simpo.ops.attention.prepare_mask`, made once per batch.
         """
-        return nnx.merge(self._graph_and_state[0], nnx.State(params))(tokens, positions, mask)
+        return self.run(params, tokens, positions, attend_under(mask))[0]
+
+    def run(
+        self,
+        params: Params,
+        tokens: Int[Array, "B L"],
+        positions: Int[Array, "B L"],
+        attend: Attend,
+        stored: Any = None,
+    ) -> tuple[Float[Array, "B L D"], Any]:
+        """Computes hidden states as `hidden_states` does, with an attention of the caller's.
+
+        Args:
+            params: parameters as `init` or `hf.load_params` returns them.
+            tokens: int32 token ids.
+            positions: int32, the RoPE position of each token in its own sequence.
+            attend: computes attention in every layer.
+            stored: arrays with a leading axis of layers; each layer's part is handed to `attend`.
+
+        Returns:
+            The hidden states after the final norm, and what `attend` keeps of each layer, stacked along a leading axis.
+        """
+        return nnx.merge(self._graph_and_state[0], nnx.State(params))(tokens, positions, attend, stored)
+
+    def compute_copy(self, params: Params) -> Params:
+        """Returns the parameters in the dtype that layers compute with, for a program that uses each many times.
+
+        The scales of norms stay as they are: Gemma's are computed with in float32.
+        """
+
+        def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+            return leaf if path[-1].key == "scale" else leaf.astype(self.dtype)
+
+        return jax.tree_util.tree_map_with_path(cast, params)
 
     def head(self, params: Params) -> Float[Array, "V D"]:
         """Returns the weights of the LM head, which are the embedding's if the two are tied."""

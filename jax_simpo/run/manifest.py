@@ -181,7 +181,7 @@ def _is_checkpoints(path: Path) -> bool:
 
 
 def _is_samples(path: Path) -> bool:
-    return {"prompt", "chosen", "rejected", "before", "after"} == _first_line(path).keys()
+    return {"prompt", "chosen", "rejected", "before", "after"} <= _first_line(path).keys()
 
 
 def _is_config(path: Path) -> bool:

@@ -175,8 +175,19 @@ def evaluation_figures(overall: Mapping[str, float], by_split: Mapping[str, Mapp
     return figures
 
 
+ANSWERS = "eval_answers/"
+"""What the keys of figures of the answers to a run's prompts begin with."""
+
+
+def answer_figures(figures: Mapping[str, float]) -> dict[str, float]:
+    """Names the figures of answers: `eval_answers/length` and so on."""
+    return {f"{ANSWERS}{name}": value for name, value in figures.items()}
+
+
 def evaluation_line(step: int, figures: Mapping[str, float], splits: Sequence[str]) -> str:
     """Describes an evaluation in one line: loss, accuracy and margin over all pairs, and the accuracy of each split.
+
+    Where the evaluation answered prompts, their figures follow.
 
     Args:
         step: optimizer steps done.
@@ -190,6 +201,9 @@ def evaluation_line(step: int, figures: Mapping[str, float], splits: Sequence[st
     if len(splits) > 1:
         accuracies = [f"{split} {figures[f'eval_{split}_rewards/accuracies']:.3f}" for split in splits]
         line += f" (accuracy by split: {', '.join(accuracies)})"
+    if (length := figures.get(f"{ANSWERS}length")) is not None:
+        ended, repetition = (figures[f"{ANSWERS}{name}"] for name in ("ended", "repetition"))
+        line += f"; answers: {length:.1f} tokens, {ended:.0%} ended, {repetition:.1%} repeated"
     return line
 
 

@@ -28,7 +28,7 @@ from jax_simpo.run import files
 from jax_simpo.run.bad_steps import read_bad_steps
 from jax_simpo.run.facts import read_facts
 from jax_simpo.run.manifest import check_unchanged, write_file
-from jax_simpo.run.metrics import read_metrics
+from jax_simpo.run.metrics import ANSWERS, read_metrics
 from jax_simpo.run.objective_texts import ObjectiveText, texts_of
 from jax_simpo.run.samples import Sample, read_samples
 from jax_simpo.terminal import visible
@@ -81,6 +81,15 @@ class Run:
             for split, prefix in prefixes.items()
         }
         return {split: values for split, values in figures.items() if "loss" in values}
+
+    @property
+    def answer_figures(self) -> dict[int, dict[str, float]]:
+        """Figures of the answers at evaluations by step, without the prefix of their keys; empty without any."""
+        return {
+            record["eval_step"]: figures
+            for record in self.evals
+            if (figures := {k.removeprefix(ANSWERS): v for k, v in record.items() if k.startswith(ANSWERS)})
+        }
 
     @property
     def objective_texts(self) -> list[ObjectiveText]:

@@ -1,8 +1,9 @@
 """The samples of a run: a few prompts that the model answers before and after training, as text for people.
 
 They are kept in `samples.jsonl` of the output directory, one object per prompt with `prompt`, `chosen`, `rejected`,
-`before` and `after`. The file is written with the answers of the untrained model when training starts, and completed at
-the end; so a resumed run still has the former answers.
+`before`, `after` and `during`. The file is written with the answers of the untrained model when training starts,
+completed at evaluations where the run answers its prompts there too, and at the end; so a resumed run still has the
+former answers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,16 +33,22 @@ if TYPE_CHECKING:
 _MARK = "\0"  # stands for a special token; no text of a data file has it
 _ROLES = "system|user|assistant|model"
 
+When = Literal["before", "during", "after"]  # training
+
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with its two known answers and the model's own, as text; None where the model has not answered yet."""
+    """A prompt with its two known answers and the model's own, as text; None where the model has not answered yet.
+
+    `during` holds the answers at evaluations, by the number of the step in decimal digits.
+    """
 
     prompt: str
     chosen: str
     rejected: str
     before: str | None = None
     after: str | None = None
+    during: dict[str, str] = field(default_factory=dict)
 
 
 def sample_prompts(
@@ -65,9 +72,10 @@ def sample_prompts(
         # pair's own: they are cut to the length that training has.
         shared = _header_length(text.prompt, header, chosen.targets[:-1], tokenizer)
         prompts.append(chosen.ids[: chosen.prompt_length + shared])
-        samples.append(
-            Sample(*(readable(part, tokenizer) for part in (text.prompt, text.responses[0], text.responses[-1])))
+        prompt, best, worst = (
+            readable(part, tokenizer) for part in (text.prompt, text.responses[0], text.responses[-1])
         )
+        samples.append(Sample(prompt, best, worst))
     return samples, prompts
 
 
@@ -82,9 +90,25 @@ def read_answers(answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenize
     return texts
 
 
-def with_answers(samples: Sequence[Sample], when: Literal["before", "after"], texts: Sequence[str]) -> list[Sample]:
-    """Returns the samples completed by the model's answers from before or after training."""
-    return [replace(sample, **{when: text}) for sample, text in zip(samples, texts, strict=True)]
+def with_answers(samples: Sequence[Sample], when: When, texts: Sequence[str], step: int) -> list[Sample]:
+    """Returns the samples completed by the model's answers, which had `step` optimizer steps."""
+    completed = []
+    for sample, text in zip(samples, texts, strict=True):
+        if when == "during":
+            completed.append(replace(sample, during={**sample.during, str(step): text}))
+        elif when == "before":
+            completed.append(replace(sample, before=text))
+        else:
+            completed.append(replace(sample, after=text))
+    return completed
+
+
+def drop_later(output: Path, step: int) -> None:
+    """Removes the answers at evaluations after a step from `samples.jsonl`, where there are any."""
+    samples = read_samples(output)
+    kept = [replace(s, during={n: text for n, text in s.during.items() if int(n) <= step}) for s in samples]
+    if kept != samples:
+        write_samples(output, kept)
 
 
 def write_samples(output: Path, samples: Sequence[Sample]) -> None:

@@ -34,6 +34,7 @@ class _State:
 
     handling = False
     watched = False  # a thread answers signals, and not the handler
+    interrupt: Callable[[], object] | None = None  # what SIGINT calls in place of ending anything
     takes_steps = False
     asked: signal.Signals | None = None
     at = 0.0  # when it was answered, by the monotonic clock
@@ -104,6 +105,16 @@ def before_ending(work: Callable[[], object]) -> Iterator[None]:
 
 
 @contextmanager
+def interrupting(stop: Callable[[], object]) -> Iterator[None]:
+    """Inside the block SIGINT calls `stop`, perhaps from another thread, and ends nothing."""
+    _state.interrupt = stop
+    try:
+        yield
+    finally:
+        _state.interrupt = None
+
+
+@contextmanager
 def noted() -> Iterator[None]:
     """Inside the block the first signal is only noted: the run asks for it when a step is done.
 
@@ -121,13 +132,22 @@ def noted() -> Iterator[None]:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    if _state.watched:
+    if _state.watched or _interrupts(number):
         return
     asking = signal.Signals(number)
     if not _state.takes_steps:
         raise _Ended(asking)
     if _note(asking):
         raise KeyboardInterrupt
+
+
+def _interrupts(number: int) -> bool:
+    """Calls what SIGINT interrupts, and returns True if there is such a thing and the signal is SIGINT."""
+    stop = _state.interrupt
+    if stop is None or number != signal.SIGINT:
+        return False
+    stop()
+    return True
 
 
 def _note(asking: signal.Signals) -> bool:
@@ -187,7 +207,7 @@ def _watch(receiver: socket.socket, before_end: Callable[[StoppedError], object]
     """Notes the first signal while the run takes steps, and ends the process on any other."""
     with receiver:
         while numbers := receiver.recv(1):
-            if numbers[0] not in _SIGNALS:
+            if numbers[0] not in _SIGNALS or _interrupts(numbers[0]):
                 continue
             asking = signal.Signals(numbers[0])
             if not _state.takes_steps or _note(asking):

@@ -36,6 +36,7 @@ from jax_simpo.run.sums import Sum
 from jax_simpo.sharding import local_rows
 from jax_simpo.training.evaluate import Evaluation, ScoreFunction, group_records, score_step
 from jax_simpo.training.progress import TrainingProgress
+from jax_simpo.training.sampler import Sampler
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import TrainFunctions, make_score_function, run_step
 
@@ -53,6 +54,7 @@ class TrainingLoop:
         schedule: gives the learning rate of an update.
         guard: decides which steps are applied.
         evaluation: evaluates the evaluation pairs; None where the run has none.
+        sampler: answers prompts at every evaluation; None where the run does not.
         best_rule: chooses among the evaluations; None where the config asks for no choice.
         checkpoints: the checkpoints of the output directory.
         identity: the run's identity, saved with every step.
@@ -72,6 +74,7 @@ class TrainingLoop:
     schedule: optax.Schedule
     guard: StepGuard
     evaluation: Evaluation | None
+    sampler: Sampler | None
     best_rule: BestRule | None
     checkpoints: Checkpoints
     identity: Mapping[str, Any]
@@ -283,6 +286,9 @@ class TrainingLoop:
         assert self.evaluation is not None
         metrics = self.evaluation.run(params)
         self._watch.headway()
+        if self.sampler is not None:
+            metrics |= self.sampler.answer(params, step, "during")
+            self._watch.headway()
         self._evaluated.append({"eval_step": step, "eval_epoch": epoch, **metrics})
         self._record(self._evaluated[-1])
         self.console.print(evaluation_line(step, metrics, list(self.evaluation.source.splits)))

@@ -124,6 +124,18 @@ class Setup:
         )
 
     @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: the tokenizer's EOS, and those that the model's files name.
+
+        Raises:
+            ModelError: what `generation_config.json` names are no token ids.
+        """
+        config = self.model.config.eos_token_id
+        of_config = config if isinstance(config, tuple) else () if config is None else (config,)
+        of_folder = () if self.model_folder is None else hf.load_end_ids(self.model_folder)
+        return tuple(dict.fromkeys((int(self.tokenizer.eos_token_id), *(of_folder or of_config))))
+
+    @cached_property
     def model(self) -> Model:
         """The decoder without its weights.
 

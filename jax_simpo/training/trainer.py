@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -15,9 +15,6 @@ from jax_simpo import hf
 from jax_simpo.config import TrainConfig
 from jax_simpo.data.packing import measure
 from jax_simpo.data.sources import RawSplit
-from jax_simpo.data.tokenize import GroupDataset
-from jax_simpo.models.generate import generate
-from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
 from jax_simpo.run import files, model_card, report, signals
 from jax_simpo.run.best import BestRule
@@ -30,7 +27,6 @@ from jax_simpo.run.manifest import claim, write_file
 from jax_simpo.run.metrics import check_records, read_metrics
 from jax_simpo.run.output import check_output, make_output, prepare_output
 from jax_simpo.run.resume import GUARD, check_not_finished, check_same_run, run_identity
-from jax_simpo.run.samples import read_answers, read_samples, sample_prompts, with_answers, write_samples
 from jax_simpo.sharding import hosts_share_tensor
 from jax_simpo.training import capacity
 from jax_simpo.training.attention import AttentionChoice
@@ -40,6 +36,7 @@ from jax_simpo.training.groups import idle_warning, notes_on
 from jax_simpo.training.loop import TrainingLoop
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.reference import Reference, frozen_weights
+from jax_simpo.training.sampler import Sampler
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import make_score_function, make_train_functions
 from jax_simpo.training.xla_options import step_options
@@ -215,9 +212,11 @@ def _train(
                     *(f"evaluation: {remark}" for remark in (evaluation.source.public_remarks() if evaluation else [])),
                 ],
             )
-        sampler = _Sampler(setup, training if evaluation is None else evaluation.source, output)
-        if not first_step:
-            sampler.answer(params, "before")
+        sampler = Sampler(setup, training if evaluation is None else evaluation.source, output)
+        if first_step:
+            sampler.resume(first_step)
+        else:
+            sampler.answer(params, 0, "before")
 
         loop = TrainingLoop(
             setup=setup,
@@ -228,6 +227,7 @@ def _train(
             schedule=schedule,
             guard=StepGuard.of(config, saved.get(GUARD)),
             evaluation=evaluation,
+            sampler=sampler if config.generate_during_eval else None,
             best_rule=best_rule,
             checkpoints=checkpoints,
             identity=identity,
@@ -251,7 +251,7 @@ def _train(
         setup.export(params, output / files.MODEL)
         if distributed.is_first():
             note_export(output, done, model_step=exported, ended_early=loop.ended_early)
-        sampler.answer(params, "after")
+        sampler.answer(params, exported, "after")
     if distributed.is_first():
         report.write_report(output)
         model_card.write(output, config, global_batch_size=plan.global_batch_size)
@@ -311,23 +311,3 @@ def _evaluation(setup: Setup, console: Console) -> Evaluation:
     plan = setup.step_plan(pairs, batch=GROUPS_PER_PLAN, seed=None)
     score = make_score_function(setup.forward_of(plan), setup.mesh, prompts=setup.objective.reads_prompts)
     return Evaluation(score, plan, pairs, setup.objective, setup.mesh, setup.known(pairs))
-
-
-class _Sampler:
-    """Lets the model answer a few prompts before and after training."""
-
-    def __init__(self, setup: Setup, pairs: GroupDataset, output: Path) -> None:
-        self._setup, self._pairs, self._output = setup, pairs, output
-
-    def answer(self, params: Params, when: Literal["before", "after"]) -> None:
-        config, tokenizer = self._setup.config, self._setup.tokenizer
-        if not config.sample_prompts:
-            return
-        samples, prompts = sample_prompts(self._pairs, tokenizer, config.sample_prompts)
-        end = tokenizer.eos_token_id
-        answers = generate(self._setup.forward, params, self._setup.mesh, prompts, config.sample_tokens, end)
-        if not distributed.is_first():
-            return
-        if when == "after":
-            samples = read_samples(self._output) or samples  # with what the untrained model said
-        write_samples(self._output, with_answers(samples, when, read_answers(answers, tokenizer)))

@@ -38,6 +38,7 @@ PAGES = {
     "host": Page("host", "host"),
     "streaming": Page("streaming", "equal"),
     "saving": Page("saving", "measured"),
+    "decoding": Page("decoding", "measured"),
     "facts": Page("peaks", "jax matmul"),
     "attention_speed": Page("attention_speed", "cells", ("--width", "64", "--layout", "shared")),
     "plans": Page("plans", "plans"),

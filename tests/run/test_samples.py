@@ -12,7 +12,15 @@ from jax_simpo.data.chat import load_tokenizer
 from jax_simpo.data.synthetic import make_tokenizer
 from jax_simpo.data.tokenize import GroupDataset, tokenize_split
 from jax_simpo.errors import DataError
-from jax_simpo.run.samples import read_answers, readable, sample_prompts, with_answers
+from jax_simpo.run.samples import (
+    drop_later,
+    read_answers,
+    read_samples,
+    readable,
+    sample_prompts,
+    with_answers,
+    write_samples,
+)
 
 HARMLESS = "hh_harmless.test.jsonl"
 
@@ -93,6 +101,14 @@ def test_answers_are_filled_in_one_after_the_other(tmp_path: Path) -> None:
     ids = tokenizer("Thank you, Anna.", add_special_tokens=False)["input_ids"]
     texts = read_answers([ids, []], tokenizer)
     assert texts == ["Thank you, Anna.", ""]
-    samples = with_answers(samples, "before", ["", ""])
-    samples = with_answers(samples, "after", texts)
+    samples = with_answers(samples, "before", ["", ""], step=0)
+    samples = with_answers(samples, "during", ["Thank you.", "Tea."], step=2)
+    samples = with_answers(samples, "during", ["Thank you!", "Tea!"], step=4)
+    samples = with_answers(samples, "after", texts, step=6)
     assert [(s.before, s.after) for s in samples] == [("", "Thank you, Anna."), ("", "")]
+    assert [s.during for s in samples] == [{"2": "Thank you.", "4": "Thank you!"}, {"2": "Tea.", "4": "Tea!"}]
+
+    write_samples(tmp_path, samples)
+    drop_later(tmp_path, 3)  # a killed run goes on from step 3
+    assert [s.during for s in read_samples(tmp_path)] == [{"2": "Thank you."}, {"2": "Tea."}]
+    assert [(s.before, s.after) for s in read_samples(tmp_path)] == [(s.before, s.after) for s in samples]

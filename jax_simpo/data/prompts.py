@@ -1,0 +1,178 @@
+"""Reads prompts that a model is to answer, and writes them as the chat template does: the prompt and the header of an
+answer.
+
+A prompt is text, or a list of messages whose last one is not the assistant's. Prompts come from Python, or from a JSONL
+file whose rows have a `prompt`, or `messages`, and perhaps `tools`. A row of preference pairs is one too: its prompt is
+answered and its answers are left alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jax_simpo.data import template_limits
+from jax_simpo.data.chat import TOO_MUCH, reason_of
+from jax_simpo.data.conversations import Row, read_row
+from jax_simpo.data.messages import BadRow, Message, read_turns, short
+from jax_simpo.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NAMES = ("prompt", "instruction", "messages")
+_SHOWN = 10  # bad prompts that a message lists
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as it was given, and as the model reads it.
+
+    Attributes:
+        given: the text or the messages.
+        turns: its turns.
+        tools: the tools that the model may call.
+        ids: the tokens of the rendered turns and of the header of an answer, int.
+    """
+
+    given: Any
+    turns: list[Message]
+    tools: list[Any] | None
+    ids: list[int]
+
+
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, *, auto_insert_empty_system_msg: bool) -> list[Prompt]:
+    """Reads the prompts of a JSONL file.
+
+    Args:
+        path: the file.
+        tokenizer: as `load_tokenizer` returns it.
+        auto_insert_empty_system_msg: as in `render_group`.
+
+    Raises:
+        DataError: the file cannot be read, is empty or is no JSONL, or a row cannot be used.
+    """
+    return _make(str(path), _lines(path), tokenizer, auto_insert_empty_system_msg)
+
+
+def make_prompts(
+    name: str, prompts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, *, auto_insert_empty_system_msg: bool
+) -> list[Prompt]:
+    """Makes prompts of texts, lists of messages, or rows as a file has them; see `read_prompts`.
+
+    Args:
+        name: what the prompts are called in messages.
+    """
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+        raise DataError(f"{name}: {short(prompts)} is no list of prompts; give a list of texts or of lists of messages")
+    rows = (
+        (f"row {number}", dict(row) if isinstance(row, Mapping) else {"prompt": row})
+        for number, row in enumerate(prompts)
+    )
+    return _make(name, rows, tokenizer, auto_insert_empty_system_msg)
+
+
+def encode_turns(
+    turns: list[Message],
+    tools: list[Any] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    auto_insert_empty_system_msg: bool,
+) -> list[int]:
+    """Returns the token ids of a conversation and of the header of the next answer.
+
+    Raises:
+        BadRow: the chat template refuses the conversation, or writes nothing.
+    """
+    template = tokenizer.get_chat_template()
+    takes_system = "system" in template or "<|im_start|>" in template
+    if auto_insert_empty_system_msg and takes_system and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": ""}, *turns]
+    # Templates add text to `bos_token`, which would be undefined for a tokenizer without one.
+    extra: dict[str, Any] = {"bos_token": ""} if tokenizer.bos_token is None else {}
+    if tools:
+        extra["tools"] = tools
+
+    def write() -> str:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **extra))
+
+    try:
+        text = template_limits.limited(write)
+        template_limits.check_written([text], turns)
+    except template_limits.TooMuchError as error:
+        raise BadRow(TOO_MUCH, str(error)) from error
+    except Exception as error:  # a template may raise anything, `raise_exception` included
+        raise BadRow("refused by the chat template", reason_of(error)) from error
+    ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    if not ids:
+        raise BadRow("no prompt", "the chat template writes nothing for the prompt")
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or ids[0] == bos else [int(bos), *ids]  # as in training
+
+
+def _make(
+    name: str, rows: Iterable[tuple[str, Mapping[str, Any]]], tokenizer: PreTrainedTokenizerBase, auto_insert: bool
+) -> list[Prompt]:
+    prompts, bad = [], []
+    with template_limits.prepared():
+        for place, values in rows:
+            try:
+                prompts.append(_make_one(values, tokenizer, auto_insert))
+            except BadRow as error:
+                bad.append(f"  {name}, {place}: {error}")
+    if bad:
+        lines = [*bad[:_SHOWN], *([f"  and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else [])]
+        first = f"{len(bad)} of {len(prompts) + len(bad)} prompts cannot be used:"
+        raise DataError("\n".join([first, *lines, "Correct or remove them (rows count from 0)."]))
+    if not prompts:
+        raise DataError(f"{name}: there are no prompts in it")
+    return prompts
+
+
+def _make_one(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, auto_insert: bool) -> Prompt:
+    given = next((values[name] for name in _NAMES if values.get(name) is not None), None)
+    row = _read(given, values)
+    if row.prompt[-1]["role"] == "assistant":
+        raise BadRow("nothing to answer", "the last turn of the prompt is the assistant's: end with a turn of the user")
+    ids = encode_turns(row.prompt, row.tools, tokenizer, auto_insert_empty_system_msg=auto_insert)
+    return Prompt(row.prompt if given is None else given, row.prompt, row.tools, ids)
+
+
+def _read(given: Any, values: Mapping[str, Any]) -> Row:
+    """Reads a prompt by the rules for pairs; where there is no pair, beside two answers that nobody gets to see."""
+    if given is None:
+        if values.get("chosen") is None:
+            raise BadRow("no prompt", f"the row has none of {', '.join(f'`{name}`' for name in _NAMES)}")
+        return read_row(values)
+    turns = read_turns(given, "prompt")
+    if not turns or (isinstance(turns, str) and not turns.strip()):
+        raise BadRow("no prompt", "the prompt is empty")
+    return read_row({"prompt": turns, "tools": values.get("tools"), "chosen": "a", "rejected": "b"})
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the place and the values of each row of a JSONL file."""
+    row = 0
+    try:
+        with path.open("rb") as stream:
+            for line, data in enumerate(stream, start=1):
+                if data.isspace():
+                    continue
+                place = f"row {row} (line {line})"
+                try:
+                    values = json.loads(data)
+                except (ValueError, RecursionError) as error:
+                    raise DataError(
+                        f"{path}, line {line}: broken JSON ({error}): each line must be one JSON object"
+                    ) from error
+                if not isinstance(values, dict):
+                    raise DataError(
+                        f'{path}, line {line}: {short(values)} is no object: write {{"prompt": ...}} on each line'
+                    )
+                yield place, values
+                row += 1
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): give a JSONL file of prompts") from error
