@@ -206,11 +206,7 @@ def generate(
         ConfigError: a number is out of its range.
     """
     asked = asked_for(model.setup, samples, max_new_tokens, temperature, top_k, top_p, seed)
-    config = model.setup.config
-    read = make_prompts(
-        "prompts", prompts, model.tokenizer, auto_insert_empty_system_msg=config.auto_insert_empty_system_msg
-    )
-    return answer_prompts(model, read, asked, batch_size)
+    return answer_prompts(model, make_prompts("prompts", prompts, model.setup.prompt_encoder), asked, batch_size)
 
 
 def _ask(callbacks: Sequence[Callback]) -> Callable[[dict[str, Any]], bool]:

@@ -14,7 +14,6 @@ import jax
 from rich.console import Console
 
 from jax_simpo.data.messages import BadRow, Message
-from jax_simpo.data.prompts import encode_turns
 from jax_simpo.models.dialogue import Dialogue
 from jax_simpo.models.generate import Generation
 from jax_simpo.models.transformer import Params
@@ -64,9 +63,8 @@ class Chat:
     def _answer(self, text: str) -> None:
         """Adds a turn of the user's and the model's answer to it, which is printed as it comes."""
         turns = [*self._turns, {"role": "user", "content": text}]
-        insert = self._setup.config.auto_insert_empty_system_msg
         try:
-            ids = encode_turns(turns, None, self._setup.tokenizer, auto_insert_empty_system_msg=insert)
+            ids = self._setup.prompt_encoder.encode(turns)
         except BadRow as error:
             self._console.print(f"{error}; the turn is left out", style="yellow")
             return

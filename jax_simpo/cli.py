@@ -324,8 +324,7 @@ def generate(
 
         setup = api.model_setup(model, settings)
         asked = api.asked_for(setup, samples, max_new_tokens, temperature, top_k, top_p, seed)
-        insert = setup.config.auto_insert_empty_system_msg
-        read = read_prompts(prompts, setup.tokenizer, auto_insert_empty_system_msg=insert)
+        read = read_prompts(prompts, setup.prompt_encoder)
         for record in api.answer_prompts(api.load_setup(setup), read, asked, batch_size, console):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     console.print(f"{len(read)} prompts answered: {output}")

@@ -16,8 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from jax_simpo.data import template_limits
 from jax_simpo.data.chat import TOO_MUCH, reason_of
-from jax_simpo.data.conversations import Row, read_row
+from jax_simpo.data.conversations import Conversation, Row, read_row
+from jax_simpo.data.in_context import once, write
 from jax_simpo.data.messages import BadRow, Message, read_turns, short
+from jax_simpo.data.notes import SpecialTokensInMessages
+from jax_simpo.data.rendering import choose_rendering
+from jax_simpo.data.special_text import SpecialTokens, StandIns
 from jax_simpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -44,27 +48,26 @@ class Prompt:
     ids: list[int]
 
 
-def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, *, auto_insert_empty_system_msg: bool) -> list[Prompt]:
+def read_prompts(path: Path, encoder: PromptEncoder) -> list[Prompt]:
     """Reads the prompts of a JSONL file.
 
     Args:
         path: the file.
-        tokenizer: as `load_tokenizer` returns it.
-        auto_insert_empty_system_msg: as in `render_group`.
+        encoder: makes token ids of them.
 
     Raises:
         DataError: the file cannot be read, is empty or is no JSONL, or a row cannot be used.
     """
-    return _make(str(path), _lines(path), tokenizer, auto_insert_empty_system_msg)
+    return _make(str(path), _lines(path), encoder)
 
 
-def make_prompts(
-    name: str, prompts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, *, auto_insert_empty_system_msg: bool
-) -> list[Prompt]:
+def make_prompts(name: str, prompts: Iterable[Any], encoder: PromptEncoder) -> list[Prompt]:
     """Makes prompts of texts, lists of messages, or rows as a file has them; see `read_prompts`.
 
     Args:
         name: what the prompts are called in messages.
+        prompts: the prompts.
+        encoder: makes token ids of them.
     """
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         raise DataError(f"{name}: {short(prompts)} is no list of prompts; give a list of texts or of lists of messages")
@@ -72,55 +75,64 @@ def make_prompts(
         (f"row {number}", dict(row) if isinstance(row, Mapping) else {"prompt": row})
         for number, row in enumerate(prompts)
     )
-    return _make(name, rows, tokenizer, auto_insert_empty_system_msg)
+    return _make(name, rows, encoder)
 
 
-def encode_turns(
-    turns: list[Message],
-    tools: list[Any] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    auto_insert_empty_system_msg: bool,
-) -> list[int]:
-    """Returns the token ids of a conversation and of the header of the next answer.
+class PromptEncoder:
+    """Encodes conversations that the model is to answer: their turns, and the header of the answer.
 
-    Raises:
-        BadRow: the chat template refuses the conversation, or writes nothing.
+    Args:
+        tokenizer: as `load_tokenizer` returns it.
+        auto_insert_empty_system_msg: as in `render_group`.
+        special_tokens_in_messages: "text" keeps text that spells a special token from becoming that token.
     """
-    template = tokenizer.get_chat_template()
-    takes_system = "system" in template or "<|im_start|>" in template
-    if auto_insert_empty_system_msg and takes_system and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": ""}, *turns]
-    # Templates add text to `bos_token`, which would be undefined for a tokenizer without one.
-    extra: dict[str, Any] = {"bos_token": ""} if tokenizer.bos_token is None else {}
-    if tools:
-        extra["tools"] = tools
 
-    def write() -> str:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **extra))
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        auto_insert_empty_system_msg: bool,
+        special_tokens_in_messages: SpecialTokensInMessages = "text",
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._special = SpecialTokens(tokenizer) if special_tokens_in_messages == "text" else None
+        self._inserts_system = choose_rendering(tokenizer, "in_context", auto_insert_empty_system_msg).takes_system
 
-    try:
-        text = template_limits.limited(write)
-        template_limits.check_written([text], turns)
-    except template_limits.TooMuchError as error:
-        raise BadRow(TOO_MUCH, str(error)) from error
-    except Exception as error:  # a template may raise anything, `raise_exception` included
-        raise BadRow("refused by the chat template", reason_of(error)) from error
-    ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    if not ids:
-        raise BadRow("no prompt", "the chat template writes nothing for the prompt")
-    bos = tokenizer.bos_token_id
-    return ids if bos is None or ids[0] == bos else [int(bos), *ids]  # as in training
+    def encode(self, turns: list[Message], tools: list[Any] | None = None) -> list[int]:
+        """Returns the token ids of a conversation and of the header of the next answer.
+
+        Raises:
+            BadRow: the chat template refuses the conversation, or writes nothing.
+        """
+        if self._inserts_system and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": ""}, *turns]
+        asked, stand_ins = Conversation(turns, (), (), tools=tools), StandIns()
+        if self._special is not None and self._special.found_in(asked):
+            asked, stand_ins = self._special.hide(asked)
+        try:
+            text = template_limits.limited(lambda: write(self._tokenizer, asked.prompt, asked.tools, header=True))
+            template_limits.check_written([text], asked.prompt)
+        except template_limits.TooMuchError as error:
+            raise BadRow(TOO_MUCH, str(error)) from error
+        except Exception as error:  # a template may raise anything, `raise_exception` included
+            raise BadRow("refused by the chat template", reason_of(error)) from error
+        text = once(text, self._tokenizer.bos_token)
+        if self._special is not None and stand_ins:
+            (ids,) = self._special.encode([text], stand_ins)
+        else:
+            ids = [int(token) for token in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
+        if not ids:
+            raise BadRow("no prompt", "the chat template writes nothing for the prompt")
+        bos = self._tokenizer.bos_token_id
+        return ids if bos is None or ids[0] == bos else [int(bos), *ids]  # as in training
 
 
-def _make(
-    name: str, rows: Iterable[tuple[str, Mapping[str, Any]]], tokenizer: PreTrainedTokenizerBase, auto_insert: bool
-) -> list[Prompt]:
+def _make(name: str, rows: Iterable[tuple[str, Mapping[str, Any]]], encoder: PromptEncoder) -> list[Prompt]:
     prompts, bad = [], []
     with template_limits.prepared():
         for place, values in rows:
             try:
-                prompts.append(_make_one(values, tokenizer, auto_insert))
+                prompts.append(_make_one(values, encoder))
             except BadRow as error:
                 bad.append(f"  {name}, {place}: {error}")
     if bad:
@@ -132,12 +144,12 @@ def _make(
     return prompts
 
 
-def _make_one(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, auto_insert: bool) -> Prompt:
+def _make_one(values: Mapping[str, Any], encoder: PromptEncoder) -> Prompt:
     given = next((values[name] for name in _NAMES if values.get(name) is not None), None)
     row = _read(given, values)
     if row.prompt[-1]["role"] == "assistant":
         raise BadRow("nothing to answer", "the last turn of the prompt is the assistant's: end with a turn of the user")
-    ids = encode_turns(row.prompt, row.tools, tokenizer, auto_insert_empty_system_msg=auto_insert)
+    ids = encoder.encode(row.prompt, row.tools)
     return Prompt(row.prompt if given is None else given, row.prompt, row.tools, ids)
 
 

@@ -24,6 +24,7 @@ from jax_simpo.data.packing import (
     make_step_plan,
     micro_batch_line,
 )
+from jax_simpo.data.prompts import PromptEncoder
 from jax_simpo.data.selection import HELD_OUT, Selection
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.errors import CheckpointError, ConfigError, ModelError
@@ -122,6 +123,12 @@ class Setup:
             trust_remote_code=self.config.trust_remote_code,
             revision=self.config.model_revision if own else None,
         )
+
+    @cached_property
+    def prompt_encoder(self) -> PromptEncoder:
+        """Makes token ids of prompts that the model is to answer."""
+        keys = ("auto_insert_empty_system_msg", "special_tokens_in_messages")
+        return PromptEncoder(self.tokenizer, **{key: getattr(self.config, key) for key in keys})
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
