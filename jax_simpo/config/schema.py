@@ -158,7 +158,9 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         le=2**63 - 1,
     )
     auto_insert_empty_system_msg: bool = _key(
-        True, "Puts an empty system message first when the chat template knows system messages.", identity=True
+        True,
+        "Puts an empty system message first when the chat template knows system messages and does not refuse them.",
+        identity=True,
     )
     chat_rendering: Literal["auto", "in_context", "original"] = _key(
         "auto",

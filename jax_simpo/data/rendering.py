@@ -74,6 +74,7 @@ _ANSWER = {"role": "assistant", "content": "Mocha."}
 
 
 def knows_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Returns True if a template seems to know system messages, by the rule of the original SimPO."""
     template = tokenizer.get_chat_template()
     return "system" in template or "<|im_start|>" in template
 
