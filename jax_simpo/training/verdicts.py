@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_simpo.errors import ConfigError
-from jax_simpo.ops import attention, logprobs, loss_head, numerics
+from jax_simpo.ops import attention, loss_head, numerics
 from jax_simpo.ops.attention.evidence import Distance, Shape, Speed, Verdict, examine
 from jax_simpo.ops.loss_head.evidence import HeadShape, examine_head
 from jax_simpo.run import signals
@@ -60,7 +60,7 @@ _LOSS_HEAD = _Kind(
     "loss_head",
     "loss head",
     lambda *a, **k: examine_head(*a, **k),
-    [*(Path(path) for path in loss_head.__path__), Path(logprobs.__file__)],
+    [*(Path(path) for path in loss_head.__path__), Path(numerics.__file__).with_name("logprobs.py")],
 )
 
 

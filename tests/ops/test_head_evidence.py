@@ -10,7 +10,9 @@ import pytest
 from jaxtyping import Array
 
 from jax_simpo.ops import logprobs
+from jax_simpo.ops.attention.choice import place_of
 from jax_simpo.ops.loss_head import evidence
+from jax_simpo.ops.loss_head.backends import BACKENDS, load_backend
 from jax_simpo.ops.loss_head.evidence import HeadShape, examine_head
 
 SHAPE = HeadShape("float32", 64, 32, 500, None)
@@ -63,3 +65,15 @@ def test_what_raises_is_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence, "target_logps", lambda *_, **__: 1 / 0)
     verdict = examine_head("xla", SHAPE, jax.devices()[0])
     assert verdict.raised and str(verdict.problem).startswith("fails: ZeroDivisionError")
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "xla"])
+def test_kernels_are_right_on_the_hardware(
+    monkeypatch: pytest.MonkeyPatch, backend: str, softcap: float | None
+) -> None:
+    shape, device = HeadShape("bfloat16", 3000, 1024, 50001, softcap), jax.devices()[0]
+    if obstacle := load_backend(backend).obstacle(place_of(device), shape.width):
+        pytest.skip(f"{backend} {obstacle}")
+    monkeypatch.undo()  # the small case at its own size
+    assert examine_head(backend, shape, device).problem is None
