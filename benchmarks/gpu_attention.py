@@ -279,14 +279,19 @@ def _kernels(folder: Path, gpu: str, dtype: str, size: int, group: int) -> list[
         for file in folder.glob("*.ptx"):
             file.unlink()
         _compile(function, *arrays(gpu))
-        registers, spilled = _assembled(folder)
+        registers, spilled = assembled(folder, "attention_")
         found.append(Kernel(gpu, dtype, size, group, name, registers, spilled, int(asked[1])))
     return found
 
 
-def _assembled(folder: Path) -> tuple[int, int]:
-    """Assembles the kernel that XLA dumped; returns its registers, and the bytes of a lane that are spilled."""
-    (ptx,) = [file for file in folder.glob("*.ptx") if ".entry attention_" in file.read_text()]
+def assembled(folder: Path, name: str) -> tuple[int, int]:
+    """Assembles the kernel that XLA dumped; returns its registers, and the bytes of a lane that are spilled.
+
+    Args:
+        folder: where the PTX lies.
+        name: what the kernel's name begins with.
+    """
+    (ptx,) = [file for file in folder.glob("*.ptx") if f".entry {name}" in file.read_text()]
     target = re.search(r"\.target (sm_\w+)", ptx.read_text())
     assert target is not None
     nvidia = find_spec("nvidia.cuda_nvcc")

@@ -294,7 +294,9 @@ def score_dataset(
     if console is not None:
         console.print(packing_line(pairs.name, plan, measure(plan)))
         trainer.print_attention(setup.choose_attention(plan), console)
+        trainer.print_loss_head(setup.choose_loss_head(plan), console)
     setup.choose_attention(plan)  # it tries backends on one device, which is no work for the mesh below
+    setup.choose_loss_head(plan)
     with jax.set_mesh(setup.mesh):
         function = make_score_function(setup.forward_of(plan), setup.mesh, prompts=setup.objective.reads_prompts)
         return evaluation.score_groups(function, model.params, plan, pairs, setup.mesh, setup.known(pairs, reference))

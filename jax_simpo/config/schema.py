@@ -445,8 +445,15 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     )
     attention_check: bool = _key(
         True,
-        "On an accelerator, tries attention backends before the first step: whether their numbers are right, and how "
-        "fast they are. What was seen is kept for later runs. False takes `attention` untried.",
+        "On an accelerator, tries the backends of attention and of the loss head before the first step: whether their "
+        "numbers are right, and how fast they are. What was seen is kept for later runs. False takes `attention` and "
+        "`loss_head` untried; for `loss_head: auto` that is `xla`.",
+    )
+    loss_head: Literal["auto", "xla", "triton", "mosaic"] = _key(
+        "auto",
+        "Backend of the loss head; all compute the same. `xla` runs anywhere, `triton` on NVIDIA GPUs from Ampere on, "
+        "`mosaic` on TPUs, both in bfloat16. `auto` takes `xla`, unless another is right on the device and clearly "
+        "faster; the log says which and why. Logits that are kept for the backward pass are always those of `xla`.",
     )
     torch_attention: Literal["auto", "sdpa", "flex", "flash_attention_2", "flash_attention_3", "dense"] = _key(
         "auto",

@@ -14,22 +14,25 @@ from rich.table import Table
 from jax_simpo.config import TrainConfig
 from jax_simpo.doctor.facts import Facts, gather_facts
 from jax_simpo.doctor.findings import Finding, find
-from jax_simpo.doctor.measure import HeadSizes, HeadVerdict, Peaks, examine_head, measure_peaks
+from jax_simpo.doctor.measure import Peaks, measure_peaks
 from jax_simpo.errors import ConfigError
 from jax_simpo.ops.attention import BACKENDS
 from jax_simpo.ops.attention.backends import load_backend, variants_of
 from jax_simpo.ops.attention.choice import candidates, place_of
 from jax_simpo.ops.attention.evidence import Shape, Verdict, told
-from jax_simpo.training import verdicts
+from jax_simpo.ops.loss_head.backends import BACKENDS as HEAD_BACKENDS
+from jax_simpo.ops.loss_head.backends import load_backend as load_head_backend
+from jax_simpo.ops.loss_head.evidence import HeadShape
+from jax_simpo.training import loss_head, verdicts
 from jax_simpo.training.attention import choose_fastest
 from jax_simpo.training.compilation import keep_compiled_programs
 from jax_simpo.training.setup import Setup
 
 # What is tried where no config is given: the shapes of an 8B model on an accelerator, small ones on a CPU.
 _LARGE = Shape("bfloat16", 32, 8, 128, (None,), 128**-0.5, None, 1, 8192)
-_LARGE_HEAD = HeadSizes(targets=4096, width=4096, vocabulary=128256, softcap=None)
+_LARGE_HEAD = HeadShape("bfloat16", states=4096, width=4096, vocabulary=128256, softcap=None)
 _SMALL = Shape("float32", 8, 2, 64, (None,), 64**-0.5, None, 1, 1024)
-_SMALL_HEAD = HeadSizes(targets=512, width=512, vocabulary=32000, softcap=None)
+_SMALL_HEAD = HeadShape("float32", states=512, width=512, vocabulary=32000, softcap=None)
 _LONGEST_DENSE = 4096  # tokens of a row; `dense` holds all scores at once, and longer rows would not fit
 
 
@@ -46,8 +49,11 @@ class Examination:
         obstacles: by name of each other backend, why it cannot.
         chosen: the backend that `attention: auto` takes here; None where none is right.
         reason: why it takes that one, or why none.
-        head_sizes: of the loss head that was timed.
-        head: the verdict on the loss head.
+        head_shape: of the loss head that was tried.
+        heads: a verdict on every backend of the loss head that can run here.
+        head_obstacles: by name of each other one, why it cannot.
+        head_chosen: the backend that `loss_head: auto` takes here; None where none is right.
+        head_reason: why it takes that one, or why none.
     """
 
     facts: Facts
@@ -58,15 +64,17 @@ class Examination:
     obstacles: dict[str, str]
     chosen: str | None
     reason: str
-    head_sizes: HeadSizes
-    head: HeadVerdict
+    head_shape: HeadShape
+    heads: Sequence[Verdict]
+    head_obstacles: dict[str, str]
+    head_chosen: str | None
+    head_reason: str
 
     @property
     def healthy(self) -> bool:
         """False if something stops a run here or spoils it."""
-        return (
-            self.chosen is not None and self.head.problem is None and not any(f.level == "error" for f in self.findings)
-        )
+        errors = any(finding.level == "error" for finding in self.findings)
+        return self.chosen is not None and self.head_chosen is not None and not errors
 
     def to_json(self) -> dict[str, Any]:
         """Returns everything as JSON's types, sizes in bytes and times in seconds; what is not finite is null."""
@@ -95,7 +103,7 @@ def examine_machine(config: TrainConfig | None, console: Console) -> Examination
     if not facts.devices:
         advice = " ".join(f"{finding.text}. {finding.advice}." for finding in find(facts))
         raise ConfigError(f"JAX cannot use its devices: {facts.device_kind}. {advice}")
-    shape, head_sizes = _sizes(config, facts)
+    shape, head_shape = _shapes(config, facts)
     device = jax.local_devices()[0]
     console.print("measuring the peaks of the chip")
     try:
@@ -115,28 +123,62 @@ def examine_machine(config: TrainConfig | None, console: Console) -> Examination
         own = replace(shape, row_length=min(shape.row_length, _LONGEST_DENSE)) if name == "dense" else shape
         names = [name, *(f"{name}+{variant}" for variant in variants_of(name))]
         tried += verdicts.of_backends(names, own, device, anew=True)
-    console.print("trying the loss head")
-    head = examine_head(shape.dtype, head_sizes)
+    heads, head_obstacles = _try_heads(head_shape, device, console)
     preferred = candidates(place).reasons
     try:
         choice = choose_fastest([verdict for verdict in tried if verdict.backend in preferred], shape, device)
         chosen, reason = choice.backend, choice.reason
     except ConfigError as error:
         chosen, reason = None, str(error)
-    findings = [*find(facts), *_of_verdicts(tried, preferred, head)]
-    return Examination(facts, findings, shape, peaks, tried, obstacles, chosen, reason, head_sizes, head)
+    head_chosen, head_reason = _choose_head(heads, head_shape, device)
+    findings = [*find(facts), *_of_verdicts(tried, preferred), *_of_heads(heads, head_chosen)]
+    return Examination(
+        facts,
+        findings,
+        shape,
+        peaks,
+        tried,
+        obstacles,
+        chosen,
+        reason,
+        head_shape,
+        heads,
+        head_obstacles,
+        head_chosen,
+        head_reason,
+    )
 
 
-def _sizes(config: TrainConfig | None, facts: Facts) -> tuple[Shape, HeadSizes]:
+def _try_heads(shape: HeadShape, device: jax.Device, console: Console) -> tuple[list[Verdict], dict[str, str]]:
+    """Tries the backends of the loss head; returns their verdicts, and by name of the others why they cannot run."""
+    place = loss_head.head_place(shape, device)
+    obstacles = {name: load_head_backend(name).obstacle(place, shape.width) for name in HEAD_BACKENDS}
+    tried = []
+    for name in [name for name, obstacle in obstacles.items() if obstacle is None]:
+        console.print(f"trying the loss head: {name}")
+        tried += verdicts.of_loss_heads([name], shape, device, anew=True)
+    return tried, {name: obstacle for name, obstacle in obstacles.items() if obstacle is not None}
+
+
+def _choose_head(tried: Sequence[Verdict], shape: HeadShape, device: jax.Device) -> tuple[str | None, str]:
+    try:
+        choice = loss_head.choose_fastest(tried, shape, device)
+    except ConfigError as error:
+        return None, str(error)
+    return choice.backend, choice.reason
+
+
+def _shapes(config: TrainConfig | None, facts: Facts) -> tuple[Shape, HeadShape]:
     if config is None:
         return (_SMALL, _SMALL_HEAD) if facts.platform == "cpu" else (_LARGE, _LARGE_HEAD)
     setup = Setup(config, any_mesh=True)
-    model = setup.model.config
-    targets = (_SMALL_HEAD if facts.platform == "cpu" else _LARGE_HEAD).targets
-    return setup.attention_shape(), HeadSizes(targets, model.hidden_size, model.vocab_size, model.logit_softcap)
+    head = loss_head.shape_of(setup.model, setup.mesh)
+    if facts.platform == "cpu":
+        head = replace(head, states=_SMALL_HEAD.states)
+    return setup.attention_shape(), head
 
 
-def _of_verdicts(tried: Sequence[Verdict], preferred: Mapping[str, str], head: HeadVerdict) -> list[Finding]:
+def _of_verdicts(tried: Sequence[Verdict], preferred: Mapping[str, str]) -> list[Finding]:
     """Turns what is wrong on the chip into findings."""
     found = []
     for verdict in tried:
@@ -150,10 +192,18 @@ def _of_verdicts(tried: Sequence[Verdict], preferred: Mapping[str, str], head: H
         else:
             advice = f"{use}. Please report it, with what this command prints with --json"
         found.append(Finding("warning", f"attention: {verdict.backend} {verdict.problem}", advice))
-    if head.problem is not None:
-        advice = "Try another version of jax. Please report it, with what this command prints with --json"
-        found.append(Finding("error", f"the loss head {head.problem}", advice))
     return found
+
+
+def _of_heads(tried: Sequence[Verdict], chosen: str | None) -> list[Finding]:
+    """Turns what is wrong with the loss head into findings."""
+    use = "Try another version of jax" if chosen is None else "`loss_head: auto` passes it over"
+    advice = f"{use}. Please report it, with what this command prints with --json"
+    return [
+        Finding("error" if chosen is None else "warning", f"loss head: {verdict.backend} {verdict.problem}", advice)
+        for verdict in tried
+        if verdict.problem is not None
+    ]
 
 
 def show(examination: Examination, console: Console) -> None:
@@ -181,7 +231,7 @@ def show(examination: Examination, console: Console) -> None:
     console.print()
     for line in _shape_lines(shape):
         console.print(line)
-    console.print(_attention_table(examination))
+    console.print(_table(examination.attention, peaks))
     for name, obstacle in examination.obstacles.items():
         console.print(f"{name} cannot run here: it {obstacle}")
     console.print()
@@ -189,7 +239,18 @@ def show(examination: Examination, console: Console) -> None:
         console.print(examination.reason, style="red")
     else:
         console.print(f"attention: {examination.chosen} ({examination.reason})")
-    console.print(_head_line(examination))
+    console.print()
+    head = examination.head_shape
+    console.print(f"The loss head, forward and backward, on {head.states} states x {head.width} x {head.vocabulary}")
+    console.print(f"({head.dtype}, soft cap: {head.softcap or 'none'}):")
+    console.print(_table(examination.heads, peaks))
+    for name, obstacle in examination.head_obstacles.items():
+        console.print(f"{name} cannot run here: it {obstacle}")
+    console.print()
+    if examination.head_chosen is None:
+        console.print(examination.head_reason, style="red")
+    else:
+        console.print(f"loss head: {examination.head_chosen} ({examination.head_reason})")
     console.print()
     styles = {"error": "red", "warning": "yellow", "note": ""}
     for finding in examination.findings:
@@ -207,36 +268,21 @@ def _shape_lines(shape: Shape) -> list[str]:
     ]
 
 
-def _attention_table(examination: Examination) -> Table:
-    peak = examination.peaks.tflops
+def _table(tried: Sequence[Verdict], peaks: Peaks) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("backend", "numbers"):
         table.add_column(heading, style="bold" if heading == "backend" else "", no_wrap=True)
     for heading in ("off by", "forward", "both", "TFLOP/s", "of peak", "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for verdict in examination.attention:
+    for verdict in tried:
         error = max((distance.mean for distance in verdict.distances.values()), default=None)
         numbers = "right" if verdict.problem is None else "not to be used"
         cells = [verdict.backend, numbers, "" if error is None else f"{error:.1e}"]
         if (speed := verdict.speed) is not None:
             cells += [_milliseconds(speed.forward_seconds), _milliseconds(speed.seconds), f"{speed.tflops:.3g}"]
-            cells += [f"{100 * speed.tflops / peak:.3g} %", f"{speed.temporary_bytes / 2**20:.4g} MiB"]
+            cells += [f"{100 * speed.tflops / peaks.tflops:.3g} %", f"{speed.temporary_bytes / 2**20:.4g} MiB"]
         table.add_row(*cells)
     return table
-
-
-def _head_line(examination: Examination) -> str:
-    head, sizes = examination.head, examination.head_sizes
-    if head.problem is not None:
-        return f"loss head {head.problem}"
-    assert head.seconds is not None and head.tflops is not None
-    share = 100 * head.tflops / examination.peaks.tflops
-    memory = "" if head.temporary_bytes is None else f", {head.temporary_bytes / 2**20:.4g} MiB"
-    return (
-        f"loss head: right (largest error {max(head.errors.values()):.1e}); {sizes.targets} targets x {sizes.width} x "
-        f"{sizes.vocabulary}, forward and backward: {_milliseconds(head.seconds)}, {head.tflops:.3g} TFLOP/s, "
-        f"{share:.3g} % of peak{memory}"
-    )
 
 
 def _milliseconds(seconds: float) -> str:

@@ -28,6 +28,7 @@ class Forward:
         longest: most input tokens of a response, where known; `None` stands for the row's length.
         span: most tokens of a row from one to another that sees it, both counted, where known. Attention takes static
             sizes from both numbers, and gives NaN for rows that go beyond.
+        loss_head: the name of the loss head's backend.
     """
 
     model: Model
@@ -36,6 +37,7 @@ class Forward:
     logits_bytes: int = 0
     longest: int | None = None
     span: int | None = None
+    loss_head: str = "xla"
 
     def up_to(self, longest: int, span: int) -> Forward:
         """Returns the forward pass of the rows of a step plan, given its `longest` and `span`."""
@@ -66,4 +68,5 @@ class Forward:
             chunk=None if self.logprob_chunk == "auto" else self.logprob_chunk,
             keep_bytes=self.logits_bytes,
             frozen=self.model.lora is not None,
+            backend=self.loss_head,
         )

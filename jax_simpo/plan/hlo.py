@@ -97,6 +97,21 @@ def loop_states(hlo: str) -> list[tuple[int, tuple[tuple[str, tuple[int, ...]], 
     return [(module.trip_count(module.entry, loop) or 0, tuple(_arrays(loop.type))) for loop in whiles]
 
 
+def loop_traffic(hlo: str, shape: tuple[int, ...]) -> list[int]:
+    """Returns, of each loop that is not inside another, the bytes of arrays of one shape that it reads and writes.
+
+    Every body in it counts once, and every operand and result of an instruction. Arrays that a TPU's compiler keeps in
+    its fast memory do not count.
+
+    Args:
+        hlo: the text of a module.
+        shape: of the arrays.
+    """
+    module = _Module(hlo)
+    whiles = [instruction for instruction in module.bodies[module.entry].values() if instruction.opcode == "while"]
+    return [module.traffic(_attribute(loop, "body"), shape) for loop in whiles]
+
+
 @dataclass(frozen=True)
 class _Instruction:
     """One line of a computation; `text` holds the operands as they are written."""
@@ -198,13 +213,26 @@ class _Module:
                 waits += 1
             elif instruction.opcode in ("call", "async-start"):
                 inner = [self.work(called, passes) for called in self._called(instruction)]
-            elif instruction.opcode not in _FREE:
+            elif not _is_free(instruction):
                 launches += 1
                 size += self._moved(body, instruction)
             launches += times * sum(work.launches for work in inner)
             size += times * sum(work.bytes for work in inner)
             waits += times * sum(work.waits for work in inner)
         return Work(launches, size, waits)
+
+    def traffic(self, name: str, shape: tuple[int, ...]) -> int:
+        """Adds up the bytes of arrays of a shape in a computation and the loops in it; see `loop_traffic`."""
+        body, size = self.bodies[name], 0
+        for instruction in body.values():
+            if instruction.opcode == "while":
+                size += self.traffic(_attribute(instruction, "body"), shape)
+            elif not instruction.opcode.endswith("-start") and not _is_free(instruction):
+                types = [instruction.type, *(body[name].type for name in instruction.operands if name in body)]
+                for dtype, dims, layout in re.findall(rf"{_ARRAY.pattern}(\{{[^}}]*\}})?", " ".join(types)):
+                    found = tuple(int(n) for n in dims.split(",") if n)
+                    size += array_bytes(dtype, found) if found == shape and "S(1)" not in layout else 0
+        return size
 
     def _moved(self, body: dict[str, _Instruction], instruction: _Instruction) -> int:
         """Returns the bytes that a kernel reads and writes."""
@@ -267,6 +295,11 @@ class _Module:
         elements = [s for s in sources if s.opcode == "get-tuple-element" and _index(s) == index]
         steps = [step for s in sources if (step := _constant(s)) is not None]
         return steps[0] if len(elements) == len(steps) == 1 else None
+
+
+def _is_free(instruction: _Instruction) -> bool:
+    """Returns True if an instruction starts nothing on a device."""
+    return instruction.opcode in _FREE or 'custom_call_target="AllocateBuffer"' in instruction.attributes
 
 
 def _results(fused: dict[str, _Instruction]) -> list[_Instruction]:

@@ -31,6 +31,7 @@ from rich.console import Console
 from jax_simpo.data.packing import ROW_MULTIPLE, StepPlan, measure
 from jax_simpo.data.rows import RowBatch
 from jax_simpo.ops.attention import choose, place_of
+from jax_simpo.ops.loss_head import choice as head_choice
 from jax_simpo.plan.allocations import compile_and_measure
 from jax_simpo.plan.flops import useful_flops, work_of
 from jax_simpo.plan.hlo import array_bytes, collectives, loop_states
@@ -38,7 +39,9 @@ from jax_simpo.plan.report import HardwarePlan, Memory, Traffic
 from jax_simpo.plan.topology import Topology
 from jax_simpo.run.cadence import count_steps
 from jax_simpo.sharding import make_mesh, named
+from jax_simpo.training import loss_head
 from jax_simpo.training.attention import AttentionChoice
+from jax_simpo.training.loss_head import LossHeadChoice
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import Accumulated, Denominators, make_train_functions
@@ -63,6 +66,12 @@ class TopologySetup(Setup):
         shape = self.attention_shape(plan)
         place = place_of(self.mesh.devices.flat[0], dtype=shape.dtype, head_dim=shape.head_dim, softcap=shape.softcap)
         return AttentionChoice(*choose(self.config.attention, place))
+
+    def _loss_head_choice(self, plan: StepPlan | None) -> LossHeadChoice:
+        """Returns `xla`, or the backend that the config names: none can be tried on devices that are not here."""
+        shape = loss_head.shape_of(self.model, self.mesh, plan)
+        place = loss_head.head_place(shape, self.mesh.devices.flat[0])
+        return LossHeadChoice(*head_choice.choose(self.config.loss_head, place, shape.width))
 
     @cached_property
     def device_memory(self) -> int:

@@ -113,6 +113,17 @@ def choose_attention(config: TrainConfig, shape: Shape, device: jax.Device) -> A
     return choose_fastest(found, shape, device)
 
 
+def fastest(found: Sequence[Verdict]) -> Verdict | None:
+    """Returns the fastest that is right; of nearly equal ones the first. None if none is right."""
+    best: Verdict | None = None
+    for verdict in found:
+        if verdict.speed is None:
+            continue
+        if best is None or best.speed is None or verdict.speed.seconds < _CLEARLY_FASTER * best.speed.seconds:
+            best = verdict
+    return best
+
+
 def _named(verdict: Verdict, device: jax.Device) -> AttentionChoice:
     if verdict.problem is not None:
         raise ConfigError(
@@ -139,12 +150,7 @@ def choose_fastest(found: Sequence[Verdict], shape: Shape, device: jax.Device) -
         for verdict in found
         if verdict.problem is not None
     ]
-    best: Verdict | None = None
-    for verdict in found:
-        if verdict.speed is None:
-            continue
-        if best is None or best.speed is None or verdict.speed.seconds < _CLEARLY_FASTER * best.speed.seconds:
-            best = verdict
+    best = fastest(found)
     if best is None:
         raise ConfigError(
             f"`attention: auto`: no backend computes right numbers on {device.device_kind} with jax {jax.__version__}. "

@@ -42,9 +42,10 @@ from jax_simpo.run.checkpoint import Checkpoints, abstract_state
 from jax_simpo.run.files import CHECKPOINTS
 from jax_simpo.run.sums import check_model_sums
 from jax_simpo.sharding import make_mesh, slice_count
-from jax_simpo.training import capacity
+from jax_simpo.training import capacity, loss_head
 from jax_simpo.training.attention import AttentionChoice, choose_attention, shape_of
 from jax_simpo.training.groups import packing_line, require_data, tokenize_on_first
+from jax_simpo.training.loss_head import LossHeadChoice
 from jax_simpo.training.objective import objective_of
 from jax_simpo.training.start import StartModel, find_start_model
 
@@ -206,6 +207,24 @@ class Setup:
         longest = capacity.longest_row(self.model, self.mesh, capacity.least_rows(self.config), self.device_memory)
         return shape_of(self.config, self.model, self.mesh, longest, plan)
 
+    def choose_loss_head(self, plan: StepPlan | None = None) -> LossHeadChoice:
+        """Returns the loss head's backend and the reason for it, as `choose_attention` does.
+
+        Raises:
+            ConfigError: the backend cannot run here, or no backend is right here.
+        """
+        if not self._loss_head_choices:
+            self._loss_head_choices.append(self._loss_head_choice(plan))
+        return self._loss_head_choices[0]
+
+    @cached_property
+    def _loss_head_choices(self) -> list[LossHeadChoice]:
+        return []
+
+    def _loss_head_choice(self, plan: StepPlan | None) -> LossHeadChoice:
+        shape = loss_head.shape_of(self.model, self.mesh, plan)
+        return loss_head.choose_loss_head(self.config, shape, self.mesh.local_devices[0])
+
     @property
     def attention(self) -> str:
         """The name of the attention backend."""
@@ -214,11 +233,13 @@ class Setup:
     @cached_property
     def forward(self) -> Forward:
         """The forward pass of rows of which no plan is known."""
-        return Forward(self.model, self.attention, self.config.logprob_chunk)
+        head = self.choose_loss_head().backend
+        return Forward(self.model, self.attention, self.config.logprob_chunk, loss_head=head)
 
     def forward_of(self, plan: StepPlan) -> Forward:
         """Returns the forward pass that scores the rows of a step plan."""
         self.choose_attention(plan)
+        self.choose_loss_head(plan)
         return self.forward.up_to(plan.longest, plan.span)
 
     def training_forward_of(self, plan: StepPlan) -> Forward:

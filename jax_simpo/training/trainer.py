@@ -34,6 +34,7 @@ from jax_simpo.training.compilation import keep_compiled_programs
 from jax_simpo.training.evaluate import GROUPS_PER_PLAN, Evaluation
 from jax_simpo.training.groups import idle_warning, notes_on
 from jax_simpo.training.loop import TrainingLoop
+from jax_simpo.training.loss_head import LossHeadChoice
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.reference import Reference, frozen_weights
 from jax_simpo.training.sampler import Sampler
@@ -150,6 +151,7 @@ def _train(
         assert evaluation is not None  # the config is refused without
         best_rule.check([*setup.objective.metrics, "pairs"], list(evaluation.source.splits))
     print_attention(setup.choose_attention(plan), console)
+    print_loss_head(setup.choose_loss_head(plan), console)
 
     _check_weights(setup, resumes=bool(first_step))
     reference = Reference.of(setup) if setup.objective.needs_reference else None
@@ -297,6 +299,12 @@ def print_attention(choice: AttentionChoice, console: Console) -> None:
     """Prints which attention backend is used and why, and which ones were passed over."""
     print_notes(console, choice.warnings)
     console.print(f"attention: {choice.backend} ({choice.reason})")
+
+
+def print_loss_head(choice: LossHeadChoice, console: Console) -> None:
+    """Prints which backend of the loss head is used and why, and which ones were passed over."""
+    print_notes(console, choice.warnings)
+    console.print(f"loss head: {choice.backend} ({choice.reason})")
 
 
 def print_notes(console: Console, notes: Sequence[str]) -> None:

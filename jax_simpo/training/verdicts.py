@@ -1,4 +1,5 @@
-"""Keeps what was seen of attention backends on this machine, so that only the first run of a kind has to try them.
+"""Keeps what was seen of backends on this machine, of attention and of the loss head, so that only the first run of a
+kind has to try them.
 
 A verdict holds for a chip and its driver, the packages that compile for it, XLA's flags, this program's own kernels and
 the shapes; a change to any of them asks for another. What raised an error is not kept, because the reason may be gone
@@ -14,9 +15,9 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,8 +25,9 @@ import jax
 import jax.numpy as jnp
 
 from jax_simpo.errors import ConfigError
-from jax_simpo.ops import attention, numerics
+from jax_simpo.ops import attention, loss_head, numerics
 from jax_simpo.ops.attention.evidence import Distance, Shape, Speed, Verdict, examine
+from jax_simpo.ops.loss_head.evidence import HeadShape, examine_head
 from jax_simpo.run import signals
 from jax_simpo.run.whole import write_text
 from jax_simpo.training.installed import COMPILERS, nvidia_driver, versions_of
@@ -34,10 +36,38 @@ from jax_simpo.training.machine_cache import machine_cache
 _DEADS = 2  # processes that a backend may end before it is tried no more
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """The backends of one thing.
+
+    Attributes:
+        folder: where their verdicts are kept in the machine's cache.
+        title: what messages call one.
+        examine: tries one; see `evidence.examine`.
+        sources: their own code, files and folders.
+    """
+
+    folder: str
+    title: str
+    examine: Callable[..., Verdict]
+    sources: Sequence[Path]
+
+
+_ATTENTION = _Kind(
+    "attention", "attention backend", lambda *a, **k: examine(*a, **k), [Path(path) for path in attention.__path__]
+)
+_LOSS_HEAD = _Kind(
+    "loss_head",
+    "loss head",
+    lambda *a, **k: examine_head(*a, **k),
+    [*(Path(path) for path in loss_head.__path__), Path(numerics.__file__).with_name("logprobs.py")],
+)
+
+
 def of_backends(
     names: Sequence[str], shape: Shape, device: jax.Device, *, timed: bool = True, anew: bool = False
 ) -> list[Verdict]:
-    """Returns the verdicts on backends: kept ones, or of a trial now.
+    """Returns the verdicts on attention backends: kept ones, or of a trial now.
 
     Args:
         names: of `backends.BACKENDS`.
@@ -49,13 +79,24 @@ def of_backends(
     Raises:
         ConfigError: a backend broke the device, which computes nothing more in this process.
     """
-    folder = machine_cache("attention")
-    return [_verdict(name, shape, device, folder, timed, anew) for name in names]
+    return [_verdict(_ATTENTION, name, shape, device, timed, anew) for name in names]
 
 
-def _verdict(name: str, shape: Shape, device: jax.Device, folder: Path | None, timed: bool, anew: bool) -> Verdict:
+def of_loss_heads(
+    names: Sequence[str], shape: HeadShape, device: jax.Device, *, timed: bool = True, anew: bool = False
+) -> list[Verdict]:
+    """Returns the verdicts on backends of the loss head, as `of_backends` does on those of attention.
+
+    Raises:
+        ConfigError: as there.
+    """
+    return [_verdict(_LOSS_HEAD, name, shape, device, timed, anew) for name in names]
+
+
+def _verdict(kind: _Kind, name: str, shape: Shape | HeadShape, device: jax.Device, timed: bool, anew: bool) -> Verdict:
+    folder = machine_cache(kind.folder)
     if folder is None:  # without a cache folder every run tries
-        return examine(name, shape, device, timed=timed)
+        return kind.examine(name, shape, device, timed=timed)
     place = {"kind": device.device_kind, "platform": device.client.platform_version, "driver": nvidia_driver()}
     flags = {flag: os.environ.get(flag, "") for flag in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     key = {
@@ -66,7 +107,7 @@ def _verdict(name: str, shape: Shape, device: jax.Device, folder: Path | None, t
         "flags": flags,
         "shape": asdict(shape),
     }
-    digest = hashlib.sha256(f"{json.dumps(key, sort_keys=True)} {_sources()}".encode()).hexdigest()[:32]
+    digest = hashlib.sha256(f"{json.dumps(key, sort_keys=True)} {_sources(kind)}".encode()).hexdigest()[:32]
     kept, trial = folder / f"{name}-{digest}.json", folder / f"{name}-{digest}.trial"
     if anew:
         with suppress(OSError):
@@ -77,11 +118,11 @@ def _verdict(name: str, shape: Shape, device: jax.Device, folder: Path | None, t
         if deaths >= _DEADS:
             text = f"ended {deaths} processes that tried it (`jax-simpo doctor`, or removing {trial}, tries it again)"
             return Verdict(name, text, {}, raised=True)
-        verdict = examine(name, shape, device, timed=timed)
+        verdict = kind.examine(name, shape, device, timed=timed)
         if verdict.raised and not _answers(device):
             trial.write_text(str(_DEADS), encoding="utf-8")  # stays: the block is left by an error that keeps it
             raise _BrokenDevice(
-                f"attention backend {name!r} {verdict.problem}, and {device.device_kind} answers no more. Start the "
+                f"{kind.title} {name!r} {verdict.problem}, and {device.device_kind} answers no more. Start the "
                 "same command again: the backend is passed over then"
             )
     if not verdict.raised:
@@ -164,10 +205,10 @@ def _answers(device: jax.Device) -> bool:
         return False
 
 
-def _sources() -> str:
+def _sources(kind: _Kind) -> str:
     """Returns a digest of the backends' own code."""
     digest = hashlib.sha256(Path(numerics.__file__).read_bytes())
-    for folder in attention.__path__:
-        for file in sorted(Path(folder).rglob("*.py")):
+    for path in kind.sources:
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_simpo.ops.logprobs import _StateList, target_logps
+from jax_simpo.ops.logprobs import target_logps
+from jax_simpo.ops.loss_head.states import StateList
 from jax_simpo.sharding import make_mesh
 
 B, L, D, V = 8, 24, 16, 48
@@ -146,7 +147,7 @@ def test_a_state_is_listed_once_for_every_two_different_tokens_that_it_predicts(
             index[n, t], token[n, t] = target
     hidden = jnp.arange(len(rows) * L * 1.0).reshape(len(rows), L, 1)  # each state is its own index
     counts = jnp.asarray([len(row) for row in rows])
-    listing = _StateList(chunk, L, jnp.asarray(index), jnp.asarray(token), counts)
+    listing = StateList(chunk, L, jnp.asarray(index), jnp.asarray(token), counts)
 
     states = listing.take(hidden)
     tokens_of = {(n, i): {t for j, t in row if j == i} for n, row in enumerate(rows) for i, _ in row}

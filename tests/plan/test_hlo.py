@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jax_simpo.plan.hlo import Work, collectives, gpu_work, loop_states
+from jax_simpo.plan.hlo import Work, collectives, gpu_work, loop_states, loop_traffic
 
 # Cut out of programs compiled by libtpu 0.0.42 and by XLA for CPU and GPU.
 TPU_LOOP = """HloModule jit_accumulate, is_scheduled=true
@@ -202,3 +202,27 @@ def test_a_gpu_waits_for_loops_of_unknown_length_and_moves_of_slices_no_more_tha
     of_a_pass, of_the_kernel = 3 * 400 + 4, 2 * 3200 + 400
     assert gpu_work(known, passes=7.0) == Work(6, 5 * of_a_pass + of_the_kernel, 0)
     assert gpu_work(GPU_LOOPS, passes=7.0) == Work(8, 7 * of_a_pass + of_the_kernel, 7)
+
+
+def test_arrays_of_a_shape_count_once_a_body_unless_they_stay_in_fast_memory() -> None:
+    hlo = """HloModule jit_f
+
+%body.1 (p.1: (s32[], f32[8,64])) -> (s32[], f32[8,64]) {
+  %p.1 = (s32[], f32[8,64]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %x.1 = f32[8,64]{1,0:T(8,128)} get-tuple-element(%p.1), index=1
+  %narrow.1 = bf16[8,64]{1,0:T(8,128)(2,1)} convert(%x.1)
+  %near.1 = f32[8,64]{1,0:T(8,128)S(1)} exponential(%narrow.1)
+  %other.1 = f32[64,8]{1,0:T(8,128)} transpose(%near.1), dimensions={1,0}
+  %space.1 = f32[8,64]{1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %t.1 = (s32[], f32[8,64]{1,0}) tuple(%i.1, %space.1)
+}
+
+ENTRY %main (a: (s32[], f32[8,64])) -> (s32[], f32[8,64]) {
+  %a = (s32[], f32[8,64]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[8,64]{1,0}) while(%a), condition=%cond.1, body=%body.1
+}
+"""
+    read, narrow = 4 * 8 * 64, 2 * 8 * 64
+    assert loop_traffic(hlo, (8, 64)) == [read + 2 * narrow]
+    assert loop_traffic(hlo, (64, 8)) == [read]

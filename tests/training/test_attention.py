@@ -79,7 +79,7 @@ def test_a_verdict_is_kept_until_something_changes(own_cache: Path, monkeypatch:
         "the shape": lambda: verdict_on("dense", replace(SHAPE, row_length=512)),
         "a flag": lambda: monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_x=1") or verdict_on("dense"),
         "the driver": lambda: monkeypatch.setattr(verdicts, "nvidia_driver", lambda: "581") or verdict_on("dense"),
-        "a kernel": lambda: monkeypatch.setattr(verdicts, "_sources", lambda: "other") or verdict_on("dense"),
+        "a kernel": lambda: monkeypatch.setattr(verdicts, "_sources", lambda kind: "other") or verdict_on("dense"),
         "the user's wish": lambda: verdict_on("dense", anew=True),
     }
     for number, (change, again) in enumerate(changes.items(), start=2):

@@ -200,10 +200,11 @@ def _at_length(backend: str, shape: Shape, window: int | None) -> tuple[dict[str
 
 
 def _distances(found: Iterable[np.ndarray], exact: Results) -> dict[str, Distance]:
-    return {name: _distance(a, b) for name, a, b in zip(Results._fields, found, exact, strict=True)}
+    return {name: distance(a, b) for name, a, b in zip(Results._fields, found, exact, strict=True)}
 
 
-def _distance(found: np.ndarray, exact: np.ndarray) -> Distance:
+def distance(found: np.ndarray, exact: np.ndarray) -> Distance:
+    """Returns how far an array is from the exact one; infinite if not all of it is finite. A token is its last axis."""
     if not np.isfinite(found).all():
         return Distance(float("inf"), float("inf"))
     error, norm = (np.linalg.norm(x, axis=-1) for x in (found - exact, exact))
@@ -217,14 +218,14 @@ def _complaint(distances: dict[str, Distance], seen: dict[str, Distance], dtype:
         former = seen.get(name, Distance(0.0, 0.0))
         seen[name] = Distance(max(mean, former.mean), max(worst, former.worst))
     limits = LIMITS[dtype]
-    for name, distance in distances.items():
+    for name, (mean, worst) in distances.items():
         array = _IN_WORDS[name]
-        if distance.mean == float("inf"):
+        if mean == float("inf"):
             return f"gives NaN or infinity: {array}"
-        if distance.mean > limits.mean:
-            return f"is wrong: {array} is off by {distance.mean:.1e} of its size (right is up to {limits.mean:.0e})"
-        if distance.worst > limits.worst:
-            return f"is wrong: {array} is off by {distance.worst:.1e} at one token (right is up to {limits.worst:.0e})"
+        if mean > limits.mean:
+            return f"is wrong: {array} is off by {mean:.1e} of its size (right is up to {limits.mean:.0e})"
+        if worst > limits.worst:
+            return f"is wrong: {array} is off by {worst:.1e} at one token (right is up to {limits.worst:.0e})"
     return None
 
 
