@@ -72,6 +72,7 @@ EXPECTED: dict[str, tuple[str | None, dict[str, Any]]] = {
     "handbook_orpo": (
         "trl-orpo",
         {
+            "chat_rendering": "auto",
             "objective": "orpo",
             "beta": 0.05,
             "sft_weight": 1.0,
@@ -231,6 +232,12 @@ SIMPO = {"loss_type": "simpo", "beta": 10, "gamma_beta_ratio": 0.3}
             None,
             OPEN | {"dpo_loss_type": "dpo", "dpo_beta": 0.2},
             {"objective": "dpo", "beta": 0.2, "max_grad_norm": 0.0},
+        ),
+        ("trl-dpo", TRL, {"chat_rendering": "in_context", "special_tokens_in_messages": "tokens"}),
+        (
+            None,
+            FACTORY | {"pref_loss": "ipo", "split_special_tokens": True},
+            {"chat_rendering": "in_context", "special_tokens_in_messages": "text"},
         ),
         ("trl-dpo", TRL | {"use_peft": True}, {"lora_r": 16, "lora_target_modules": ["q_proj", "v_proj"]}),
         ("open-instruct", OPEN | SIMPO | {"use_lora": True}, {"lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.0}),

@@ -414,5 +414,7 @@ AXOLOTL = Trainer(
         "max_length": 512,
         "dtype": "float32",
         "auto_insert_empty_system_msg": False,
+        "chat_rendering": "in_context",
+        "special_tokens_in_messages": "tokens",
     },
 )

@@ -109,7 +109,7 @@ _RULES: dict[str, Rule] = merged(
         "flash_attn": Drop("`attention` chooses the kernel; all compute the same"),
         "pure_bf16": Drop("parameters that are trained are kept in float32"),
         "disable_gradient_checkpointing": Drop("`remat` says what is recomputed"),
-        "split_special_tokens": Refuse("the text of a special token in a message becomes that token"),
+        "split_special_tokens": Keep("special_tokens_in_messages", lambda splits: "text" if splits else "tokens"),
         "fp8": Refuse("`dtype` is float32 or bfloat16"),
         "early_stopping_steps": Keep("early_stopping_patience"),
         "resize_vocab": Refuse("a model's vocabulary stays as it is"),
@@ -314,5 +314,7 @@ LLAMA_FACTORY = Trainer(
         "max_length": 2048,
         "dtype": "float32",
         "auto_insert_empty_system_msg": False,
+        "chat_rendering": "in_context",
+        "special_tokens_in_messages": "tokens",
     },
 )

@@ -231,5 +231,7 @@ OPEN_INSTRUCT = Trainer(
         "max_grad_norm": 0.0,
         "dtype": "bfloat16",
         "auto_insert_empty_system_msg": False,
+        "chat_rendering": "in_context",
+        "special_tokens_in_messages": "tokens",
     },
 )

@@ -204,6 +204,8 @@ def _together(draft: Draft) -> None:
         handbook = draft.get("dataset_mixer") is not None
         origin = "the alignment handbook's default" if handbook else "TRL writes none"
         draft.set("auto_insert_empty_system_msg", handbook, origin)
+    if draft.get("dataset_mixer") is None:  # the handbook writes answers as the original SimPO does
+        draft.set("chat_rendering", "in_context", "TRL's way")
 
 
 TRL = Trainer(
@@ -213,5 +215,5 @@ TRL = Trainer(
     rules=_RULES,
     together=_together,
     # Those of TRL's three configurations, which differ from transformers' and from ours.
-    defaults={"learning_rate": 1e-6, "max_length": 1024, "dtype": "bfloat16"},
+    defaults={"learning_rate": 1e-6, "max_length": 1024, "dtype": "bfloat16", "special_tokens_in_messages": "tokens"},
 )
