@@ -53,6 +53,7 @@ class _Kind:
     sources: Sequence[Path]
 
 
+# `examine` is looked up at each call, so that a test can put another in its place.
 _ATTENTION = _Kind(
     "attention", "attention backend", lambda *a, **k: examine(*a, **k), [Path(path) for path in attention.__path__]
 )

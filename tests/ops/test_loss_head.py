@@ -15,7 +15,7 @@ import pytest
 from jaxtyping import Array
 
 from jax_simpo.ops.logprobs import target_logps
-from jax_simpo.ops.loss_head import mosaic_kernels, triton_kernels
+from jax_simpo.ops.loss_head import mosaic_kernels, triton, triton_kernels
 from jax_simpo.ops.loss_head.backends import BACKENDS, load_backend
 from jax_simpo.sharding import make_mesh
 from tests.ops.attention.test_choice import A100, CPU, T4, TPU
@@ -153,6 +153,7 @@ def test_obstacles_say_why() -> None:
     assert obstacle("triton", CPU) == "needs an NVIDIA GPU, and this is a CPU"
     assert obstacle("mosaic", A100) == "needs a TPU, and this is a GPU"
     assert "capability 8.0" in str(obstacle("triton", T4))
+    assert triton._STEP == triton_kernels.STEP
     for name, place in (("triton", A100), ("mosaic", TPU)):
         assert "multiple of" in str(obstacle(name, place, 100))
         assert obstacle(name, replace(place, dtype="float32")) == "computes in bfloat16, and `dtype` is float32"

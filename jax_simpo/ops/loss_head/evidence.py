@@ -26,7 +26,7 @@ from jax_simpo.sharding import make_mesh
 # piece or a part of a tile has, a vocabulary that no piece divides, states with two targets, and padding.
 _TARGETS, _COUNTS, _LENGTH, _WIDTH, _VOCABULARY = 650, (650, 411), 600, 256, 3001
 _SAMPLE = 8  # states and entries of the vocabulary that are compared at the run's sizes
-_ROUNDS = 4096  # entries of the vocabulary that the host makes exact logits of at a time
+_ROUNDS = 4096  # entries of the vocabulary that the host holds in float64 at a time
 
 # The largest distances of right results; `worst` is that of one target, state or entry of the vocabulary. In bfloat16
 # `xla` has up to 2.8e-3 on a CPU, from rounding the gradients of logits and of states, and 3.9e-3 at the worst place.
@@ -161,7 +161,7 @@ def _at_size(backend: str, shape: HeadShape) -> tuple[dict[str, Distance], Speed
     seconds = seconds_per_call(lambda: both(*arguments))
     found = both(*arguments)
     finite = all(bool(jnp.isfinite(x).all()) for x in found if x is not None)
-    logps, dhidden = (np.asarray(x[0], np.float64) for x in found[:2])
+    logps = np.asarray(found[0][0], np.float64)
     memory = both.memory_analysis()
     products = 2 if shape.frozen else 3
     operations = products * 2 * shape.states * shape.width * shape.vocabulary
@@ -174,7 +174,8 @@ def _at_size(backend: str, shape: HeadShape) -> tuple[dict[str, Distance], Speed
     entries = np.unique([0, shape.vocabulary // 2, shape.vocabulary - 1, *case.token[0, states]])
     exact = _exact_sample(case, shape.softcap, states, entries, logps)
     dhead = None if shape.frozen else np.asarray(found[2][entries], np.float64)
-    return _distances(logps[states][:, None], dhidden[states], dhead, exact), speed
+    dhidden = np.asarray(found[1][0, states], np.float64)
+    return _distances(logps[states][:, None], dhidden, dhead, exact), speed
 
 
 def _large_case(shape: HeadShape) -> _Case:
@@ -203,14 +204,15 @@ def _exact_sample(
     """
     hidden, head = np.asarray(case.hidden[0]).astype(np.float64), np.asarray(case.head)
     token, weights = case.token[0], case.weights[0].astype(np.float64)
-    parts = [head[start : start + _ROUNDS].astype(np.float64) for start in range(0, len(head), _ROUNDS)]
-    logits, slope = _capped(np.concatenate([hidden[states] @ part.T for part in parts], axis=1), softcap)
+    rounds = [slice(start, start + _ROUNDS) for start in range(0, len(head), _ROUNDS)]
+    products = [hidden[states] @ head[entries_of].astype(np.float64).T for entries_of in rounds]
+    logits, slope = _capped(np.concatenate(products, axis=1), softcap)
     sampled = logits - _log_sum_exp(logits)[:, None]
     own = np.arange(len(states)), token[states]
     dlogits = -np.exp(sampled) * weights[states, None]
     dlogits[own] += weights[states]
     dlogits *= slope
-    dhidden = sum(dlogits[:, n * _ROUNDS : n * _ROUNDS + len(part)] @ part for n, part in enumerate(parts))
+    dhidden = sum(dlogits[:, entries_of] @ head[entries_of].astype(np.float64) for entries_of in rounds)
     targets, _ = _capped((hidden * head[token]).sum(-1, keepdims=True), softcap)
     logits, slope = _capped(hidden @ head[entries].astype(np.float64).T, softcap)
     dlogits = weights[:, None] * ((token[:, None] == entries) - np.exp(logits - targets + logps[:, None])) * slope

@@ -12,7 +12,7 @@ from jax_simpo.ops.loss_head.backends import Backend, Rule, Sums, Wanted, nothin
 from jax_simpo.ops.loss_head.blocks import Block, Blocks
 from jax_simpo.ops.loss_head.states import StateList
 
-_STEP = 32  # features of a state in a pass of the kernels' loop
+_STEP = 32  # features of a state in a pass of the kernels' loop, as in `triton_kernels`, which is not imported here
 
 
 def tile() -> tuple[int, int]:
