@@ -34,11 +34,10 @@ __all__ = ["quick_runs", "user"]
 PROMPTS = [pair["prompt"] for pair in PAIRS[:3]]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> js.TrainRun:
-    """A run that learns to say words, and answers before its first step and after every tenth."""
-    config = config_of(
-        tmp_path_factory.mktemp("answers"),
+def answering(folder: Path) -> js.TrainConfig:
+    """The config of a run that learns to say words, and answers before its first step and after every tenth."""
+    return config_of(
+        folder,
         learning_rate=2e-2,
         sft_weight=1.0,
         gamma_beta_ratio=0.1,
@@ -49,7 +48,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> js.TrainRun:
         sample_prompts=2,
         sample_tokens=6,
     )
-    return js.train(config, PAIRS, PAIRS[:4], quiet=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> js.TrainRun:
+    return js.train(answering(tmp_path_factory.mktemp("answers")), PAIRS, PAIRS[:4], quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,14 @@ def test_answers_at_evaluations_are_those_of_the_model_at_that_step(run: js.Trai
     assert said == texts and all(texts)
     last = run.metrics[-1]
     assert last["eval_answers/length"] == sum(record["answers"][0]["tokens"] for record in answers) / 2
+
+
+def test_a_run_that_goes_on_has_the_answers_of_the_whole_run(run: js.TrainRun, tmp_path: Path) -> None:
+    config = answering(tmp_path)
+    stopped = js.train(config, PAIRS, PAIRS[:4], callbacks=[lambda r: r.get("step") == 12], quiet=True)
+    assert stopped.steps == 12 and read_samples(stopped.output_dir)[0].during.keys() == {"10"}
+    js.train(config, PAIRS, PAIRS[:4], quiet=True)
+    assert read_samples(stopped.output_dir) == read_samples(run.output_dir)
 
 
 def test_figures_are_means_over_answers() -> None:

@@ -91,7 +91,7 @@ def read_answers(answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenize
 
 
 def with_answers(samples: Sequence[Sample], when: When, texts: Sequence[str], step: int) -> list[Sample]:
-    """Returns the samples completed by the model's answers, which had `step` optimizer steps."""
+    """Returns the samples completed by the answers of a model that has had `step` optimizer steps."""
     completed = []
     for sample, text in zip(samples, texts, strict=True):
         if when == "during":

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from jax_simpo.run.samples import read_samples
 from tests.training.runs import MODEL
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,7 @@ FULL = {
     "load_best_model_at_end": True,
     "sample_prompts": 1,
     "sample_tokens": 2,
+    "generate_during_eval": True,
 }
 TIMES = ("seconds", "per_second", "waited", "idle", "runtime")
 
@@ -78,6 +80,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
         assert lives[-1][0] == 0 or "finished at step 5: nothing is left to train" in log[-300:], log[-3000:]
         run, oracle = tmp_path / str(number) / "run", tmp_path / "0" / "run"
         assert records(run) == records(oracle)
+        assert [s.during for s in read_samples(run)] == [s.during for s in read_samples(oracle)]
         model = "model/model.safetensors"
         assert (run / model).read_bytes() == (oracle / model).read_bytes()
         assert names(run) == names(oracle) and names(run / "checkpoints") == names(oracle / "checkpoints")
