@@ -84,11 +84,10 @@ def test_values_and_gradients_are_those_of_the_full_logits(
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("mesh", [(1, 2, 4), (2, 2, 2)])
-def test_on_a_mesh_values_and_gradients_are_the_same(backend: str, mesh: tuple[int, int, int]) -> None:
+def test_on_a_mesh_values_and_gradients_are_the_same(backend: str) -> None:
     arrays = problem(3)
     oracle = values_and_gradients(partial(all_logits, softcap=None), arrays)
-    with jax.set_mesh(make_mesh(*mesh)):
+    with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
         assert_same(oracle, values_and_gradients(partial(target_logps, backend=backend, interpret=True), arrays))
 
 

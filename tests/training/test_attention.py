@@ -50,6 +50,7 @@ def test_a_run_with_planted_backends_has_the_losses_of_dense(
     assert "'nan' is passed over: it gives NaN or infinity" in printed
     assert "'crash' is passed over: it fails: NotImplementedError: no lowering for this" in printed
     assert "attention: dense (auto: the fastest right one on cpu; slow " in printed
+    assert "loss head: xla (auto on a CPU: the only one there)" in printed
     monkeypatch.undo()
     assert losses(records) == losses(run(config_of(tmp_path / "dense", max_steps=3, row_length=256, attention="dense")))
 

@@ -14,7 +14,7 @@ from jax_simpo.ops.attention.evidence import Distance, Speed, Verdict
 from jax_simpo.ops.loss_head.evidence import HeadShape
 from jax_simpo.training import loss_head, verdicts
 from jax_simpo.training.loss_head import choose_loss_head
-from tests.training.runs import config_of, run_printing
+from tests.training.runs import config_of
 
 SHAPE = HeadShape("bfloat16", 4096, 4096, 128256, None)
 SPEED = Speed(0.01, 0.03, 500.0, 1 << 28)
@@ -96,8 +96,3 @@ def test_a_verdict_is_kept_until_the_shape_or_the_code_changes(
     monkeypatch.setattr(verdicts, "_sources", lambda kind: "other")
     verdict()
     assert len(tried) == 3 and [folder.name for folder in own_cache.iterdir()] == ["loss_head"]
-
-
-def test_a_run_says_which_head_it_takes(tmp_path: Path) -> None:
-    _, printed = run_printing(config_of(tmp_path, max_steps=1, row_length=256))
-    assert "loss head: xla (auto on a CPU: the only one there)" in printed

@@ -243,6 +243,5 @@ def _notes(draft: Draft) -> Iterator[str]:
             f"the batch is {sizes[0]} x {sizes[1]} pairs times the devices of your run; --devices N writes the batch "
             "that N devices had"
         )
-    yield "the template's assistant header belongs to the answer here, is trained on and counts in its length"
     if "template" in draft.dropped or "chat_template" in draft.dropped:
         yield "`chat_template`: the tokenizer's own is used"
