@@ -13,6 +13,7 @@ from jax_simpo.data.in_context import ChatRendering, Spans, strip_bos, write, wr
 from jax_simpo.data.messages import BadRow, Message
 from jax_simpo.data.rendering import Rendering, choose_rendering, knows_system
 from jax_simpo.data.special_text import StandIns, shown
+from jax_simpo.data.transformers_import import import_transformers
 from jax_simpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -111,11 +112,9 @@ def load_tokenizer(
 def _load_as_saved(name: str, trust_remote_code: bool, revision: str | None) -> PreTrainedTokenizerBase:
     if name.startswith("builtin:"):
         return synthetic.make_tokenizer(name.removeprefix("builtin:"))
-    # transformers takes a second to import, and brings torch along where torch is installed.
-    from transformers import AutoTokenizer
-
+    transformers = import_transformers()
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     # transformers has different exceptions for a missing folder, no network, a broken file, refused remote code.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:300]

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from jax_simpo.data.transformers_import import import_transformers
 from jax_simpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -153,7 +154,6 @@ def make_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     # Imported here, because it takes seconds and rows are made without it.
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     _check_name(name)
     special = (_PAD, _BOS, _EOS, _UNKNOWN, "<|user|>", "<|assistant|>")
@@ -163,7 +163,7 @@ def make_tokenizer(name: str) -> PreTrainedTokenizerBase:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(list(special))
-    return PreTrainedTokenizerFast(
+    made: PreTrainedTokenizerBase = import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=_PAD,
         bos_token=_BOS,
@@ -174,6 +174,7 @@ def make_tokenizer(name: str) -> PreTrainedTokenizerBase:
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
+    return made
 
 
 def _all_texts() -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from jax_simpo.config import TrainConfig
 from jax_simpo.data.packing import PackingReport, StepPlan
@@ -10,6 +10,9 @@ from jax_simpo.data.sources import RawSplit
 from jax_simpo.data.tokenize import GroupDataset, settings_of, tokenize_split
 from jax_simpo.errors import ConfigError, DataError
 from jax_simpo.processes import distributed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _IDLE = 0.25  # share of empty rows from which on the user is warned
 

@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
 
 from jax_simpo import hf
 from jax_simpo.config import TrainConfig, torch_only
@@ -48,6 +47,9 @@ from jax_simpo.training.groups import packing_line, require_data, tokenize_on_fi
 from jax_simpo.training.loss_head import LossHeadChoice
 from jax_simpo.training.objective import objective_of
 from jax_simpo.training.start import StartModel, find_start_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
