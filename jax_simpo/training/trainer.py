@@ -15,6 +15,7 @@ from jax_simpo import hf
 from jax_simpo.config import TrainConfig
 from jax_simpo.data.packing import measure
 from jax_simpo.data.sources import RawSplit
+from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.processes import distributed
 from jax_simpo.run import files, model_card, report, signals
 from jax_simpo.run.best import BestRule
@@ -116,6 +117,8 @@ def _train(
     setup = Setup(config, memory_pairs=pairs, memory_eval_pairs=eval_pairs)
     mesh = setup.mesh
     _print_start(setup, console)
+    # Before the training pairs, which are more: a split that is missing is found at once.
+    evaluated = setup.eval_pairs() if config.do_eval else None
     training = setup.train_pairs()
     print_notes(console, notes_on(training))
     checkpoints = Checkpoints(output / files.CHECKPOINTS, keep=config.save_total_limit)
@@ -145,7 +148,7 @@ def _train(
     packing = measure(plan)
     console.print(setup.packing_lines("training", plan, packing))
     print_notes(console, [idle_warning(plan, packing, setup.data_parallel)])
-    evaluation = _evaluation(setup, console) if config.do_eval else None
+    evaluation = None if evaluated is None else _evaluation(setup, evaluated, console)
     best_rule = BestRule.of(config)
     if best_rule is not None:
         assert evaluation is not None  # the config is refused without
@@ -313,8 +316,7 @@ def print_notes(console: Console, notes: Sequence[str]) -> None:
         console.print(note, style="yellow")
 
 
-def _evaluation(setup: Setup, console: Console) -> Evaluation:
-    pairs = setup.eval_pairs()
+def _evaluation(setup: Setup, pairs: GroupDataset, console: Console) -> Evaluation:
     print_notes(console, notes_on(pairs))
     plan = setup.step_plan(pairs, batch=GROUPS_PER_PLAN, seed=None)
     score = make_score_function(setup.forward_of(plan), setup.mesh, prompts=setup.objective.reads_prompts)

@@ -24,6 +24,7 @@ from jax_simpo.run.resume import run_identity
 from jax_simpo.run.sums import write_model_sums
 from jax_simpo.training import trainer
 from jax_simpo.training.evaluate import GroupScores, evaluation_metrics, split_metrics
+from jax_simpo.training.setup import Setup
 from tests.pairs import random_pairs
 from tests.training.runs import MODEL, Records, config_of, losses, run, stop_after
 
@@ -421,6 +422,14 @@ def test_what_cannot_be_trained_is_an_error_that_says_why(
         changes = {**changes, "dataset_mixer": {str(file): 1.0}}
     with pytest.raises(error, match=message):
         run(config_of(tmp_path, **changes))
+
+
+def test_an_evaluation_split_that_is_not_there_is_found_before_training_pairs_are_tokenised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Setup, "train_pairs", lambda _: pytest.fail("the training pairs are tokenised"))
+    with pytest.raises(DataError, match="has no split `dev`"):
+        run(config_of(tmp_path, do_eval=True, dataset_splits=["train", "dev"]))
 
 
 def test_an_output_directory_that_cannot_be_written_is_refused_before_anything_else(tmp_path: Path) -> None:
