@@ -33,7 +33,7 @@ for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(_number, _usual)
 
 # Tracing makes millions of small objects that live on, and looking for cycles among them again and again takes 5 %.
-gc.set_threshold(200_000, 20, 100)
+gc.set_threshold(100_000, 20, 20)
 
 settings.register_profile("default", deadline=None, max_examples=50, print_blob=True)
 settings.load_profile("default")
