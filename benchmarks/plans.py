@@ -7,7 +7,7 @@ hardware is needed, and nothing is run. A plan that fails is named on the page w
 Expected: every step fits with one row a device.
 
 Needs the compilers: libtpu and `jax[cuda12]` (CONTRIBUTING.md says how to keep them out of the environment).
-Takes about a quarter of an hour on two CPU cores.
+Takes about twenty minutes on two CPU cores.
 """
 
 from __future__ import annotations
