@@ -269,22 +269,39 @@ def _kernels(folder: Path, gpu: str, dtype: str, size: int, group: int) -> list[
 
     found = []
     for name, function in calls.items():
-        try:
-            _compile(function, *arrays(f"{gpu}-tiny"))
-            raise AssertionError(f"the kernel {name} takes no shared memory")
-        except jax.errors.JaxRuntimeError as error:
-            asked = re.search(r"Shared memory size limit exceeded: requested (\d+)", str(error))
-            if asked is None:
-                raise
-        for file in folder.glob("*.ptx"):
-            file.unlink()
-        _compile(function, *arrays(gpu))
-        registers, spilled = assembled(folder, "attention_")
-        found.append(Kernel(gpu, dtype, size, group, name, registers, spilled, int(asked[1])))
+
+        def compile_for(chip: str, function: Callable[..., Any] = function) -> None:
+            _compile(function, *arrays(chip))
+
+        found.append(Kernel(gpu, dtype, size, group, name, *resources(compile_for, gpu, folder, "attention_")))
     return found
 
 
-def assembled(folder: Path, name: str) -> tuple[int, int]:
+def resources(compile_for: Callable[[str], None], gpu: str, folder: Path, name: str) -> tuple[int, int, int]:
+    """Compiles a kernel; returns its registers, the bytes of a lane that are spilled, and its bytes of shared memory.
+
+    Args:
+        compile_for: compiles the kernel for a chip of `GPUS`.
+        gpu: the chip; `GPUS` also has `GPU-tiny`, the same with next to no shared memory.
+        folder: that XLA dumps programs to.
+        name: that the kernel's own begins with.
+    """
+    import jax
+
+    try:
+        compile_for(f"{gpu}-tiny")
+        raise AssertionError(f"the kernel {name} takes no shared memory")
+    except jax.errors.JaxRuntimeError as error:
+        asked = re.search(r"Shared memory size limit exceeded: requested (\d+)", str(error))
+        if asked is None:
+            raise
+    for file in folder.glob("*.ptx"):
+        file.unlink()
+    compile_for(gpu)
+    return *_assembled(folder, name), int(asked[1])
+
+
+def _assembled(folder: Path, name: str) -> tuple[int, int]:
     """Assembles the kernel that XLA dumped; returns its registers, and the bytes of a lane that are spilled.
 
     Args:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from benchmarks.facts import installed_versions, machine_facts
-from benchmarks.gpu_attention import RTX_4090, assembled
+from benchmarks.gpu_attention import RTX_4090, resources
 from benchmarks.options import Option, run
 from benchmarks.results import Result, Table, gib
 from jax_simpo.plan import topology
@@ -261,18 +261,7 @@ def _kernel(folder: Path, gpu: str, name: str, softcap: float | None) -> Kernel:
         arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
         _compile(function, *arrays)
 
-    try:
-        compile_for(f"{gpu}-tiny")
-        raise AssertionError(f"the kernel {name} takes no shared memory")
-    except jax.errors.JaxRuntimeError as error:
-        asked = re.search(r"Shared memory size limit exceeded: requested (\d+)", str(error))
-        if asked is None:
-            raise
-    for file in folder.glob("*.ptx"):
-        file.unlink()
-    compile_for(gpu)
-    registers, spilled = assembled(folder, "loss_head_")
-    return Kernel(gpu, name, softcap, registers, spilled, int(asked[1]))
+    return Kernel(gpu, name, softcap, *resources(compile_for, gpu, folder, "loss_head_"))
 
 
 def _compile(function: Callable[..., Any], *arrays: Any) -> None:

@@ -293,8 +293,8 @@ def score_dataset(
     plan = setup.step_plan(pairs, batch=evaluation.GROUPS_PER_PLAN, seed=None)
     if console is not None:
         console.print(packing_line(pairs.name, plan, measure(plan)))
-        trainer.print_attention(setup.choose_attention(plan), console)
-        trainer.print_loss_head(setup.choose_loss_head(plan), console)
+        trainer.print_choice("attention", setup.choose_attention(plan), console)
+        trainer.print_choice("loss head", setup.choose_loss_head(plan), console)
     setup.choose_attention(plan)  # it tries backends on one device, which is no work for the mesh below
     setup.choose_loss_head(plan)
     with jax.set_mesh(setup.mesh):

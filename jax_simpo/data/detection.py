@@ -75,7 +75,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the config says of the columns of a source.
+    """Holds what the config says of the columns of a source.
 
     Attributes:
         format: the name of the format; None finds it.

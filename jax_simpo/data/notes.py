@@ -1,4 +1,4 @@
-"""What the user should know of a tokenised split: unusable rows, text that was cut, and how answers are rendered."""
+"""Collects what the user should know of a tokenised split: bad rows, text that was cut, how answers are rendered."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SpecialText(NamedTuple):
 
 @dataclass
 class Cuts:
-    """What `max_length` has cut.
+    """Counts what `max_length` has cut.
 
     Attributes:
         groups: groups of which anything was cut.
@@ -73,7 +73,7 @@ class Cuts:
 
 @dataclass
 class Notes:
-    """What the user should know of the rows of a split.
+    """Collects what the user should know of the rows of a split.
 
     Attributes:
         skipped: the rows that cannot be used.

@@ -8,7 +8,6 @@ answered and its answers are left alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from jax_simpo.data.conversations import Conversation, Row, read_row
 from jax_simpo.data.in_context import once, write
 from jax_simpo.data.messages import BadRow, Message, read_turns, short
 from jax_simpo.data.notes import SpecialTokensInMessages
+from jax_simpo.data.readers import json_lines
 from jax_simpo.data.rendering import choose_rendering
 from jax_simpo.data.special_text import SpecialTokens, StandIns
 from jax_simpo.errors import DataError
@@ -167,24 +167,13 @@ def _read(given: Any, values: Mapping[str, Any]) -> Row:
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the place and the values of each row of a JSONL file."""
-    row = 0
     try:
-        with path.open("rb") as stream:
-            for line, data in enumerate(stream, start=1):
-                if data.isspace():
-                    continue
-                place = f"row {row} (line {line})"
-                try:
-                    values = json.loads(data)
-                except (ValueError, RecursionError) as error:
-                    raise DataError(
-                        f"{path}, line {line}: broken JSON ({error}): each line must be one JSON object"
-                    ) from error
-                if not isinstance(values, dict):
-                    raise DataError(
-                        f'{path}, line {line}: {short(values)} is no object: write {{"prompt": ...}} on each line'
-                    )
-                yield place, values
-                row += 1
+        for row, (line, values) in enumerate(json_lines(str(path), path)):
+            if not isinstance(values, dict):
+                raise DataError(
+                    f'{path}, line {line}: {short(values)} is no object: write {{"prompt": ...}} on each line'
+                )
+            yield f"row {row} (line {line})", values
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): give a JSONL file of prompts") from error
+        reason = error.strerror or str(error)
+        raise DataError(f"{path}: cannot be read ({reason}): give a JSONL file of prompts") from error

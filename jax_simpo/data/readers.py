@@ -136,8 +136,23 @@ def _is_jsonl(path: Path) -> bool:
 
 
 def _read_jsonl(label: str, path: Path, reading: Reading) -> Source:
-    """Reads one JSON object per line, line by line, so that an error names the line."""
     builder = _TableBuilder(label, reading)
+    for line, value in json_lines(label, path):
+        builder.add(value, line)
+    return builder.source()
+
+
+def json_lines(label: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """Yields the number and the value of each line of JSON of a file, which may be packed; blank lines are none.
+
+    Args:
+        label: what the file is called in messages.
+        path: the file.
+
+    Raises:
+        DataError: a line is no JSON.
+        OSError: the file cannot be read.
+    """
     with _open(path) as stream:
         for line, data in enumerate(stream, start=1):
             if data.isspace():
@@ -148,8 +163,7 @@ def _read_jsonl(label: str, path: Path, reading: Reading) -> Source:
                 raise DataError(
                     f"{label}, line {line}: broken JSON ({_json_fault(error)}): each line must be one JSON object"
                 ) from error
-            builder.add(value, line)
-    return builder.source()
+            yield line, value
 
 
 def _read_json(label: str, path: Path, reading: Reading) -> Source:

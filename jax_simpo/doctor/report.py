@@ -24,7 +24,8 @@ from jax_simpo.ops.loss_head.backends import BACKENDS as HEAD_BACKENDS
 from jax_simpo.ops.loss_head.backends import load_backend as load_head_backend
 from jax_simpo.ops.loss_head.evidence import HeadShape
 from jax_simpo.training import loss_head, verdicts
-from jax_simpo.training.attention import choose_fastest
+from jax_simpo.training.attention import work_of
+from jax_simpo.training.backend_choice import choose_fastest
 from jax_simpo.training.compilation import keep_compiled_programs
 from jax_simpo.training.setup import Setup
 
@@ -125,12 +126,9 @@ def examine_machine(config: TrainConfig | None, console: Console) -> Examination
         tried += verdicts.of_backends(names, own, device, anew=True)
     heads, head_obstacles = _try_heads(head_shape, device, console)
     preferred = candidates(place).reasons
-    try:
-        choice = choose_fastest([verdict for verdict in tried if verdict.backend in preferred], shape, device)
-        chosen, reason = choice.backend, choice.reason
-    except ConfigError as error:
-        chosen, reason = None, str(error)
-    head_chosen, head_reason = _choose_head(heads, head_shape, device)
+    in_question = [verdict for verdict in tried if verdict.backend in preferred]
+    chosen, reason = _choose("attention", in_question, device, work_of(shape))
+    head_chosen, head_reason = _choose("loss_head", heads, device, loss_head.work_of(head_shape))
     findings = [*find(facts), *_of_verdicts(tried, preferred), *_of_heads(heads, head_chosen)]
     return Examination(
         facts,
@@ -160,9 +158,10 @@ def _try_heads(shape: HeadShape, device: jax.Device, console: Console) -> tuple[
     return tried, {name: obstacle for name, obstacle in obstacles.items() if obstacle is not None}
 
 
-def _choose_head(tried: Sequence[Verdict], shape: HeadShape, device: jax.Device) -> tuple[str | None, str]:
+def _choose(key: str, tried: Sequence[Verdict], device: jax.Device, work: str) -> tuple[str | None, str]:
+    """Returns what `auto` takes, and why; None where no backend is right."""
     try:
-        choice = loss_head.choose_fastest(tried, shape, device)
+        choice = choose_fastest(key, tried, device, work)
     except ConfigError as error:
         return None, str(error)
     return choice.backend, choice.reason
@@ -231,32 +230,33 @@ def show(examination: Examination, console: Console) -> None:
     console.print()
     for line in _shape_lines(shape):
         console.print(line)
-    console.print(_table(examination.attention, peaks))
-    for name, obstacle in examination.obstacles.items():
-        console.print(f"{name} cannot run here: it {obstacle}")
-    console.print()
-    if examination.chosen is None:
-        console.print(examination.reason, style="red")
-    else:
-        console.print(f"attention: {examination.chosen} ({examination.reason})")
-    console.print()
+    _show_tried(examination.attention, examination.obstacles, peaks, console)
+    _show_chosen("attention", examination.chosen, examination.reason, console)
     head = examination.head_shape
     console.print(f"The loss head, forward and backward, on {head.states} states x {head.width} x {head.vocabulary}")
     console.print(f"({head.dtype}, soft cap: {head.softcap or 'none'}):")
-    console.print(_table(examination.heads, peaks))
-    for name, obstacle in examination.head_obstacles.items():
-        console.print(f"{name} cannot run here: it {obstacle}")
-    console.print()
-    if examination.head_chosen is None:
-        console.print(examination.head_reason, style="red")
-    else:
-        console.print(f"loss head: {examination.head_chosen} ({examination.head_reason})")
-    console.print()
+    _show_tried(examination.heads, examination.head_obstacles, peaks, console)
+    _show_chosen("loss head", examination.head_chosen, examination.head_reason, console)
     styles = {"error": "red", "warning": "yellow", "note": ""}
     for finding in examination.findings:
         console.print(f"{finding.level}: {finding.text}. {finding.advice}.", style=styles[finding.level])
     if not examination.findings:
         console.print("nothing to mend", style="green")
+
+
+def _show_tried(tried: Sequence[Verdict], obstacles: Mapping[str, str], peaks: Peaks, console: Console) -> None:
+    console.print(_table(tried, peaks))
+    for name, obstacle in obstacles.items():
+        console.print(f"{name} cannot run here: it {obstacle}")
+    console.print()
+
+
+def _show_chosen(name: str, chosen: str | None, reason: str, console: Console) -> None:
+    if chosen is None:
+        console.print(reason, style="red")
+    else:
+        console.print(f"{name}: {chosen} ({reason})")
+    console.print()
 
 
 def _shape_lines(shape: Shape) -> list[str]:

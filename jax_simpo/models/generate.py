@@ -43,7 +43,7 @@ Prompts = Sequence[Sequence[int] | Int[np.ndarray, " N"]]
 
 @dataclass(frozen=True)
 class Generation:
-    """What is asked for, besides the prompts.
+    """Holds what is asked for, besides the prompts.
 
     Attributes:
         max_new_tokens: the most tokens of an answer.

@@ -40,8 +40,7 @@ from jax_simpo.plan.topology import Topology
 from jax_simpo.run.cadence import count_steps
 from jax_simpo.sharding import make_mesh, named
 from jax_simpo.training import loss_head
-from jax_simpo.training.attention import AttentionChoice
-from jax_simpo.training.loss_head import LossHeadChoice
+from jax_simpo.training.backend_choice import BackendChoice
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.setup import Setup
 from jax_simpo.training.step import Accumulated, Denominators, make_train_functions
@@ -61,17 +60,17 @@ class TopologySetup(Setup):
         """The config's mesh over the topology's devices."""
         return make_mesh(**self.config.mesh.model_dump(), devices=self.topology.devices())
 
-    def _attention_choice(self, plan: StepPlan | None) -> AttentionChoice:
+    def _attention_choice(self, plan: StepPlan | None) -> BackendChoice:
         """Returns the backend that is preferred there: none can be tried on devices that are not here."""
         shape = self.attention_shape(plan)
         place = place_of(self.mesh.devices.flat[0], dtype=shape.dtype, head_dim=shape.head_dim, softcap=shape.softcap)
-        return AttentionChoice(*choose(self.config.attention, place))
+        return BackendChoice(*choose(self.config.attention, place))
 
-    def _loss_head_choice(self, plan: StepPlan | None) -> LossHeadChoice:
+    def _loss_head_choice(self, plan: StepPlan | None) -> BackendChoice:
         """Returns `xla`, or the backend that the config names: none can be tried on devices that are not here."""
         shape = loss_head.shape_of(self.model, self.mesh, plan)
         place = loss_head.head_place(shape, self.mesh.devices.flat[0])
-        return LossHeadChoice(*head_choice.choose(self.config.loss_head, place, shape.width))
+        return BackendChoice(*head_choice.choose(self.config.loss_head, place, shape.width))
 
     @cached_property
     def device_memory(self) -> int:

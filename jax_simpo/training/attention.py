@@ -8,42 +8,22 @@ programs with the same oracle.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-
 import jax
 from jax.sharding import Mesh
 
 from jax_simpo.config import TrainConfig
 from jax_simpo.data.packing import StepPlan
-from jax_simpo.errors import ConfigError
 from jax_simpo.models.transformer import Model
 from jax_simpo.ops.attention.choice import candidates, choose, place_of
-from jax_simpo.ops.attention.evidence import Shape, Verdict
+from jax_simpo.ops.attention.evidence import Shape
 from jax_simpo.ops.attention.mask import Room
-from jax_simpo.processes import distributed
 from jax_simpo.training import verdicts
+from jax_simpo.training.backend_choice import BackendChoice, choose_fastest, keep_named, try_on_first
 from jax_simpo.training.capacity import least_rows
 
 # The backends that need no trial on a kind of device: those that every change to this program is tested with there.
 _KNOWN = {("CPU", "blockwise"), ("CPU", "dense")}
 _TYPICAL_ROW = 8192  # tokens; rows to time backends on where there is no step plan and `row_length` is `auto`
-_CLEARLY_FASTER = 0.97  # a backend that is less preferred must take less than this share of the time
-
-
-@dataclass(frozen=True)
-class AttentionChoice:
-    """The backend of a run.
-
-    Attributes:
-        backend: its name.
-        reason: why it was chosen, a phrase for the log.
-        warnings: sentences about backends that were passed over.
-    """
-
-    backend: str
-    reason: str
-    warnings: Sequence[str] = ()
 
 
 def shape_of(config: TrainConfig, model: Model, mesh: Mesh, longest_row: int, plan: StepPlan | None = None) -> Shape:
@@ -84,7 +64,7 @@ def shape_of(config: TrainConfig, model: Model, mesh: Mesh, longest_row: int, pl
     )
 
 
-def choose_attention(config: TrainConfig, shape: Shape, device: jax.Device) -> AttentionChoice:
+def choose_attention(config: TrainConfig, shape: Shape, device: jax.Device) -> BackendChoice:
     """Chooses the backend for a run. In a run of several processes all call it, and the first one tries for all.
 
     Args:
@@ -99,65 +79,17 @@ def choose_attention(config: TrainConfig, shape: Shape, device: jax.Device) -> A
     place = place_of(device, dtype=shape.dtype, head_dim=shape.head_dim, softcap=shape.softcap)
     backend, reason = choose(config.attention, place)
     if not config.attention_check:
-        return AttentionChoice(backend, f"{reason}; not tried here, `attention_check` is false")
+        return BackendChoice(backend, f"{reason}; not tried here, `attention_check` is false")
     if (place.kind, backend) in _KNOWN:
-        return AttentionChoice(backend, reason)
+        return BackendChoice(backend, reason)
     names = [backend] if config.attention != "auto" else list(candidates(place).reasons)
-    tried = None
-    if distributed.is_first():
-        timed = config.attention == "auto"  # one that is named need not be timed, and the timed rows may be too long
-        tried = [asdict(verdict) for verdict in verdicts.of_backends(names, shape, device, timed=timed)]
-    found = [verdicts.from_json(verdict) for verdict in distributed.collect("attention", tried)[0] or []]
+    timed = config.attention == "auto"  # one that is named need not be timed, and the timed rows may be too long
+    found = try_on_first("attention", lambda: verdicts.of_backends(names, shape, device, timed=timed))
     if config.attention != "auto":
-        return _named(found[0], device)
-    return choose_fastest(found, shape, device)
+        return keep_named("attention", found[0], device)
+    return choose_fastest("attention", found, device, work_of(shape))
 
 
-def fastest(found: Sequence[Verdict]) -> Verdict | None:
-    """Returns the fastest that is right; of nearly equal ones the first. None if none is right."""
-    best: Verdict | None = None
-    for verdict in found:
-        if verdict.speed is None:
-            continue
-        if best is None or best.speed is None or verdict.speed.seconds < _CLEARLY_FASTER * best.speed.seconds:
-            best = verdict
-    return best
-
-
-def _named(verdict: Verdict, device: jax.Device) -> AttentionChoice:
-    if verdict.problem is not None:
-        raise ConfigError(
-            f"`attention: {verdict.backend}` {verdict.problem}, on {device.device_kind} with jax {jax.__version__}. "
-            "Choose `attention: auto`, which takes a backend that is right here; `jax-simpo doctor` shows them all. "
-            "`attention_check: false` would take this one all the same"
-        )
-    return AttentionChoice(verdict.backend, f"as configured, and right on {device.device_kind}")
-
-
-def choose_fastest(found: Sequence[Verdict], shape: Shape, device: jax.Device) -> AttentionChoice:
-    """Chooses the fastest backend that is right; of nearly equal ones that which comes first.
-
-    Args:
-        found: verdicts, in the order of preference.
-        shape: that they were timed on.
-        device: that they were tried on.
-
-    Raises:
-        ConfigError: none of them is right.
-    """
-    warnings = [
-        f"warning: attention backend {verdict.backend!r} is passed over: it {verdict.problem}"
-        for verdict in found
-        if verdict.problem is not None
-    ]
-    best = fastest(found)
-    if best is None:
-        raise ConfigError(
-            f"`attention: auto`: no backend computes right numbers on {device.device_kind} with jax {jax.__version__}. "
-            + "; ".join(f"{verdict.backend} {verdict.problem}" for verdict in found)
-            + ". Try another version of jax; `jax-simpo doctor` shows more"
-        )
-    times = ", ".join(f"{v.backend} {1e3 * v.speed.seconds:.3g} ms" for v in found if v.speed is not None)
-    rows = f"{shape.rows} x {shape.row_length} tokens"
-    reason = f"auto: the fastest right one on {device.device_kind}; {times} for {rows}, forward and backward"
-    return AttentionChoice(best.backend, reason, warnings)
+def work_of(shape: Shape) -> str:
+    """Says on what backends were timed."""
+    return f"{shape.rows} x {shape.row_length} tokens"

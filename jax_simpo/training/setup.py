@@ -42,9 +42,9 @@ from jax_simpo.run.files import CHECKPOINTS
 from jax_simpo.run.sums import check_model_sums
 from jax_simpo.sharding import make_mesh, slice_count
 from jax_simpo.training import capacity, loss_head
-from jax_simpo.training.attention import AttentionChoice, choose_attention, shape_of
+from jax_simpo.training.attention import choose_attention, shape_of
+from jax_simpo.training.backend_choice import BackendChoice
 from jax_simpo.training.groups import packing_line, require_data, tokenize_on_first
-from jax_simpo.training.loss_head import LossHeadChoice
 from jax_simpo.training.objective import objective_of
 from jax_simpo.training.start import StartModel, find_start_model
 
@@ -180,7 +180,7 @@ class Setup:
         ids = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return {"vocab_size": len(self.tokenizer), **ids, **(self.config.new_model_config or {})}
 
-    def choose_attention(self, plan: StepPlan | None = None) -> AttentionChoice:
+    def choose_attention(self, plan: StepPlan | None = None) -> BackendChoice:
         """Returns the attention backend and the reason for it. The first call decides, by the rows of its plan.
 
         On an accelerator that call may try backends, so it should come before the weights are loaded.
@@ -197,10 +197,10 @@ class Setup:
         return self._attention_choices[0]
 
     @cached_property
-    def _attention_choices(self) -> list[AttentionChoice]:
+    def _attention_choices(self) -> list[BackendChoice]:
         return []
 
-    def _attention_choice(self, plan: StepPlan | None) -> AttentionChoice:
+    def _attention_choice(self, plan: StepPlan | None) -> BackendChoice:
         self.model.shardings(self.mesh)  # raises before anything is tried
         return choose_attention(self.config, self.attention_shape(plan), self.mesh.local_devices[0])
 
@@ -209,7 +209,7 @@ class Setup:
         longest = capacity.longest_row(self.model, self.mesh, capacity.least_rows(self.config), self.device_memory)
         return shape_of(self.config, self.model, self.mesh, longest, plan)
 
-    def choose_loss_head(self, plan: StepPlan | None = None) -> LossHeadChoice:
+    def choose_loss_head(self, plan: StepPlan | None = None) -> BackendChoice:
         """Returns the loss head's backend and the reason for it, as `choose_attention` does.
 
         Raises:
@@ -220,10 +220,10 @@ class Setup:
         return self._loss_head_choices[0]
 
     @cached_property
-    def _loss_head_choices(self) -> list[LossHeadChoice]:
+    def _loss_head_choices(self) -> list[BackendChoice]:
         return []
 
-    def _loss_head_choice(self, plan: StepPlan | None) -> LossHeadChoice:
+    def _loss_head_choice(self, plan: StepPlan | None) -> BackendChoice:
         shape = loss_head.shape_of(self.model, self.mesh, plan)
         return loss_head.choose_loss_head(self.config, shape, self.mesh.local_devices[0])
 

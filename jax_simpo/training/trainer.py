@@ -30,12 +30,11 @@ from jax_simpo.run.output import check_output, make_output, prepare_output
 from jax_simpo.run.resume import GUARD, check_not_finished, check_same_run, run_identity
 from jax_simpo.sharding import hosts_share_tensor
 from jax_simpo.training import capacity
-from jax_simpo.training.attention import AttentionChoice
+from jax_simpo.training.backend_choice import BackendChoice
 from jax_simpo.training.compilation import keep_compiled_programs
 from jax_simpo.training.evaluate import GROUPS_PER_PLAN, Evaluation
 from jax_simpo.training.groups import idle_warning, notes_on
 from jax_simpo.training.loop import TrainingLoop
-from jax_simpo.training.loss_head import LossHeadChoice
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.reference import Reference, frozen_weights
 from jax_simpo.training.sampler import Sampler
@@ -153,8 +152,8 @@ def _train(
     if best_rule is not None:
         assert evaluation is not None  # the config is refused without
         best_rule.check([*setup.objective.metrics, "pairs"], list(evaluation.source.splits))
-    print_attention(setup.choose_attention(plan), console)
-    print_loss_head(setup.choose_loss_head(plan), console)
+    print_choice("attention", setup.choose_attention(plan), console)
+    print_choice("loss head", setup.choose_loss_head(plan), console)
 
     _check_weights(setup, resumes=bool(first_step))
     reference = Reference.of(setup) if setup.objective.needs_reference else None
@@ -298,16 +297,16 @@ def _print_start(setup: Setup, console: Console) -> None:
     print_notes(console, notes)
 
 
-def print_attention(choice: AttentionChoice, console: Console) -> None:
-    """Prints which attention backend is used and why, and which ones were passed over."""
-    print_notes(console, choice.warnings)
-    console.print(f"attention: {choice.backend} ({choice.reason})")
+def print_choice(name: str, choice: BackendChoice, console: Console) -> None:
+    """Prints which backend is used and why, and which ones were passed over.
 
-
-def print_loss_head(choice: LossHeadChoice, console: Console) -> None:
-    """Prints which backend of the loss head is used and why, and which ones were passed over."""
+    Args:
+        name: of what it computes.
+        choice: the backend.
+        console: the console to print to.
+    """
     print_notes(console, choice.warnings)
-    console.print(f"loss head: {choice.backend} ({choice.reason})")
+    console.print(f"{name}: {choice.backend} ({choice.reason})")
 
 
 def print_notes(console: Console, notes: Sequence[str]) -> None:

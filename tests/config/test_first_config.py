@@ -56,7 +56,9 @@ def validator() -> Any:
 
 
 def test_every_config_of_the_program_and_every_resolved_one_is_valid(validator: Any) -> None:
-    for file in configs_folder().glob("*.yaml"):
+    files = list(configs_folder().glob("*.yaml"))
+    assert files
+    for file in files:
         validator.validate(yaml.safe_load(file.read_text()) | {"learning_rate": 1e-6})
         validator.validate(yaml.safe_load(load_config(file).to_yaml()) | {"learning_rate": 1e-6})
 

@@ -1,4 +1,4 @@
-"""What can become of a key of another trainer's file, and the file while it is converted."""
+"""Defines what can become of a key of another trainer's file, and holds the file while it is converted."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ Rule = Keep | Drop | Refuse | Part | Do
 
 @dataclass(frozen=True)
 class Options:
-    """What the user says besides the file.
+    """Holds what the user says besides the file.
 
     Attributes:
         method: for files of TRL: `cpo`, `dpo` or `orpo`; None finds it.
