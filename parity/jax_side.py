@@ -45,6 +45,16 @@ from parity.results import EXPORT, GRADIENTS, PYTORCH_IN_JAX, TokenTable, save_r
 from parity.variants import RIGHT, VARIANTS, Variant, VariantGroups
 
 
+def _optimize(job: Job, much: bool) -> None:
+    """Has XLA optimise what is compiled from here on much or little, for tiny models on a CPU.
+
+    Nearly all of their programs run once or twice, in less time than it takes to optimise their code. Which operations
+    a program has, and in which precision, stays the same.
+    """
+    if job.new_models and jax.default_backend() == "cpu":
+        jax.config.update("jax_disable_most_optimizations", not much)
+
+
 @dataclass
 class Runner:
     """One model on one mesh, with its compiled functions. All layouts share them, because their rows have one shape.
@@ -156,7 +166,9 @@ class Runner:
             first_step = build(0)
             first = variant.micro_batches(first_step, self.objective)
             table, losses = self.table(params, first, lengths)
+            _optimize(self.job, bool(steps))  # the one program that runs in every step
             accumulated = accumulate_step(self.functions, params, first_step, variant.micro_batches)
+            _optimize(self.job, False)
             self.save(accumulated.gradients, folder / GRADIENTS)
             records, final = [_numbers(accumulated.metrics)], None
             if steps:
@@ -237,6 +249,7 @@ def main() -> None:
     backends = (JAX_GPU,) if task == "run-gpu" else tuple(MESHES)
     runners: dict[tuple[str, str, str], Runner] = {}
     injected = RIGHT if job.inject is None else VARIANTS[job.inject]
+    _optimize(job, False)
     for cell in (c for c in job.cells if c.backend in backends):
         key = (cell.family, cell.dtype, cell.backend)
         if key not in runners:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -15,11 +17,11 @@ from jax_simpo.data.loader import build_step
 from jax_simpo.data.packing import StepPlan, make_step_plan
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.policy import Forward
-from jax_simpo.models.transformer import Model
+from jax_simpo.models.transformer import Model, Params
 from jax_simpo.objectives import Objective, SimPO
 from jax_simpo.sharding import make_mesh
 from jax_simpo.training.optim import run_optimizer
-from jax_simpo.training.step import make_train_functions, run_step
+from jax_simpo.training.step import TrainFunctions, make_score_function, make_train_functions, run_step
 from tests.pairs import random_pairs
 
 VOCABULARY = 96
@@ -53,6 +55,35 @@ def mesh_of(sizes: tuple[int, int, int]) -> Mesh:
 
 def tiny_model(dtype: str = "float32", **changes: Any) -> Model:
     return Model(read_model_config({**CONFIG, **changes}), dtype)
+
+
+# Tests of a process that want the same functions share them, and so what is traced and compiled at their first call.
+
+
+@cache
+def shared_optimizer() -> Any:
+    """Returns the optimizer of `OPTIMIZER`, whose constant learning rate needs no number of steps."""
+    return run_optimizer(OPTIMIZER, 1)[1]
+
+
+@cache
+def train_functions(forward: Forward, objective: Objective, optimizer: Any, mesh: Mesh) -> TrainFunctions:
+    return make_train_functions(forward, objective, optimizer, mesh)
+
+
+@cache
+def score_function(forward: Forward, mesh: Mesh, prompts: bool = False) -> Callable[..., Any]:
+    return make_score_function(forward, mesh, prompts=prompts)
+
+
+@cache
+def _drawn(model: Model) -> Params:
+    return jax.device_get(model.init(0, mesh_of((1, 1, 1))))
+
+
+def fresh_params(model: Model, mesh: Mesh) -> Params:
+    """Returns what `model.init(0, mesh)` draws, which is the same on every mesh."""
+    return jax.device_put(_drawn(model), model.shardings(mesh))
 
 
 @dataclass(frozen=True)
@@ -122,12 +153,12 @@ def run_steps(
 ) -> History:
     """Runs optimizer steps with the trainer's functions, without its files and console."""
     model = model or tiny_model()
-    optimizer = optimizer or run_optimizer(OPTIMIZER, steps)[1]
+    optimizer = optimizer or shared_optimizer()
     plan = plan_of(pairs, mesh, batch=batch, sharing=sharing, packing=packing, rows=rows)
     records = []
     with jax.set_mesh(mesh):
-        functions = make_train_functions(Forward(model, attention, 64, logits_bytes), objective, optimizer, mesh)
-        params = model.init(0, mesh) if params is None else jax.device_put(params, model.shardings(mesh))
+        functions = train_functions(Forward(model, attention, 64, logits_bytes), objective, optimizer, mesh)
+        params = fresh_params(model, mesh) if params is None else jax.device_put(params, model.shardings(mesh))
         state = functions.init_optimizer(params)
         for k in range(steps):
             params, state, metrics = run_step(functions, params, state, build_step(plan, pairs, k))

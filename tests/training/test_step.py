@@ -26,7 +26,6 @@ from jax_simpo.training.step import (
     Accumulated,
     Denominators,
     accumulate_step,
-    make_score_function,
     make_train_functions,
 )
 from tests.pairs import random_group
@@ -38,11 +37,15 @@ from tests.training.support import (
     History,
     Pairs,
     edited,
+    fresh_params,
     mesh_of,
     plan_of,
     run_steps,
+    score_function,
+    shared_optimizer,
     some_pairs,
     tiny_model,
+    train_functions,
 )
 
 LAYOUTS = [*itertools.product((True, False), repeat=2)]
@@ -119,8 +122,8 @@ def test_no_log_prob_of_one_response_moves_when_the_other_changes(rank: int, sha
     rng = np.random.default_rng(4)
     after = Pairs([edited(pair, rank, rng) for pair in before.all])
     with jax.set_mesh(mesh):
-        params = model.init(0, mesh)
-        score = make_score_function(Forward(model, "blockwise", 64), mesh)
+        params = fresh_params(model, mesh)
+        score = score_function(Forward(model, "blockwise", 64), mesh)
         # Lengths and shared prefixes are the same, so both sit in the same rows.
         plan = plan_of(before, mesh, batch=12, sharing=sharing, packing=packing)
         old, new = (score_groups(score, params, plan, p, mesh) for p in (before, after))
@@ -134,9 +137,9 @@ def test_the_sft_term_is_divided_by_the_chosen_tokens_of_the_whole_step(pairs: P
     mesh, model = mesh_of((1, 1, 1)), tiny_model()
     record = run_steps(pairs, steps=1, batch=BATCH, mesh=mesh, objective=objective).records[0]
     with jax.set_mesh(mesh):
-        params = model.init(0, mesh)
+        params = fresh_params(model, mesh)
         plan = plan_of(pairs, mesh, batch=BATCH)
-        scores = score_groups(make_score_function(Forward(model, "dense", 64), mesh), params, plan, pairs, mesh)
+        scores = score_groups(score_function(Forward(model, "dense", 64), mesh), params, plan, pairs, mesh)
     step = plan.groups(0)
     best = scores.lengths.starts[step]
     cross_entropy = -scores.sums[best].sum() / scores.lengths.targets[best].sum()
@@ -153,17 +156,16 @@ def test_the_sft_term_may_be_over_prompts_too_in_steps_and_evaluations(
     mesh, model = mesh_of((1, 1, 1)), tiny_model()
     plan = plan_of(pairs, mesh, batch=BATCH, sharing=sharing, packing=packing, prompt_targets=True)
     with jax.set_mesh(mesh):
-        params = model.init(0, mesh)
-        optimizer = run_optimizer(OPTIMIZER, 1)[1]
-        functions = make_train_functions(Forward(model, "dense", 64), objective, optimizer, mesh)
+        params = fresh_params(model, mesh)
+        functions = train_functions(Forward(model, "dense", 64), objective, shared_optimizer(), mesh)
         step = build_step(plan, pairs, 0)
         record = accumulate_step(functions, params, step).metrics
-        score = make_score_function(Forward(model, "dense", 64), mesh, prompts=True)
+        score = score_function(Forward(model, "dense", 64), mesh, prompts=True)
         scores = score_groups(score, params, replace(plan, seed=None), pairs, mesh).of_groups(step.groups)
     # The oracle: the chosen sequences alone, as rows of one response whose prompt is their first token.
     whole = Pairs([Group(tuple(Response.after(1, r.ids) for r in pair.responses)) for pair in pairs.all])
     with jax.set_mesh(mesh):
-        plain = make_score_function(Forward(model, "dense", 64), mesh)
+        plain = score_function(Forward(model, "dense", 64), mesh)
         oracle = score_groups(plain, params, replace(plan_of(whole, mesh, batch=BATCH), seed=None), whole, mesh)
     oracle = oracle.of_groups(step.groups)
     expected = -oracle.sums[::2].sum() / oracle.lengths.targets[::2].sum()
@@ -188,7 +190,9 @@ def test_a_run_of_varying_packs_compiles_two_programs(pairs: Pairs) -> None:
     plan = plan_of(pairs, mesh_of((1, 1, 1)), batch=7)
     steps = [build_step(plan, pairs, k) for k in range(plan.steps_per_epoch)]
     assert len({len(step.micro_batches) for step in steps}) > 1 and len({len(step.groups) for step in steps}) > 1
-    history = run_steps(pairs, steps=len(steps), batch=7, mesh=mesh_of((1, 1, 1)))
+    # An optimizer of its own, so that no other test's programs are counted.
+    optimizer = run_optimizer(OPTIMIZER, len(steps))[1]
+    history = run_steps(pairs, steps=len(steps), batch=7, mesh=mesh_of((1, 1, 1)), optimizer=optimizer)
     assert history.programs == 2  # a micro-batch, whether its step has one or several, and the update
 
 
@@ -197,7 +201,7 @@ def test_a_step_of_one_micro_batch_gives_the_same_without_a_sum(pairs: Pairs) ->
     step = build_step(plan_of(pairs, mesh, batch=2), pairs, 0)
     assert len(step.micro_batches) == 1
     with jax.set_mesh(mesh):
-        params = model.init(0, mesh)
+        params = fresh_params(model, mesh)
         settings = (Forward(model, "blockwise", 64), OBJECTIVE, optax.sgd(1.0), mesh)
         ways = [make_train_functions(*settings, accumulates=accumulates) for accumulates in (False, True)]
         alone, summed = (accumulate_step(functions, params, step) for functions in ways)

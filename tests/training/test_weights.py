@@ -19,9 +19,17 @@ from jax_simpo.objectives.orpo import ORPO
 from jax_simpo.run.metrics import read_metrics
 from jax_simpo.training import trainer
 from jax_simpo.training.evaluate import score_groups
-from jax_simpo.training.optim import run_optimizer
-from jax_simpo.training.step import Accumulated, accumulate_step, make_score_function, make_train_functions
-from tests.training.support import OPTIMIZER, mesh_of, plan_of, some_pairs, tiny_model
+from jax_simpo.training.step import Accumulated, accumulate_step
+from tests.training.support import (
+    fresh_params,
+    mesh_of,
+    plan_of,
+    score_function,
+    shared_optimizer,
+    some_pairs,
+    tiny_model,
+    train_functions,
+)
 from tests.training.test_trainer import config_of
 
 OBJECTIVE = ORPO(beta=0.3, sft_weight=0.5, sft_over="response")
@@ -36,9 +44,8 @@ def step() -> Step:
     """Returns the gradients and metrics of a step of all pairs with these weights."""
     mesh, model = mesh_of((1, 1, 1)), tiny_model()
     with jax.set_mesh(mesh):
-        optimizer = run_optimizer(OPTIMIZER, 1)[1]
-        functions = make_train_functions(Forward(model, "dense", 64), OBJECTIVE, optimizer, mesh)
-        params = model.init(0, mesh)
+        functions = train_functions(Forward(model, "dense", 64), OBJECTIVE, shared_optimizer(), mesh)
+        params = fresh_params(model, mesh)
 
     def of_weights(weights: np.ndarray | None) -> Accumulated:
         with jax.set_mesh(mesh):
@@ -54,8 +61,8 @@ def test_a_weight_multiplies_what_its_pair_adds_to_the_loss(step: Step) -> None:
     mesh, model = mesh_of((1, 1, 1)), tiny_model()
     with jax.set_mesh(mesh):
         plan = plan_of(PAIRS, mesh, batch=16)
-        score = make_score_function(Forward(model, "dense", 64), mesh)
-        scores = score_groups(score, model.init(0, mesh), plan, PAIRS, mesh)
+        score = score_function(Forward(model, "dense", 64), mesh)
+        scores = score_groups(score, fresh_params(model, mesh), plan, PAIRS, mesh)
     losses = np.asarray(scores.terms(OBJECTIVE).loss, np.float64)
     sft = -(weights * scores.sums[::2]).sum() / scores.lengths.targets[::2].sum()
     metrics = step(weights).metrics
