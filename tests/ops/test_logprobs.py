@@ -19,31 +19,35 @@ B, L, D, V = 8, 24, 16, 48
 
 
 def problem(seed: int, targets: int) -> tuple[jax.Array, ...]:
-    k = jax.random.split(jax.random.key(seed), 5)
+    rng = np.random.default_rng(seed)
     return (
-        jax.random.normal(k[0], (B, L, D)),
-        jax.random.normal(k[1], (V, D)),
-        jax.random.randint(k[2], (B, targets), 0, L),
-        jax.random.randint(k[3], (B, targets), 0, V),
-        jax.random.normal(k[4], (B, targets)),
+        jnp.asarray(rng.standard_normal((B, L, D)), jnp.float32),
+        jnp.asarray(rng.standard_normal((V, D)), jnp.float32),
+        jnp.asarray(rng.integers(0, L, (B, targets)), jnp.int32),
+        jnp.asarray(rng.integers(0, V, (B, targets)), jnp.int32),
+        jnp.asarray(rng.standard_normal((B, targets)), jnp.float32),
     )
 
 
-def all_logits(hidden, head, index, token, softcap):  # type: ignore[no-untyped-def]
+def all_logits(hidden, head, index, token, softcap=None, counts=None):  # type: ignore[no-untyped-def]
     logits = jnp.take_along_axis(hidden, index[..., None], axis=1) @ head.T
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    return jnp.take_along_axis(jax.nn.log_softmax(logits), token[..., None], axis=-1)[..., 0]
+    logps = jnp.take_along_axis(jax.nn.log_softmax(logits), token[..., None], axis=-1)[..., 0]
+    return logps if counts is None else jnp.where(jnp.arange(index.shape[1]) < counts[:, None], logps, 0.0)
 
 
-def values_and_gradients(logps, seed: int, targets: int):  # type: ignore[no-untyped-def]
-    hidden, head, index, token, weight = problem(seed, targets)
+def values_and_gradients(logps, seed: int, targets: int, counts=None, **settings):  # type: ignore[no-untyped-def]
+    return compiled_once(logps, tuple(settings.items()), *problem(seed, targets), counts)
 
+
+@partial(jax.jit, static_argnums=(0, 1))
+def compiled_once(logps, settings, hidden, head, index, token, weight, counts):  # type: ignore[no-untyped-def]
     def total(hidden, head):  # type: ignore[no-untyped-def]
-        values = logps(hidden, head, index, token)
+        values = logps(hidden, head, index, token, counts=counts, **dict(settings))
         return (values * weight).sum(), values
 
-    (_, values), gradients = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(hidden, head)
+    (_, values), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, head)
     return values, *gradients
 
 
@@ -59,9 +63,9 @@ def values_and_gradients(logps, seed: int, targets: int):  # type: ignore[no-unt
 def test_values_and_gradients_are_those_of_the_full_logits(
     seed: int, targets: int, chunk: int, block: int, keep_bytes: int, softcap: float | None
 ) -> None:
-    oracle = values_and_gradients(lambda *a: all_logits(*a, softcap), seed, targets)
+    oracle = values_and_gradients(all_logits, seed, targets, softcap=softcap)
     tiles = {"chunk": chunk, "block": block, "keep_bytes": keep_bytes}
-    ours = values_and_gradients(lambda *a: target_logps(*a, softcap=softcap, **tiles), seed, targets)
+    ours = values_and_gradients(target_logps, seed, targets, softcap=softcap, **tiles)
     for a, b in zip(oracle, ours, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -71,11 +75,10 @@ def test_values_and_gradients_are_those_of_the_full_logits(
 def test_on_a_mesh_values_and_gradients_are_the_same(
     mesh: tuple[int, int, int], softcap: float | None, keep_bytes: int
 ) -> None:
-    oracle = values_and_gradients(lambda *a: all_logits(*a, softcap), 1, 20)
+    oracle = values_and_gradients(all_logits, 1, 20, softcap=softcap)
     with jax.set_mesh(make_mesh(*mesh)):
-        ours = values_and_gradients(
-            lambda *a: target_logps(*a, softcap=softcap, chunk=6, block=5, keep_bytes=keep_bytes), 1, 20
-        )
+        tiles = {"chunk": 6, "block": 5, "keep_bytes": keep_bytes}
+        ours = values_and_gradients(target_logps, 1, 20, softcap=softcap, **tiles)
     for a, b in zip(oracle, ours, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -83,11 +86,9 @@ def test_on_a_mesh_values_and_gradients_are_the_same(
 @given(counts=st.lists(st.integers(0, 20), min_size=B, max_size=B), chunk=st.sampled_from([3, 8]))
 @settings(max_examples=6)
 def test_padding_targets_give_zeros_in_values_and_gradients(counts: list[int], chunk: int) -> None:
-    real = np.arange(20) < np.array(counts)[:, None]
-    ours = values_and_gradients(
-        lambda *a: target_logps(*a, counts=jnp.asarray(counts, jnp.int32), chunk=chunk, block=16), 2, 20
-    )
-    oracle = values_and_gradients(lambda *a: jnp.where(real, all_logits(*a, None), 0.0), 2, 20)
+    real = jnp.asarray(counts, jnp.int32)
+    ours = values_and_gradients(target_logps, 2, 20, real, chunk=chunk, block=16)
+    oracle = values_and_gradients(all_logits, 2, 20, real)
     for a, b in zip(oracle, ours, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -102,7 +103,7 @@ def test_padding_that_points_at_a_token_with_huge_logits_gives_no_nan(keep_bytes
         return target_logps(hidden, head, index, token, counts=counts, chunk=160, keep_bytes=keep_bytes).sum()
 
     assert float(jnp.abs(hidden[:, 0] @ head.T).max()) > 89  # whose exponential float32 cannot hold
-    assert all(np.isfinite(gradient).all() for gradient in jax.grad(total, (0, 1))(hidden, head))
+    assert all(np.isfinite(gradient).all() for gradient in jax.jit(jax.grad(total, (0, 1)))(hidden, head))
 
 
 def test_chunks_of_padding_alone_are_not_computed() -> None:
@@ -114,7 +115,7 @@ def test_chunks_of_padding_alone_are_not_computed() -> None:
     def total(hidden: jax.Array, head: jax.Array) -> jax.Array:
         return target_logps(hidden, head, index, token, counts=counts, chunk=8).sum()
 
-    assert all(np.isfinite(gradient).all() for gradient in jax.grad(total, (0, 1))(hidden, head))
+    assert all(np.isfinite(gradient).all() for gradient in jax.jit(jax.grad(total, (0, 1)))(hidden, head))
 
 
 def test_kept_logits_are_used_and_a_head_product_is_saved() -> None:
@@ -127,6 +128,16 @@ def test_kept_logits_are_used_and_a_head_product_is_saved() -> None:
 
     # One forward product; in the backward pass the same again and two more. Each for whole tiles and for parts of one.
     assert (products(0), products(4 * 160 * V)) == (2 * 4, 2 * 3)
+
+
+@partial(jax.jit, static_argnums=0)
+def listed(chunk: int, index: jax.Array, token: jax.Array, counts: jax.Array) -> tuple[jax.Array, ...]:
+    """Lists states that are their own index: their list, its length, them at their targets, and counts of targets."""
+    hidden = jnp.arange(len(index) * L * 1.0).reshape(len(index), L, 1)
+    listing = StateList(chunk, L, index, token, counts)
+    states = listing.take(hidden)
+    weights = listing.added_per_state(jnp.where(listing.real, 1.0, 0.0))
+    return states, listing.live, listing.to_targets(states), weights
 
 
 @given(
@@ -145,18 +156,13 @@ def test_a_state_is_listed_once_for_every_two_different_tokens_that_it_predicts(
     for n, row in enumerate(rows):
         for t, target in enumerate(row):
             index[n, t], token[n, t] = target
-    hidden = jnp.arange(len(rows) * L * 1.0).reshape(len(rows), L, 1)  # each state is its own index
-    counts = jnp.asarray([len(row) for row in rows])
-    listing = StateList(chunk, L, jnp.asarray(index), jnp.asarray(token), counts)
-
-    states = listing.take(hidden)
+    states, live, of_targets, weights = listed(chunk, index, token, np.array([len(row) for row in rows], np.int32))
     tokens_of = {(n, i): {t for j, t in row if j == i} for n, row in enumerate(rows) for i, _ in row}
     expected = [n * L + i for (n, i), tokens in tokens_of.items() for _ in range(0, len(tokens), 2)]
-    assert sorted(states[: listing.live, 0].tolist()) == sorted(expected)
+    assert sorted(states[:live, 0].tolist()) == sorted(expected)
     for n, row in enumerate(rows):
-        assert listing.to_targets(states)[n, : len(row), 0].tolist() == [n * L + i for i, _ in row]
+        assert of_targets[n, : len(row), 0].tolist() == [n * L + i for i, _ in row]
     # Entries of targets of one state and token are added up, those of padding among padding.
-    weights = listing.added_per_state(jnp.where(listing.real, 1.0, 0.0))
     targets = [(n, *target) for n, row in enumerate(rows) for target in row]
     assert sorted(weights[weights > 0].tolist()) == sorted(map(targets.count, set(targets)))
 
@@ -169,12 +175,12 @@ def test_targets_that_many_responses_share_have_the_gradients_of_each() -> None:
     def total(logps, hidden, head):  # type: ignore[no-untyped-def]
         return (logps(hidden, head, index, token) * weight).sum()
 
-    oracle = jax.grad(lambda *a: total(lambda *b: all_logits(*b, None), *a), (0, 1))(hidden, head)
+    def gradients(logps):  # type: ignore[no-untyped-def]
+        return jax.jit(jax.grad(partial(total, logps), (0, 1)))(hidden, head)
+
+    oracle = gradients(all_logits)
     for keep_bytes in (0, 1 << 20):
-        ours = jax.grad(
-            lambda *a, keep=keep_bytes: total(partial(target_logps, chunk=5, block=16, keep_bytes=keep), *a),
-            (0, 1),
-        )(hidden, head)
+        ours = gradients(partial(target_logps, chunk=5, block=16, keep_bytes=keep_bytes))
         for a, b in zip(oracle, ours, strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -183,7 +189,7 @@ def test_no_log_prob_is_positive() -> None:
     # A target's own logit and the one in the log-sum-exp are summed in different orders.
     hidden, head, index, token, _ = problem(3, 20)
     token = (hidden @ head.T).argmax(-1)[jnp.arange(B)[:, None], index]  # the likeliest
-    assert float(target_logps(30 * hidden, head, index, token).max()) <= 0.0
+    assert float(jax.jit(target_logps)(30 * hidden, head, index, token).max()) <= 0.0
 
 
 def test_bfloat16_states_give_float32_log_probs_and_a_float32_head_gradient() -> None:
@@ -193,8 +199,8 @@ def test_bfloat16_states_give_float32_log_probs_and_a_float32_head_gradient() ->
         return target_logps(hidden, head, index, token, chunk=4).sum()
 
     hidden = hidden.astype(jnp.bfloat16)
-    assert target_logps(hidden, head, index, token).dtype == jnp.float32
-    dhidden, dhead = jax.grad(total, (0, 1))(hidden, head)
+    assert jax.eval_shape(target_logps, hidden, head, index, token).dtype == jnp.float32
+    dhidden, dhead = jax.eval_shape(jax.grad(total, (0, 1)), hidden, head)
     assert (dhidden.dtype, dhead.dtype) == (jnp.bfloat16, jnp.float32)
 
 

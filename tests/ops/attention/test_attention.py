@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 
 import jax
@@ -48,31 +49,37 @@ def inputs(seed: int, rows: int, length: int, heads: int, kv_heads: int, width: 
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
+def room_of(batch: RowBatch) -> Room:
+    """Returns the room that a batch's sequences need, and not a token more."""
+    sequences = (batch.key_end == np.arange(batch.key_end.shape[1]) + 1).sum(1).max()
+    span = (batch.key_end - np.arange(batch.key_end.shape[1])).max()
+    return Room(max(1, int(sequences)), int(batch.positions.max()) + 1, max(1, int(span)))
+
+
 def make_mask(batch: RowBatch, windows: tuple[int | None, ...], backend: str) -> Mask:
     """Makes the mask of a batch. Kernels whose hardware is missing are interpreted."""
-    sequences = (batch.key_end == np.arange(batch.key_end.shape[1]) + 1).sum(1).max()
-    # Not a token more than they need.
-    span = (batch.key_end - np.arange(batch.key_end.shape[1])).max()
-    room = Room(max(1, int(sequences)), int(batch.positions.max()) + 1, max(1, int(span)))
-    return prepare_mask(
-        jnp.array(batch.key_end),
-        jnp.array(batch.positions),
-        windows,
-        backend,
-        room=room,
-        interpret=jax.default_backend() == "cpu",
-    )
+    key_end, positions = jnp.array(batch.key_end), jnp.array(batch.positions)
+    return _make_mask(key_end, positions, windows, backend, room_of(batch))
+
+
+def _make_mask(key_end, positions, windows, backend: str, room: Room) -> Mask:  # type: ignore[no-untyped-def]
+    return prepare_mask(key_end, positions, windows, backend, room=room, interpret=jax.default_backend() == "cpu")
 
 
 def run(batch: RowBatch, q, k, v, dout, backend: str, window=None, softcap=None):  # type: ignore[no-untyped-def]
     """Returns the output and the gradients of q, k and v."""
+    arrays = (jnp.array(batch.key_end), jnp.array(batch.positions), q, k, v, dout)
+    return _run(*arrays, backend, None if backend == "dense" else room_of(batch), window, softcap)
 
+
+@partial(jax.jit, static_argnums=(6, 7, 8, 9))
+def _run(key_end, positions, q, k, v, dout, backend, room, window, softcap):  # type: ignore[no-untyped-def]
     def total(q, k, v):  # type: ignore[no-untyped-def]
-        mask = make_mask(batch, (window,), backend)
+        mask = _make_mask(key_end, positions, (window,), backend, room)
         out = attention(q, k, v, mask, scale=0.3, window=window, softcap=softcap)
         return (out * dout).astype(jnp.float32).sum(), out
 
-    (_, out), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+    (_, out), gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q, k, v)
     return out, *gradients
 
 
