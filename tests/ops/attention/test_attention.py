@@ -87,15 +87,16 @@ def _run(key_end, positions, q, k, v, dout, backend, room, window, softcap):  # 
 def test_dense_gives_each_branch_what_its_own_sequence_gives(window: int | None, softcap: float | None) -> None:
     batch = layout(0, 2, 96)
     q, k, v, dout = inputs(0, 2, 96, 4, 2, 8)
-    out = run(batch, q, k, v, dout, "dense", window, softcap)[0]
+    out = np.asarray(run(batch, q, k, v, dout, "dense", window, softcap)[0])
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     groups = q.shape[2] // k.shape[2]
     for query in range(batch.input_tokens):
         seen = [j for j in range(query + 1) if query < batch.key_end[0, j]]
         # One query by hand, in float64, from the positions of its own sequence.
         seen = [j for j in seen if window is None or batch.positions[0, query] - batch.positions[0, j] < window]
         for head in range(q.shape[2]):
-            keys, values = (np.asarray(x[0, seen, head // groups], np.float64) for x in (k, v))
-            scores = 0.3 * keys @ np.asarray(q[0, query, head], np.float64)
+            keys, values = (x[0, seen, head // groups] for x in (k, v))
+            scores = 0.3 * keys @ q[0, query, head]
             if softcap is not None:
                 scores = softcap * np.tanh(scores / softcap)
             weights = np.exp(scores - scores.max())
