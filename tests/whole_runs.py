@@ -12,10 +12,15 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jax_simpo.config import TrainConfig, identity_of
+from jax_simpo.models.transformer import Model, Params
 from jax_simpo.run import curves
+from jax_simpo.sharding import make_mesh
 from jax_simpo.training import optim, reference, step, trainer
 
 _PICTURE = b"\x89PNG\r\n\x1a\n"  # the first bytes of a PNG
@@ -28,6 +33,22 @@ def _run_optimizer(config: TrainConfig, total_steps: int) -> Any:
     return _optimizers.setdefault(key, optim.run_optimizer(config, total_steps))
 
 
+@lru_cache(maxsize=8)
+def _drawn(model: Model, seed: int) -> Params:
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        return jax.device_get(_init(model, seed, mesh))
+
+
+def _shared_init(model: Model, seed: int, mesh: Mesh) -> Params:
+    """Draws the parameters of equal models once; they are the same on every mesh."""
+    if jax.process_count() > 1:
+        return _init(model, seed, mesh)
+    # A copy, because a step takes the memory of its parameters, and a CPU's may be that of the host.
+    return jax.device_put(jax.tree.map(np.array, _drawn(model, seed)), model.shardings(mesh))
+
+
+_init = Model.init
 _make_train_functions = lru_cache(maxsize=8)(step.make_train_functions)
 _make_score_function = lru_cache(maxsize=8)(step.make_score_function)
 
@@ -40,6 +61,7 @@ def made_quick() -> Iterator[None]:
         patch.setattr(trainer, "make_train_functions", _make_train_functions)
         for module in (trainer, reference):
             patch.setattr(module, "make_score_function", _make_score_function)
+        patch.setattr(Model, "init", _shared_init)
         patch.setattr(curves, "draw_curves", lambda *_, **__: _PICTURE)
         yield
 

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -295,8 +295,7 @@ def _read_source(source: str, split: str, config: str | None, reading: Reading) 
     """Returns the rows of a split of a source, and how each of its files was read."""
     path = Path(source).expanduser()
     if source.startswith(BUILTIN):
-        rows = synthetic.make_rows(source.removeprefix(BUILTIN), split)
-        read = [from_rows(f"{source}/{split}", rows, reading)]
+        read = [_read_usual_builtin(source, split) if reading == Reading() else _read_builtin(source, split, reading)]
     elif path.is_dir():
         read = _read_folder(source, path, split, reading)
     elif path.exists():
@@ -313,6 +312,17 @@ def _read_source(source: str, split: str, config: str | None, reading: Reading) 
     if table.num_rows == 0:
         raise DataError(f"{source}: the split {split!r} has no rows")
     return table, _joined_layouts(f"{source}/{split}", [one.layout for one in read])
+
+
+def _read_builtin(source: str, split: str, reading: Reading) -> Source:
+    rows = synthetic.make_rows(source.removeprefix(BUILTIN), split)
+    return from_rows(f"{source}/{split}", rows, reading)
+
+
+@cache
+def _read_usual_builtin(source: str, split: str) -> Source:
+    """Reads a built-in split once for all runs of a process, such as those of a notebook."""
+    return _read_builtin(source, split, Reading())
 
 
 def _joined_layouts(label: str, layouts: Sequence[Layout]) -> tuple[Layout, ...]:

@@ -83,7 +83,8 @@ def _drawn(model: Model) -> Params:
 
 def fresh_params(model: Model, mesh: Mesh) -> Params:
     """Returns what `model.init(0, mesh)` draws, which is the same on every mesh."""
-    return jax.device_put(_drawn(model), model.shardings(mesh))
+    # A copy, because a step takes the memory of its parameters, and a CPU's may be that of the host.
+    return jax.device_put(jax.tree.map(np.array, _drawn(model)), model.shardings(mesh))
 
 
 @dataclass(frozen=True)
