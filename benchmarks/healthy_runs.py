@@ -21,8 +21,10 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -221,6 +223,28 @@ def train_case(case: Case, seed: int, work: Path) -> Recorded:
     return Recorded(case.kind, case.name, seed, traits, [_reduced(record) for record in ended.metrics])
 
 
+@contextmanager
+def _shared_programs() -> Iterator[None]:
+    """Lets runs of the same shapes and settings share what they trace and compile, which is most of their time."""
+    names = ("run_optimizer", "make_train_functions", "make_score_function")
+    own = {name: getattr(trainer, name) for name in names}
+    optimizers: dict[tuple[float, int], Any] = {}
+
+    def run_optimizer(config: TrainConfig, total_steps: int) -> Any:
+        """Finds the optimizer of the same settings: the runs differ in rate and length alone."""
+        key = config.learning_rate, total_steps
+        return optimizers.setdefault(key, own["run_optimizer"](config, total_steps))
+
+    trainer.run_optimizer = run_optimizer
+    trainer.make_train_functions = lru_cache(own["make_train_functions"])
+    trainer.make_score_function = lru_cache(own["make_score_function"])
+    try:
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(trainer, name, function)
+
+
 def _config(output: Path, settings: Mapping[str, Any]) -> TrainConfig:
     shutil.rmtree(output, ignore_errors=True)
     return TrainConfig(
@@ -269,42 +293,97 @@ def _recorded(values: Mapping[str, Any]) -> Recorded:
 
 # --- the figures
 
+_AT_START = {"learning-rate", "gamma", "double-bos", "missing-eos"}
+
 
 def table(runs: Sequence[Recorded]) -> list[str]:
-    """Returns the lines of a table: of each kind the runs, those with a finding in their first half, and which."""
-    lines = [
-        "| runs | how many | flagged in the first half | flagged at all | by which finding |",
-        "|---|---|---|---|---|",
-    ]
+    """Returns the lines of a table: of each kind the runs, and those with a finding in their first half.
+
+    "by records" leaves out what is found before training, in the settings and the tokens.
+    """
+    lines = ["| runs | how many | flagged in the first half | by records | findings (runs) |", "|---|---|---|---|---|"]
     for kind in dict.fromkeys(one.kind for one in runs):
-        of_kind = [one for one in runs if one.kind == kind]
-        early = [{finding.name for finding in one.early()} for one in of_kind]
-        names = sorted(set().union(*early))
-        by = ", ".join(f"`{name}` {sum(name in found for found in early)}" for name in names) or "none"
-        flagged = sum(map(bool, early)), sum(bool(one.findings()) for one in of_kind)
-        lines.append(f"| {kind} | {len(of_kind)} | {flagged[0]} | {flagged[1]} | {by} |")
+        found = [{finding.name for finding in one.early()} for one in runs if one.kind == kind]
+        names = sorted(set().union(*found))
+        which = ", ".join(f"`{name}` ({sum(name in of_run for of_run in found)})" for name in names) or "none"
+        by_records = sum(bool(of_run - _AT_START) for of_run in found)
+        lines.append(f"| {kind} | {len(found)} | {sum(map(bool, found))} | {by_records} | {which} |")
     return lines
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """Good runs beside spoilt ones, by the figure that shows the difference: of evaluations, or of training."""
+
+    title: str
+    good: str
+    spoilt: str
+    key: str
+    evaluated: bool
+    label: str
+
+
+_PANELS = (
+    _Panel("learning rate 60 times too high", "simpo", "learning-rate-0.03", "logps/chosen", False, "log-prob, chosen"),
+    _Panel("gamma 40 times too large", "simpo", "gamma", "grad_norm", False, "gradient norm"),
+    _Panel("labels swapped in both splits", "simpo-polite", "swapped-in-both", "rewards/accuracies", True, "accuracy"),
+    _Panel("labels swapped in training", "dpo", "swapped-in-training", "rewards/accuracies", True, "accuracy"),
+    _Panel("answers lost their EOS", "dpo", "missing-eos", "answers/length", True, "tokens of an answer"),
+    _Panel("a double BOS", "simpo", "double-bos", "rewards/accuracies", True, "accuracy"),
+)
+
+
+def draw(runs: Sequence[Recorded], path: Path) -> None:
+    """Draws good runs and spoilt ones, and the step at which each spoilt one was told of."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6.2), dpi=80, layout="constrained")
+    for axes, panel in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
+        for name, color, word in ((panel.good, "#2f6fde", "good"), (panel.spoilt, "#d9480f", "spoilt")):
+            for number, one in enumerate(one for one in runs if one.name == name):
+                prefix, step = ("eval_", "eval_step") if panel.evaluated else ("", "step")
+                points = [(record[step], record[prefix + panel.key]) for record in one.records if step in record]
+                axes.plot(
+                    *zip(*points, strict=True), color=color, alpha=0.6, linewidth=1.3, label=word if not number else ""
+                )
+                if word == "spoilt" and (early := one.early()):
+                    axes.axvline(early[0].step, color=color, linestyle=":", linewidth=1.5)
+        axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+        axes.set_ylabel(panel.label)
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    FigureCanvasAgg(figure).print_png(path)
 
 
 def main(
     which: Annotated[str, Option("Seeds: tuning or test.")] = "test",
     output: Annotated[Path, Option("Folder for the recorded runs.")] = Path("docs/benchmarks"),
+    picture: Annotated[Path, Option("The picture of the test runs.")] = Path("docs/healthy-runs.png"),
     work: Annotated[Path, Option("Folder for start models and runs, which may be removed afterwards.")] = Path(
         "outputs/healthy-runs"
     ),
+    recorded: Annotated[bool, Option("Judge the recorded runs anew, and train none.")] = False,
     quick: Annotated[bool, Option("The runs of one seed, not written down.")] = False,
 ) -> None:
     """Makes the runs, judges them, and prints how many were flagged."""
-    runs = []
-    for seed in SEEDS[which][:1] if quick else SEEDS[which]:
-        for case in cases(seed):
-            runs.append(one := train_case(case, seed, work / which))
-            print(f"{one.seed} {one.name}: {', '.join(f'{f.name} at {f.step}' for f in one.findings()) or 'nothing'}")
-            sys.stdout.flush()
+    path = output / f"healthy_runs-{which}.json.gz"
+    runs = read_recorded(path) if recorded else []
+    with _shared_programs():
+        for seed in () if recorded else SEEDS[which][:1] if quick else SEEDS[which]:
+            for case in cases(seed):
+                runs.append(one := train_case(case, seed, work / which))
+                print(f"{seed} {one.name}: {', '.join(f'{f.name} at {f.step}' for f in one.findings()) or 'nothing'}")
+                sys.stdout.flush()
     print("\n".join(table(runs)))
-    if not quick:
+    if quick:
+        return
+    if not recorded:
         how = f"python -m benchmarks.healthy_runs --which={which}: records of real runs, the keys that the rules read"
-        write_recorded(output / f"healthy_runs-{which}.json.gz", runs, how)
+        write_recorded(path, runs, how)
+    if which == "test":
+        draw(runs, picture)
 
 
 if __name__ == "__main__":

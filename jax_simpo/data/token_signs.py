@@ -42,5 +42,5 @@ def count_signs(groups: GroupDataset, bos: int | None, eos: int | None) -> Token
         for response in group.responses:
             responses += 1
             double_bos += bos is not None and response.ids[:2].tolist() == [bos, bos]
-            without_eos += eos is not None and response.ids[-1] != eos
+            without_eos += eos is not None and int(response.ids[-1]) != eos
     return TokenSigns(responses, double_bos, without_eos)

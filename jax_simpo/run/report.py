@@ -163,8 +163,9 @@ class Run:
 
     @property
     def latest_findings(self) -> list[Finding]:
-        """The findings, of those that were repeated the last, in the order in which they first came."""
-        return list({finding.name: finding for finding in self.findings}.values())
+        """The findings by step; of those that were repeated only the last."""
+        last = {finding.name: finding for finding in self.findings}
+        return sorted(last.values(), key=lambda finding: finding.step)
 
     @property
     def better_step(self) -> str:

@@ -22,6 +22,12 @@ MOST_GAMMA_BETA_RATIO = 2.0
 """The published runs have 0.1 to 0.8, and SimPO's README searches 0 to 1. A ratio above twice that is remarked on."""
 
 
+def rate(value: float) -> str:
+    """Writes a learning rate as configs do: 3e-7, 1.3e-3."""
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"
+
+
 class Band(NamedTuple):
     """The learning rates that get no remark, and in words what they are measured by."""
 
@@ -57,13 +63,13 @@ class Trainee:
         """
         if self.new_model:
             usual = 0.003239 - 0.0001395 * math.log(self.parameters)  # Kaplan et al., arXiv 2001.08361, appendix D.6
-            words = f"{usual:.1e} is usual for a new model of this size"
+            words = f"{rate(usual)} is usual for a new model of this size"
             band = Band(usual / _BELOW_KAPLAN, usual * _ABOVE_KAPLAN, words)
         else:
             size = math.sqrt(max(1.0, _PUBLISHED_PARAMETERS / self.parameters))
             high = _HIGH_WITH_SFT if self.with_sft else _HIGH
             adapter = _OF_ADAPTERS if self.adapter else 1.0
-            words = f"published runs of 8B models use {_LOW:.0e} to {high:.0e}"
+            words = f"published runs of 8B models use {rate(_LOW)} to {rate(high)}"
             words += ", an adapter ten times that" if self.adapter else ""
             words += ", and smaller models more" if size > 1.5 else ""
             band = Band(_LOW * size / _BELOW, high * size * adapter * _ABOVE, words)

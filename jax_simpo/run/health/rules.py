@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from jax_simpo.data.token_signs import TokenSigns
-from jax_simpo.run.health.published import MOST_GAMMA_BETA_RATIO, Trainee
+from jax_simpo.run.health.published import MOST_GAMMA_BETA_RATIO, Trainee, rate
 from jax_simpo.run.metrics import ANSWERS
 
 OVERFITTING = "overfitting"  # the report names the best step where this was found
@@ -127,14 +127,14 @@ def _errors_from_half(accuracy: float, pairs: int) -> float:
 
 def learning_rate(traits: RunTraits) -> Finding | None:
     """The learning rate is far from published ones."""
-    rate, band = traits.learning_rate, traits.trainee.band()
-    if band.low <= rate <= band.high:
+    peak, band = traits.learning_rate, traits.trainee.band()
+    if band.low <= peak <= band.high:
         return None
-    factor = rate / band.high if rate > band.high else band.low / rate
-    high = rate > band.high
-    text = f"`learning_rate: {rate:.2g}` is far {'above' if high else 'below'} what is usual: {band.source}"
+    high = peak > band.high
+    factor = peak / band.high if high else band.low / peak
+    text = f"`learning_rate: {rate(peak)}` is far {'above' if high else 'below'} what is usual: {band.source}"
     why = "answers become incoherent" if high else "the model hardly changes"
-    between = f"Values from {band.low:.1e} to {band.high:.1e} get no such remark"
+    between = f"Values from {rate(band.low)} to {rate(band.high)} get no such remark"
     return Finding("learning-rate", 0, text, f"With such a rate {why}; change `learning_rate`. {between}", factor)
 
 
