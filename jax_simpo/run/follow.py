@@ -51,10 +51,11 @@ class RunFollower:
                 file.seek(0)
             added = file.read()
         whole = added[: added.rfind(b"\n") + 1]
-        for line in whole.splitlines():
-            self._lines += 1
-            record = parse_record(line.decode(errors="replace"), path, self._lines)
-            (self.train if "step" in record else self.evals).append(record)
+        lines = enumerate(whole.decode(errors="replace").splitlines(keepends=True), start=self._lines + 1)
+        records = [parse_record(line, path, number) for number, line in lines]  # all of them, or nothing is taken
+        self.train += [record for record in records if "step" in record]
+        self.evals += [record for record in records if "step" not in record]
+        self._lines += len(records)
         self._read_bytes += len(whole)
         self._last_bytes = (self._last_bytes + whole)[-_MOST_COMPARED:]
 

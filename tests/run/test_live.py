@@ -105,8 +105,13 @@ def test_a_resumed_run_is_read_anew_also_if_its_file_has_grown_longer_meanwhile(
 
 def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(line(training_record(1)) + "{}\n")
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 2: is no record"):
-        RunFollower(tmp_path).read()
+    follower = RunFollower(tmp_path)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 2: is no record"):
+            follower.read()
+    (tmp_path / "metrics.jsonl").write_text(line(training_record(1)) + line(training_record(2)))  # a good copy
+    follower.read()
+    assert [record["step"] for record in follower.train] == [1, 2]
 
 
 def test_a_run_runs_while_its_lock_is_held_and_asking_takes_no_lock(tmp_path: Path) -> None:

@@ -38,6 +38,12 @@ def test_a_spoilt_run_is_told_of_in_words_and_a_killed_one_of_each_finding_once(
         assert f"docs/healthy-runs.md#{finding.name}" in summary and f"docs/healthy-runs.md#{finding.name}" in page
 
 
+def test_a_run_that_goes_well_is_told_of_nothing(tmp_path: Path) -> None:
+    records, printed = run_printing(config_of(tmp_path, max_steps=10, save_strategy="no"))
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert "healthy-runs" not in printed and not (tmp_path / "run" / "findings.jsonl").exists()
+
+
 def test_a_run_can_be_told_to_be_silent(tmp_path: Path) -> None:
     _, printed = run_printing(config_of(tmp_path, **{**SPOILT, "save_strategy": "no"}, health_checks=False))
     assert "healthy-runs" not in printed and not (tmp_path / "run" / "findings.jsonl").exists()
