@@ -324,13 +324,24 @@ class _Panel:
 
 
 _PANELS = (
-    _Panel("learning rate 60 times too high", "simpo", "learning-rate-0.03", "logps/chosen", False, "log-prob, chosen"),
-    _Panel("gamma 40 times too large", "simpo", "gamma", "grad_norm", False, "gradient norm"),
+    _Panel(
+        "learning rate far too high", "simpo", "learning-rate-0.03", "logps/chosen", False, "log-prob, chosen token"
+    ),
+    _Panel("gamma_beta_ratio: 20", "simpo", "gamma", "grad_norm", False, "gradient norm"),
     _Panel("labels swapped in both splits", "simpo-polite", "swapped-in-both", "rewards/accuracies", True, "accuracy"),
     _Panel("labels swapped in training", "dpo", "swapped-in-training", "rewards/accuracies", True, "accuracy"),
     _Panel("answers lost their EOS", "dpo", "missing-eos", "answers/length", True, "tokens of an answer"),
     _Panel("a double BOS", "simpo", "double-bos", "rewards/accuracies", True, "accuracy"),
 )
+
+
+def _curve(one: Recorded, panel: _Panel) -> tuple[list[int], list[float]]:
+    """Returns the steps and the values of a curve, without accuracies of rewards that are all 0."""
+    prefix, step = ("eval_", "eval_step") if panel.evaluated else ("", "step")
+    scale = one.traits.tokens_per_logp if panel.key.startswith("logps") else 1.0
+    first = 1 if one.traits.starts_as_reference and panel.key == "rewards/accuracies" else 0
+    shown = [record for record in one.records if record.get(step, -1) >= first]
+    return [record[step] for record in shown], [record[prefix + panel.key] / scale for record in shown]
 
 
 def draw(runs: Sequence[Recorded], path: Path) -> None:
@@ -341,16 +352,14 @@ def draw(runs: Sequence[Recorded], path: Path) -> None:
     figure = Figure(figsize=(12, 6.2), dpi=80, layout="constrained")
     for axes, panel in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
         for name, color, word in ((panel.good, "#2f6fde", "good"), (panel.spoilt, "#d9480f", "spoilt")):
-            for number, one in enumerate(one for one in runs if one.name == name):
-                prefix, step = ("eval_", "eval_step") if panel.evaluated else ("", "step")
-                points = [(record[step], record[prefix + panel.key]) for record in one.records if step in record]
-                axes.plot(
-                    *zip(*points, strict=True), color=color, alpha=0.6, linewidth=1.3, label=word if not number else ""
-                )
-                if word == "spoilt" and (early := one.early()):
+            for one in (one for one in runs if one.name == name):
+                (line,) = axes.plot(*_curve(one, panel), color=color, alpha=0.6, linewidth=1.3)
+                if one.kind != GOOD and (early := one.early()):
                     axes.axvline(early[0].step, color=color, linestyle=":", linewidth=1.5)
+            line.set_label(word)
         axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
         axes.set_ylabel(panel.label)
+        axes.set_xlabel("step")
         axes.grid(axis="y", alpha=0.3)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)

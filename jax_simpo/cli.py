@@ -517,7 +517,7 @@ def _run_folders(runs: list[str], overrides: list[str]) -> list[Path]:
     for name in runs:
         if Path(name).is_dir():
             folders.append(Path(name))
-        elif Path(name).suffix in (".yaml", ".yml") or name.startswith(("builtin:", "--")):
+        elif Path(name).is_file() or name.endswith((".yaml", ".yml")) or name.startswith(("builtin:", "--")):
             folders.append(Path(_begin(name, overrides)[0].output_dir))
         else:
             raise CheckpointError(

@@ -245,11 +245,11 @@ class Run:
         beta, ratio = (self.config.get(key) for key in ("beta", "gamma_beta_ratio"))
         return beta * ratio if isinstance(beta, int | float) and isinstance(ratio, int | float) else None
 
-    def chart_data(self, name: str | None = None) -> dict[str, Any]:
-        """Returns what the charts of a page read of the run, which is called `name` there."""
+    def chart_data(self) -> dict[str, Any]:
+        """Returns what the charts of a page read of the run."""
         first = {"starts_as_reference": self.starts_as_reference}
         return {
-            "name": visible(name or self.name),
+            "name": visible(self.name),
             "target_margin": self.target_margin,
             "train": charts.train_columns(self.train, **first),
             "eval": charts.eval_columns(self.evals, **first),

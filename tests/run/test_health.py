@@ -100,6 +100,7 @@ def test_no_published_config_gets_a_remark(name: str) -> None:
         (3e-3, Trainee(438_656, new_model=True, with_sft=True), False),  # the quickstart
         (1e-6, Trainee(438_656, new_model=True, with_sft=True), True),
         (1e-1, Trainee(438_656, new_model=True, with_sft=True), True),
+        (6e-5, Trainee(175_000_000_000, new_model=True), False),  # GPT-3's
     ],
 )
 def test_a_learning_rate_is_judged_by_what_is_trained(rate: float, trainee: Trainee, found: bool) -> None:

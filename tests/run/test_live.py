@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from jax_simpo.cli import _run_folders
 from jax_simpo.errors import CheckpointError, ConfigError
 from jax_simpo.run import curves, files
 from jax_simpo.run.comparison import write_comparison
@@ -244,6 +245,16 @@ def test_only_a_page_that_is_served_may_ask_and_it_may_ask_its_own_server_alone(
     live, still = (runs_page(runs, live=on) for on in (True, False))
     assert "connect-src 'self'; base-uri" in live and "<body data-live>" in live and "<noscript>" in live
     assert "connect-src" not in still and "<body>" in still
+
+
+def test_a_run_is_named_by_its_folder_or_its_config(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("{model_name_or_path: someone/a-model, dataset_mixer: {'builtin:cafe': 1.0}}")
+    assert _run_folders([str(tmp_path), str(config)], ["--output_dir=x"]) == [tmp_path, Path("x")]
+    with pytest.raises(CheckpointError, match=r"no/such: there is no such folder"):
+        _run_folders(["no/such"], [])
+    with pytest.raises(ConfigError, match=r"--beta=2: there is no config to override; a run's folder was given"):
+        _run_folders([str(tmp_path)], ["--beta=2"])
 
 
 def test_watch_serves_until_ctrl_c_and_ends_with_a_word(tmp_path: Path) -> None:

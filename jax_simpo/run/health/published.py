@@ -17,6 +17,7 @@ _OF_ADAPTERS = 10.0  # LoRA takes about ten times the rate of full fine-tuning (
 _OF_LION = (10.0, 3.0)  # "3-10x smaller than that for AdamW" (Chen et al., arXiv 2302.06675)
 # Around the rate of Kaplan et al. for a model that is trained from random weights.
 _BELOW_KAPLAN, _ABOVE_KAPLAN = 30.0, 10.0
+_GPT3_RATE = 6e-5  # of 175 billion parameters (Brown et al., arXiv 2005.14165, table 2.1)
 
 MOST_GAMMA_BETA_RATIO = 2.0
 """The published runs have 0.1 to 0.8, and SimPO's README searches 0 to 1. A ratio above twice that is remarked on."""
@@ -62,7 +63,8 @@ class Trainee:
         generous factors on both sides.
         """
         if self.new_model:
-            usual = 0.003239 - 0.0001395 * math.log(self.parameters)  # Kaplan et al., arXiv 2001.08361, appendix D.6
+            # Kaplan et al., arXiv 2001.08361, appendix D.6, and for models far beyond theirs GPT-3's.
+            usual = max(0.003239 - 0.0001395 * math.log(self.parameters), _GPT3_RATE)
             words = f"{rate(usual)} is usual for a new model of this size"
             band = Band(usual / _BELOW_KAPLAN, usual * _ABOVE_KAPLAN, words)
         else:
