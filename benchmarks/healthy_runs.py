@@ -235,9 +235,9 @@ def _shared_programs() -> Iterator[None]:
         key = config.learning_rate, total_steps
         return optimizers.setdefault(key, own["run_optimizer"](config, total_steps))
 
-    trainer.run_optimizer = run_optimizer
-    trainer.make_train_functions = lru_cache(own["make_train_functions"])
-    trainer.make_score_function = lru_cache(own["make_score_function"])
+    shared = {"run_optimizer": run_optimizer, **{name: lru_cache(own[name]) for name in names[1:]}}
+    for name, function in shared.items():
+        setattr(trainer, name, function)
     try:
         yield
     finally:
