@@ -6,12 +6,12 @@ cross-entropy term on a new model, and SimPO on a model that has been fine-tuned
 spoilt: learning rate, gamma, a double BOS, swapped labels, and answers that lost their EOS. Each seed draws its own
 pairs, their order and new weights.
 
-The thresholds of `jax_simpo/run/health` were chosen on the runs of `--which tuning` and nothing else; the figures to
-believe are those of `--which test`, whose seeds are others.
+The thresholds of `jax_simpo/run/health` were chosen on trial runs and those of `--which tuning`; the figures to believe
+are those of `--which test`, whose seeds are others.
 
 Expected: all thirty spoilt runs get a warning in the first half of their steps, and none of the good ones gets any.
 
-Takes about ten minutes on two CPU cores (`--quick`: a minute).
+Takes half an hour on two busy CPU cores (`--quick`: five minutes).
 """
 
 from __future__ import annotations
