@@ -481,12 +481,62 @@ def doctor(
 
 
 @app.command(context_settings=OVERRIDES)
-def report(context: typer.Context, config: ConfigFile) -> None:
-    """Writes the report page and curves of a run anew from the files of its output directory."""
-    settings, console = _begin(config, context.args)
+def report(
+    context: typer.Context,
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN...",
+            help="The folder of a run, or its config file with --key=value overrides. Curves of several are overlaid.",
+            show_default=False,
+        ),
+    ],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the page to a browser on this machine, live; write nothing.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Where to serve it. 0: a free port.", min=0, max=65535)] = 0,
+    output: Annotated[Path, typer.Option(help="The page to write of several runs.")] = Path("comparison.html"),
+) -> None:
+    """Writes the report page and curves of a run anew; of several runs a page that compares them; or serves it live."""
+    overrides = [argument for argument in context.args if argument.startswith("--")]
+    runs = [run, *(argument for argument in context.args if not argument.startswith("--"))]
+    folders, console = _run_folders(runs, overrides), _console()
+    if watch:
+        _serve(folders, port, console)
+        return
+    from jax_simpo.run.comparison import write_comparison
     from jax_simpo.run.report import write_report
 
-    console.print(f"report: {write_report(Path(settings.output_dir))}")
+    page = write_report(folders[0]) if len(folders) == 1 else write_comparison(folders, output)
+    console.print(f"report: {page}")
+
+
+def _run_folders(runs: list[str], overrides: list[str]) -> list[Path]:
+    """Returns the folders of runs that are named by their folders or by their configs."""
+    folders = []
+    for name in runs:
+        if Path(name).is_dir():
+            folders.append(Path(name))
+        elif Path(name).is_file() or name.endswith((".yaml", ".yml")) or name.startswith(("builtin:", "--")):
+            folders.append(Path(_begin(name, overrides)[0].output_dir))
+        else:
+            raise CheckpointError(
+                f"{name}: there is no such folder. Give the `output_dir` of a run, or its config file"
+            )
+    if overrides and all(Path(name).is_dir() for name in runs):
+        raise ConfigError(f"{overrides[0]}: there is no config to override; a run's folder was given")
+    return folders
+
+
+def _serve(folders: list[Path], port: int, console: Console) -> None:
+    """Serves the page of runs until Ctrl-C."""
+    from jax_simpo.run.live import LiveServer, watched_runs
+
+    with LiveServer(watched_runs(folders), port) as server:
+        console.print(f"watching {', '.join(map(str, folders))}: open {server.url} in a browser; Ctrl-C ends it")
+        with signals.interrupting(server.shutdown):
+            server.serve_forever()
+    console.print("no longer watching; the runs go on")
 
 
 def _load(path: str, overrides: list[str]) -> TrainConfig:

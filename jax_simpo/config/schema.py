@@ -503,6 +503,12 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         "and goes on; null never does.",
         gt=0,
     )
+    health_checks: bool = _key(
+        True,
+        "Recognises known ways in which runs fail (labels swapped, chosen log-probs falling, lengths exploding, an "
+        "accuracy that stays at 50 %, and others) and says so while training, with the key to change "
+        "(docs/healthy-runs.md). Not in `torch_ref`.",
+    )
     save_total_limit: Whole | None = _key(
         None, "Checkpoints to keep, newest first; the best one is kept besides. Default: all.", ge=1
     )

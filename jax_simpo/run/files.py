@@ -10,6 +10,7 @@ CHECKPOINTS = "checkpoints"
 MODEL = "model"
 SAMPLES = "samples.jsonl"
 BAD_STEPS = "bad_steps.jsonl"  # what the steps would have trained on that were not applied
+FINDINGS = "findings.jsonl"  # what the program found wrong with the run while it trained
 FACTS = "run.json"
 CARD = "README.md"
 REPORT = "report.html"
@@ -18,7 +19,7 @@ SEAL = "seal.json"  # in a step folder: sizes and checksums of its files, writte
 STEP_RUN = "run.json"  # in a step folder of the PyTorch reference: the identity of the run and the engine
 
 # Everything but the manifest and the lock, in the order in which a run writes it.
-ALL = (CONFIG, METRICS, FACTS, SAMPLES, BAD_STEPS, CHECKPOINTS, MODEL, REPORT, CURVES, CARD)
+ALL = (CONFIG, METRICS, FACTS, SAMPLES, BAD_STEPS, FINDINGS, CHECKPOINTS, MODEL, REPORT, CURVES, CARD)
 # What is written once the last step is done.
 AT_THE_END = (MODEL, REPORT, CURVES, CARD)
 # The PyTorch reference writes only these.

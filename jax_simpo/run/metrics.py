@@ -132,10 +132,15 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    return [_read_record(line, path, number) for number, line in enumerate(lines, start=1) if line.endswith("\n")]
+    return [parse_record(line, path, number) for number, line in enumerate(lines, start=1) if line.endswith("\n")]
 
 
-def _read_record(line: str, path: Path, number: int) -> dict[str, Any]:
+def parse_record(line: str, path: Path, number: int) -> dict[str, Any]:
+    """Reads a line of the file, by its number from 1.
+
+    Raises:
+        CheckpointError: it is no record.
+    """
     try:
         record = dict(json.loads(line))
         record_step(record)

@@ -1,7 +1,8 @@
 """The report of a run, for people: `report.html`, `curves.png` and the summary at the end of training.
 
 Everything is read from the files of the output directory, so a report can be made again at any time: from
-`metrics.jsonl`, which must be there, and from `config.yaml`, `samples.jsonl` and `run.json` where they are.
+`metrics.jsonl`, which must be there, and from `config.yaml`, `samples.jsonl`, `findings.jsonl` and `run.json` where
+they are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 from rich import box
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -24,9 +24,10 @@ from jax_simpo.config import objective_weights, yaml_files
 from jax_simpo.config.objectives import WITH_REFERENCE
 from jax_simpo.data.selection import HELD_OUT
 from jax_simpo.errors import CheckpointError
-from jax_simpo.run import files
+from jax_simpo.run import charts, files
 from jax_simpo.run.bad_steps import read_bad_steps
 from jax_simpo.run.facts import read_facts
+from jax_simpo.run.health import OVERFITTING, Finding, read_findings
 from jax_simpo.run.manifest import check_unchanged, write_file
 from jax_simpo.run.metrics import ANSWERS, read_metrics
 from jax_simpo.run.objective_texts import ObjectiveText, texts_of
@@ -44,7 +45,10 @@ _SUMMARY_SAMPLES = 2
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of an output directory; `left_out` counts the steps whose update was not applied."""
+    """The contents of an output directory.
+
+    `findings` is what the program found wrong with the run; `left_out` counts the steps whose update was not applied.
+    """
 
     output: Path
     config: Mapping[str, Any]
@@ -52,6 +56,7 @@ class Run:
     train: Sequence[Mapping[str, Any]]
     evals: Sequence[Mapping[str, Any]]
     samples: Sequence[Sample]
+    findings: Sequence[Finding]
     facts: Mapping[str, Any]
     left_out: int
 
@@ -156,9 +161,29 @@ class Run:
         metric = self.config.get("metric_for_best_model")
         return f" The exported model is that of step {step:,} of {steps:,}, the best by {metric}."
 
+    @property
+    def latest_findings(self) -> list[Finding]:
+        """The findings by step; of those that were repeated only the last."""
+        last = {finding.name: finding for finding in self.findings}
+        return sorted(last.values(), key=lambda finding: finding.step)
+
+    @property
+    def better_step(self) -> str:
+        """Names the best evaluation of a run that was seen to get worse after it; otherwise an empty text."""
+        evals = [record for record in self.evals if record["eval_step"]]
+        if self.choice or not evals or all(finding.name != OVERFITTING for finding in self.findings):
+            return ""
+        best = min(evals, key=lambda record: record["eval_loss"])
+        if best is evals[-1]:
+            return ""
+        return (
+            f" The best evaluation was that of step {best['eval_step']:,}: its loss was {best['eval_loss']:.4f}, and "
+            f"{best['eval_rewards/accuracies']:.1%} were right; `load_best_model_at_end: true` would export it."
+        )
+
     def outcome(self) -> str:
         """Sums up in a sentence how often the model prefers the chosen answer, and which model it is."""
-        return self._outcome() + self.choice
+        return self._outcome() + self.choice + self.better_step
 
     def _outcome(self) -> str:
         key = "rewards/accuracies"
@@ -214,17 +239,31 @@ class Run:
             figures.append(("evaluation time", duration(seconds), f"{len(self.evals)} evaluations"))
         return figures
 
+    @property
+    def target_margin(self) -> float | None:
+        """Gamma, for objectives that have a target margin."""
+        beta, ratio = (self.config.get(key) for key in ("beta", "gamma_beta_ratio"))
+        return beta * ratio if isinstance(beta, int | float) and isinstance(ratio, int | float) else None
+
+    def chart_data(self) -> dict[str, Any]:
+        """Returns what the charts of a page read of the run."""
+        first = {"starts_as_reference": self.starts_as_reference}
+        return {
+            "name": visible(self.name),
+            "target_margin": self.target_margin,
+            "train": charts.train_columns(self.train, **first),
+            "eval": charts.eval_columns(self.evals, **first),
+        }
+
     def draw(self, theme: Literal["light", "dark"] = "light") -> bytes:
         """Draws the curves, as the bytes of a PNG."""
-        beta, ratio = (self.config.get(key) for key in ("beta", "gamma_beta_ratio"))
-        gamma = beta * ratio if isinstance(beta, int | float) and isinstance(ratio, int | float) else None
         from jax_simpo.run import curves  # matplotlib takes a sixth of the start of a run, which needs no picture yet
 
         return curves.draw_curves(
             self.train,
             self.evals,
             eval_name=visible(self.eval_name),
-            target_margin=gamma,
+            target_margin=self.target_margin,
             starts_as_reference=self.starts_as_reference,
             theme=theme,
         )
@@ -251,6 +290,7 @@ def read_run(output: Path) -> Run:
         train=train,
         evals=[record for record in records if "eval_step" in record],
         samples=read_samples(output),
+        findings=read_findings(output),
         facts=read_facts(output),
         left_out=sum(record["left_out"] for record in read_bad_steps(output)),
     )
@@ -268,20 +308,14 @@ def write_report(output: Path) -> Path:
     run = read_run(output)
     light = run.draw("light")
     write_file(output, files.CURVES, light)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jax_simpo.run", "templates"),
-        autoescape=True,  # prompts and answers may hold markup
-        finalize=lambda value: visible(value) if isinstance(value, str) else value,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     facts = {key: run.facts[key] for key in ("device", "mesh", "parameters") if key in run.facts}
     if "mesh" in facts:
         facts["mesh"] = ", ".join(f"{axis}={size}" for axis, size in facts["mesh"].items())
     if "parameters" in facts:
         facts["parameters"] = f"{facts['parameters']:,}"
-    page = environment.get_template("report.html.jinja").render(
+    page = charts.render(
+        "report.html.jinja",
+        {"runs": [run.chart_data()]},
         run=run,
         light=base64.b64encode(light).decode(),
         dark=base64.b64encode(run.draw("dark")).decode(),
@@ -313,6 +347,8 @@ def print_summary(console: Console, output: Path) -> None:
     parts: list[Any] = [Text(run.outcome(), style="bold"), table]
     if run.last_by_split:
         parts.append(_splits_on_console(run))
+    for finding in run.latest_findings:
+        parts += [Text(f"step {finding.step}: {visible(finding.sentence)}", style="yellow"), Text()]
     for sample in run.samples[:_SUMMARY_SAMPLES]:
         parts += [_sample_on_console(sample), Text()]
     shown = (files.REPORT, files.CURVES, files.METRICS, files.MODEL)

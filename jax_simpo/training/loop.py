@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +29,7 @@ from jax_simpo.run.best import BestRule, evaluations
 from jax_simpo.run.cadence import is_due
 from jax_simpo.run.checkpoint import Checkpoints
 from jax_simpo.run.guard import StepGuard, weights_error
+from jax_simpo.run.health import Finding, HealthWatch, write_findings
 from jax_simpo.run.metrics import MetricsLog, evaluation_line, read_metrics
 from jax_simpo.run.resume import GUARD
 from jax_simpo.run.stalls import StallWatch
@@ -56,6 +57,7 @@ class TrainingLoop:
         evaluation: evaluates the evaluation pairs; None where the run has none.
         sampler: answers prompts at every evaluation; None where the run does not.
         best_rule: chooses among the evaluations; None where the config asks for no choice.
+        health: looks for known ways to fail; None where the config turns it off.
         checkpoints: the checkpoints of the output directory.
         identity: the run's identity, saved with every step.
         total_steps: optimizer steps of the whole run.
@@ -76,6 +78,7 @@ class TrainingLoop:
     evaluation: Evaluation | None
     sampler: Sampler | None
     best_rule: BestRule | None
+    health: HealthWatch | None
     checkpoints: Checkpoints
     identity: Mapping[str, Any]
     total_steps: int
@@ -103,6 +106,7 @@ class TrainingLoop:
             TrainingProgress(self.console, self.total_steps, first_step, self.plan.lengths.noun) as self._progress,
             StallWatch(self.setup.config.stall_seconds) as self._watch,
         ):
+            self._begin_health(first_step)
             self._evaluated = self._evaluations_before(first_step)
             if first_step:  # the run may have been killed before it had removed an old step
                 distributed.on_first("old steps", lambda: self.checkpoints.thin_out(first_step, self.best_step))
@@ -278,9 +282,28 @@ class TrainingLoop:
     def _record(self, record: dict[str, Any]) -> None:
         """Logs a record and gives it to the callback, whose answer on the first process counts for all."""
         self._log.write(record)
+        if self.health is not None and (news := self.health.observe(record)):
+            self._tell(news)
         if self.on_record is not None:
             asked = self.on_record(record) if distributed.is_first() else False
             self._stop_asked |= distributed.collect("stop", asked)[0]
+
+    def _begin_health(self, first_step: int) -> None:
+        """Tells what is wrong before training; of a resumed run the records before have been told of."""
+        if self.health is None:
+            return
+        at_start = list(self.health.findings)
+        for record in read_metrics(self.output) if first_step and distributed.is_first() else ():
+            self.health.observe(record)
+        self._tell([] if first_step else at_start)
+
+    def _tell(self, news: Sequence[Finding]) -> None:
+        """Prints new findings, and writes all of them down."""
+        assert self.health is not None
+        for finding in news:
+            self.console.print(f"warning: step {finding.step}: {finding.sentence}", style="yellow")
+        if distributed.is_first():
+            write_findings(self.output, self.health.findings)
 
     def _evaluate(self, params: Params, step: int, epoch: float) -> None:
         assert self.evaluation is not None

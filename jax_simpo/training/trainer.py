@@ -23,6 +23,7 @@ from jax_simpo.run.cadence import count_steps
 from jax_simpo.run.checkpoint import Checkpoints, abstract_state, starting_point
 from jax_simpo.run.facts import note_export, write_facts
 from jax_simpo.run.guard import StepGuard
+from jax_simpo.run.health import HealthWatch
 from jax_simpo.run.lock import locked
 from jax_simpo.run.manifest import claim, write_file
 from jax_simpo.run.metrics import check_records, read_metrics
@@ -34,6 +35,7 @@ from jax_simpo.training.backend_choice import BackendChoice
 from jax_simpo.training.compilation import keep_compiled_programs
 from jax_simpo.training.evaluate import GROUPS_PER_PLAN, Evaluation
 from jax_simpo.training.groups import idle_warning, notes_on
+from jax_simpo.training.health import traits_of
 from jax_simpo.training.loop import TrainingLoop
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.reference import Reference, frozen_weights
@@ -233,6 +235,7 @@ def _train(
             evaluation=evaluation,
             sampler=sampler if config.generate_during_eval else None,
             best_rule=best_rule,
+            health=HealthWatch(traits_of(setup, training, total_steps)) if config.health_checks else None,
             checkpoints=checkpoints,
             identity=identity,
             total_steps=total_steps,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import json
 import math
@@ -15,8 +17,9 @@ import yaml
 from rich.console import Console
 
 from jax_simpo.errors import CheckpointError
-from jax_simpo.run import report
+from jax_simpo.run import curves, report
 from jax_simpo.run.facts import write_facts
+from jax_simpo.run.health import Finding, write_findings
 from jax_simpo.run.samples import Sample, read_samples, write_samples
 from jax_simpo.terminal import visible
 
@@ -83,6 +86,18 @@ def run_folder(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws no pictures, which takes a second each, but in the tests that ask for `pictures`."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(curves, "draw_curves", lambda *_, **__: b"\x89PNG")
+
+
+@pytest.fixture
+def pictures() -> None:
+    """Lets a test draw pictures."""
+
+
 class Page(HTMLParser):
     """Elements, texts and addresses of a page."""
 
@@ -92,6 +107,11 @@ class Page(HTMLParser):
         self.addresses: list[str] = []
         self.text = ""
         self.feed(path.read_text(encoding="utf-8"))
+
+    @property
+    def data(self) -> Any:
+        """What the script of the charts reads."""
+        return json.loads(self.text[self.text.index('{"runs"') :].partition("\n")[0])
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
@@ -128,6 +148,7 @@ def test_figures_over_all_pairs_name_all_splits_and_each_split_has_its_own(tmp_p
     assert re.search(r"harmless +0\.\d{4} +80\.0% +\d", out.getvalue())
 
 
+@pytest.mark.usefixtures("pictures")
 def test_text_of_the_data_stays_text_on_the_page(tmp_path: Path) -> None:
     plain = Page(report.write_report(two_splits(tmp_path)))
     write_samples(tmp_path, [Sample(*[text := f"</p>\" onload='x' {{{{ 1 }}}} --> </title>{STEERING}"] * 5)])
@@ -148,16 +169,60 @@ def test_text_of_the_data_stays_text_on_the_page(tmp_path: Path) -> None:
     words = {**yaml.safe_load(CONFIG), "run_name": text, "dataset_splits": ["train", name, "harmless"]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(words))
     page = Page(report.write_report(tmp_path))
-    assert set(page.tags) == {*plain.tags, "article", "p", "h3"} and "script" not in page.tags
+    assert set(page.tags) == {*plain.tags, "article", "p", "h3"} and page.tags.count("script") == 2
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert page.text.count(visible(text)) >= 7 and page.text.count(visible(name)) >= 2
     assert visible(page.text) == page.text
 
 
-def test_the_page_may_load_and_run_nothing(run_folder: Path) -> None:
+def test_the_page_may_load_nothing_and_run_its_own_script_alone(run_folder: Path) -> None:
     page = report.write_report(run_folder).read_text(encoding="utf-8")
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    script = page.partition("\n<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
     assert f'<meta http-equiv="Content-Security-Policy" content="{policy}">' in page.partition("<title>")[0]
+
+
+def test_without_javascript_the_page_shows_the_curves_as_a_picture_and_all_figures(run_folder: Path) -> None:
+    page = Page(report.write_report(run_folder))
+    assert "picture" in page.tags and len(page.addresses) == 2  # for light and for dark
+    shown = re.sub(r"\s+", " ", page.text.partition('{"runs"')[0])  # what comes before the data of the script
+    for figure in ("97.3%", "8,192", "2 min 8 s", "Evaluation (test)"):
+        assert figure in shown
+
+
+def test_the_charts_get_the_numbers_of_the_records(run_folder: Path) -> None:
+    (run,) = Page(report.write_report(run_folder)).data["runs"]
+    assert run["train"]["step"] == list(range(1, 65)) and run["eval"]["step"] == [0, 64]
+    assert run["eval"]["rewards/accuracies"] == [0.507, 0.973] and run["target_margin"] == 0.5
+    assert run["train"]["learning_rate"] == [1e-3] * 64 and run["train"]["grad_norm"] == [1.0] * 64
+    assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"} <= run["train"].keys()
+
+
+def test_numbers_that_are_not_finite_leave_a_gap_in_the_charts(tmp_path: Path) -> None:
+    make_run(tmp_path, training_record(1, loss=math.nan), training_record(2, grad_norm=math.inf))
+    train = Page(report.write_report(tmp_path)).data["runs"][0]["train"]
+    assert train["loss"][0] is None and train["grad_norm"] == [1.0, None]
+
+
+def test_findings_stand_on_the_page_and_in_the_summary_and_the_best_step_of_an_overfitted_run(
+    run_folder: Path,
+) -> None:
+    rising = [evaluation_record(step, 0.9) | {"eval_loss": loss} for step, loss in ((20, 0.4), (40, 0.5), (64, 0.6))]
+    steps = [training_record(step) for step in range(1, 65)]
+    make_run(run_folder, *steps[:20], rising[0], *steps[20:40], rising[1], *steps[40:], rising[2])
+    findings = [Finding("overfitting", 60, "It rises", "Stop.", 1.1), Finding("gamma", 0, "Large", "Less.")]
+    write_findings(run_folder, [*findings, Finding("overfitting", 64, "It <i>rises</i> more", "Stop.", 2.2)])
+    page = Page(report.write_report(run_folder))
+    assert "i" not in page.tags and "It rises" not in page.text  # the later one stands for both
+    out = io.StringIO()
+    report.print_summary(Console(file=out, width=2000), run_folder)
+    for shown in (page.text, out.getvalue()):
+        assert "It <i>rises</i> more. Stop. (docs/healthy-runs.md#overfitting)" in shown and "Large. Less." in shown
+        assert "The best evaluation was that of step 20: its loss was 0.4000, and 90.0% were right" in shown
 
 
 def test_a_single_split_has_no_table_of_splits(run_folder: Path) -> None:
@@ -250,7 +315,7 @@ def test_the_page_needs_nothing_outside_itself(run_folder: Path) -> None:
     page = Page(report.write_report(run_folder))
     assert page.addresses
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 2  # the data, and the script that draws them
     assert "link" not in page.tags
 
 
@@ -262,6 +327,7 @@ def test_text_of_the_data_and_the_config_stays_text(run_folder: Path) -> None:
     assert "b" not in page.tags
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_report_is_made_again_from_the_files_alone(run_folder: Path) -> None:
     first = report.write_report(run_folder).read_bytes()
     (run_folder / "report.html").unlink()
@@ -270,6 +336,7 @@ def test_the_report_is_made_again_from_the_files_alone(run_folder: Path) -> None
     assert (run_folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("pictures")
 def test_one_step_and_no_evaluation_make_a_report(tmp_path: Path) -> None:
     path = report.write_report(make_run(tmp_path, training_record(1)))
     assert "The run was not evaluated." in Page(path).text
