@@ -335,7 +335,7 @@ class Setup:
             return "model, adapter merged" if merge else "model, adapter merged: a new model has no name to refer to"
         name, revision = self.start.base, self.start.revision
         local = Path(name).expanduser()
-        if local.is_dir():  # it is to be found from any other folder too
+        if local.exists():  # it is to be found from any other folder too
             name, revision = str(local.absolute()), None
         revision = None if revision == "main" else revision
         adapters.save(params, self.model, folder, dtype, base=name, revision=revision, tokenizer=self.tokenizer)
