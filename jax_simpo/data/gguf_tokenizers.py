@@ -84,24 +84,26 @@ def make_gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if not tokens or types is None or len(types) != len(tokens):
         raise DataError(f"{path}: has no `tokenizer.ggml.tokens` with a `tokenizer.ggml.token_type` each; {_ADVICE}")
     # llama.cpp fills the vocabulary up to the rows of the embedding with [PAD1], [PAD2], ...
-    last = max(id for id, of_type in enumerate(types) if of_type != _UNUSED)
+    last = max((id for id, of_type in enumerate(types) if of_type != _UNUSED), default=-1)
     tokens, types = tokens[: last + 1], types[: last + 1]
-    if kind == "gpt2":
-        made = _byte_level(file, tokens)
-    elif kind == "llama":
-        made, tokens = _sentencepiece(file, tokens, types)
-    else:
+    if kind not in ("gpt2", "llama"):
         raise DataError(
             f"{path}: tokenizer.ggml.model={kind!r} is not supported; supported are gpt2 and llama; {_ADVICE}"
         )
+    try:
+        made, tokens = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens, types)
+    except DataError:
+        raise
+    except Exception as error:  # the library has no type of its own
+        raise DataError(f"{path}: its tokenizer cannot be built ({error}); {_ADVICE}") from error
     return _with_special_tokens(file, made, tokens, types)
 
 
 _ADVICE = "set `tokenizer_name_or_path` to the folder or hub id of the model's own tokenizer"
 
 
-def _byte_level(file: GgufFile, tokens: Sequence[str]) -> Tokenizer:
-    """Makes a byte-level BPE tokenizer, as those of GPT-2, Llama 3, Qwen and SmolLM are."""
+def _byte_level(file: GgufFile, tokens: list[str]) -> tuple[Tokenizer, list[str]]:
+    """Makes a byte-level BPE tokenizer, as those of GPT-2, Llama 3, Qwen and SmolLM are; returns its vocabulary too."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     split = _split_of(file)
@@ -119,7 +121,7 @@ def _byte_level(file: GgufFile, tokens: Sequence[str]) -> Tokenizer:
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None))
     made.pre_tokenizer = pre_tokenizers.Sequence(steps)
     made.decoder = decoders.ByteLevel()
-    return made
+    return made, tokens
 
 
 def _split_of(file: GgufFile) -> _Split:
@@ -132,7 +134,7 @@ def _split_of(file: GgufFile) -> _Split:
     return _SPLITS[name]
 
 
-def _sentencepiece(file: GgufFile, tokens: Sequence[str], types: Sequence[int]) -> tuple[Tokenizer, list[str]]:
+def _sentencepiece(file: GgufFile, tokens: list[str], types: Sequence[int]) -> tuple[Tokenizer, list[str]]:
     """Makes the BPE tokenizer of a SentencePiece model, as those of Llama 2, Mistral and Gemma are.
 
     Returns:
@@ -204,10 +206,13 @@ def _with_special_tokens(
     ]
     made.add_special_tokens([token for token in added if token.special])
     made.add_tokens([token for token in added if not token.special])
-    metadata = file.metadata
+    metadata, template = file.metadata, file.metadata.get("tokenizer.chat_template")
     sentencepiece = metadata["tokenizer.ggml.model"] == "llama"
-    begins = sentencepiece or _split_of(file).begins_with_bos
-    before = special["bos_token"] if metadata.get("tokenizer.ggml.add_bos_token", begins) else None
+    begins = metadata.get("tokenizer.ggml.add_bos_token", sentencepiece or _split_of(file).begins_with_bos)
+    before = special["bos_token"] if begins else None
+    # llama.cpp names a first token for every model. Qwen's tokenizer has none, and no text of its begins with it.
+    if before is None and not any(part and part in (template or "") for part in ("bos_token", special["bos_token"])):
+        special["bos_token"] = None
     after = special["eos_token"] if metadata.get("tokenizer.ggml.add_eos_token", False) else None
     if before or after:
         made.post_processor = processors.TemplateProcessing(
@@ -217,7 +222,7 @@ def _with_special_tokens(
     tokenizer: PreTrainedTokenizerBase = import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=made,
         **{key: name for key, name in special.items() if name is not None},
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=template,
         model_max_length=metadata.get(f"{metadata.get('general.architecture')}.context_length", 2048),
         clean_up_tokenization_spaces=False,
     )

@@ -67,10 +67,9 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     """
     file = open_gguf(path)
     architecture = file.text("general.architecture")
-    supported = {kind: kind for kind in FAMILIES if kind != "mistral"}
-    if architecture not in supported:
+    if architecture not in _OWN_FIELDS:
         raise ModelError(
-            f"{path}: general.architecture={architecture!r} is not supported; supported are {', '.join(supported)} "
+            f"{path}: general.architecture={architecture!r} is not supported; supported are {', '.join(_OWN_FIELDS)} "
             "(a Mistral is stored as llama)"
         )
     values = _Metadata(file, architecture)
@@ -79,7 +78,7 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     if head_dim is None and _is_size(heads) and _is_size(width):
         head_dim = width // heads
     for key in ("attention.value_length", "rope.dimension_count"):
-        values.require(key, head_dim)
+        values.require(key, head_dim if _is_size(head_dim) else values.take(key, None))  # what is no size fails below
     if _EMBEDDING not in file.tensors:
         raise ModelError(f"{path}: tensor `{_EMBEDDING}` is missing; download or convert the model again")
     raw = {
@@ -168,7 +167,7 @@ def _rope_scaling(values: _Metadata, head_dim: Any) -> dict[str, Any] | None:
                 f"{path}: has both rope.scaling.type=linear and tensor `{_ROPE_FACTORS}`; one is supported"
             )
         return {"rope_type": "linear", "factor": factor}
-    if factors is None:
+    if factors is None or not _is_size(head_dim):  # the configuration is refused for what is no size
         return None
     numbers = factors.read()
     bands = _LLAMA3_BANDS if original is None else {**_LLAMA3_BANDS, "original_max_position_embeddings": original}
@@ -184,7 +183,7 @@ def _rope_scaling(values: _Metadata, head_dim: Any) -> dict[str, Any] | None:
 
 
 def _llama(values: _Metadata, _: Any) -> dict[str, Any]:
-    """Biases show in the tensors. A window makes a Mistral of it; llama.cpp itself writes none for Mistrals."""
+    """Finds biases among the tensors. A window makes it a Mistral; llama.cpp itself writes none for Mistrals."""
     tensors = values.file.tensors
     window = values.take("attention.sliding_window", None)
     if window is not None:
@@ -201,9 +200,9 @@ def _qwen3(values: _Metadata, _: Any) -> dict[str, Any]:
 
 
 def _gemma2(values: _Metadata, head_dim: Any) -> dict[str, Any]:
-    """The scale of attention is in no file: llama.cpp knows the 27B model, and only that, by its number of layers."""
+    """Adds the scale of attention, which is in no file: llama.cpp knows the 27B model by its number of layers."""
     heads, width = values.take("attention.head_count"), values.take("embedding_length")
-    is_27b = values.take("block_count") == _GEMMA2_27B_LAYERS
+    is_27b = values.take("block_count") == _GEMMA2_27B_LAYERS and _is_size(width) and _is_size(heads)
     return {
         "query_pre_attn_scalar": width // heads if is_27b else head_dim,
         "attn_logit_softcapping": values.take("attn_logit_softcapping", None),

@@ -31,12 +31,12 @@ TEXTS = [
 ]
 
 
-def write(path: Path, tokens: list[str], types: list[int], **metadata: Any) -> Path:
+def write(path: Path, tokens: list[str], types: list[int], template: str = TEMPLATE, **metadata: Any) -> Path:
     """Writes a GGUF file that holds a tokenizer and no model."""
     writer = gguf.GGUFWriter(path, "llama")
     metadata = {"bos_token_id": tokens.index("<s>"), "eos_token_id": tokens.index("</s>"), **metadata}
     add(writer, {f"tokenizer.ggml.{key}": value for key, value in metadata.items()})
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template(template)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     finish(writer)
@@ -122,6 +122,20 @@ def test_the_tokens_around_a_text_are_those_of_the_metadata(
     assert ids(made, "the cat", special=True) == around
 
 
+@pytest.mark.parametrize(
+    ("template", "bos"),
+    [
+        (TEMPLATE.replace("<s>", "<|turn|>"), None),  # as Qwen's: texts begin with something else
+        (TEMPLATE, "<s>"),  # as SmolLM2's: texts begin with it
+        (TEMPLATE.replace("'<s>'", "bos_token"), "<s>"),
+    ],
+)
+def test_a_first_token_that_nothing_puts_before_texts_is_none(template: str, bos: str | None, tmp_path: Path) -> None:
+    keys = {"add_bos_token": False}
+    path = write_byte_level(tmp_path / "a.gguf", small_tokenizer.train(), "qwen2", template=template, **keys)
+    assert load_tokenizer(path).bos_token == bos
+
+
 # --- SentencePiece ---------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +189,7 @@ def test_a_sentencepiece_model_merges_by_its_scores(prefix: bool, tmp_path: Path
         ({"pre": "klingon"}, r"a\.gguf: tokenizer\.ggml\.pre='klingon' is no way to split texts that is built in"),
         ({"pre": None}, r"tokenizer\.ggml\.pre=None"),
         ({"model": "bert"}, r"tokenizer\.ggml\.model='bert' is not supported; supported are gpt2 and llama"),
+        ({"merges": ["a b", "nonsense x"]}, r"its tokenizer cannot be built \(.*nonsense"),
         ({"merges": None}, r"has no `tokenizer\.ggml\.merges`"),
         ({"model": "llama"}, r"has no `tokenizer\.ggml\.scores`"),
         ({"eos_token_id": 4000}, r"eos_token_id=4000, but there are \d+ tokens"),

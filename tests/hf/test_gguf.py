@@ -166,6 +166,7 @@ def test_a_tensor_at_fault_is_named(change: dict[str, Any], message: str, make: 
         ({"llama.block_count": None}, "has no metadata `llama.block_count`"),
         ({"llama.block_count": 4}, r"tensor `blk\.3\.attn_norm\.weight`.* missing"),
         ({"llama.embedding_length": "wide"}, "hidden_size='wide', expected a positive whole number"),
+        ({"llama.attention.head_count": [8, 4, 8], "llama.attention.key_length": None}, "num_attention_heads="),
     ],
     ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
 )
