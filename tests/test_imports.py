@@ -161,7 +161,7 @@ def modules() -> dict[str, Source]:
 def test_every_package_that_is_imported_is_a_dependency_of_its_own(modules):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["gpu"], *extras["tpu"]]
+    lines = [*project["dependencies"], *extras["gpu"], *extras["tpu"], *extras["gguf"]]
     listed = {re.split(r"[<>=; \[]", line)[0].lower().replace("_", "-") for line in lines}
     listed.add("pydantic-core")  # a part of pydantic, which pins it
     listed.add("ipython")  # imported in a notebook only, where it is

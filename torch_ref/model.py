@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import ConfigError, ModelError
+from jax_simpo.gguf_files import means_gguf
 from jax_simpo.run.listed import weight_files
 from jax_simpo.run.sums import check_model_sums
 from torch_ref.adapters import add_adapter, base_of_adapter, load_adapter, quantization
@@ -163,6 +164,16 @@ def load_model_config(config: TrainConfig, choice: str | None, new_model: dict[s
         if key.endswith(("dropout", "pdrop")) and isinstance(getattr(model_config, key), float):
             setattr(model_config, key, 0.0)
     return model_config
+
+
+def refuse_gguf(*names: str | None) -> None:
+    """Raises ModelError if a model is a GGUF file, which the trainer in JAX alone reads."""
+    for name in names:
+        if name is not None and means_gguf(name):
+            raise ModelError(
+                f"model {name}: the PyTorch reference reads no GGUF files. Make a folder of it first with "
+                f"`jax-simpo export CONFIG --model={name} --output=FOLDER`, and give that as the model"
+            )
 
 
 def _check_layers(name: str, fields: dict[str, Any]) -> None:

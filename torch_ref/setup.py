@@ -24,7 +24,7 @@ from jax_simpo.run.reference_cache import model_digest
 from torch_ref.adapters import base_of_adapter
 from torch_ref.attention_choice import AttentionChoice, choose_attention
 from torch_ref.distributed import Ranks
-from torch_ref.model import DTYPES, Policy, count_parameters, load_model_config, load_policy
+from torch_ref.model import DTYPES, Policy, count_parameters, load_model_config, load_policy, refuse_gguf
 from torch_ref.objectives import Objective
 from torch_ref.start_weights import weights_folder
 
@@ -48,6 +48,9 @@ class Setup:
     ranks: Ranks
     model_choice: str | None = None
     given_tokenizer: Any = None
+
+    def __post_init__(self) -> None:
+        refuse_gguf(self.start_name, self.config.ref_model_name_or_path)
 
     @cached_property
     def objective(self) -> Objective:

@@ -39,8 +39,8 @@ def check(config: Any) -> None:
     if config.model_name_or_path is None:
         if config.new_model_config is None:
             raise ValueError(
-                "no model: give `model_name_or_path` (a hub id or a folder), or `model_config` together with "
-                "`tokenizer_name_or_path` for a new one"
+                "no model: give `model_name_or_path` (a hub id, a folder or a GGUF file), or `model_config` together "
+                "with `tokenizer_name_or_path` for a new one"
             )
         if config.tokenizer_name_or_path is None:
             raise ValueError("`model_config` makes a new model, which has no tokenizer: give `tokenizer_name_or_path`")

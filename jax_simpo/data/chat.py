@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from jax_simpo.data import synthetic, template_limits
 from jax_simpo.data.chat_templates import built_in_templates, check_template, reason_of, resolve_template
 from jax_simpo.data.conversations import Conversation
+from jax_simpo.data.gguf_tokenizers import make_gguf_tokenizer
 from jax_simpo.data.in_context import ChatRendering, Spans, strip_bos, write, write_in_context
 from jax_simpo.data.messages import BadRow, Message
 from jax_simpo.data.rendering import Rendering, choose_rendering, knows_system
 from jax_simpo.data.special_text import StandIns, shown
 from jax_simpo.data.transformers_import import import_transformers
 from jax_simpo.errors import DataError
+from jax_simpo.gguf_files import is_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +76,7 @@ def load_tokenizer(
     """Loads a tokenizer and sets it up as the original SimPO does.
 
     Args:
-        name_or_path: a folder, a hub id, or `builtin:NAME` for a tokenizer of `jax_simpo.data.synthetic`.
+        name_or_path: a folder, a hub id, a GGUF file, or `builtin:NAME` for a tokenizer of `jax_simpo.data.synthetic`.
         chat_template: a built-in name (`built_in_templates()`), a path to a `.jinja` file, or the template's text.
             None keeps the tokenizer's own template; a template is never guessed from a path.
         chat_rendering: how answers will be rendered; for `original` the template must write an answer by itself.
@@ -112,6 +114,8 @@ def load_tokenizer(
 def _load_as_saved(name: str, trust_remote_code: bool, revision: str | None) -> PreTrainedTokenizerBase:
     if name.startswith("builtin:"):
         return synthetic.make_tokenizer(name.removeprefix("builtin:"))
+    if is_gguf(name):
+        return make_gguf_tokenizer(name)
     transformers = import_transformers()
     try:
         return transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)

@@ -6,6 +6,8 @@ one gets one word wrong. Both kinds of reply use the same words, so an untrained
 time. Test orders combine a drink and an extra that never come together in training, so only a model that reads the
 order gets them right.
 
+`builtin:manners` is for models that know English; `jax_simpo.data.manners` makes it.
+
 `builtin:lengths` has the lengths of a real data set without its texts, for hardware plans.
 """
 
@@ -14,10 +16,11 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from jax_simpo.data import manners
 from jax_simpo.data.transformers_import import import_transformers
 from jax_simpo.errors import DataError
 
@@ -130,8 +133,13 @@ def _length_rows(split: str) -> list[dict[str, Any]]:
 
 # --- the names after `builtin:`, as data sources and as tokenizers
 
-_ROWS: dict[str, Callable[[str], list[dict[str, Any]]]] = {"cafe": _cafe_rows, "lengths": _length_rows}
+_ROWS: dict[str, Callable[[str], list[dict[str, Any]]]] = {
+    "cafe": _cafe_rows,
+    "lengths": _length_rows,
+    "manners": manners.make_pairs,
+}
 BUILTINS = tuple(_ROWS)
+_TOKENIZERS = ("cafe", "lengths")  # those whose words the word-level tokenizer knows
 
 
 def make_rows(name: str, split: str) -> list[dict[str, Any]]:
@@ -140,9 +148,10 @@ def make_rows(name: str, split: str) -> list[dict[str, Any]]:
     Raises:
         DataError: there is no built-in data set of that name, or it has no such split.
     """
-    _check_name(name)
-    if split not in SPLITS:
-        raise DataError(f"builtin:{name} has no split `{split}`; it has {', '.join(SPLITS)}")
+    _check_name(name, BUILTINS)
+    splits = manners.SPLITS if name == "manners" else SPLITS
+    if split not in splits:
+        raise DataError(f"builtin:{name} has no split `{split}`; it has {', '.join(splits)}")
     return _ROWS[name](split)
 
 
@@ -155,7 +164,7 @@ def make_tokenizer(name: str) -> PreTrainedTokenizerBase:
     # Imported here, because it takes seconds and rows are made without it.
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    _check_name(name)
+    _check_name(name, _TOKENIZERS)
     special = (_PAD, _BOS, _EOS, _UNKNOWN, "<|user|>", "<|assistant|>")
     words = sorted({word for text in _all_texts() for word in re.findall(_WORD, text)})
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*special, *words))}, unk_token=_UNKNOWN))
@@ -186,6 +195,6 @@ def _all_texts() -> list[str]:
     return [form.format(**vars(order)) for form in forms for order in orders]
 
 
-def _check_name(name: str) -> None:
-    if name not in _ROWS:
-        raise DataError(f"there is no builtin:{name}; built in: {', '.join(f'builtin:{known}' for known in _ROWS)}")
+def _check_name(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise DataError(f"there is no builtin:{name}; built in: {', '.join(f'builtin:{one}' for one in known)}")

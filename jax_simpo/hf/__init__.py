@@ -1,4 +1,4 @@
-"""Reads and writes Hugging Face's formats: configurations, weights, adapters.
+"""Reads and writes Hugging Face's formats: configurations, weights, adapters. Reads GGUF files too.
 
 The mathematics of the models is in `jax_simpo.models`, which imports nothing from here. Adapter folders have a module
 of their own, `jax_simpo.hf.adapters`.

@@ -1,4 +1,4 @@
-"""Finds a model's folder, on the disk or on the hub, and reads its configuration."""
+"""Finds a model, a folder or a GGUF file, on the disk or on the hub, and reads its configuration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jax_simpo.errors import ModelError
+from jax_simpo.gguf_files import find_builtin, gguf_parts, is_gguf
 from jax_simpo.hf.config import read_model_config
+from jax_simpo.hf.gguf_models import read_gguf_config
 from jax_simpo.models.config import ModelConfig
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
@@ -17,20 +19,28 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
 def resolve_model_folder(name_or_path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """Returns the folder of a model: the path itself, or the local copy of a hub id, downloaded if it is missing.
 
+    A model in a single file has no folder, and the path of the GGUF file is returned.
+
     Args:
-        name_or_path: a folder or a hub id.
+        name_or_path: a folder, a GGUF file, a hub id, or a name such as `builtin:smollm2`.
         revision: branch, tag or commit of a hub model.
         weights: download the weights too; False takes the configuration and the tokenizer only.
 
     Raises:
         ModelError: there is no such folder, and no such model on a hub that can be reached.
     """
+    name = str(name_or_path)
+    if name.startswith("builtin:"):
+        return find_builtin(name)
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
-    name = str(name_or_path)
+    if is_gguf(folder):
+        return gguf_parts(folder)[0]
     if folder.exists():
-        raise ModelError(f"{name}: is a file; a model is a folder with config.json and safetensors files")
+        raise ModelError(
+            f"{name}: is a file; a model is a folder with config.json and safetensors files, or a .gguf file"
+        )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(f"{name}: no such folder; a model is a folder, or a hub id such as meta-llama/Llama-3.1-8B")
     import huggingface_hub  # slow to import, and a local folder does not need it
@@ -55,9 +65,14 @@ def resolve_model_folder(name_or_path: str | Path, revision: str | None = None, 
 def load_model_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Reads `config.json` of a model folder; returns it as a `ModelConfig` and as the parsed file.
 
+    For a GGUF file, its metadata take the place of `config.json`.
+
     Raises:
         ModelError: the file is missing, is not JSON, or describes a model that is not supported.
     """
+    if is_gguf(folder):
+        raw = read_gguf_config(Path(folder))
+        return read_model_config(raw, source=str(folder)), raw
     path = Path(folder) / "config.json"
     if not path.is_file():
         adapter = (path.parent / "adapter_config.json").is_file()

@@ -1,4 +1,4 @@
-"""Reads the weights of a model folder straight into their device shards."""
+"""Reads the weights of a model, from a folder or a GGUF file, straight into their device shards."""
 
 from __future__ import annotations
 
@@ -11,25 +11,34 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jax_simpo.errors import ModelError
+from jax_simpo.gguf_files import is_gguf
 from jax_simpo.hf.families import FAMILIES
+from jax_simpo.hf.gguf_models import GgufWeights
 from jax_simpo.hf.safetensors_files import WeightFiles
 from jax_simpo.hf.tensors import CheckpointTensor, checkpoint_tensors, join_path
 from jax_simpo.models import lora
 from jax_simpo.models.transformer import Model, Params
 
+Weights = WeightFiles | GgufWeights
+
 
 def load_params(folder: str | Path, model: Model, mesh: Mesh) -> Params:
-    """Reads the weights of a model folder onto the mesh: float32, or the compute dtype for frozen parameters.
+    """Reads the weights of a model onto the mesh: float32, or the compute dtype for frozen parameters.
 
     Each device's part is read from the files separately, so the host holds one part of one parameter at a time. For a
     model with adapters, only the parameters of the base are read.
+
+    Args:
+        folder: the model's folder, or its GGUF file.
+        model: the model that the folder describes.
+        mesh: the mesh that the parameters are placed on.
 
     Raises:
         ModelError: a tensor is missing, extra, of an unreadable dtype or of another shape than `config.json` says.
         MeshError: the mesh does not divide the model.
     """
     (_, base), (_, shardings) = lora.split(model.abstract), lora.split(model.shardings(mesh))
-    files = WeightFiles(Path(folder))
+    files = _open(Path(folder), model)
     tensors = checkpoint_tensors(model)
     _check_tensors(files, model, tensors)
     tensors_of: dict[str, list[CheckpointTensor]] = {}
@@ -52,11 +61,15 @@ def check_params(folder: str | Path, model: Model) -> None:
         ModelError: a file is missing or cut short, or a tensor is missing, extra, of an unreadable dtype or of another
             shape than `config.json` says.
     """
-    _check_tensors(WeightFiles(Path(folder)), model, checkpoint_tensors(model))
+    _check_tensors(_open(Path(folder), model), model, checkpoint_tensors(model))
+
+
+def _open(path: Path, model: Model) -> Weights:
+    return GgufWeights(path, model.config) if is_gguf(path) else WeightFiles(path)
 
 
 def _load_parameter(
-    files: WeightFiles, tensors: list[CheckpointTensor], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding
+    files: Weights, tensors: list[CheckpointTensor], leaf: jax.ShapeDtypeStruct, sharding: NamedSharding
 ) -> jax.Array:
     """Reads one parameter as a global array, one part per distinct shard."""
     shape = leaf.shape
@@ -74,7 +87,7 @@ def _load_parameter(
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
-def _read_part(files: WeightFiles, tensors: list[CheckpointTensor], index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+def _read_part(files: Weights, tensors: list[CheckpointTensor], index: tuple[slice, ...], dtype: Any) -> np.ndarray:
     """Reads the part of a parameter at `index`, from the one tensor it is or from one tensor per layer."""
 
     def read(tensor: CheckpointTensor, index: tuple[slice, ...]) -> np.ndarray:
@@ -88,13 +101,13 @@ def _read_part(files: WeightFiles, tensors: list[CheckpointTensor], index: tuple
     return part
 
 
-def _check_tensors(files: WeightFiles, model: Model, tensors: list[CheckpointTensor]) -> None:
+def _check_tensors(files: Weights, model: Model, tensors: list[CheckpointTensor]) -> None:
     """Raises ModelError unless the files hold the model's tensors, in their shapes, and no others."""
     names = {tensor.name for tensor in tensors}
-    missing = [tensor.name for tensor in tensors if tensor.name not in files]
+    missing = [files.own_name(tensor.name) for tensor in tensors if tensor.name not in files]
     if missing:
         raise ModelError(
-            f"{files.folder}: {_name_tensors(missing)} missing from the safetensors files; config.json asks for "
+            f"{files.folder}: {_name_tensors(missing)} missing from {files.holder}; {files.description} asks for "
             f"{model.config.num_layers} layers (`num_hidden_layers`) of a {model.config.model_type} model"
         )
     family = FAMILIES[model.config.model_type]
@@ -106,20 +119,19 @@ def _check_tensors(files: WeightFiles, model: Model, tensors: list[CheckpointTen
         extra.remove(head)
     if extra:
         raise ModelError(
-            f"{files.folder}: {_name_tensors(extra)} of the safetensors files has no place in the "
-            f"{model.config.model_type} model that config.json describes; use the config.json that belongs to these "
-            "weights"
+            f"{files.folder}: {_name_tensors(extra)} of {files.holder} has no place in the {model.config.model_type} "
+            f"model that {files.description} describes; {files.remedy}"
         )
     for tensor in tensors:
         files.check_dtype(tensor.name)
         if files.shape(tensor.name) != tensor.shape:
             raise ModelError(
-                f"{files.locate(tensor.name)} has shape {list(files.shape(tensor.name))}, but config.json makes it "
-                f"{list(tensor.shape)}; use the config.json that belongs to these weights"
+                f"{files.locate(tensor.name)} has shape {list(files.shape(tensor.name))}, but {files.description} "
+                f"makes it {list(tensor.shape)}; {files.remedy}"
             )
 
 
-def _check_tied(files: WeightFiles, embedding: str, head: str) -> None:
+def _check_tied(files: Weights, embedding: str, head: str) -> None:
     """Raises ModelError unless the two tensors are equal. They are compared in blocks of rows."""
     same = files.shape(embedding) == files.shape(head)
     rows = files.shape(head)[0]

@@ -35,6 +35,10 @@ class WeightFiles:
         ModelError: a file is missing or cannot be read.
     """
 
+    # What error messages call the files and what describes the model, and what they advise where the two disagree.
+    holder, description = "the safetensors files", "config.json"
+    remedy = "use the config.json that belongs to these weights"
+
     def __init__(self, folder: Path, files: Sequence[str] | None = None) -> None:
         self.folder = folder
         self._file: dict[str, str] = {}
@@ -58,6 +62,10 @@ class WeightFiles:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file
+
+    def own_name(self, name: str) -> str:
+        """Returns the name of a tensor in the files, for error messages."""
+        return name
 
     def locate(self, name: str) -> str:
         """Returns the tensor's file and name, for error messages."""

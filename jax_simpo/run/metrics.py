@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from io import FileIO
@@ -233,3 +234,14 @@ def check_split_names(splits: Sequence[str], names: Sequence[str]) -> None:
                 "metric. Rename the split"
             )
         keys += own
+
+
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """Returns the 95 % confidence interval of a share that was found among `count` independent cases.
+
+    It is Wilson's (1927), which holds for few cases too and for shares of 0 and 1.
+    """
+    z2 = 1.959964**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = math.sqrt(z2 * share * (1 - share) / count + (z2 / (2 * count)) ** 2) / (1 + z2 / count)
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -13,6 +13,7 @@ from jax_simpo.config.objectives import ALL_KEYS as OBJECTIVE_SETTINGS
 from jax_simpo.config.objectives import code_of, described, is_own
 from jax_simpo.data.readers import file_type
 from jax_simpo.data.sources import BUILTIN
+from jax_simpo.gguf_files import means_gguf
 from jax_simpo.run import files
 from jax_simpo.run.facts import PACKAGES
 from jax_simpo.run.manifest import CARD_SENTENCE, claim
@@ -139,7 +140,8 @@ def _settings(config: TrainConfig, global_batch_size: int | None) -> list[list[s
 
 def _is_adapter(config: TrainConfig) -> bool:
     """Returns True if the exported folder holds an adapter; the adapter of a new model is merged into the model."""
-    return config.use_peft and config.model_name_or_path is not None
+    base = config.model_name_or_path
+    return config.use_peft and base is not None and not means_gguf(base)
 
 
 def _is_hub_id(name: str) -> bool:

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jax_simpo.errors import DataError
+from jax_simpo.gguf_files import gguf_parts, is_gguf
 from jax_simpo.run.whole import writing
 
 VERSION = 1
@@ -139,10 +140,12 @@ def model_digest(folder: Path) -> str:
     It reads every byte, several files at a time, and so takes about as long as loading the model.
 
     Args:
-        folder: the folder of a model or of an adapter.
+        folder: the folder of a model or of an adapter, or a GGUF file.
     """
     configs = [folder / name for name in ("config.json", "adapter_config.json")]
     files = [*filter(Path.exists, configs), *sorted(folder.glob("*.safetensors"))]
+    if is_gguf(folder):
+        files = [*gguf_parts(folder)]
 
     def of_file(path: Path) -> str:
         with path.open("rb") as file:

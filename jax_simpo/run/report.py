@@ -29,7 +29,7 @@ from jax_simpo.run.bad_steps import read_bad_steps
 from jax_simpo.run.facts import read_facts
 from jax_simpo.run.health import OVERFITTING, Finding, read_findings
 from jax_simpo.run.manifest import check_unchanged, write_file
-from jax_simpo.run.metrics import ANSWERS, read_metrics
+from jax_simpo.run.metrics import ANSWERS, read_metrics, share_interval
 from jax_simpo.run.objective_texts import ObjectiveText, texts_of
 from jax_simpo.run.samples import Sample, read_samples
 from jax_simpo.terminal import visible
@@ -182,8 +182,19 @@ class Run:
         )
 
     def outcome(self) -> str:
-        """Sums up in a sentence how often the model prefers the chosen answer, and which model it is."""
-        return self._outcome() + self.choice + self.better_step
+        """Sums up how often the model prefers the chosen answer, how sure that is, and which model it is."""
+        return self._outcome() + self.interval + self.choice + self.better_step
+
+    @property
+    def interval(self) -> str:
+        """Says how far the evaluation's accuracy may be off by chance; an empty text where that cannot be said.
+
+        Pairs are drawn one by one, so it is the interval of a share. The comparisons of a group depend on one another.
+        """
+        if not self.evals or self.noun != "pairs" or self.accuracy(last := self.exported_eval) == NO_ACCURACY:
+            return ""
+        low, high = share_interval(last["eval_rewards/accuracies"], last["eval_pairs"])
+        return f" The 95% confidence interval is {low:.1%} to {high:.1%}."
 
     def _outcome(self) -> str:
         key = "rewards/accuracies"

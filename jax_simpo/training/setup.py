@@ -27,6 +27,7 @@ from jax_simpo.data.prompts import PromptEncoder
 from jax_simpo.data.selection import HELD_OUT, Selection
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.errors import CheckpointError, ConfigError, ModelError
+from jax_simpo.gguf_files import means_gguf
 from jax_simpo.hf import adapters
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.hf.lora_targets import choose_targets
@@ -313,7 +314,8 @@ class Setup:
     ) -> str:
         """Writes the model as a Hugging Face folder; where an adapter was trained, the adapter as a peft folder.
 
-        The adapter of a new model is always merged: its base has no name by which it could be found again.
+        The adapter of a new model is always merged: its base has no name by which it could be found again. So is one of
+        a GGUF file, which peft does not read.
 
         Args:
             params: as `load_params` gives them.
@@ -328,12 +330,16 @@ class Setup:
             ModelError: the folder cannot be written.
         """
         dtype = self.config.export_dtype or self.config.dtype
-        if self.model.lora is None or merge or self.start.base is None:
+        base = self.start.base
+        if self.model.lora is None or merge or base is None or means_gguf(base):
             hf.save_model(params, self.model, folder, dtype, tokenizer=self.tokenizer, max_shard_bytes=max_shard_bytes)
             if self.model.lora is None:
                 return "model"
-            return "model, adapter merged" if merge else "model, adapter merged: a new model has no name to refer to"
-        name, revision = self.start.base, self.start.revision
+            if merge:
+                return "model, adapter merged"
+            reason = "a new model has no name to refer to" if base is None else "peft reads no GGUF file"
+            return f"model, adapter merged: {reason}"
+        name, revision = base, self.start.revision
         local = Path(name).expanduser()
         if local.is_dir():  # it is to be found from any other folder too
             name, revision = str(local.absolute()), None

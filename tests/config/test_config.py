@@ -29,7 +29,7 @@ PREFIX_SHARING = {
     "tulu-helpsteer": (LLAMA, 2048, 1536, 0.1, 1e-6, 16),
     "ultrafeedback": ("alignment-handbook/zephyr-7b-sft-full", 1024, 512, 0.01, 5e-7, 32),
 }
-NO_SIMPO = ("quickstart", "zephyr-7b-dpo", *(f"dpo-{name}" for name in PREFIX_SHARING))
+NO_SIMPO = ("quickstart", "quickstart-real", "zephyr-7b-dpo", *(f"dpo-{name}" for name in PREFIX_SHARING))
 
 
 # --- published files
@@ -99,6 +99,13 @@ def test_the_quickstart_needs_no_network():
     assert config.model_name_or_path is None
     assert config.tokenizer_name_or_path.startswith("builtin:")
     assert all(source.startswith("builtin:") for source in config.dataset_mixer)
+
+
+def test_the_quickstart_with_a_real_model_needs_no_hub_and_ends_after_half_an_hour():
+    config = load_config("builtin:quickstart-real")
+    assert config.model_name_or_path == "builtin:smollm2" and [*config.dataset_mixer] == ["builtin:manners"]
+    assert config.max_steps * config.global_batch_size <= 1300  # whatever the size of the user's file
+    assert config.do_eval and config.generate_during_eval and config.sample_prompts
 
 
 # --- values and defaults

@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from jax_simpo.errors import CheckpointError, ConfigError, TrainingError
 from jax_simpo.run.metrics import (
@@ -18,6 +20,7 @@ from jax_simpo.run.metrics import (
     evaluation_figures,
     evaluation_line,
     read_metrics,
+    share_interval,
 )
 from jax_simpo.run.sums import NOTHING, Sum
 
@@ -166,3 +169,13 @@ def test_the_records_are_json_lines(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
         log.write({"step": 1, "loss": 0.5})
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}  # at once
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_a_share_lies_in_the_interval_of_19_experiments_in_20(share: float) -> None:
+    chance = np.random.default_rng(0)
+    found = chance.binomial(200, share, size=2000) / 200
+    inside = [low - 1e-12 <= share <= high + 1e-12 for low, high in (share_interval(f, 200) for f in found)]
+    assert np.mean(inside) > 0.93
+    oracle = binomtest(round(200 * share), 200).proportion_ci(method="wilson")
+    assert share_interval(share, 200) == pytest.approx((oracle.low, oracle.high), abs=1e-6)

@@ -239,7 +239,8 @@ def test_a_report_of_the_users_is_not_replaced(run_folder: Path) -> None:
 
 def test_the_outcome_names_evaluation_accuracy_before_and_after(run_folder: Path) -> None:
     assert report.read_run(run_folder).outcome() == (
-        "The model prefers the chosen answer in 97.3% of the 1,200 evaluation pairs, up from 50.7% before training."
+        "The model prefers the chosen answer in 97.3% of the 1,200 evaluation pairs, up from 50.7% before training. "
+        "The 95% confidence interval is 96.2% to 98.1%."
     )
 
 
@@ -309,6 +310,7 @@ def test_groups_of_more_answers_are_called_so(run_folder: Path) -> None:
     assert "groups trained on" in text and "9 groups" in text and "groups per second" in text
     assert "the share of comparisons whose better response has the higher one" in text
     assert "pairs" not in text.partition("Resolved config")[0]
+    assert "confidence interval" not in text  # the comparisons of a group are not independent
 
 
 def test_the_page_needs_nothing_outside_itself(run_folder: Path) -> None:
