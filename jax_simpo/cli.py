@@ -489,6 +489,15 @@ def report(context: typer.Context, config: ConfigFile) -> None:
     console.print(f"report: {write_report(Path(settings.output_dir))}")
 
 
+@app.command(context_settings=OVERRIDES)
+def track(context: typer.Context, config: ConfigFile) -> None:
+    """Sends the records, config and report of a run that is over to trackers: --report_to=wandb."""
+    settings, console = _begin(config, context.args)
+    from jax_simpo.tracking.trackers import send_run
+
+    send_run(settings, Path(settings.output_dir), console)
+
+
 def _load(path: str, overrides: list[str]) -> TrainConfig:
     """Reads the config, or says that it comes first."""
     if path.startswith("--"):

@@ -6,6 +6,7 @@ pictures have tests of their own, and so has a run as a user starts it, in a pro
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,10 @@ from jax_simpo.config import TrainConfig, identity_of
 from jax_simpo.run import curves
 from jax_simpo.training import optim, reference, step, trainer
 
-_PICTURE = b"\x89PNG\r\n\x1a\n"  # the first bytes of a PNG
+# A PNG of one black pixel.
+_PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2FzhVAAAAAElFTkSuQmCC"
+)
 _optimizers: dict[tuple[str, int], Any] = {}
 
 

@@ -34,6 +34,7 @@ from jax_simpo.run.resume import GUARD
 from jax_simpo.run.stalls import StallWatch
 from jax_simpo.run.sums import Sum
 from jax_simpo.sharding import local_rows
+from jax_simpo.tracking.trackers import Trackers
 from jax_simpo.training.evaluate import Evaluation, ScoreFunction, group_records, score_step
 from jax_simpo.training.progress import TrainingProgress
 from jax_simpo.training.sampler import Sampler
@@ -62,6 +63,7 @@ class TrainingLoop:
         output: the output directory.
         records_before: the sum of the records up to the step that the run goes on from; None where it starts afresh.
         console: where progress and notes go.
+        trackers: get every record, on the first process.
         on_record: is given every record on the first process; True stops the run once its state is saved. None where
             the user has no callback.
     """
@@ -82,6 +84,7 @@ class TrainingLoop:
     output: Path
     records_before: Sum | None
     console: Console
+    trackers: Trackers
     on_record: Callable[[dict[str, Any]], bool] | None = None
 
     def run(self, params: Params, state: Any, first_step: int) -> tuple[Params, int]:
@@ -255,6 +258,7 @@ class TrainingLoop:
         run = {**self.identity, **({GUARD: guard} if guard else {})}
         self.checkpoints.save(done, trained, state, run, records, keep_step=self.best_step)
         self._last_saved = done
+        self.trackers.flush()
         self._watch.headway()
 
     def _write(self, batch: StepBatch, values: Mapping[str, float]) -> None:
@@ -278,6 +282,7 @@ class TrainingLoop:
     def _record(self, record: dict[str, Any]) -> None:
         """Logs a record and gives it to the callback, whose answer on the first process counts for all."""
         self._log.write(record)
+        self.trackers.log(record)
         if self.on_record is not None:
             asked = self.on_record(record) if distributed.is_first() else False
             self._stop_asked |= distributed.collect("stop", asked)[0]

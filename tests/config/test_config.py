@@ -50,9 +50,9 @@ def test_a_published_file_parses_and_its_values_arrive(path):
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
 def test_each_key_of_a_published_file_that_does_nothing_is_noticed_once(path):
     notices = load_config(path).notices
-    for key in ("gradient_checkpointing_kwargs", "hub_model_id", "log_level", "report_to"):
+    for key in ("gradient_checkpointing_kwargs", "log_level"):
         assert len([n for n in notices if f"`{key}`" in n]) == 1
-    assert not [n for n in notices if "torch_dtype" in n or "push_to_hub" in n]  # null and false ask for nothing
+    assert not [n for n in notices if "torch_dtype" in n]  # null asks for nothing
 
 
 def test_the_gamma_of_the_first_published_files_becomes_the_ratio_that_replaced_it():
