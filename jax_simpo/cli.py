@@ -498,6 +498,15 @@ def track(context: typer.Context, config: ConfigFile) -> None:
     send_run(settings, Path(settings.output_dir), console)
 
 
+@app.command(context_settings=OVERRIDES)
+def push(context: typer.Context, config: ConfigFile) -> None:
+    """Uploads the model of a run that is over to the Hugging Face hub, or what is left of an interrupted upload."""
+    settings, console = _begin(config, context.args)
+    from jax_simpo.hub import push_run
+
+    push_run(settings, Path(settings.output_dir), console)
+
+
 def _load(path: str, overrides: list[str]) -> TrainConfig:
     """Reads the config, or says that it comes first."""
     if path.startswith("--"):

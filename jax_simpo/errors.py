@@ -53,6 +53,10 @@ class TrainingError(UserError):
     """A run that cannot continue, such as one whose loss is no longer finite."""
 
 
+class HubError(UserError):
+    """A model that could not be uploaded to the Hugging Face hub. The run that made it is complete."""
+
+
 class StoppedError(UserError):
     """A run that a signal ended; starting it again continues it.
 

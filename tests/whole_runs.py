@@ -20,7 +20,7 @@ from jax_simpo.run import curves
 from jax_simpo.training import optim, reference, step, trainer
 
 # A PNG of one black pixel.
-_PICTURE = base64.b64decode(
+PICTURE = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2FzhVAAAAAElFTkSuQmCC"
 )
 _optimizers: dict[tuple[str, int], Any] = {}
@@ -44,7 +44,7 @@ def made_quick() -> Iterator[None]:
         patch.setattr(trainer, "make_train_functions", _make_train_functions)
         for module in (trainer, reference):
             patch.setattr(module, "make_score_function", _make_score_function)
-        patch.setattr(curves, "draw_curves", lambda *_, **__: _PICTURE)
+        patch.setattr(curves, "draw_curves", lambda *_, **__: PICTURE)
         yield
 
 

@@ -13,6 +13,7 @@ BAD_STEPS = "bad_steps.jsonl"  # what the steps would have trained on that were 
 FACTS = "run.json"
 TRACKING = "tracking.json"  # what the trackers have been sent
 TENSORBOARD = "tensorboard"
+HUB = "hub"  # the model of a save while it is uploaded
 CARD = "README.md"
 REPORT = "report.html"
 CURVES = "curves.png"
@@ -20,7 +21,7 @@ SEAL = "seal.json"  # in a step folder: sizes and checksums of its files, writte
 STEP_RUN = "run.json"  # in a step folder of the PyTorch reference: the identity of the run and the engine
 
 # Everything but the manifest and the lock, in the order in which a run writes it.
-ALL = (CONFIG, TRACKING, TENSORBOARD, METRICS, FACTS, SAMPLES, BAD_STEPS, CHECKPOINTS, MODEL, REPORT, CURVES, CARD)
+ALL = (CONFIG, TRACKING, TENSORBOARD, METRICS, FACTS, SAMPLES, BAD_STEPS, CHECKPOINTS, HUB, MODEL, REPORT, CURVES, CARD)
 # What every run writes, whatever its config.
 OF_EVERY_RUN = (CONFIG, METRICS, FACTS, SAMPLES, BAD_STEPS, CHECKPOINTS, MODEL, REPORT, CURVES, CARD)
 # What is written once the last step is done.

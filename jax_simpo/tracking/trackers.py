@@ -131,7 +131,7 @@ class Trackers:
         goes_on = kind is None or issubclass(kind, StoppedError | KeyboardInterrupt)
         ending: Ending = "stopped" if goes_on else "failed"
         for follower in self._followers:
-            follower.close("finished" if self._finished and kind is None else ending)
+            follower.close("finished" if self._finished else ending)
         self._tell_failures()
         for follower in self._followers:
             if follower.failure:

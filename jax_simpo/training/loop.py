@@ -21,6 +21,7 @@ from jax_simpo.data.loader import Known, StepBatch, step_batches
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.errors import CheckpointError, StoppedError, TrainingError
+from jax_simpo.hub import Publisher
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
 from jax_simpo.run import files, signals
@@ -29,6 +30,7 @@ from jax_simpo.run.best import BestRule, evaluations
 from jax_simpo.run.cadence import is_due
 from jax_simpo.run.checkpoint import Checkpoints
 from jax_simpo.run.guard import StepGuard, weights_error
+from jax_simpo.run.manifest import claim
 from jax_simpo.run.metrics import MetricsLog, evaluation_line, read_metrics
 from jax_simpo.run.resume import GUARD
 from jax_simpo.run.stalls import StallWatch
@@ -64,6 +66,7 @@ class TrainingLoop:
         records_before: the sum of the records up to the step that the run goes on from; None where it starts afresh.
         console: where progress and notes go.
         trackers: get every record, on the first process.
+        publisher: uploads the models of saves, if the config asks for it.
         on_record: is given every record on the first process; True stops the run once its state is saved. None where
             the user has no callback.
     """
@@ -85,6 +88,7 @@ class TrainingLoop:
     records_before: Sum | None
     console: Console
     trackers: Trackers
+    publisher: Publisher
     on_record: Callable[[dict[str, Any]], bool] | None = None
 
     def run(self, params: Params, state: Any, first_step: int) -> tuple[Params, int]:
@@ -259,7 +263,18 @@ class TrainingLoop:
         self.checkpoints.save(done, trained, state, run, records, keep_step=self.best_step)
         self._last_saved = done
         self.trackers.flush()
+        if self.publisher.at_saves and done < self.total_steps:
+            self._publish(done, params)
         self._watch.headway()
+
+    def _publish(self, done: int, params: Params) -> None:
+        """Exports the model of a save and has it uploaded, unless the one before is still on its way."""
+        if not distributed.collect("upload", self.publisher.may_save())[0]:
+            return
+        if distributed.is_first():
+            claim(self.output, files.HUB)
+        self.setup.export(params, self.output / files.HUB)
+        self.publisher.save(done)
 
     def _write(self, batch: StepBatch, values: Mapping[str, float]) -> None:
         rates = self._clock.rates()

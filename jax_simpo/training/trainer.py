@@ -16,6 +16,7 @@ from jax_simpo.config import TrainConfig
 from jax_simpo.data.packing import measure
 from jax_simpo.data.sources import RawSplit
 from jax_simpo.data.tokenize import GroupDataset
+from jax_simpo.hub import Publisher
 from jax_simpo.processes import distributed
 from jax_simpo.run import files, model_card, report, signals
 from jax_simpo.run.best import BestRule
@@ -102,7 +103,8 @@ def train(
         locked(output) if distributed.is_first() else nullcontext(),
         Trackers(config, output, console, write=distributed.is_first()) as trackers,
     ):
-        return _train(config, output, console, pairs, eval_pairs, on_record, trackers)
+        publisher = Publisher(config, output, console, write=distributed.is_first())
+        return _train(config, output, console, pairs, eval_pairs, on_record, trackers, publisher)
 
 
 def _train(
@@ -113,9 +115,11 @@ def _train(
     eval_pairs: RawSplit | None,
     on_record: Callable[[dict[str, Any]], bool] | None,
     trackers: Trackers,
+    publisher: Publisher,
 ) -> TrainRun:
     distributed.on_first("former run", lambda: check_output(config, output))
     distributed.on_first("trackers", trackers.check)
+    distributed.on_first("hub", publisher.check)
     keep_compiled_programs()
     setup = Setup(config, memory_pairs=pairs, memory_eval_pairs=eval_pairs)
     mesh = setup.mesh
@@ -245,6 +249,7 @@ def _train(
             records_before=records,
             console=console,
             trackers=trackers,
+            publisher=publisher,
             on_record=on_record,
         )
         params, done = loop.run(params, state, first_step)
@@ -267,6 +272,7 @@ def _train(
         model_card.write(output, config, global_batch_size=plan.global_batch_size)
         report.print_summary(console, output)
         trackers.finish(finished=finished)
+    distributed.on_first("upload", lambda: publisher.finish(exported))
     distributed.barrier("report")
     return TrainRun(output, output / files.MODEL, output / files.REPORT, done, not finished, exported)
 
