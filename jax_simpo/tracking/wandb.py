@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,7 +31,6 @@ class WeightsAndBiases:
     """Logs records, one row a step. It takes nothing from the terminal and reads no code."""
 
     def __init__(self, start: Start) -> None:
-        self._output = start.output
         self._run = wandb.init(
             project=start.project or os.environ.get("WANDB_PROJECT") or PROJECT,
             name=start.name,
@@ -38,9 +38,7 @@ class WeightsAndBiases:
             resume="allow" if start.run and not _offline() else None,
             config=dict(start.config),
             reinit="create_new",  # a run of the user's own goes on beside it
-            settings=wandb.Settings(
-                silent=True, console="off", disable_code=True, allow_val_change=True, symlink=False
-            ),
+            settings=wandb.Settings(silent=True, console="off", disable_code=True, allow_val_change=True),
         )
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
@@ -56,8 +54,12 @@ class WeightsAndBiases:
         """Does nothing: wandb's own process has what was logged, and outlives this one."""
 
     def attach(self, attached: Mapping[str, Path]) -> None:
+        # In a folder, because wandb has a config.yaml of its own; copies, because it would link to files that a run that
+        # goes on replaces.
+        folder = Path(self._run.dir) / "jax-simpo"
+        folder.mkdir(exist_ok=True)
         for path in attached.values():
-            self._run.save(str(path), base_path=str(self._output), policy="now")
+            self._run.save(str(shutil.copy(path, folder)), base_path=self._run.dir, policy="now")
 
     def close(self, ending: Ending) -> None:
         if ending == "stopped" and not _offline():

@@ -172,6 +172,9 @@ class TrainingLoop:
                 stop = stop or self._signal_alone()
             if save or self._stop_asked:
                 self._save(done, params, state)
+            ends = stop is not None or self._stop_asked or self.ended_early or done == self.total_steps
+            if save and self.publisher.at_saves and not ends:
+                self._publish(done, params)
         if stop is not None:
             self._end(stop, done, params, state)
 
@@ -263,8 +266,6 @@ class TrainingLoop:
         self.checkpoints.save(done, trained, state, run, records, keep_step=self.best_step)
         self._last_saved = done
         self.trackers.flush()
-        if self.publisher.at_saves and done < self.total_steps:
-            self._publish(done, params)
         self._watch.headway()
 
     def _publish(self, done: int, params: Params) -> None:

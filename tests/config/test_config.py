@@ -189,6 +189,16 @@ def test_dropout_of_an_adapter_is_refused_with_its_line_and_left_to_the_referenc
     assert "`lora_modules_to_save: ['lm_head']` cannot be honoured" in message("lora_modules_to_save: [lm_head]")
 
 
+def test_the_pytorch_reference_says_what_sends_its_runs_afterwards(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model_name_or_path: a/b\ndataset_mixer: {builtin:cafe: 1.0}\nreport_to: wandb\npush_to_hub: true\n"
+    )
+    assert not load_config(file).notices
+    told = load_config(file, torch=True).notices
+    assert ["`jax-simpo track`" in told[0], "`jax-simpo push`" in told[1]] == [True, True]
+
+
 @pytest.mark.parametrize("line", ["fp16: false", "use_peft: false", "report_to: none", "push_to_hub: false"])
 def test_a_foreign_key_that_asks_for_nothing_passes_without_a_word(load, line):
     assert load(line).notices == ()

@@ -155,7 +155,7 @@ def test_wandb_has_the_config_and_the_files_and_one_run(resumed: Path) -> None:
     folders = sorted(resumed.parent.glob("wandb/offline-run-*"))
     assert len(folders) == 2 and all(folder.name.endswith(state["run"]) for folder in folders)
     for name in (files.CONFIG, files.REPORT):
-        assert (folders[-1] / "files" / name).read_bytes() == (resumed / name).read_bytes()
+        assert (folders[-1] / "files/jax-simpo" / name).read_bytes() == (resumed / name).read_bytes()
 
 
 @pytest.mark.skipif("mlflow" not in INSTALLED, reason="mlflow is not installed")
