@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, ModelCard, get_token
 from rich.console import Console
 
 from jax_simpo.config import TrainConfig
-from jax_simpo.errors import CheckpointError, ConfigError, HubError
+from jax_simpo.errors import CheckpointError, ConfigError, HubError, words_of
 from jax_simpo.run import files
 from jax_simpo.run.lock import locked
 from jax_simpo.run.manifest import check_free
@@ -88,9 +88,9 @@ class Publisher:
         remove(self.output / files.HUB)
         self.console.print(f"uploaded: {address(self._repository)}")
 
-    def _warn_failed(self, upload: _Upload) -> None:
-        if upload.failure:
-            said = f"warning: a save was not uploaded: {upload.failure}. Training goes on"
+    def _warn_failed(self, ended: _Upload) -> None:
+        if ended.failure:
+            said = f"warning: a save was not uploaded: {ended.failure}. Training goes on"
             self.console.print(said, style="yellow")
 
 
@@ -105,7 +105,7 @@ class _Upload(threading.Thread):
         try:
             upload(*self._arguments)
         except Exception as error:  # whatever the network does, training goes on
-            self.failure = _words(error)
+            self.failure = words_of(error)
 
 
 def push_run(config: TrainConfig, output: Path, console: Console) -> None:
@@ -139,10 +139,12 @@ def find_repository(config: TrainConfig, output: Path) -> str:
     try:
         if "/" not in name:
             name = f"{api.whoami()['name']}/{name}"
-        return api.create_repo(name, private=config.hub_private_repo, exist_ok=True).repo_id
+        repository = api.create_repo(name, private=config.hub_private_repo, exist_ok=True).repo_id
+        api.auth_check(repository, write=True)  # one that is there may be somebody else's
+        return repository
     except Exception as error:  # of the hub, the network, or a name that the hub does not take
         raise ConfigError(
-            f"`push_to_hub`: the repository {name} cannot be used: {_words(error)}. Give another `hub_model_id`, "
+            f"`push_to_hub`: the repository {name} cannot be used: {words_of(error)}. Give another `hub_model_id`, "
             "log in as somebody who may write there, or set `push_to_hub: false`; `jax-simpo push` uploads the model "
             "afterwards"
         ) from error
@@ -160,8 +162,7 @@ def push_model(output: Path, repository: str, message: str, config: TrainConfig)
     except Exception as error:  # whatever the network does, the run is complete
         raise HubError(
             f"the model lies in {output / files.MODEL}, complete, and was not uploaded to {repository}: "
-            f"{_words(error)}. "
-            "Run `jax-simpo push` with the same config; what the hub has by now is not sent again"
+            f"{words_of(error)}. Run `jax-simpo push` with the same config; what the hub has by now is not sent again"
         ) from error
 
 
@@ -196,9 +197,3 @@ def _licence_of(base: str) -> str | None:
     except Exception:  # a card without a licence is no reason to lose an upload
         return None
     return licence if isinstance(licence, str) else None
-
-
-def _words(error: Exception) -> str:
-    """Returns an error in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:300].rstrip(".") or type(error).__name__

@@ -9,6 +9,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from jax_simpo.errors import words_of
 from jax_simpo.run.metrics import record_step
 from jax_simpo.tracking.tracker import Ending, Tracker
 
@@ -105,9 +106,3 @@ class Follower:
             action()
         except Exception as error:  # whatever a library raises, the run goes on
             self.failure = words_of(error)
-
-
-def words_of(error: Exception) -> str:
-    """Returns an error of a library in one line."""
-    line = next((line for line in str(error).splitlines() if line.strip()), "").strip().rstrip(".")
-    return f"{line or type(error).__name__}"[:300]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,12 +19,12 @@ from typing import Any, Self, cast
 from rich.console import Console
 
 from jax_simpo.config import TrainConfig
-from jax_simpo.errors import CheckpointError, ConfigError, StoppedError, UserError
+from jax_simpo.errors import CheckpointError, ConfigError, StoppedError, UserError, words_of
 from jax_simpo.run import files
 from jax_simpo.run.lock import locked
 from jax_simpo.run.manifest import check_free, write_file
 from jax_simpo.run.metrics import read_metrics
-from jax_simpo.tracking.follower import NOTHING, Follower, Place, place_of, words_of
+from jax_simpo.tracking.follower import NOTHING, Follower, Place, place_of
 from jax_simpo.tracking.tracker import Ending, Library, Start
 
 _ATTACHED = {"config": files.CONFIG, "report": files.REPORT, "card": files.CARD, "curves": files.CURVES}
@@ -43,7 +44,8 @@ class Trackers:
         self._config, self._output, self._console = config, output, console
         self._names: Sequence[str] = config.report_to if write else ()
         self._followers: list[Follower] = []
-        self._told: set[str] = set()
+        self._others: dict[str, _State] = {}  # trackers of former parts of this run, which get none of its records now
+        self._write, self._told = write, set[str]()
         self._finished = False
 
     def check(self) -> None:
@@ -73,11 +75,16 @@ class Trackers:
             ConfigError: a tracker cannot begin.
             CheckpointError: `metrics.jsonl` or `tracking.json` is damaged.
         """
-        if not self._names:
+        states = {} if step == 0 or not self._write else _read_states(self._output)
+        if not self._names and not states:
             return
         records = [] if step == 0 else read_metrics(self._output)
-        states = {} if step == 0 else _read_states(self._output)
         last = max(map(place_of, records), default=NOTHING)
+        self._others = {
+            name: _State(state.run, state.sent_before(last), behind=True)
+            for name, state in states.items()
+            if name not in self._names
+        }
         for name in self._names:
             library, state = _library(name), states.get(name)
             sent = state.sent_before(last) if state is not None else NOTHING
@@ -142,7 +149,9 @@ class Trackers:
                     style="yellow",
                 )
         if self._followers:
-            self._write_states()
+            # What ends the run is told, and not that a full disk has no room for this file either.
+            with nullcontext() if kind is None else suppress(UserError):
+                self._write_states()
 
     def _tell_failures(self) -> None:
         for follower in self._followers:
@@ -155,7 +164,7 @@ class Trackers:
                 self._write_states()
 
     def _write_states(self) -> None:
-        states = _read_states(self._output) | {
+        states = self._others | {
             follower.name: _State(follower.tracker.run, follower.sent, bool(follower.failure))
             for follower in self._followers
         }

@@ -54,8 +54,8 @@ class WeightsAndBiases:
         """Does nothing: wandb's own process has what was logged, and outlives this one."""
 
     def attach(self, attached: Mapping[str, Path]) -> None:
-        # In a folder, because wandb has a config.yaml of its own; copies, because it would link to files that a run that
-        # goes on replaces.
+        # In a folder, because wandb has a config.yaml of its own. Copies, because it would link to the files, which a
+        # run that goes on replaces.
         folder = Path(self._run.dir) / "jax-simpo"
         folder.mkdir(exist_ok=True)
         for path in attached.values():

@@ -58,6 +58,10 @@ class Hub:
         if parts == ["api", "repos", "create"]:
             return self._create(content)
         name = "/".join(parts[2:4])
+        if "auth-check" in parts:
+            return (403, {"error": "You may only read this"}) if name == "others/theirs" else (200, {})
+        if parts[:2] == ["api", "models"] and len(parts) == 4 and name == "others/theirs":
+            return 200, {"id": name}
         if method == "GET" and parts[:2] == ["api", "models"] and name in self.cards:
             return 200, {"id": name, "cardData": self.cards[name]}
         if parts[-1] == "batch":

@@ -102,8 +102,10 @@ def test_the_command_uploads_a_run_that_is_over(hub: Hub, tmp_path: Path) -> Non
 def test_what_cannot_be_uploaded_is_found_before_training(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"the repository others/x cannot be used.*the rights to create"):
+    with pytest.raises(ConfigError, match="the repository others/x cannot be used"):
         run(config_of(tmp_path, push_to_hub=True, hub_model_id="others/x"))
+    with pytest.raises(ConfigError, match="the repository others/theirs cannot be used"):  # it is there, to be read
+        run(config_of(tmp_path, push_to_hub=True, hub_model_id="others/theirs"))
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(ConfigError, match="cannot be used: Invalid user token") as refused:
         run(config_of(tmp_path, push_to_hub=True))

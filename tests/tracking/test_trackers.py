@@ -253,6 +253,17 @@ def test_a_run_that_is_continued_twice_from_one_step_sends_none_twice(
     assert [step for step, _ in flaky.kept] == [*range(9), 8]  # the last is an evaluation
 
 
+def test_a_tracker_that_was_left_out_for_a_while_gets_what_it_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flaky = Flaky(takes=100)
+    monkeypatch.setattr(trackers, "_library", lambda name: flaky)
+    with_it, without = (config_of(tmp_path, report_to=names) for names in ("mlflow", "none"))
+    for config, step, last in ((with_it, 0, 3), (without, 2, 6), (with_it, 5, 8)):
+        written(config, RECORDS, step=step, last=last)
+    assert [step for step, _ in flaky.kept] == [*range(9), 8]
+
+
 def test_a_run_from_the_start_is_a_new_one_for_its_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flaky = Flaky(takes=100)
     monkeypatch.setattr(trackers, "_library", lambda name: flaky)
