@@ -539,6 +539,24 @@ def _serve(folders: list[Path], port: int, console: Console) -> None:
     console.print("no longer watching; the runs go on")
 
 
+@app.command(context_settings=OVERRIDES)
+def track(context: typer.Context, config: ConfigFile) -> None:
+    """Sends the records, config and report of a run that is over to trackers: --report_to=wandb."""
+    settings, console = _begin(config, context.args)
+    from jax_simpo.tracking.trackers import send_run
+
+    send_run(settings, Path(settings.output_dir), console)
+
+
+@app.command(context_settings=OVERRIDES)
+def push(context: typer.Context, config: ConfigFile) -> None:
+    """Uploads the model of a run that is over to the Hugging Face hub, or what is left of an interrupted upload."""
+    settings, console = _begin(config, context.args)
+    from jax_simpo.hub import push_run
+
+    push_run(settings, Path(settings.output_dir), console)
+
+
 def _load(path: str, overrides: list[str]) -> TrainConfig:
     """Reads the config, or says that it comes first."""
     if path.startswith("--"):

@@ -11,6 +11,12 @@ import signal
 from jax_simpo.terminal import visible
 
 
+def words_of(error: Exception) -> str:
+    """Returns the words of another library's error in one line, for a message of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:300].rstrip(".") or type(error).__name__
+
+
 class UserError(Exception):
     """Base class of the mistakes that you can mend without reading this code.
 
@@ -51,6 +57,10 @@ class LaunchError(UserError):
 
 class TrainingError(UserError):
     """A run that cannot continue, such as one whose loss is no longer finite."""
+
+
+class HubError(UserError):
+    """A model that could not be uploaded to the Hugging Face hub. The run that made it is complete."""
 
 
 class StoppedError(UserError):

@@ -23,6 +23,8 @@ def unused(config: TrainConfig) -> dict[str, str]:
         if not config.load_best_model_at_end:
             neither = "without `load_best_model_at_end` or `early_stopping_patience`"
             reasons |= dict.fromkeys(("metric_for_best_model", "greater_is_better"), neither)
+    if not config.push_to_hub:
+        reasons["hub_strategy"] = "without `push_to_hub`"
     default = TrainConfig.model_fields
     return {key: why for key, why in reasons.items() if getattr(config, key) != default[key].default}
 
@@ -33,6 +35,18 @@ _JAX_ONLY = {
     "generate_during_eval": "it generates no answers; remove the key",
     "adam_mu_dtype": "it keeps AdamW's moments in float32; remove the key",
 }
+
+# Keys that the PyTorch reference does not act on, and what does so afterwards.
+_AFTERWARDS = {"report_to": "track", "push_to_hub": "push"}
+
+
+def done_afterwards(config: TrainConfig) -> dict[str, str]:
+    """Returns the keys that the PyTorch reference leaves for later, each with a sentence that says how it is done."""
+    return {
+        key: f"`{key}` has no effect in `python -m torch_ref`; `jax-simpo {command}` with this config does it later"
+        for key, command in _AFTERWARDS.items()
+        if getattr(config, key)
+    }
 
 
 def jax_only(config: TrainConfig) -> dict[str, str]:

@@ -33,19 +33,11 @@ WITHOUT_MEANING: dict[str, str] = {
     "gradient_checkpointing_kwargs": "`remat` (none, dots, attention, full) says what is recomputed",
     "activation_checkpointing_kwargs": "`remat` (none, dots, attention, full) says what is recomputed",
     "use_reentrant": "`remat` (none, dots, attention, full) says what is recomputed",
-    "report_to": "metrics go to metrics.jsonl in `output_dir`",
-    "push_to_hub": "nothing is uploaded; upload the folder OUTPUT_DIR/model with `hf upload`",
-    "hub_model_id": "nothing is uploaded; upload the folder OUTPUT_DIR/model with `hf upload`",
-    "hub_strategy": "nothing is uploaded; upload the folder OUTPUT_DIR/model with `hf upload`",
-    "hub_token": "nothing is uploaded; `hf auth login` serves private models and data sets",
-    "hub_private_repo": "nothing is uploaded; upload the folder OUTPUT_DIR/model with `hf upload`",
-    "hub_always_push": "nothing is uploaded; upload the folder OUTPUT_DIR/model with `hf upload`",
-    "hub_revision": "nothing is uploaded; `model_revision` names the revision that is read",
-    "hub_model_revision": "nothing is uploaded; `model_revision` names the revision that is read",
+    "hub_always_push": "a save that comes while the one before is still being uploaded is passed over",
+    "logging_dir": "`report_to: tensorboard` writes to the folder `tensorboard` in `output_dir`",
     "log_level": "the command line shows progress and warnings",
     "log_level_replica": "only the first process prints",
     "log_on_each_node": "only the first process prints",
-    "logging_dir": "metrics go to metrics.jsonl in `output_dir`",
     "logging_strategy": "`logging_steps` says how often metrics are written",
     "logging_first_step": "`logging_steps: 1` writes every step",
     "logging_nan_inf_filter": "a loss that is not finite is never hidden",
@@ -111,6 +103,10 @@ NOT_SUPPORTED: dict[str, str] = {
     "group_by_length": "packing fills rows whatever the lengths; remove the key",
     "optim_args": "the optimizers take adam_beta1, adam_beta2, adam_epsilon, adam_mu_dtype and weight_decay",
     "optim_target_modules": "one optimizer trains all weights",
+    "hub_token": "a token in a file or on a command line is soon seen by others; remove it, and log in with `hf auth "
+    "login` or set the environment variable HF_TOKEN",
+    "hub_revision": "models are uploaded to the branch `main`; remove the key, or give another `hub_model_id`",
+    "hub_model_revision": "models are uploaded to the branch `main`; remove the key, or give another `hub_model_id`",
     "lora_modules_to_save": "with `use_peft` only the adapter is trained; remove the key",
 }
 
@@ -179,7 +175,8 @@ def translate(values: dict[str, Any], place: Callable[[str], str]) -> tuple[dict
                 notices.append(f"{place(key)}: `{key}` has no effect here: {WITHOUT_MEANING[key]}")
         elif key in NOT_SUPPORTED:
             if not asks_for_nothing(value):
-                raise ConfigError(f"{place(key)}: `{key}: {_show(value)}` cannot be honoured: {NOT_SUPPORTED[key]}")
+                said = shown.HIDDEN if shown.is_secret(key) else _show(value)
+                raise ConfigError(f"{place(key)}: `{key}: {said}` cannot be honoured: {NOT_SUPPORTED[key]}")
         elif key == "optim":
             result[key] = OPTIMIZERS.get(value, value) if isinstance(value, str) else value
         else:

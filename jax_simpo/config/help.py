@@ -125,7 +125,8 @@ def explain(
     place = places.get(top, path)
     if error["type"] == "extra_forbidden":
         dotted = shown.one_line(".".join(location))
-        return f"{place}: unknown key `{dotted}` (value {shown.value(error['input'])}).{did_you_mean(dotted, model)}"
+        said = shown.HIDDEN if shown.is_secret(location[-1]) else shown.value(error["input"])
+        return f"{place}: unknown key `{dotted}` (value {said}).{did_you_mean(dotted, model)}"
     if error["type"] == "missing":
         return f"{path}: the key `{top}` is required"
     if "`" in reason:

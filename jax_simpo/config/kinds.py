@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -44,7 +44,34 @@ def name(value: Any) -> Any:
     return value
 
 
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
+
+def trackers(value: Any) -> Any:
+    """Reads the names of trackers: one, a list, or none."""
+    listed = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(listed, list):
+        return value
+    named = [name for name in dict.fromkeys(map(str, listed)) if name.lower() != "none"]
+    known = get_args(Tracker)
+    if unknown := [name for name in named if name not in known]:
+        raise ValueError(f"names {unknown[0]!r}; there are {', '.join(known)}, and none")
+    return named
+
+
+def hub_strategy(value: Any) -> Any:
+    """Refuses those of the Hugging Face trainer's strategies that would upload checkpoints."""
+    if value in ("checkpoint", "all_checkpoints"):
+        raise ValueError(
+            "would upload checkpoints, whose optimizer state has twice the size of the weights and resumes a run of "
+            "jax-simpo alone; give end, or every_save for the model of every checkpoint"
+        )
+    return value
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Text = Annotated[str, AfterValidator(text)]
 Name = Annotated[str, AfterValidator(name)]
+Trackers = Annotated[list[Tracker], BeforeValidator(trackers)]
+HubStrategy = Annotated[Literal["end", "every_save"], BeforeValidator(hub_strategy)]

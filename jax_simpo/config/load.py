@@ -58,6 +58,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, torch: bool 
         raise ConfigError(f"{places.get(key, path)}: {why}")
     unused = effects.unused(config)
     notices = [f"{places.get(key, path)}: `{key}` has no effect {unused[key]}" for key in values if key in unused]
+    if torch:
+        notices += [f"{places.get(key, path)}: {why}" for key, why in effects.done_afterwards(config).items()]
     return with_notices(config, [*notices, *_notice_of_other_objective(values, config, places, path)])
 
 

@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic.config import JsonDict
 
 from jax_simpo.config import checks, foreign, help, kinds, objectives, yaml_files
-from jax_simpo.config.kinds import Name, Number, Text, Whole
+from jax_simpo.config.kinds import HubStrategy, Name, Number, Text, Trackers, Whole
 from jax_simpo.config.objectives import OwnObjective
 from jax_simpo.errors import ConfigError
 
@@ -556,6 +556,35 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         "before).",
     )
     run_name: Text | None = _key(None, "Name of the run. Default: the config file's name.")
+
+    # --- trackers and the hub
+    report_to: Trackers = _key(
+        list,
+        "Trackers that get every record of metrics.jsonl, under the same names, with the config and the report: one, "
+        "or a list. Each is an extra, as in `pip install 'jax-simpo[wandb]'` (docs/tracking.md). Default: none.",
+        section="Trackers and the hub",
+    )
+    project: Text | None = _key(
+        None,
+        "What runs are gathered under: the project of wandb and trackio, the experiment of mlflow. Default: what "
+        "WANDB_PROJECT, TRACKIO_PROJECT or MLFLOW_EXPERIMENT_NAME says, otherwise `jax-simpo`.",
+    )
+    push_to_hub: bool = _key(
+        False,
+        "Uploads the exported model and its card to the Hugging Face hub. Log in with `hf auth login`, or set HF_TOKEN "
+        "(docs/tracking.md).",
+    )
+    hub_model_id: Name | None = _key(
+        None, "Repository to upload to: `OWNER/NAME`, or `NAME` of your own. Default: the name of `output_dir`."
+    )
+    hub_private_repo: bool | None = _key(
+        None, "Whether a repository that is made for the upload is private. Default: as the owner's account has it."
+    )
+    hub_strategy: HubStrategy = _key(
+        "end",
+        "When to upload: at the end, or the model of every checkpoint too, while training goes on. A save that comes "
+        "while the one before is still being uploaded is passed over.",
+    )
 
     _notices: tuple[str, ...] = PrivateAttr(default=())
 

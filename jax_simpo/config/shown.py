@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+_SECRET = frozenset({"hub_token", "hf_token", "hf_hub_token", "token", "wandb_api_key", "swanlab_api_key", "api_key"})
+HIDDEN = "***"
+
 
 def one_line(text: str, most: int = 120) -> str:
     """Returns a text without line ends and other characters that do not print, cut to `most` characters."""
@@ -16,3 +19,8 @@ def value(of: Any, most: int = 80) -> str:
     if of is None:
         return "null"
     return str(of).lower() if isinstance(of, bool) else one_line(repr(of), most)
+
+
+def is_secret(key: str) -> bool:
+    """Returns True for the key of a token or password, whose value no message and no file may repeat."""
+    return key.lstrip("-").replace("-", "_").lower() in _SECRET

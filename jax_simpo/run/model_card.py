@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from jax_simpo.config import TrainConfig, objective_weights
 from jax_simpo.config.objectives import ALL_KEYS as OBJECTIVE_SETTINGS
@@ -43,6 +44,8 @@ _ADAPTER = ("lora_r", "lora_alpha", "lora_target_modules")
 def write(output: Path, config: TrainConfig, *, global_batch_size: int | None = None) -> Path:
     """Writes `README.md` to an output directory, and to the folder of the exported model, which gets uploaded.
 
+    The picture of the curves, where there is one, is shown in the card and lies beside it.
+
     A card is published, so it names local models and data by the last part of their paths only.
 
     Args:
@@ -57,22 +60,49 @@ def write(output: Path, config: TrainConfig, *, global_batch_size: int | None = 
     base = config.model_name_or_path
     adapter = _is_adapter(config)
     data = ModelCardData(
-        base_model=base if base is not None and _is_hub_id(base) else None,
-        datasets=[source for source in config.dataset_mixer if _is_hub_id(source)] or None,
+        base_model=base if base is not None and is_hub_id(base) else None,
+        datasets=[source for source in config.dataset_mixer if is_hub_id(source)] or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=[*objective_weights(config.objective), "jax", "preference-optimization", *(["lora"] if adapter else [])],
         model_name=one_line(run.name),
+        eval_results=_results(run, config) or None,
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(run, config, global_batch_size)}\n")
+    pictures = (output / files.CURVES).is_file()
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(run, config, global_batch_size, pictures=pictures)}\n")
     claim(output, files.CARD)
     for folder in (output, output / files.MODEL):
         if folder.is_dir():
             write_text(folder / files.CARD, str(card))
+            if pictures and folder != output:
+                shutil.copyfile(output / files.CURVES, folder / files.CURVES)
     return output / files.CARD
 
 
-def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
+def _results(run: Run, config: TrainConfig) -> list[EvalResult]:
+    """Returns the accuracy and the loss of the exported model on held-out pairs, in the form that the hub shows."""
+    if not run.evals:
+        return []
+    sources = [_name(source).removeprefix(BUILTIN) for source in config.dataset_mixer]
+    on_hub = [source for source in config.dataset_mixer if is_hub_id(source)]
+    figures = {
+        "accuracy": ("Accuracy on held-out pairs", run.exported_eval["eval_rewards/accuracies"]),
+        "loss": ("Loss on held-out pairs", run.exported_eval["eval_loss"]),
+    }
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=on_hub[0] if on_hub else "preference-pairs",
+            dataset_name=one_line(f"{', '.join(sources) or 'pairs'} ({', '.join(config.eval_splits) or 'held out'})"),
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(float(value), 6),
+        )
+        for kind, (name, value) in figures.items()
+    ]
+
+
+def _text(run: Run, config: TrainConfig, global_batch_size: int | None, *, pictures: bool) -> str:
     start = "new weights" if config.model_name_or_path is None else _shown(config.model_name_or_path)
     sources = ", ".join(
         _shown(source) if fraction == 1 else f"{_shown(source)} ({fraction:g} of it)"
@@ -87,6 +117,7 @@ def _text(run: Run, config: TrainConfig, global_batch_size: int | None) -> str:
         f"# {escape(run.name)}",
         f"Trained from {start} on the preference {run.noun} of {sources} with {titles}{CARD_SENTENCE}{adapter}",
         escape(run.outcome()),
+        *([f"![Loss, accuracy and margins during training]({files.CURVES})"] if pictures else []),
         "## Training",
         f"{last['step']:,} steps, {run.pairs_seen:,} {run.noun} ({epochs(last['epoch'])}).",
         table(["setting", "value"], _settings(config, global_batch_size or config.global_batch_size)),
@@ -144,7 +175,7 @@ def _is_adapter(config: TrainConfig) -> bool:
     return config.use_peft and base is not None and not means_gguf(base)
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Returns True for the name of a hub repository: `owner/name`, and no path on this machine."""
     local = name.startswith(BUILTIN) or Path(name).expanduser().exists()
     data_file = file_type(Path(name)) is not None
@@ -159,7 +190,7 @@ def _shown(name: str) -> str:
 
 def _name(name: str) -> str:
     """Returns the name that the card gives to a model or data set: a hub id, or the last part of a local path."""
-    return name if name.startswith(BUILTIN) or _is_hub_id(name) else Path(name).name or name
+    return name if name.startswith(BUILTIN) or is_hub_id(name) else Path(name).name or name
 
 
 def _objective(config: TrainConfig) -> str:

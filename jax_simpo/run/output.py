@@ -30,7 +30,7 @@ def make_output(output: Path) -> None:
         ) from error
 
 
-def check_output(config: TrainConfig, output: Path, *, writes: Collection[str] = files.ALL) -> None:
+def check_output(config: TrainConfig, output: Path, *, writes: Collection[str] = files.OF_EVERY_RUN) -> None:
     """Makes sure that this run may write to its output directory. Nothing in it is changed.
 
     Args:

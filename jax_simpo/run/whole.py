@@ -17,9 +17,11 @@ from typing import IO, Any
 from jax_simpo.errors import ConfigError, ModelError
 from jax_simpo.run.sums import write_model_sums
 
-# The files that transformers and peft write to a model's folder. A folder with any other file is not only a model.
+# The files that transformers and peft write to a model's folder, and the picture of its card. A folder with any other
+# file is not only a model.
 _MODEL_FILES = (
     *("config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors", "README.md"),
+    "curves.png",
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "vocab.txt", "*.model", "*.tiktoken", "chat_template.*", "additional_chat_templates"),

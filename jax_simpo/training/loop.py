@@ -21,6 +21,7 @@ from jax_simpo.data.loader import Known, StepBatch, step_batches
 from jax_simpo.data.packing import StepPlan
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.errors import CheckpointError, StoppedError, TrainingError
+from jax_simpo.hub import Publisher
 from jax_simpo.models.transformer import Params
 from jax_simpo.processes import distributed
 from jax_simpo.run import files, signals
@@ -30,11 +31,13 @@ from jax_simpo.run.cadence import is_due
 from jax_simpo.run.checkpoint import Checkpoints
 from jax_simpo.run.guard import StepGuard, weights_error
 from jax_simpo.run.health import Finding, HealthWatch, write_findings
+from jax_simpo.run.manifest import claim
 from jax_simpo.run.metrics import MetricsLog, evaluation_line, read_metrics
 from jax_simpo.run.resume import GUARD
 from jax_simpo.run.stalls import StallWatch
 from jax_simpo.run.sums import Sum
 from jax_simpo.sharding import local_rows
+from jax_simpo.tracking.trackers import Trackers
 from jax_simpo.training.evaluate import Evaluation, ScoreFunction, group_records, score_step
 from jax_simpo.training.progress import TrainingProgress
 from jax_simpo.training.sampler import Sampler
@@ -64,6 +67,8 @@ class TrainingLoop:
         output: the output directory.
         records_before: the sum of the records up to the step that the run goes on from; None where it starts afresh.
         console: where progress and notes go.
+        trackers: get every record, on the first process.
+        publisher: uploads the models of saves, if the config asks for it.
         on_record: is given every record on the first process; True stops the run once its state is saved. None where
             the user has no callback.
     """
@@ -85,6 +90,8 @@ class TrainingLoop:
     output: Path
     records_before: Sum | None
     console: Console
+    trackers: Trackers
+    publisher: Publisher
     on_record: Callable[[dict[str, Any]], bool] | None = None
 
     def run(self, params: Params, state: Any, first_step: int) -> tuple[Params, int]:
@@ -169,6 +176,9 @@ class TrainingLoop:
                 stop = stop or self._signal_alone()
             if save or self._stop_asked:
                 self._save(done, params, state)
+            ends = stop is not None or self._stop_asked or self.ended_early or done == self.total_steps
+            if save and self.publisher.at_saves and not ends:
+                self._publish(done, params)
         if stop is not None:
             self._end(stop, done, params, state)
 
@@ -259,7 +269,17 @@ class TrainingLoop:
         run = {**self.identity, **({GUARD: guard} if guard else {})}
         self.checkpoints.save(done, trained, state, run, records, keep_step=self.best_step)
         self._last_saved = done
+        self.trackers.flush()
         self._watch.headway()
+
+    def _publish(self, done: int, params: Params) -> None:
+        """Exports the model of a save and has it uploaded, unless the one before is still on its way."""
+        if not distributed.collect("upload", self.publisher.may_save())[0]:
+            return
+        if distributed.is_first():
+            claim(self.output, files.HUB)
+        self.setup.export(params, self.output / files.HUB)
+        self.publisher.save(done)
 
     def _write(self, batch: StepBatch, values: Mapping[str, float]) -> None:
         rates = self._clock.rates()
@@ -282,6 +302,7 @@ class TrainingLoop:
     def _record(self, record: dict[str, Any]) -> None:
         """Logs a record and gives it to the callback, whose answer on the first process counts for all."""
         self._log.write(record)
+        self.trackers.log(record)
         if self.health is not None and (news := self.health.observe(record)):
             self._tell(news)
         if self.on_record is not None:

@@ -16,6 +16,7 @@ from jax_simpo.config import TrainConfig
 from jax_simpo.data.packing import measure
 from jax_simpo.data.sources import RawSplit
 from jax_simpo.data.tokenize import GroupDataset
+from jax_simpo.hub import Publisher
 from jax_simpo.processes import distributed
 from jax_simpo.run import files, model_card, report, signals
 from jax_simpo.run.best import BestRule
@@ -30,6 +31,7 @@ from jax_simpo.run.metrics import check_records, read_metrics
 from jax_simpo.run.output import check_output, make_output, prepare_output
 from jax_simpo.run.resume import GUARD, check_not_finished, check_same_run, run_identity
 from jax_simpo.sharding import hosts_share_tensor
+from jax_simpo.tracking.trackers import Trackers
 from jax_simpo.training import capacity
 from jax_simpo.training.backend_choice import BackendChoice
 from jax_simpo.training.compilation import keep_compiled_programs
@@ -101,8 +103,10 @@ def train(
     with (
         signals.handled(sigterm=distributed.count() == 1),  # of several processes JAX listens to SIGTERM
         locked(output) if distributed.is_first() else nullcontext(),
+        Trackers(config, output, console, write=distributed.is_first()) as trackers,
     ):
-        return _train(config, output, console, pairs, eval_pairs, on_record)
+        publisher = Publisher(config, output, console, write=distributed.is_first())
+        return _train(config, output, console, pairs, eval_pairs, on_record, trackers, publisher)
 
 
 def _train(
@@ -112,8 +116,12 @@ def _train(
     pairs: RawSplit | None,
     eval_pairs: RawSplit | None,
     on_record: Callable[[dict[str, Any]], bool] | None,
+    trackers: Trackers,
+    publisher: Publisher,
 ) -> TrainRun:
     distributed.on_first("former run", lambda: check_output(config, output))
+    distributed.on_first("trackers", trackers.check)
+    distributed.on_first("hub", publisher.check)
     keep_compiled_programs()
     setup = Setup(config, memory_pairs=pairs, memory_eval_pairs=eval_pairs)
     mesh = setup.mesh
@@ -167,6 +175,7 @@ def _train(
         if saved:
             check_same_run(saved, identity, output)
     distributed.on_first("output", lambda: prepare_output(config, output))
+    distributed.on_first("runs of trackers", lambda: trackers.begin(first_step))
     if first_step:
         distributed.on_first("later steps", lambda: checkpoints.folders.leave_behind(first_step, resume.damaged))
     sums, start = None, None
@@ -242,6 +251,8 @@ def _train(
             output=output,
             records_before=records,
             console=console,
+            trackers=trackers,
+            publisher=publisher,
             on_record=on_record,
         )
         params, done = loop.run(params, state, first_step)
@@ -263,6 +274,8 @@ def _train(
         report.write_report(output)
         model_card.write(output, config, global_batch_size=plan.global_batch_size)
         report.print_summary(console, output)
+        trackers.finish(finished=finished)
+    distributed.on_first("upload", lambda: publisher.finish(exported))
     distributed.barrier("report")
     return TrainRun(output, output / files.MODEL, output / files.REPORT, done, not finished, exported)
 

@@ -50,9 +50,9 @@ def test_a_published_file_parses_and_its_values_arrive(path):
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
 def test_each_key_of_a_published_file_that_does_nothing_is_noticed_once(path):
     notices = load_config(path).notices
-    for key in ("gradient_checkpointing_kwargs", "hub_model_id", "log_level", "report_to"):
+    for key in ("gradient_checkpointing_kwargs", "log_level"):
         assert len([n for n in notices if f"`{key}`" in n]) == 1
-    assert not [n for n in notices if "torch_dtype" in n or "push_to_hub" in n]  # null and false ask for nothing
+    assert not [n for n in notices if "torch_dtype" in n]  # null asks for nothing
 
 
 def test_the_gamma_of_the_first_published_files_becomes_the_ratio_that_replaced_it():
@@ -194,6 +194,16 @@ def test_dropout_of_an_adapter_is_refused_with_its_line_and_left_to_the_referenc
     (notice,) = load("lora_dropout: 0.05").notices
     assert "`lora_dropout` has no effect without `use_peft`" in notice
     assert "`lora_modules_to_save: ['lm_head']` cannot be honoured" in message("lora_modules_to_save: [lm_head]")
+
+
+def test_the_pytorch_reference_says_what_sends_its_runs_afterwards(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model_name_or_path: a/b\ndataset_mixer: {builtin:cafe: 1.0}\nreport_to: wandb\npush_to_hub: true\n"
+    )
+    assert not load_config(file).notices
+    told = load_config(file, torch=True).notices
+    assert ["`jax-simpo track`" in told[0], "`jax-simpo push`" in told[1]] == [True, True]
 
 
 @pytest.mark.parametrize("line", ["fp16: false", "use_peft: false", "report_to: none", "push_to_hub: false"])

@@ -200,6 +200,7 @@ AXOLOTL |= {"learning_rate": 1e-6}
 OPEN = {"model_name_or_path": "m", "dataset_name": "owner/pairs", "num_epochs": 1, "warmup_ratio": 0.1}
 OPEN |= {"max_seq_length": 512}
 QLORA = {"rl": "dpo", "adapter": "qlora", "load_in_4bit": True, "lora_r": 8, "lora_alpha": 16}
+OPEN_LOSS = {"dpo_loss_type": "simpo", "dpo_beta": 10}
 SIMPO = {"loss_type": "simpo", "beta": 10, "gamma_beta_ratio": 0.3}
 
 
@@ -320,6 +321,48 @@ def test_everything_that_cannot_be_kept_is_told_at_once_and_may_be_left_out(tmp_
 def test_what_cannot_be_kept_says_what_to_do(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, **values)
+
+
+SECRET = "hf_" + "planted" * 5
+
+
+@pytest.mark.parametrize(
+    ("origin", "values", "report_to", "others"),
+    [
+        ("trl-cpo", TRL | {"report_to": "wandb", "project": "p"}, ["wandb"], {"project": "p"}),
+        ("trl-cpo", TRL | {"report_to": ["comet_ml", "mlflow"]}, ["mlflow"], {}),
+        ("trl-cpo", TRL | {"report_to": "all"}, [], {}),
+        ("trl-dpo", TRL | {"push_to_hub": True, "hub_strategy": "checkpoint"}, [], {"hub_strategy": "every_save"}),
+        (
+            "trl-dpo",
+            TRL | {"push_to_hub": True, "hub_model_id": "o/n", "hub_private_repo": True, "hub_token": SECRET},
+            [],
+            {"push_to_hub": True, "hub_model_id": "o/n", "hub_private_repo": True},
+        ),
+        ("llama-factory", FACTORY | {"report_to": ["tensorboard"], "hf_hub_token": SECRET}, ["tensorboard"], {}),
+        (
+            "axolotl",
+            AXOLOTL | {"rl": "dpo", "wandb_project": "p", "use_tensorboard": True, "hub_model_id": "o/n"},
+            ["wandb", "tensorboard"],
+            {"project": "p", "push_to_hub": True, "hub_model_id": "o/n"},
+        ),
+        ("open-instruct", OPEN | OPEN_LOSS | {"with_tracking": True}, ["wandb"], {}),
+        ("open-instruct", OPEN | OPEN_LOSS | {"report_to": "wandb"}, [], {}),
+        (
+            "open-instruct",
+            OPEN | OPEN_LOSS | {"push_to_hub": True, "hf_entity": "o", "hf_repo_id": "n"},
+            [],
+            {"push_to_hub": True, "hub_model_id": "o/n"},
+        ),
+    ],
+)
+def test_trackers_and_the_hub_are_kept_and_tokens_are_not_repeated(
+    origin: str, values: dict[str, Any], report_to: list[str], others: dict[str, Any], tmp_path: Path
+) -> None:
+    converted = run(tmp_path, origin, **values)
+    assert sorted(converted.config.report_to) == sorted(report_to)
+    assert {key: getattr(converted.config, key) for key in others} == others
+    assert SECRET not in converted.text + "".join(converted.notes)
 
 
 def test_the_names_of_llama_factorys_data_sets_are_looked_up(tmp_path: Path) -> None:
@@ -452,7 +495,7 @@ def test_the_page_on_other_trainers_says_what_the_tables_say() -> None:
     page = (Path(__file__).parents[2] / "docs/other-trainers.md").read_text()
     rows = re.findall(r"^\| (`.+?) \| (.+?) \| (`.+?) \|$", page, re.M)
     by_title = {trainer.title: trainer for trainer in TRAINERS}
-    assert len(rows) == 14
+    assert len(rows) == 16
     for keys, titles, ours in rows:
         for title in titles.split(", "):
             rules = by_title[title].rules

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from jax_simpo.config import TrainConfig
-from jax_simpo.run import markdown, model_card
+from jax_simpo.run import markdown, model_card, whole
 
 
 @pytest.fixture
@@ -157,10 +157,27 @@ def card_of(output: Path, name: str) -> tuple[dict[str, Any], str]:
 def test_a_name_with_markup_changes_nothing_of_a_card_but_words(text: str, output: Path, tmp_path: Path) -> None:
     shutil.copytree(output, tmp_path / "plain")
     (front, card), (hostile_front, hostile_card) = card_of(tmp_path / "plain", "name"), card_of(output, text)
-    assert hostile_front == {**front, "model_name": markdown.one_line(text)}
+    (index,), (hostile_index,) = front.pop("model-index"), hostile_front.pop("model-index")
+    assert hostile_front == front
+    assert hostile_index["name"] == markdown.one_line(text)
+    (result,), (hostile_result,) = index["results"], hostile_index["results"]
+    assert "\n" not in hostile_result["dataset"].pop("name") and result["dataset"].pop("name")
+    assert hostile_result == result
     assert shape(hostile_card) == shape(card)
     assert not {kind for kind, _ in shape(card)} & {"html_inline", "html_block", "link_open", "image"}
     assert {"heading_open", "table_open", "td_open", "code_inline"} < {kind for kind, _ in shape(card)}
+
+
+def test_the_card_has_the_held_out_figures_of_the_exported_model_and_the_picture_of_the_curves(output: Path) -> None:
+    (output / "curves.png").write_bytes(b"a picture")
+    card = ModelCard.load(model_card.write(output, config("a/b", "c/d")))
+    accuracy, loss = card.data.eval_results
+    assert (accuracy.metric_type, accuracy.metric_value, accuracy.dataset_type) == ("accuracy", 0.8, "c/d")
+    assert (loss.metric_type, loss.metric_value, loss.dataset_name) == ("loss", 0.4, "c/d (test)")
+    assert "](curves.png)" in card.text
+    assert (output / "model" / "curves.png").read_bytes() == b"a picture"  # the card is uploaded with the model
+    assert (output / "model" / "README.md").read_text() == (output / "README.md").read_text()
+    whole.check_replaceable(output / "model")
 
 
 def test_the_card_gives_no_path_of_a_reference_or_an_objective_away(output: Path, tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_a_start_that_no_run_wrote_may_lie_in_the_output_directory(tmp_path: Pat
 
 def test_a_run_of_an_older_version_is_continued_and_overwritten(tmp_path: Path) -> None:
     make_older_run(tmp_path)
-    of_older_runs = set(files.ALL) - {files.BAD_STEPS, files.FINDINGS}  # which they did not write
+    of_older_runs = set(files.OF_EVERY_RUN) - {files.BAD_STEPS, files.FINDINGS}  # which they did not write
     assert read_manifest(tmp_path) == of_older_runs
     check_output(config_of(tmp_path), tmp_path)
     write_file(tmp_path, files.METRICS, "")

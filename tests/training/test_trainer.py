@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def test_a_run_writes_its_records_and_a_model(finished: tuple[TrainConfig, Recor
 def test_a_killed_run_goes_on_with_the_same_numbers_to_the_bit(
     finished: tuple[TrainConfig, Records], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(tmp_path)
+    watched = find_spec("tensorboard") is not None
+    config = config_of(tmp_path, report_to="tensorboard" if watched else "none")
     with monkeypatch.context() as patch:
         stop_after(6, patch)
         with pytest.raises(KeyboardInterrupt):
@@ -68,6 +70,14 @@ def test_a_killed_run_goes_on_with_the_same_numbers_to_the_bit(
     assert losses(records) == losses(finished[1])
     for name in ("grad_norm", "learning_rate", "rewards/margins", "tokens"):
         assert [r[name] for r in records] == [r[name] for r in finished[1]]
+    if not watched:
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(str(Path(config.output_dir) / "tensorboard")).Reload()
+    for name in set(records[0]) - {"step"}:
+        expected = [(r["step"], pytest.approx(r[name])) for r in records]
+        assert [(event.step, event.value) for event in shown.Scalars(name)] == expected
 
 
 @pytest.mark.slow  # the quick test of two hosts does so too

@@ -11,6 +11,7 @@ from jax_simpo.config.convert.common import (
     optimizer,
     set_adapter_defaults,
     set_bf16,
+    set_hub_strategy,
     set_remat,
     set_warmup,
     whole,
@@ -85,6 +86,37 @@ def _set_cadence(draft: Draft, key: str, value: Any) -> None:
     else:
         note = "" if value == 1 else f"to do it {value} times an epoch give `steps` and a number of steps"
         draft.set(ours, "epoch", shown_pair(key, value), note, of=key)
+
+
+def _add_tracker(draft: Draft, key: str, value: Any) -> None:
+    """Adds the tracker that `use_NAME` turns on."""
+    if value:
+        _add(draft, key.removeprefix("use_"), shown_pair(key, value))
+    else:
+        draft.dropped[key] = "it asks for nothing"
+
+
+def _set_project(draft: Draft, key: str, value: Any) -> None:
+    """Sets the project of a tracker, which Axolotl turns on by naming one."""
+    if value:
+        draft.set("project", value, shown_pair(key, value), of=key)
+        _add(draft, key.partition("_")[0], shown_pair(key, value))
+    else:
+        draft.dropped[key] = "it asks for nothing"
+
+
+def _add(draft: Draft, tracker: str, origin: str) -> None:
+    former = draft.ours.get("report_to")
+    if former is None:
+        draft.set("report_to", [tracker], origin)
+    elif tracker not in former.value:
+        draft.set("report_to", [*former.value, tracker], f"{former.origin}, {origin}")
+
+
+def _set_repository(draft: Draft, key: str, value: Any) -> None:
+    """Sets the repository, which Axolotl uploads to where it is named."""
+    draft.set("push_to_hub", True, shown_pair(key, value), of=key)
+    draft.set("hub_model_id", value, shown_pair(key, value), of=key)
 
 
 _RULES: dict[str, Rule] = merged(
@@ -207,10 +239,19 @@ _RULES: dict[str, Rule] = merged(
                 Drop("pairs are always packed (`packing`), which changes no step"),
             )
         ),
+        **dict(each("use_wandb use_mlflow use_tensorboard use_trackio", Do(_add_tracker, "`report_to`"))),
         **dict(
             each(
-                "use_wandb use_mlflow use_comet use_tensorboard use_trackio use_swanlab hf_mlflow_log_artifacts "
-                "include_tokens_per_second include_tkps",
+                "wandb_project mlflow_experiment_name trackio_project_name",
+                Do(_set_project, "`project` and `report_to`"),
+            )
+        ),
+        "hub_model_id": Do(_set_repository, "`hub_model_id` and `push_to_hub`"),
+        "hub_private_repo": Keep("hub_private_repo"),
+        "hub_strategy": Do(set_hub_strategy, "`hub_strategy`"),
+        **dict(
+            each(
+                "use_comet use_swanlab hf_mlflow_log_artifacts include_tokens_per_second include_tkps",
                 _METRICS,
             )
         ),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from jax_simpo.config import foreign
 from jax_simpo.config.convert.rules import CannotKeepError, Do, Draft, Drop, Keep, Refuse, Rule, each, shown_pair
+from jax_simpo.config.kinds import Tracker
 
 # Optimizers of the same mathematics. Those that keep their moments in 8 bits, or page them, save memory alone.
 _OPTIMIZERS = {
@@ -75,16 +76,41 @@ def set_warmup(draft: Draft, key: str, value: Any) -> None:
     draft.set("warmup_ratio" if is_share else "warmup_steps", value, shown_pair(key, value), of=key)
 
 
+def set_trackers(draft: Draft, key: str, value: Any) -> None:
+    """Sets the trackers that there are here, and says which there are not."""
+    named = [value] if isinstance(value, str) else value
+    if not isinstance(named, list):
+        raise CannotKeepError("expected names of trackers")
+    asked = [str(name) for name in named if not foreign.asks_for_nothing(name)]
+    kept = [name for name in asked if name in get_args(Tracker)]
+    others = ", ".join(name for name in asked if name not in kept)
+    if kept:
+        draft.set("report_to", kept, shown_pair(key, value), f"there is no {others} here" if others else "", of=key)
+    else:
+        draft.dropped[key] = f"there is no {others} here" if others else "it asks for nothing"
+
+
+def set_hub_strategy(draft: Draft, key: str, value: Any) -> None:
+    """Sets when a model is uploaded. Checkpoints are not, so the strategies that upload them become `every_save`."""
+    checkpoints = value in ("checkpoint", "all_checkpoints")
+    note = "models are uploaded, and no optimizer state" if checkpoints else ""
+    draft.set("hub_strategy", "every_save" if checkpoints else value, shown_pair(key, value), note, of=key)
+
+
 _SAME = (
     "model_name_or_path model_revision trust_remote_code output_dir run_name seed learning_rate lr_scheduler_type "
     "lr_scheduler_kwargs warmup_ratio num_train_epochs max_steps max_grad_norm weight_decay adam_beta1 adam_beta2 "
     "adam_epsilon per_device_train_batch_size gradient_accumulation_steps save_strategy save_total_limit "
-    "load_best_model_at_end metric_for_best_model greater_is_better eval_strategy do_eval"
+    "load_best_model_at_end metric_for_best_model greater_is_better eval_strategy do_eval project push_to_hub "
+    "hub_model_id hub_private_repo"
 )
 HUGGING_FACE: dict[str, Rule] = {
     **{key: Drop(why) for key, why in foreign.WITHOUT_MEANING.items()},
     **{key: Refuse(why) for key, why in foreign.NOT_SUPPORTED.items()},
     **{key: Keep(key) for key in _SAME.split()},
+    "report_to": Do(set_trackers, "`report_to`"),
+    "hub_strategy": Do(set_hub_strategy, "`hub_strategy`"),
+    "hub_token": Drop("`hf auth login` or HF_TOKEN says who you are; a token belongs in no file"),
     "evaluation_strategy": Keep("eval_strategy"),
     "eval_steps": Keep("eval_steps", whole),
     "save_steps": Keep("save_steps", whole),
@@ -102,8 +128,7 @@ HUGGING_FACE: dict[str, Rule] = {
     "torch_empty_cache_steps": Drop("XLA plans memory ahead"),
     "accelerator_config": Drop("`mesh` says how devices work together"),
     "parallelism_config": Drop("`mesh` says how devices work together"),
-    "project": Drop("metrics go to metrics.jsonl in `output_dir`"),
-    "trackio_space_id": Drop("metrics go to metrics.jsonl in `output_dir`"),
+    "trackio_space_id": Drop("with `report_to: trackio` the environment variable TRACKIO_SPACE_ID names a Space"),
     "resume_from_checkpoint": Refuse(
         "checkpoints of another trainer cannot be continued; start from its model", (True,)
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jax_simpo.config.convert.common import optimizer, set_adapter_defaults, set_remat, whole
+from jax_simpo.config.convert.common import optimizer, set_adapter_defaults, set_remat, set_trackers, whole
 from jax_simpo.config.convert.data import Source, need_data, set_sources
 from jax_simpo.config.convert.rules import Do, Draft, Drop, Keep, Part, Refuse, Rule, Trainer, each
 
@@ -32,6 +32,24 @@ def _set_checkpoints(draft: Draft, key: str, value: Any) -> None:
         return
     draft.set("save_strategy", "steps", f"{key}: {value}", of=key)
     draft.set("save_steps", whole(int(value) if str(value).isdecimal() else value), f"{key}: {value}", of=key)
+
+
+def _set_tracking(draft: Draft, key: str, value: Any) -> None:
+    """Sets the trackers, which open-instruct reads where `with_tracking` is true alone; it is for wandb."""
+    if not draft.get("with_tracking"):
+        draft.dropped[key] = "it is read with `with_tracking` alone" if value else "it asks for nothing"
+    elif key == "report_to":
+        set_trackers(draft, key, ["wandb"] if value == "all" else value)
+    elif draft.get("report_to") is None:
+        draft.set("report_to", ["wandb"], f"{key}: true", of=key)
+    else:
+        draft.dropped[key] = "`report_to` says which tracker"
+
+
+def _set_repository(draft: Draft, key: str, value: Any) -> None:
+    """Sets the repository, whose owner open-instruct names by itself."""
+    owner = draft.get("hf_entity")
+    draft.set("hub_model_id", f"{owner}/{value}" if owner else value, draft.pairs("hf_entity", key), of=key)
 
 
 _RULES: dict[str, Rule] = {
@@ -74,6 +92,13 @@ _RULES: dict[str, Rule] = {
     "keep_last_n_checkpoints": Do(_set_last, "`save_total_limit`"),
     "output_dir": Keep("output_dir"),
     "run_name": Keep("run_name"),
+    "with_tracking": Do(_set_tracking, "`report_to`"),
+    "report_to": Do(_set_tracking, "`report_to`"),
+    "wandb_project_name": Keep("project"),
+    "wandb_project": Keep("project"),
+    "push_to_hub": Keep("push_to_hub"),
+    "hf_repo_id": Do(_set_repository, "`hub_model_id`"),
+    "hf_entity": Drop("it is the first part of `hub_model_id`"),
     "exp_name": Drop("`run_name` names the run"),
     "use_lora": Keep("use_peft"),
     "lora_rank": Keep("lora_r"),
@@ -105,11 +130,10 @@ _RULES: dict[str, Rule] = {
     ),
     **dict(
         each(
-            "with_tracking report_to wandb_entity wandb_project_name push_to_hub save_to_hub hf_entity hf_repo_id "
-            "hf_repo_revision hf_repo_url hf_metadata_dataset try_launch_beaker_eval_jobs try_auto_save_to_beaker "
-            "gs_bucket_path oe_eval_tasks oe_eval_max_length oe_eval_gpu_multiplier eval_workspace eval_priority "
-            "send_slack_alerts wandb_project",
-            Drop("metrics go to metrics.jsonl in `output_dir`, and nothing is uploaded"),
+            "wandb_entity save_to_hub hf_repo_revision hf_repo_url hf_metadata_dataset try_launch_beaker_eval_jobs "
+            "try_auto_save_to_beaker gs_bucket_path oe_eval_tasks oe_eval_max_length oe_eval_gpu_multiplier "
+            "eval_workspace eval_priority send_slack_alerts",
+            Drop("it concerns open-instruct's own services"),
         )
     ),
 }

@@ -128,7 +128,7 @@ class Draft:
 
 def shown_pair(key: str, value: Any) -> str:
     """Returns a key and its value in one short line."""
-    return f"{shown.one_line(key)}: {shown_value(value)}"
+    return f"{shown.one_line(key)}: {shown.HIDDEN if shown.is_secret(key) and value else shown_value(value)}"
 
 
 def shown_value(value: Any) -> str:
