@@ -80,7 +80,9 @@ def test_nothing_is_found_in_a_run_that_goes_well() -> None:
 @pytest.mark.parametrize("name", sorted(set(builtin_configs()) - {"quickstart"}))
 def test_no_published_config_gets_a_remark(name: str) -> None:
     config = load_config(f"builtin:{name}", [])
-    traits = replace(TRAITS, learning_rate=config.learning_rate, gamma_beta_ratio=config.gamma_beta_ratio)
+    trainee = replace(EIGHT_BILLION, parameters=134_515_008) if name == "quickstart-real" else EIGHT_BILLION
+    settings = {"learning_rate": config.learning_rate, "gamma_beta_ratio": config.gamma_beta_ratio}
+    traits = replace(TRAITS, trainee=trainee, **settings)
     assert names(judged([], traits)) == []
 
 
