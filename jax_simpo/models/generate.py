@@ -38,7 +38,7 @@ BATCH_SIZE = 32
 # Prompts are filled up to a multiple of this: attention kernels and matmuls work on blocks of 128 positions.
 _LENGTH_MULTIPLE = 128
 
-Prompts = Sequence[Sequence[int] | Int[np.ndarray, " N"]]
+Prompts = Sequence[Sequence[int] | Int[np.ndarray, " _"]]
 
 
 @dataclass(frozen=True)

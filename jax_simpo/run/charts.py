@@ -47,15 +47,16 @@ def eval_columns(records: Sequence[Mapping[str, Any]], *, starts_as_reference: b
 
 
 def _columns(records: Sequence[Mapping[str, Any]], step: str, keys: Mapping[str, str], meaningless: int) -> Columns:
+    if not records:
+        return {}
     columns: Columns = {"step": [record[step] for record in records]}
     for name, key in keys.items():
-        values = [_number(record.get(key)) for record in records]
-        if name == "rewards/accuracies":
-            at = columns["step"]
-            values = [None if one is not None and one <= meaningless else v for one, v in zip(at, values, strict=True)]
-        if records and any(value is not None for value in values):
-            columns[name] = values
-    return columns if records else {}
+        if not any(key in record for record in records):
+            continue
+        means_something = [name != "rewards/accuracies" or record[step] > meaningless for record in records]
+        values = zip(records, means_something, strict=True)
+        columns[name] = [_number(record.get(key)) if meant else None for record, meant in values]
+    return columns
 
 
 def _number(value: Any) -> float | None:

@@ -159,6 +159,21 @@ def test_the_data_of_the_page_grow_with_the_run_and_only_what_is_new_is_sent(tmp
         assert data(server, "nonsense:::,-1:x:0") == [run]
 
 
+def test_columns_stay_side_by_side_where_a_run_starts_as_its_reference(tmp_path: Path) -> None:
+    make_run(tmp_path, evaluation_record(0, 0.0), training_record(1))
+    (tmp_path / "config.yaml").write_text("objective: dpo\n")
+    (run,) = watched_runs([tmp_path])
+    first = run.news()
+    assert first["train"]["rewards/accuracies"] == first["eval"]["rewards/accuracies"] == [None]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(line(training_record(2)) + line(evaluation_record(2, 0.75)))
+    second = run.news(0, 1, 1)
+    assert second["eval"]["rewards/accuracies"] == [0.75] and second["train"]["step"] == [2]
+    for news in (first, second):
+        for columns in (news["train"], news["eval"]):
+            assert {len(values) for values in columns.values()} == {1}
+
+
 def test_following_a_run_writes_nothing_to_its_folder(tmp_path: Path) -> None:
     make_run(tmp_path, training_record(1))
     before = files_of(tmp_path)

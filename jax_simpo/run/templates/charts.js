@@ -306,7 +306,12 @@
   // --- a page that is served
 
   function extend(columns, more) {
-    for (const [key, values] of Object.entries(more)) (columns[key] ??= []).push(...values);
+    const before = (columns.step || []).length;
+    for (const [key, values] of Object.entries(more)) {
+      columns[key] ??= [];
+      while (columns[key].length < before) columns[key].push(null); // earlier records had no such value
+      columns[key].push(...values);
+    }
   }
 
   function take(run, news) {
