@@ -59,7 +59,7 @@ def test_a_signal_before_the_steps_ends_the_process_at_once_whatever_it_computes
     run = start("start")
     run.send_signal(signal.SIGTERM)
     _, said = run.communicate(timeout=10)
-    assert (run.returncode, said.strip()) == (143, "SIGTERM: ended. Start the same command again")
+    assert (run.returncode, said.strip()) == (143, "SIGTERM: ended. Nothing was written. Start the same command again")
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
