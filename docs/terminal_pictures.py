@@ -20,16 +20,17 @@ COLUMNS = 100
 def main() -> None:
     """Runs the blocks that the pictures need, in a temporary folder."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (DOCS / "tutorial.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    own = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # the `python` of the blocks
     with tempfile.TemporaryDirectory() as folder:
         for block in blocks:
             if "<<'END'" in block:
-                subprocess.run(["bash", "-euc", block], cwd=folder, check=True, capture_output=True)
+                subprocess.run(["bash", "-euc", block], cwd=folder, env=own, check=True, capture_output=True)
         mask = "mask: queries"
         rows, _, rest = terminal("inspect cafe.yaml --rows 1", folder).partition(mask)
         tokens = rows.splitlines()
-        # The head of the table of pairs, two pairs, and the picture of the mask.
+        # The head of the table, the tokens of a pair, and the picture of the mask.
         first = next(i for i, line in enumerate(tokens) if "shared prompt [" in line)
-        shown = [*tokens[:6], "", *tokens[first : first + 8], mask + rest.partition("\n\n")[0]]
+        shown = [*tokens[:6], "", *tokens[first : first + 6], mask + rest.partition("\n\n")[0]]
         draw("terminal-inspect", "jax-simpo inspect cafe.yaml --rows 1", "\n".join(shown))
         draw("terminal-train", "jax-simpo train cafe.yaml", terminal("train cafe.yaml", folder))
 

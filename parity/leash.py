@@ -15,23 +15,30 @@ import threading
 import time
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+_LEASH = "PARITY_LEASH"  # the number of the leash, for what runs under it
 
 
 def main() -> int:
     """Runs the command and returns its status. It must lead a process group of its own."""
     threading.Thread(target=_watch, daemon=True).start()
-    return subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL)
+    environment = {**os.environ, _LEASH: str(os.getpid())}
+    return subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL, env=environment)
 
 
-def end_with_parent() -> None:
-    """Ends this process soon after the process that started it."""
-    threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
+def end_with_leash() -> None:
+    """Ends this process soon after the leash that it was started under; without one it does nothing."""
+    if _LEASH in os.environ:
+        threading.Thread(target=_watch_leash, args=(int(os.environ[_LEASH]),), daemon=True).start()
 
 
-def _watch_parent(parent: int) -> None:
-    while os.getppid() == parent:  # an orphan is given another one
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
-    os.kill(os.getpid(), signal.SIGKILL)
+def _watch_leash(leash: int) -> None:
+    # Its own parent is no sign: that may have been killed while this process was still importing.
+    try:
+        while True:
+            os.kill(leash, 0)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _watch() -> None:

@@ -87,7 +87,7 @@ def test_a_failed_side_says_where_its_output_is(tmp_path) -> None:
 
 def test_what_parity_started_ends_when_parity_is_killed(tmp_path: Path) -> None:
     """The started program leads a session of its own, as torchrun's ranks do, and prints its number."""
-    rank = "import os, time; from parity.leash import end_with_parent; end_with_parent(); os.setsid(); "
+    rank = "import os, time; from parity.leash import end_with_leash; end_with_leash(); os.setsid(); "
     rank += "print(os.getpid(), flush=True); time.sleep(60)"
     launcher = f"import subprocess, sys; subprocess.call([sys.executable, '-c', {rank!r}])"
     command = [sys.executable, "-m", "parity.leash", sys.executable, "-c", launcher]
