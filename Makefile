@@ -16,7 +16,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) 
 TEST_ENV := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
   JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
-.PHONY: help quickstart quickstart-real dev test test-newest test-slow lint format docs clean
+# Its theme prints an advertisement for its successor otherwise.
+SITE_ENV := NO_MKDOCS_2_WARNING=1
+
+.PHONY: help quickstart quickstart-real dev test test-newest test-slow lint format docs docs-serve docs-pictures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,11 +59,18 @@ format: $(VENV)/.installed-dev ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed ## write docs/config.md anew
+docs: $(VENV)/.installed-docs ## write docs/config.md anew and build the site into site/, warnings are errors
 	$(BIN)/python -m jax_simpo.config > docs/config.md
+	$(SITE_ENV) $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/.installed-docs ## show the site, built again at every change
+	$(SITE_ENV) $(BIN)/python -m mkdocs serve
+
+docs-pictures: $(VENV)/.installed ## draw the tutorial's terminal anew
+	$(BIN)/python docs/terminal_pictures.py
 
 clean: ## remove the environment, caches and outputs
-	rm -rf $(VENV) $(NEWEST) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs
+	rm -rf $(VENV) $(NEWEST) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis outputs site
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -70,6 +80,10 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e .
 	@touch $@
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[docs]'
+	@touch $@ $(VENV)/.installed
 
 $(NEWEST)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON_NEWEST) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \

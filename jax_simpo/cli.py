@@ -18,6 +18,7 @@ from jax_simpo.config import TrainConfig, builtin_configs, load_config, read_ove
 from jax_simpo.errors import CheckpointError, ConfigError, MeshError, StoppedError, UserError
 from jax_simpo.processes import launch
 from jax_simpo.run import signals
+from jax_simpo.run.steps import kept_steps
 from jax_simpo.run.whole import writing
 from jax_simpo.terminal import open_console
 
@@ -71,7 +72,7 @@ TopP = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of what is drawn.")]
 # The place of this process in a run of several.
-_PANEL = "Several processes (found by themselves under SLURM, GKE and Kubernetes; docs/launch.md)"
+_PANEL = "Several processes (docs/launch.md)"
 Coordinator = Annotated[
     str | None,
     typer.Option(
@@ -105,7 +106,7 @@ ProcessId = Annotated[
 Distributed = Annotated[
     bool | None,
     typer.Option(
-        help="Join other processes. Default: where the environment names them; "
+        help="Join other processes. Default: where the environment names them, as SLURM, GKE and Kubernetes do; "
         "on Cloud TPU VMs and with Open MPI, ask for it.",
         rich_help_panel=_PANEL,
         show_default=False,
@@ -229,6 +230,7 @@ def train(
     """Trains; resumes by itself when the output directory holds a checkpoint of the same run."""
     launch.join(launch.Launch(coordinator_address, num_processes, process_id, distributed))
     settings = _load(config, context.args)
+    signals.keeping(lambda: kept_steps(Path(settings.output_dir)))
     from jax_simpo import api
 
     api.train(settings)
@@ -249,6 +251,7 @@ def score(
     """Writes log-probs, rewards, margin and loss of every pair of a split, in file order."""
     launch.join(launch.Launch(coordinator_address, num_processes, process_id, distributed))
     settings, console = _begin(config, context.args)
+    signals.keeping(lambda: f"{output} was not written")
     with writing(output if launch.is_first() else os.devnull) as file:
         from jax_simpo import api
 
@@ -318,6 +321,7 @@ def generate(
     """Writes the answers of a model to every prompt of a file, in file order."""
     launch.join(launch.Launch(coordinator_address, num_processes, process_id, distributed))
     settings, console = _settings(context.args)
+    signals.keeping(lambda: f"{output} was not written")
     with writing(output if launch.is_first() else os.devnull) as file:
         from jax_simpo import api
         from jax_simpo.data.prompts import read_prompts
@@ -377,6 +381,7 @@ def export(
     """Writes a Hugging Face checkpoint from a step of the run; where an adapter was trained, the adapter."""
     launch.join(launch.Launch(coordinator_address, num_processes, process_id, distributed))
     settings, console = _begin(config, context.args)
+    signals.keeping(lambda: f"{output} was not written")
     import jax
 
     from jax_simpo import hf

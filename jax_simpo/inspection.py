@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from jax_simpo.training.setup import Setup
 
 MASK_COLUMNS = 64
-_SAMPLED = 8  # positions that are sampled in each direction of a cell of the mask picture
 _SHOWN_HEAD, _SHOWN_TAIL = 120, 60  # tokens of a long segment that are printed
 
 # Two shades each, so that you can tell neighbouring tokens apart. White text is readable on all of them.
@@ -300,7 +299,7 @@ def printable(text: str) -> str:
 
 
 def _print_mask(console: Console, key_end: Int[np.ndarray, " L"], segments: list[Segment]) -> None:
-    """Prints the mask as a picture: a cell is filled where queries see keys; a line of text is two lines of cells."""
+    """Prints the mask as a picture: a cell is filled where a query sees a key; a line of text is two lines of cells."""
     picture = mask_cells(key_end, MASK_COLUMNS)
     cell = -(-len(key_end) // MASK_COLUMNS)
     # The segment at the middle of each line of cells gives its colour and label.
@@ -309,7 +308,8 @@ def _print_mask(console: Console, key_end: Int[np.ndarray, " L"], segments: list
     labels = ["" if s is None else f"{_noun(s.size)} {s.group} {s.kind}" for s in owners]
     width = max(map(len, labels), default=0)
     colorless = console.color_system is None
-    console.print(Text(f"mask: queries down, keys to the right; a cell is {cell} x {cell} tokens", style="dim"))
+    size = "a cell is a token" if cell == 1 else f"a cell of {cell} x {cell} tokens is filled if any is seen"
+    console.print(Text(f"mask: queries down, keys right; {size}", style="dim"))
     previous = ""
     for top in range(0, len(picture), 2):
         upper, lower = picture[top], picture[top + 1] if top + 1 < len(picture) else np.zeros_like(picture[top])
@@ -331,18 +331,16 @@ def _print_mask(console: Console, key_end: Int[np.ndarray, " L"], segments: list
 
 
 def mask_cells(key_end: Int[np.ndarray, " L"], columns: int) -> Bool[np.ndarray, "C C"]:
-    """Returns the mask `k <= q < key_end[k]` as at most `columns` x `columns` cells, True where half is visible."""
+    """Returns the mask `k <= q < key_end[k]` as at most `columns` x `columns` cells, True where any is visible."""
     length = len(key_end)
     cell = -(-length // columns)
     cells = -(-length // cell)
-    # A sample of positions in each cell is enough: a row of 32768 tokens has a billion pairs of query and key.
-    offsets = np.unique(np.linspace(0, cell - 1, min(cell, _SAMPLED), dtype=int))
-    sampled = np.arange(cells)[:, None] * cell + offsets
-    ends = np.where(sampled < length, key_end[np.minimum(sampled, length - 1)], 0)
-    queries, keys = sampled.reshape(-1, 1), sampled.reshape(1, -1)
-    sees = (keys <= queries) & (queries < ends.reshape(1, -1))
-    share = sees.reshape(cells, len(offsets), cells, len(offsets)).mean((1, 3))
-    return share >= 0.5
+    keys = np.flatnonzero(key_end > np.arange(length))  # a padding token is visible to none
+    # A key is visible to the queries from itself to its end: it begins a run of cells in its column, and ends it.
+    changes = np.zeros((cells + 1, cells), int)
+    np.add.at(changes, (keys // cell, keys // cell), 1)
+    np.add.at(changes, ((key_end[keys] - 1) // cell + 1, keys // cell), -1)
+    return changes.cumsum(0)[:-1] > 0
 
 
 # --- the whole split

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from jax_simpo.errors import UserError
+from jax_simpo.run import signals
 from parity import report
 from parity.cases import Job
 from parity.compare import compare
@@ -62,7 +64,16 @@ def make_job(options: argparse.Namespace) -> Job:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the matrix and returns the exit status."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    # Its processes end with this one, see parity.leash.
+    signals.keeping(lambda: f"The results so far and the logs of its processes stay in {options.output}")
+    with signals.handled(ends_process=True):
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
+        if find_spec("torch") is None and not options.report_only:
+            raise UserError("parity needs PyTorch, which is not installed here: pip install 'jax-simpo[torch]'")
         if options.config == "curves":
             from parity.curves import draw
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import islice
@@ -39,11 +40,13 @@ from parity.cases import (
     matrix,
     write_config,
 )
+from parity.results import was_run
 
 ROOT = Path(__file__).parents[1]
 ROW_TOKENS = 256  # the longest row of the tiny models
 QUICK_ROW_TOKENS = 128  # the same in the quick matrix, whose steps take half the time for it
 CPU_DEVICES = 8  # JAX splits the CPU into as many devices
+_SECONDS_BETWEEN_LINES = 10.0
 # With 13 pairs a step, packed rows cannot all hold the same number of pairs, and the last step of an epoch has only 4.
 PAIRS, BATCH, STEPS = 30, 13, 20
 # These settings switch on everything that a side could divide or scale wrongly.
@@ -275,14 +278,32 @@ def run_process(job: Job, name: str, command: list[str], say: Callable[[str], No
     with (
         log.open("w") as output,
         subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            [sys.executable, "-m", "parity.leash", *command],
+            env=environment,
+            stdin=subprocess.PIPE,  # it is never written to; the end of it ends the process and all that it started
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         ) as process,
     ):
         try:
-            status = process.wait()
+            status = _wait(process, job, name, say)
         except BaseException:  # when interrupted, end the launcher's children too
             os.killpg(process.pid, signal.SIGKILL)
             raise
     if status:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise SideFailed(f"{name} ended with status {status}; its output is in {log}:\n{tail}")
+
+
+def _wait(process: subprocess.Popen[bytes], job: Job, name: str, say: Callable[[str], None]) -> int:
+    """Waits for a process, and says now and then how many cells have results. Returns its status."""
+    started = time.monotonic()
+    while True:
+        try:
+            return process.wait(_SECONDS_BETWEEN_LINES)
+        except subprocess.TimeoutExpired:
+            done = sum(was_run(job.results_folder(cell)) for cell in job.cells)
+            minutes, seconds = divmod(round(time.monotonic() - started), 60)
+            cells = f"{done} of {len(job.cells)} cells done, " if job.cells else ""
+            say(f"running {name}: {cells}{minutes}:{seconds:02}")

@@ -22,6 +22,7 @@ from jax_simpo.config import load_config
 from jax_simpo.data.chat import load_tokenizer
 from jax_simpo.data.groups import Response
 from parity.cases import MESHES, SIZES, TORCH, TORCH_GPU, ZERO3, Cell, Job, step_plan
+from parity.leash import end_with_leash
 from parity.results import EXPORT, GRADIENTS, JAX_IN_TRANSFORMERS, TokenTable, save_results
 from torch_ref.adapters import add_adapter, load_adapter
 from torch_ref.batches import Batch, RankStep, build_rank_step
@@ -238,6 +239,7 @@ def main() -> None:
     elif task == "crosswise":
         crosswise(job)
     else:
+        end_with_leash()
         with open_ranks() as ranks:
             backends = tuple(TORCH_GPU) if task == "run-gpu" else (ZERO3 if ranks.launched else TORCH,)
             for cell in (c for c in job.cells if c.backend in backends):

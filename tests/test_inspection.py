@@ -87,6 +87,17 @@ def test_a_long_mask_is_drawn_in_so_many_cells() -> None:
     assert not np.triu(picture, 1).any()
 
 
+@given(st.lists(pairs(), min_size=1, max_size=4), st.integers(2, 9))
+def test_a_cell_of_the_mask_is_filled_if_any_of_it_is_visible(held: list[Group], columns: int) -> None:
+    key_end = lay_out(held, True).key_end[0]
+    length = len(key_end)
+    place = np.arange(length)
+    visible = (place[None] <= place[:, None]) & (place[:, None] < key_end[None])
+    cell = -(-length // columns)
+    for (i, j), filled in np.ndenumerate(mask_cells(key_end, columns)):
+        assert filled == visible[i * cell : (i + 1) * cell, j * cell : (j + 1) * cell].any()
+
+
 def test_text_of_the_data_cannot_steer_the_terminal() -> None:
     assert inspection.printable("a\x1b[31mb\n\u202ec\r") == "a\\x1b[31mb\u23ce\\u202ec\\r"
 

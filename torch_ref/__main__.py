@@ -20,6 +20,7 @@ from rich.console import Console
 from jax_simpo.config import TrainConfig, load_config
 from jax_simpo.errors import ConfigError, StoppedError, UserError
 from jax_simpo.run import signals
+from jax_simpo.run.steps import kept_steps
 from jax_simpo.run.whole import writing
 from jax_simpo.terminal import open_console
 
@@ -47,6 +48,7 @@ DeepSpeedFile = Annotated[
 def train(context: typer.Context, config: ConfigFile, deepspeed: DeepSpeedFile = None) -> None:
     """Trains; resumes by itself when the output directory holds a checkpoint of the same run."""
     settings = _load(config, context.args)
+    signals.keeping(lambda: kept_steps(Path(settings.output_dir)))
     from torch_ref.distributed import open_ranks
     from torch_ref.trainer import train as run
 
@@ -68,6 +70,7 @@ def score(
 ) -> None:
     """Writes log-probs, rewards, margin and loss of every group of a split, in file order."""
     settings = _load(config, context.args)
+    signals.keeping(lambda: f"{output} was not written")
     from torch_ref.distributed import open_ranks
     from torch_ref.evaluate import GROUPS_PER_PLAN, group_records, open_model, score_groups
     from torch_ref.notes import print_attention, print_split

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax_simpo.config import objectives, schedules
@@ -22,107 +23,121 @@ _MOST: dict[str, tuple[int, str]] = {
 }
 
 
+class Contradictions(ValueError):
+    """Holds all that is wrong with the keys of a config beside one another.
+
+    Attributes:
+        mistakes: a sentence or two for each.
+    """
+
+    def __init__(self, mistakes: Sequence[str]) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = tuple(mistakes)
+
+
 def check(config: Any) -> None:
     """Checks the keys of a `TrainConfig` against one another.
 
     Raises:
-        ValueError: with the first contradiction, in the words that the user reads.
+        Contradictions: with every mistake, in the words that the user reads.
     """
+    if mistakes := list(_mistakes(config)):
+        raise Contradictions(mistakes)
+
+
+def _mistakes(config: Any) -> Iterator[str]:
+    """Yields what is wrong with the keys beside one another, a mistake at a time."""
     for key, (most, why) in _MOST.items():
         if isinstance(number := getattr(config, key), int) and number > most:
-            raise ValueError(f"`{key}` is {number}; expected at most {most}: {why}")
+            yield f"`{key}` is {number}; expected at most {most}: {why}"
     if config.model_name_or_path is not None and config.new_model_config is not None:
-        raise ValueError(
+        yield (
             "`model_name_or_path` (a model to start from) and `model_config` (a new model) contradict each other; "
             "give one. A new model with an existing tokenizer: `model_config` and `tokenizer_name_or_path`"
         )
     if config.model_name_or_path is None:
         if config.new_model_config is None:
-            raise ValueError(
+            yield (
                 "no model: give `model_name_or_path` (a hub id, a folder or a GGUF file), or `model_config` together "
                 "with `tokenizer_name_or_path` for a new one"
             )
-        if config.tokenizer_name_or_path is None:
-            raise ValueError("`model_config` makes a new model, which has no tokenizer: give `tokenizer_name_or_path`")
+        elif config.tokenizer_name_or_path is None:
+            yield "`model_config` makes a new model, which has no tokenizer: give `tokenizer_name_or_path`"
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in config.run_name or ""):
-        raise ValueError(
+        yield (
             f"`run_name` {config.run_name!r} holds a control character, such as a line end; give a name of visible "
             "characters. Without the key it is the name of the config file"
         )
     if config.dataset_mixer and not any(config.dataset_mixer.values()):
-        raise ValueError("`dataset_mixer` takes nothing: give at least one source a fraction above 0")
+        yield "`dataset_mixer` takes nothing: give at least one source a fraction above 0"
     for source, fraction in config.dataset_mixer.items():
         if not 0 <= fraction <= 1:
-            raise ValueError(f"`dataset_mixer`: the fraction of {source} is {fraction}; expected 0 to 1")
+            yield f"`dataset_mixer`: the fraction of {source} is {fraction}; expected 0 to 1"
     configs = config.dataset_configs
     if config.dataset_mixer and configs is not None and len(configs) != len(config.dataset_mixer):
-        raise ValueError(
+        yield (
             f"`dataset_configs` has {len(configs)} entries and `dataset_mixer` "
             f"{len(config.dataset_mixer)}; give one name for each source, null for none"
         )
     if twice := [split for split, count in Counter(config.dataset_splits).items() if count > 1]:
-        raise ValueError(f"`dataset_splits` names {', '.join(twice)} more than once; keep one of each")
+        yield f"`dataset_splits` names {', '.join(twice)} more than once; keep one of each"
     if not config.train_splits:
-        raise ValueError(
+        yield (
             f"`dataset_splits` {config.dataset_splits} has nothing to train on: training splits have `train` in "
             "their name"
         )
-    _check_data_keys(config)
+    yield from _data_mistakes(config)
     if config.max_prompt_length >= config.max_length:
-        raise ValueError(
+        yield (
             f"`max_prompt_length` ({config.max_prompt_length}) leaves no room for a response within `max_length` "
             f"({config.max_length}); lower the first or raise the second"
         )
     if mistake := objectives.check(config.objective) or objectives.check_keys(config.objective, config.__dict__):
-        raise ValueError(mistake)
+        yield mistake
     if config.row_length != "auto" and (not 128 <= config.row_length < 2**31 or config.row_length % 128):
         near = min(max(128, (config.row_length + 64) // 128 * 128), 2**31 - 128)  # a place in a row has 32 bits
-        raise ValueError(f"`row_length` is {config.row_length}; expected auto or a multiple of 128, such as {near}")
+        yield f"`row_length` is {config.row_length}; expected auto or a multiple of 128, such as {near}"
     if mistake := schedules.check(config.lr_scheduler_type, config.lr_scheduler_kwargs, config.learning_rate):
-        raise ValueError(mistake)
+        yield mistake
     if config.optim == "adafactor" and config.adam_mu_dtype != "float32":
-        raise ValueError("`adam_mu_dtype` has no effect with `optim: adafactor`, which keeps no mean; remove it")
+        yield "`adam_mu_dtype` has no effect with `optim: adafactor`, which keeps no mean; remove it"
     if config.optim == "muon" and config.use_peft:
-        raise ValueError(
-            "`optim: muon` is for whole weight matrices, of which `use_peft` trains none; use `optim: adamw`"
-        )
-    _check_best(config)
+        yield "`optim: muon` is for whole weight matrices, of which `use_peft` trains none; use `optim: adamw`"
+    yield from _best_mistakes(config)
     if config.generate_during_eval and not config.do_eval:
-        raise ValueError("`generate_during_eval` needs evaluations; set `eval_strategy`, or `do_eval: true`")
+        yield "`generate_during_eval` needs evaluations; set `eval_strategy`, or `do_eval: true`"
     if config.generate_during_eval and not config.sample_prompts:
-        raise ValueError("`generate_during_eval` needs prompts, and `sample_prompts` is 0; raise it, or remove one key")
+        yield "`generate_during_eval` needs prompts, and `sample_prompts` is 0; raise it, or remove one key"
     if config.max_steps == 0:
-        raise ValueError("`max_steps` is 0; expected a positive number, or -1 for `num_train_epochs`")
+        yield "`max_steps` is 0; expected a positive number, or -1 for `num_train_epochs`"
     if config.load_in_4bit and config.load_in_8bit:
-        raise ValueError("`load_in_4bit` and `load_in_8bit` contradict each other; keep one of them")
+        yield "`load_in_4bit` and `load_in_8bit` contradict each other; keep one of them"
 
 
-def _check_data_keys(config: Any) -> None:
-    """Checks the keys that say how rows are chosen and read; what needs the data itself is checked where it is read."""
+def _data_mistakes(config: Any) -> Iterator[str]:
+    """Yields the mistakes of how rows are chosen and read; what only the data shows is found where it is read."""
     named = [split for split in config.dataset_splits if "train" not in split]
     if config.test_size is not None and named:
-        raise ValueError(
+        yield (
             f"`test_size` holds rows of the training splits out, and `dataset_splits` names {', '.join(named)} to "
             "evaluate on; keep one of the two"
         )
     if config.test_size is not None and config.test_size > 1 and not config.test_size.is_integer():
-        raise ValueError(
-            f"`test_size` is {config.test_size:g}; expected a share below 1, or from 1 on a whole number of rows"
-        )
+        yield f"`test_size` is {config.test_size:g}; expected a share below 1, or from 1 on a whole number of rows"
     columns = config.dataset_columns or {}
     if len({isinstance(value, dict) for value in columns.values()}) > 1:
-        raise ValueError("`dataset_columns` mixes columns of all sources with columns of single sources; use one form")
+        yield "`dataset_columns` mixes columns of all sources with columns of single sources; use one form"
 
 
-def _check_best(config: Any) -> None:
-    """Checks the keys that choose the best of the evaluations."""
+def _best_mistakes(config: Any) -> Iterator[str]:
+    """Yields the mistakes of the keys that choose the best of the evaluations."""
     asked = "load_best_model_at_end" if config.load_best_model_at_end else "early_stopping_patience"
     if not config.load_best_model_at_end and config.early_stopping_patience is None:
         return
     if config.eval_strategy == "no" or not config.do_eval:
-        raise ValueError(f"`{asked}` needs evaluations to compare; set `eval_strategy: steps` or `epoch`")
+        yield f"`{asked}` needs evaluations to compare; set `eval_strategy: steps` or `epoch`"
     if config.load_best_model_at_end and config.save_strategy == "no":
-        raise ValueError(
+        yield (
             "`load_best_model_at_end` reads the best step from its checkpoint, and `save_strategy` is no; set it "
             "to steps or epoch"
         )

@@ -148,8 +148,10 @@ def translate(values: dict[str, Any], place: Callable[[str], str]) -> tuple[dict
         for each of our keys that came from a foreign one, the foreign one.
 
     Raises:
-        ConfigError: a key asks for what cannot be done here, or two names of one setting disagree.
+        ConfigError: with every key that asks for what cannot be done here, and every two names of a setting that
+            disagree.
     """
+    mistakes: list[str] = []
     result: dict[str, Any] = {}
     notices: list[str] = []
     origin: dict[str, str] = {}
@@ -157,11 +159,12 @@ def translate(values: dict[str, Any], place: Callable[[str], str]) -> tuple[dict
         if key in RENAMED:
             ours, read = RENAMED[key]
             if read is not None and not isinstance(value, bool):
-                raise ConfigError(f"{place(key)}: `{key}` is {shown.value(value)}; expected true or false")
+                mistakes.append(f"{place(key)}: `{key}` is {shown.value(value)}; expected true or false")
+                continue
             translated = value if read is None else read(value)
             other = origin.get(ours, ours)
             if other in values and (result if ours in origin else values)[ours] != translated:
-                raise ConfigError(
+                mistakes.append(
                     f"{place(key)}: `{key}: {_show(value)}` and `{other}: {_show(values[other])}` contradict each "
                     f"other; keep `{ours}`"
                 )
@@ -176,11 +179,13 @@ def translate(values: dict[str, Any], place: Callable[[str], str]) -> tuple[dict
         elif key in NOT_SUPPORTED:
             if not asks_for_nothing(value):
                 said = shown.HIDDEN if shown.is_secret(key) else _show(value)
-                raise ConfigError(f"{place(key)}: `{key}: {said}` cannot be honoured: {NOT_SUPPORTED[key]}")
+                mistakes.append(f"{place(key)}: `{key}: {said}` cannot be honoured: {NOT_SUPPORTED[key]}")
         elif key == "optim":
             result[key] = OPTIMIZERS.get(value, value) if isinstance(value, str) else value
         else:
             result[key] = value
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
     return result, notices, origin
 
 

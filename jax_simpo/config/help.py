@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from jax_simpo.config import foreign, shown, yaml_files
+from jax_simpo.config.checks import Contradictions
 from jax_simpo.config.convert.trainers import known_elsewhere
 from jax_simpo.config.objectives import OwnObjective
 
@@ -92,7 +93,13 @@ def explain_all(
     source: str,
 ) -> str:
     """Words the mistakes that pydantic has found, a line each. The arguments are those of `explain`."""
-    lines = [explain(detail, model, values, places, names, source) for detail in error.errors()[:_MOST_MISTAKES]]
+    lines = []
+    for detail in error.errors()[:_MOST_MISTAKES]:
+        found = detail.get("ctx", {}).get("error")
+        if isinstance(found, Contradictions):
+            lines += [f"{_place_of_check(each, places, source)}: {_reason(each)}" for each in found.mistakes]
+        else:
+            lines.append(explain(detail, model, values, places, names, source))
     if error.error_count() > _MOST_MISTAKES:
         lines.append(f"{source}: these are the first of {error.error_count():,} mistakes")
     return "\n".join(dict.fromkeys(lines))  # a key that may be one of two types complains once for each
@@ -118,9 +125,9 @@ def explain(
     """
     location = [str(part) for part in error["loc"]]
     reason = str(error.get("ctx", {}).get("error", "")) if error["type"] == "value_error" else ""
-    reason = shown.one_line(reason, _LONGEST_REASON)
+    reason = _reason(reason)
     if not location:
-        return f"{_place_of_check(reason, places, path)}: {reason or error['msg']}"
+        return f"{path}: {reason or error['msg']}"
     top = location[0]
     place = places.get(top, path)
     if error["type"] == "extra_forbidden":
@@ -184,6 +191,11 @@ def _meant(value: Any, kinds: list[Any]) -> str | None:
         number = yaml_files.parse_value(text) if re.fullmatch(r"[-+]?\.?\w[-+.\w]{0,50}", text) else None
         return text if isinstance(number, int | float) and not isinstance(number, bool) else None
     return None
+
+
+def _reason(text: str) -> str:
+    """Returns a reason as it is shown: in one line, which is not too long."""
+    return shown.one_line(text, _LONGEST_REASON)
 
 
 def _place_of_check(reason: str, places: Mapping[str, str], path: str) -> str:

@@ -33,10 +33,16 @@ def apply(overrides: Sequence[str], to: Values, model: type[BaseModel]) -> None:
     """Applies overrides in order; a later one replaces an earlier one.
 
     Raises:
-        ConfigError: an override is not of the form `--key=value`, or its dotted key leads nowhere.
+        ConfigError: with every override that is not of the form `--key=value`, or whose dotted key leads nowhere.
     """
+    mistakes = []
     for override in overrides:
-        _apply(override, to, model)
+        try:
+            _apply(override, to, model)
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
 
 
 def _apply(override: str, to: Values, model: type[BaseModel]) -> None:

@@ -261,8 +261,9 @@ def _prompt_keys(raw: RawSplit) -> list[str]:
 
 
 def _checked(dataset_mixer: Mapping[str, float], selection: Selection) -> Mapping[str, float]:
-    """Returns the mixer, which is right."""
+    """Returns the mixer, which is right: its sources are there, too."""
     _check_mixer(dataset_mixer)
+    check_present(dataset_mixer)
     selection.check_names(dataset_mixer)
     return dataset_mixer
 
@@ -303,9 +304,8 @@ def _read_source(source: str, split: str, config: str | None, reading: Reading) 
             raise DataError(f"{source}: cannot read {path.suffix or 'a file without extension'}; use {_file_types()}")
         _check_split(source, split, ["train"], "a single data file is the split `train`; put test pairs beside it")
         read = [read_file(source, path, reading)]
-    elif _is_local(source, path):
-        hub = "" if "/" in source else "; a data set on the hub is `owner/name`"
-        raise DataError(f"{source}: no such file or folder{_suggest_neighbour(path)}{hub}")
+    elif missing := _missing(source):
+        raise DataError(missing)
     else:
         read = [read_hub(source, split, config, reading)]
     table = pa.concat_tables([one.table for one in read])
@@ -323,6 +323,27 @@ def _read_builtin(source: str, split: str, reading: Reading) -> Source:
 def _read_usual_builtin(source: str, split: str) -> Source:
     """Reads a built-in split once for all runs of a process, such as those of a notebook."""
     return _read_builtin(source, split, Reading())
+
+
+def check_present(dataset_mixer: Iterable[str]) -> None:
+    """Makes sure that the sources that can only be files or folders here are there. The hub is not asked.
+
+    Raises:
+        DataError: with every source that is missing, a line each.
+    """
+    if missing := list(filter(None, map(_missing, dataset_mixer))):
+        raise DataError("\n".join(missing))
+
+
+def _missing(source: str) -> str:
+    """Says that a source is missing; an empty text for one that is there, is built in, or may be on the hub."""
+    path = Path(source).expanduser()
+    if source.startswith(BUILTIN) or path.exists() or not _is_local(source, path):
+        return ""
+    text = f"{source}: no such file or folder{_suggest_neighbour(path)}"
+    if "/" in source:
+        return text
+    return f"{text}{'' if text.endswith('?') else '.'} A data set on the hub is `owner/name`"
 
 
 def _joined_layouts(label: str, layouts: Sequence[Layout]) -> tuple[Layout, ...]:

@@ -9,7 +9,6 @@ Training waits only until a step's arrays are copied. They are written, summed a
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +23,7 @@ from jax.sharding import Sharding
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError, ConfigError
 from jax_simpo.processes import distributed
+from jax_simpo.run.quiet import quieten, quieten_saves
 from jax_simpo.run.resume import Resume, check_trainer, choose_step
 from jax_simpo.run.seal import Seal, file_names, find_damage
 from jax_simpo.run.steps import StepFolders
@@ -32,13 +32,7 @@ from jax_simpo.run.sums import Sum, sums_of
 _LONGEST_SECONDS = 24 * 3600  # that a process waits for the others' files: a dead one is detected by its heartbeats
 _MEMORY, _CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Returns False for the tracebacks of errors that Orbax raises as well."""
-    return not (record.exc_info and "orbax" in record.pathname)
-
-
-logging.getLogger("absl").addFilter(_is_news)
+quieten()
 
 
 class Checkpoints:
@@ -132,6 +126,7 @@ class Checkpoints:
                 are as they were.
         """
         self.wait()
+        quieten_saves()
 
         def begin() -> None:
             self.folders.begin()
@@ -228,6 +223,7 @@ class Checkpoints:
             self.folders.clean()
         text = (str(error).splitlines() or [type(error).__name__])[0]
         reason = error.strerror if isinstance(error, OSError) and error.strerror else text.rpartition(": ")[2]
+        reason = reason.partition(" [")[0]  # TensorStore adds the number of the error
         return CheckpointError(f"{self.directory}: step {step} cannot be saved: {reason}. {self._outlook()}")
 
     def _outlook(self) -> str:

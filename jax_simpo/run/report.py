@@ -346,11 +346,15 @@ def print_summary(console: Console, output: Path) -> None:
     table.add_column("")
     columns = [("training", run.train, "", "step"), (run.eval_name, run.evals, "eval_", "eval_step")]
     columns = [column for column in columns if column[1]]
-    for name, records, _, step in columns:
-        table.add_column(Text(f"{visible(name)}\nstep {records[0][step]}"), justify="right")
-        table.add_column(Text(f"\nstep {records[-1][step]}"), justify="right", style="bold")
+    cells = []
+    for name, records, prefix, step in columns:
+        shown = records if len(records) == 1 else (records[0], records[-1])
+        for record in shown:
+            head = visible(name) if record is shown[0] else ""
+            last = record is shown[-1]
+            table.add_column(Text(f"{head}\nstep {record[step]}"), justify="right", style="bold" if last else "")
+        cells += [(record, prefix) for record in shown]
     for key, label in MEASURES.items():
-        cells = [(records[i], prefix) for _, records, prefix, _ in columns for i in (0, -1)]
         if key == "rewards/accuracies":
             table.add_row(label, *(run.accuracy(record) for record, _ in cells))
         else:
@@ -362,10 +366,9 @@ def print_summary(console: Console, output: Path) -> None:
         parts += [Text(f"step {finding.step}: {visible(finding.sentence)}", style="yellow"), Text()]
     for sample in run.samples[:_SUMMARY_SAMPLES]:
         parts += [_sample_on_console(sample), Text()]
-    shown = (files.REPORT, files.CURVES, files.METRICS, files.MODEL)
     parts += [
         Text.assemble((f"{name:>13}  ", "dim"), visible(str(output / name)))
-        for name in shown
+        for name in (files.REPORT, files.CURVES, files.METRICS, files.MODEL)
         if (output / name).exists()
     ]
     panel = Panel(Group(*parts), title=Text(visible(run.name)), title_align="left", box=box.ROUNDED, padding=(1, 2))

@@ -26,11 +26,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SAME_WISH_SECONDS, _SAME_SIGNAL_SECONDS = 2.0, 0.25
 
 
+NOTHING_WRITTEN = "Nothing was written"
+
+
 class _State:
     """Holds what this process has been told. Signals come to a process, so there is one."""
 
     def __init__(self) -> None:
         self.clean_ups: list[Callable[[], object]] = []  # before a signal ends the process
+        self.kept: Callable[[], str] = lambda: NOTHING_WRITTEN
 
     handling = False
     watched = False  # a thread answers signals, and not the handler
@@ -92,6 +96,12 @@ def handled(
         for number, handler in former.items():
             signal.signal(number, handler)
         _state.handling, _state.watched, _state.asked = False, False, None
+        _state.kept = lambda: NOTHING_WRITTEN
+
+
+def keeping(words: Callable[[], str]) -> None:
+    """Sets what is said of a command's results when a signal ends the process: a sentence without its full stop."""
+    _state.kept = words
 
 
 @contextmanager
@@ -166,6 +176,14 @@ def _say(asking: signal.Signals, words: str) -> None:
         print(f"\n{asking.name}: {words}", file=sys.stderr, flush=True)
 
 
+def _kept() -> str:
+    """Says what is kept. Nothing may stop the end of the process, such as a folder that cannot be read."""
+    try:
+        return _state.kept()
+    except OSError:
+        return "What is on the disk stays there"
+
+
 class _Lossy:
     """A stream that drops what cannot be written."""
 
@@ -215,7 +233,7 @@ def _watch(receiver: socket.socket, before_end: Callable[[StoppedError], object]
 
 
 def _end(asking: signal.Signals, before_end: Callable[[StoppedError], object]) -> None:
-    words = "ended. Start the same command again"
+    words = f"ended. {_kept()}. Start the same command again"
     with suppress(OSError, ValueError):
         if sys.stderr.isatty():
             print("\x1b[?25h", end="", file=sys.stderr)  # a progress bar hides the cursor

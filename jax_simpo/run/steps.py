@@ -93,3 +93,9 @@ def is_beside_steps(name: str) -> bool:
     """Returns True for what the trainers leave in `checkpoints` beside whole steps."""
     patterns = (_WRITING, _REMOVED, _DAMAGED)
     return any(pattern.fullmatch(name) for pattern in patterns) or name in ("zero_to_fp32.py", "latest")
+
+
+def kept_steps(output: Path) -> str:
+    """Says from where a run would go on; for `signals.keeping`."""
+    steps = StepFolders(output / files.CHECKPOINTS).all()
+    return f"{output} keeps step {steps[-1]}, from which the run goes on" if steps else f"{output} holds no step yet"

@@ -6,6 +6,7 @@ renamed. What killed writers left under such names is removed by the next writer
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path, PurePath
 from typing import IO, Any
 
 from jax_simpo.errors import ConfigError, ModelError
+from jax_simpo.run import signals
 from jax_simpo.run.sums import write_model_sums
 
 # The files that transformers and peft write to a model's folder, and the picture of its card. A folder with any other
@@ -53,6 +55,12 @@ def writing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     regular = os.path.isfile(path) or not os.path.exists(path)  # opening a folder fails below, with the system's reason
     path = path.resolve() if regular else path
     temporary = _temporary(path) if regular else path
+
+    def remove_temporary() -> None:
+        if regular:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
     encoding = None if "b" in mode else "utf-8"
     try:
         with _cannot_be_written(shown):
@@ -61,7 +69,7 @@ def writing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             if regular:
                 _remove_left_overs(path)
             file = temporary.open(mode, encoding=encoding)
-        with file:
+        with signals.before_ending(remove_temporary), _full_disk(shown), file:
             yield file
             if regular:
                 with _cannot_be_written(shown):
@@ -72,9 +80,7 @@ def writing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
                 temporary.replace(path)
                 sync_folder(path.parent)
     except BaseException:
-        if regular:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        remove_temporary()
         for folder in missing:  # innermost first; a folder that somebody else has used by now is not empty and stays
             with suppress(OSError):
                 folder.rmdir()
@@ -97,6 +103,17 @@ def _cannot_be_written(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}. Give another path") from error
+
+
+@contextmanager
+def _full_disk(path: str | Path) -> Iterator[None]:
+    """Words the error of a full disk, which comes from within the block: while the caller writes to the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(f"{path} cannot be written: {error.strerror}. Make room and start again") from error
 
 
 # --- folders

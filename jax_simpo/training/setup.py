@@ -26,7 +26,7 @@ from jax_simpo.data.packing import (
 from jax_simpo.data.prompts import PromptEncoder
 from jax_simpo.data.selection import HELD_OUT, Selection
 from jax_simpo.data.tokenize import GroupDataset
-from jax_simpo.errors import CheckpointError, ConfigError, ModelError
+from jax_simpo.errors import CheckpointError, ConfigError, DataError, ModelError
 from jax_simpo.gguf_files import means_gguf
 from jax_simpo.hf import adapters
 from jax_simpo.hf.config import read_model_config
@@ -351,6 +351,24 @@ class Setup:
         """Tokenises a split as the config says. Every process calls it; see `tokenize_on_first`."""
         return tokenize_on_first(self.config, raw, self.tokenizer)
 
+    def _require_data(self) -> None:
+        """Makes sure that data is named, and that its files and the model's folder are there.
+
+        Raises:
+            ConfigError: the config names no data.
+            DataError: files or folders are missing; the message names all of them, and a model that is missing too.
+            ModelError: only the model is missing.
+        """
+        require_data(self.config)
+        mistakes: list[DataError | ModelError] = []
+        for look in (lambda: sources.check_present(self.config.dataset_mixer), lambda: self.model_folder):
+            try:
+                look()
+            except (DataError, ModelError) as error:
+                mistakes.append(error)
+        if mistakes:
+            raise type(mistakes[0])("\n".join(map(str, mistakes)))
+
     def train_pairs(self) -> GroupDataset:
         """Tokenises the training pairs, each source cut to its fraction.
 
@@ -361,7 +379,7 @@ class Setup:
         config = self.config
         if self.memory_pairs is not None:
             return self.tokenize(self.memory_pairs)
-        require_data(config)
+        self._require_data()
         selection = Selection.of(config)
         raw = sources.load_train(
             config.dataset_mixer, config.train_splits, selection, weight_column=config.weight_column
@@ -378,7 +396,7 @@ class Setup:
         config = self.config
         if self.memory_eval_pairs is not None:
             return self.tokenize(self.memory_eval_pairs)
-        require_data(config)
+        self._require_data()
         if config.test_size is not None:
             return self.split_pairs(HELD_OUT)
         if not config.eval_splits:
@@ -397,7 +415,7 @@ class Setup:
             DataError: a source cannot be read, or a row cannot be used.
         """
         config = self.config
-        require_data(config)
+        self._require_data()
         raw = sources.load_named(config.dataset_mixer, split, config.train_splits, Selection.of(config))
         return self.tokenize(raw)
 

@@ -205,6 +205,8 @@ def test_a_missing_file_is_named_with_its_nearest_neighbour(tmp_path: Path) -> N
     write_jsonl(tmp_path / "pairs.jsonl", make_rows(1))
     with pytest.raises(DataError, match=r"pears\.jsonl: no such file or folder; did you mean pairs\.jsonl\?"):
         load_split({str(tmp_path / "pears.jsonl"): 1.0}, "train")
+    with pytest.raises(DataError, match=r"(?s)one\.jsonl: no such file.*two\.jsonl: no such file"):
+        load_split({str(tmp_path / "one.jsonl"): 1.0, str(tmp_path / "two.jsonl"): 1.0}, "train")
 
 
 def test_a_name_that_exists_neither_here_nor_on_the_hub_is_an_error_that_says_so() -> None:

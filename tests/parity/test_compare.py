@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +83,31 @@ def test_a_failed_side_says_where_its_output_is(tmp_path) -> None:
     job = Job(str(tmp_path), {}, {"tiny": {}}, [], [], 1, 1, 1, 1)
     with pytest.raises(SideFailed, match=r"jax ended with status 3.*jax\.log(.|\n)*what went wrong"):
         run_process(job, "jax", ["sh", "-c", "echo what went wrong; exit 3"], lambda _: None)
+
+
+def test_what_parity_started_ends_when_parity_is_killed(tmp_path: Path) -> None:
+    """The started program leads a session of its own, as torchrun's ranks do, and prints its number."""
+    rank = "import os, time; from parity.leash import end_with_leash; end_with_leash(); os.setsid(); "
+    rank += "print(os.getpid(), flush=True); time.sleep(60)"
+    launcher = f"import subprocess, sys; subprocess.call([sys.executable, '-c', {rank!r}])"
+    command = [sys.executable, "-m", "parity.leash", sys.executable, "-c", launcher]
+    caller = (
+        f"import subprocess, time; subprocess.Popen({command!r}, stdin=subprocess.PIPE, start_new_session=True);"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", caller], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        number = int(process.stdout.readline())
+        process.kill()
+        deadline = time.monotonic() + 30
+        while runs(number) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert not runs(number)
+
+
+def runs(number: int) -> bool:
+    """Returns True for a process that runs: neither gone nor waiting for its new parent to take note of its end."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

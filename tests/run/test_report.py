@@ -371,6 +371,13 @@ def test_the_summary_shows_first_and_last_figures_samples_and_files(run_folder: 
     assert "│" in text
 
 
+def test_a_run_of_one_step_shows_its_figures_once(tmp_path: Path) -> None:
+    make_run(tmp_path, training_record(1))
+    out = io.StringIO()
+    report.print_summary(Console(file=out, width=110), tmp_path)
+    assert out.getvalue().count("step 1") == 1
+
+
 @pytest.mark.parametrize(
     ("objective", "title", "reward"),
     [

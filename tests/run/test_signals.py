@@ -59,7 +59,7 @@ def test_a_signal_before_the_steps_ends_the_process_at_once_whatever_it_computes
     run = start("start")
     run.send_signal(signal.SIGTERM)
     _, said = run.communicate(timeout=10)
-    assert (run.returncode, said.strip()) == (143, "SIGTERM: ended. Start the same command again")
+    assert (run.returncode, said.strip()) == (143, "SIGTERM: ended. Nothing was written. Start the same command again")
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
@@ -171,3 +171,51 @@ def test_a_thread_handles_no_signals(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     assert seen == [former]
+
+
+KEEPING = """
+import signal, sys, time
+from pathlib import Path
+from jax_simpo.run import signals
+from jax_simpo.run.steps import kept_steps
+from jax_simpo.run.whole import writing
+
+with signals.handled(ends_process=True):
+    run, output = Path(sys.argv[1]), Path(sys.argv[2])
+    signals.keeping(lambda: f"{kept_steps(run)}; {output.name} was not written")
+    with writing(output) as file:
+        file.write("half")
+        print("starts", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_an_end_says_what_is_kept_and_leaves_no_half_of_a_file(tmp_path: Path) -> None:
+    steps = tmp_path / "run/checkpoints"
+    for step, kept in ((None, "holds no step yet"), (40, "keeps step 40, from which the run goes on")):
+        if step is not None:
+            (steps / str(step)).mkdir(parents=True)
+        arguments = (str(tmp_path / "run"), str(tmp_path / "scores.jsonl"))
+        with subprocess.Popen(
+            [sys.executable, "-c", KEEPING, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline() == "starts\n"
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=30)
+        wanted = f"{tmp_path}/run {kept}; scores.jsonl was not written"
+        assert (process.returncode, said.strip()) == (130, f"SIGINT: ended. {wanted}. Start the same command again")
+        assert not list(tmp_path.glob("*scores*"))
+
+
+def test_ctrl_c_while_the_program_is_imported_is_no_traceback() -> None:
+    program = (
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'jax_simpo.cli': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from jax_simpo.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    said = "SIGINT: ended. Nothing was written. Start the same command again"
+    assert (done.returncode, done.stderr.strip()) == (130, said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -194,3 +195,12 @@ def test_a_removed_path_is_gone_and_a_link_is_not_followed(tmp_path: Path) -> No
     remove(tmp_path / "folder")
     remove(tmp_path / "missing")
     assert names(tmp_path) == []
+
+
+def test_a_disk_that_fills_while_a_file_is_written_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("former")
+    with pytest.raises(ConfigError, match=r"report\.html cannot be written: No space left on device\. Make room"):
+        with writing(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"] and path.read_text() == "former"
