@@ -36,7 +36,10 @@ NOT_RUN = {
     "objectives.md": "a model of the hub; tests/training/test_own_objective.py trains with an objective of a file",
     "other-trainers.md": "files of other trainers; tests/config/test_convert.py converts them",
     "plan.md": "compilers of other hardware; tests/plan compiles for a CPU",
+    "real-model.md": "half an hour of training; tests/hf/test_gguf.py trains from a small file",
     "real-runs.md": "hours of training",
+    "report.md": "a page that is served until Ctrl-C; tests/run/test_live.py serves one",
+    "tracking.md": "accounts of services; tests/tracking and tests/hub have stand-ins",
     "your-own-pairs.md": "pairs and a model of the reader's",
 }
 

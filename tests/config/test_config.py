@@ -413,7 +413,8 @@ def test_a_file_that_is_missing_empty_or_no_mapping_is_told(tmp_path, message):
 # --- round trip, page
 
 _ANY_TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1, max_size=20)
-_TEXT = _ANY_TEXT.filter(lambda text: not text.startswith("~"))  # `~name` is the home folder of a user, who must exist
+# `~name` is the home folder of a user, who must exist; names must not be blank.
+_TEXT = _ANY_TEXT.filter(lambda text: not text.startswith("~") and bool(text.strip()))
 _TRICKY = st.sampled_from(["no", "5e-7", "1:30", "0x1f", "~", "null", "true", "010", "2024-01-01", "a: b", "<<", "- x"])
 _CONFIGS = st.fixed_dictionaries(
     {
