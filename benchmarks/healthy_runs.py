@@ -182,7 +182,7 @@ def _pairs(count: int, seed: str, *, swapped: bool = False, noise: float = 0.1) 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What the rules read of a run. They need nothing else, so a file of these is a test of the rules.
+    """Holds all that the rules read of a run, so that recorded runs can be judged anew.
 
     Attributes:
         kind: "good", or what was done to the run.

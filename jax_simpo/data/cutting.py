@@ -17,7 +17,7 @@ TruncationMode = Literal["keep_end", "keep_start"]
 
 @dataclass(frozen=True)
 class Limits:
-    """How long prompts and answers may be; see `tokenize_group`."""
+    """Limits the lengths of prompts and answers; see `tokenize_group`."""
 
     max_length: int
     max_prompt_length: int

@@ -46,7 +46,7 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file, or a split of a data set, was read.
+    """Describes how a file, or a split of a data set, was read.
 
     Attributes:
         label: the file or data set, as shown to users.

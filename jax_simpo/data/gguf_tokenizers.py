@@ -39,7 +39,7 @@ _TEKKEN = (
 
 @dataclass(frozen=True)
 class _Split:
-    """How a text is split before its pieces are merged.
+    """Describes how a text is split before its pieces are merged.
 
     Attributes:
         pattern: the pieces; None takes GPT-2's.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rendering:
-    """How the answers of a run are rendered.
+    """Describes how the answers of a run are rendered.
 
     Attributes:
         in_context: True if each answer is written with its prompt before it, False if by itself as in the original.

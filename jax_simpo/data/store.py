@@ -180,7 +180,7 @@ class GroupDataset:
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
-        """How each source of the split was read."""
+        """Describes how each source of the split was read."""
         return self._raw.layouts
 
     def skipped_summary(self) -> str:

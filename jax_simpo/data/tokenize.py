@@ -271,7 +271,7 @@ def tokenize_split(
 
 @dataclass(frozen=True)
 class _Writing:
-    """How the rows of a split become tokens."""
+    """Describes how the rows of a split become tokens."""
 
     tokenizer: PreTrainedTokenizerBase
     settings: TokenSettings

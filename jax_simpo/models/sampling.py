@@ -14,7 +14,7 @@ from jax_simpo.sharding import constrain
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. The filters apply one after the other, in this order, as in transformers.
+    """Describes how tokens are drawn. The filters apply one after the other, in this order, as in transformers.
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token.

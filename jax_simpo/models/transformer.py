@@ -41,7 +41,7 @@ Remat = Literal["none", "dots", "attention", "full"]
 
 
 class KeysAndValues(NamedTuple):
-    """What attention reads of some tokens in one layer, or with a leading axis in all layers.
+    """Holds what attention reads of some tokens in one layer, or with a leading axis in all layers.
 
     Attributes:
         k: rotated keys.

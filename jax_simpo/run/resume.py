@@ -109,7 +109,7 @@ def _writer(step: Path) -> tuple[Trainer | None, str]:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where a run continues.
+    """Describes from where a run continues.
 
     Attributes:
         step: the step to continue from; 0 starts afresh.

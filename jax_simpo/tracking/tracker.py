@@ -1,4 +1,4 @@
-"""What a tracker is: the few things that a run asks of TensorBoard, wandb, trackio and mlflow alike."""
+"""Defines a tracker: the few things that a run asks of TensorBoard, wandb, trackio and mlflow alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 PROJECT = "jax-simpo"
-"""What runs are gathered under where neither the config nor the tracker's environment variable says."""
+"""The project of runs whose config and environment name none."""
 
 # finished: all steps are done. stopped: by a signal or a callback, and the same command goes on. failed: by an error.
 Ending = Literal["finished", "stopped", "failed"]
@@ -16,7 +16,7 @@ Ending = Literal["finished", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class Start:
-    """What a tracker begins with.
+    """Holds what a tracker needs to begin a run, or to go on with one.
 
     Attributes:
         output: the output directory.

@@ -191,7 +191,7 @@ def send_run(config: TrainConfig, output: Path, console: Console) -> None:
 
 @dataclass(frozen=True)
 class _State:
-    """What `tracking.json` says of a tracker.
+    """Holds the entry of a tracker in `tracking.json`.
 
     Attributes:
         run: the tracker's own name of the run.

@@ -92,7 +92,10 @@ def test_the_export_of_a_gguf_file_gives_transformers_the_logits_of_the_original
 
 def test_any_mesh_reads_its_own_parts(make: MakeHf, tmp_path: Path) -> None:
     path = write(make("llama3.1"), tmp_path / "model.gguf", "Q8_0")
-    jax.tree.map(np.testing.assert_array_equal, load(path, fsdp=4, tensor=2)[0], load(path)[0])
+    split, whole = load(path, fsdp=4, tensor=2)[0], load(path)[0]
+    jax.tree.map(np.testing.assert_array_equal, split, whole)
+    sizes = {len({str(shard.index) for shard in leaf.addressable_shards}) for leaf in jax.tree.leaves(split)}
+    assert max(sizes) == 8  # every device has a part of its own
 
 
 def test_a_window_in_the_metadata_makes_a_mistral(make: MakeHf, tmp_path: Path) -> None:

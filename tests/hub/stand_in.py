@@ -17,7 +17,7 @@ TOKEN = "hf_" + "planted" * 5
 
 @dataclass
 class Hub:
-    """What the hub has, and what it was asked.
+    """Holds the content of the stand-in, and the requests that it got.
 
     Attributes:
         objects: large files by their SHA-256.

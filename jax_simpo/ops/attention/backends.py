@@ -46,7 +46,7 @@ class ScoreRule(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Where attention is to run, and for which model: all that the choice of a backend depends on.
+    """Describes where attention is to run, and for which model: the choice of a backend depends on nothing else.
 
     Attributes:
         platform: as jax names it: cpu, tpu, gpu.

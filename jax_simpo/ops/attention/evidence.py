@@ -28,7 +28,7 @@ _LONGEST_REASON = 300  # characters of a compiler's message
 
 
 class Distance(NamedTuple):
-    """How far an array is from the exact one, in units of the root mean square of the exact tokens' norms.
+    """Measures how far an array is from the exact one, in units of the root mean square of the exact tokens' norms.
 
     Attributes:
         mean: root mean square over tokens and heads.

@@ -68,12 +68,12 @@ class _Case:
 
     @property
     def arrays(self) -> tuple[Any, Any]:
-        """The arguments of the program."""
+        """Returns the arguments of the program."""
         return self.hidden, self.head
 
     @property
     def targets(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What the program has as constants."""
+        """Returns the arrays that are constants of the program."""
         return self.index, self.token, self.counts
 
     @property

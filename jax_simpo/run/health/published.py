@@ -39,7 +39,7 @@ class Band(NamedTuple):
 
 @dataclass(frozen=True)
 class Trainee:
-    """What a learning rate is judged by.
+    """Describes the model and the optimizer, by which a learning rate is judged.
 
     Attributes:
         parameters: numbers of the whole model, frozen ones included.

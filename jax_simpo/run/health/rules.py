@@ -53,7 +53,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class RunTraits:
-    """What the rules know of a run besides its records.
+    """Describes a run, as far as the rules need to know it besides its records.
 
     Attributes:
         total_steps: optimizer steps of the whole run.
