@@ -1,13 +1,15 @@
 """Does a loss head that never holds the logits of all targets save time and memory?
 
 Times forward and backward of the loss head alone, over vocabularies of 32k to 256k: `target_logps`, which computes the
-logits in tiles, twice or (`keep_bytes`) once, against full float32 logits under autodiff, as in most trainers. Each way
-and vocabulary runs in a process of its own; the ways of a vocabulary take turns.
+logits in tiles, twice or (`keep_bytes`) once, and on a GPU or TPU with its kernels; full float32 logits under autodiff,
+as in most trainers; and Liger's SimPO loss, and on a GPU its cross-entropy, if liger-kernel is installed. Each way and
+vocabulary runs in a process of its own; the ways of a vocabulary take turns. All get the same numbers, and a way whose
+mean log-prob is not that of full logits has no time.
 
 Expected: the temporaries of the tiled head do not grow with targets x vocabulary, while those of full logits do,
-several times over. The tiled head is no slower, though it computes the logits twice.
+several times over. The tiled head is no slower, though it computes the logits twice, and no slower than Liger's.
 
-Takes about 8 minutes on two CPU cores (`--quick`: half a minute). On a GPU it has not run yet.
+Takes about 12 minutes on two CPU cores (`--quick`: half a minute). On a GPU it has not run yet.
 """
 
 from __future__ import annotations
@@ -17,19 +19,22 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from benchmarks.cells import CELLS_HELP, Cells, failed
-from benchmarks.facts import forget_peak, machine_facts, peak_resident_bytes
+from benchmarks.cells import CELLS_HELP, WRONG, Cells, failed
+from benchmarks.facts import installed, machine_facts
+from benchmarks.loss_head_sides import FULL, SEQUENCE, WAYS, Sizes
 from benchmarks.options import Option, run
 from benchmarks.results import Result, Table, can_draw, gib, picture
 from benchmarks.timing import in_turns, speed_up
-from benchmarks.workers import Requests, Worker, WorkerFailed
+from benchmarks.workers import Worker, WorkerFailed
 
 VOCABULARIES = (32000, 64000, 128256, 256000)
-WAYS = ("full logits", "tiles", "tiles, logits kept")
+# How far a mean log-prob of a target, about -ln(vocabulary), may be from that of full logits.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
 def main(
@@ -42,19 +47,18 @@ def main(
     cells: Annotated[Path | None, Option(CELLS_HELP)] = None,
     quick: Annotated[bool, Option("Two tiny vocabularies, to see that it runs.")] = False,
 ) -> None:
-    """Times both ways and measures their memory."""
+    """Times every way and measures its memory."""
     vocabularies = [1000, 2000] if quick else list(VOCABULARIES)
     if quick:
         width, targets, rounds = 64, 256, 2
+    if targets % (2 * SEQUENCE):
+        sys.exit(f"--targets {targets} is not a multiple of {2 * SEQUENCE}, a pair of responses")
     store = Cells(cells)
     measured: dict[int, Any] = {}
     for vocabulary in vocabularies:
-        sizes = {"vocabulary": vocabulary, "width": width, "targets": targets}
-        result = store.measure(
-            {"loss head": list(WAYS), **sizes, "dtype": dtype, "rounds": rounds},
-            partial(_measure, [str(size) for size in sizes.values()], dtype, rounds),
-            always=True,
-        )
+        sizes = Sizes(vocabulary, width, targets, dtype)
+        settings = {"loss head": list(WAYS), "liger": installed("liger_kernel"), **asdict(sizes), "rounds": rounds}
+        result = store.measure(settings, partial(_measure, sizes, rounds), always=True)
         measured[vocabulary] = dict.fromkeys(WAYS, result) if failed(result) else result
         print(f"{vocabulary}: {measured[vocabulary]}", flush=True)
     devices = [a["device"] for ways in measured.values() for a in ways.values() if "device" in a]
@@ -74,12 +78,18 @@ def main(
         {str(vocabulary): ways for vocabulary, ways in measured.items()},
         pictures,
     ).write(output)
+    wrong = {way for ways in measured.values() for way, result in ways.items() if "wrong" in result}
+    if wrong:
+        print(f"WRONG: {', '.join(sorted(wrong))}")
+        sys.exit(WRONG)
 
 
 def _draw(output: Path, name: str, measured: Mapping[int, Any]) -> None:
     with picture(output, name, columns=2) as (left, right):
         for way in WAYS:
             ran = [v for v in measured if "seconds" in measured[v][way]]
+            if not ran:
+                continue
             left.plot(ran, [statistics.median(measured[v][way]["seconds"]) for v in ran], "o-", label=way)
             right.plot(ran, [measured[v][way]["extra_bytes"] / 2**30 for v in ran], "o-", label=way)
         left.set_ylabel("seconds, forward and backward")
@@ -90,33 +100,49 @@ def _draw(output: Path, name: str, measured: Mapping[int, Any]) -> None:
             axes.legend()
 
 
-def _measure(arguments: list[str], dtype: str, rounds: int) -> dict[str, Any]:
-    """Measures seconds and memory of each way at one vocabulary; a way that fails gets the reason instead.
+def _measure(sizes: Sizes, rounds: int) -> dict[str, Any]:
+    """Measures seconds and memory of each way; one that fails, is wrong or is not here gets the reason instead.
 
     Raises:
         RuntimeError: every way failed.
     """
     measured: dict[str, Any] = {}
-    running = {}
     with tempfile.TemporaryDirectory() as work, ExitStack() as workers:
+        running = {}
         for way in WAYS:
             worker = Worker(
-                ["benchmarks.loss_head", "--worker", way, *arguments, dtype],
+                ["benchmarks.loss_head_sides", way, *sizes.arguments()],
                 Path(work) / f"{way}.log",
                 {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
             )
             workers.callback(worker.close)
             try:
-                measured[way] = worker.ask(do="warm")
-                running[way] = worker
+                measured[way] = _checked(worker.ask(do="warm"), measured, sizes.dtype)
             except WorkerFailed as error:
                 measured[way] = {"failed": str(error)}
+            if "logp" in measured[way] and "wrong" not in measured[way]:
+                running[way] = worker
+            else:
+                worker.close()
         if not running:
-            raise RuntimeError("; ".join(f"{way}: {result['failed']}" for way, result in measured.items()))
+            raise RuntimeError("; ".join(f"{way}: {_reason(result)}" for way, result in measured.items()))
         turns = {way: partial(_seconds, worker) for way, worker in running.items()}
         for way, seconds in in_turns(turns, rounds).items():
             measured[way]["seconds"] = seconds
     return measured
+
+
+def _checked(result: dict[str, Any], measured: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Returns a way's answer, with the reason why it is wrong if its mean log-prob is not that of full logits."""
+    exact = measured.get(FULL, {}).get("logp")
+    if exact is None or "logp" not in result or abs(result["logp"] - exact) <= TOLERANCE[dtype]:
+        return result
+    return {**result, "wrong": f"WRONG: a mean log-prob of {result['logp']:.6g}, and full logits give {exact:.6g}"}
+
+
+def _reason(result: Mapping[str, Any]) -> str:
+    """Returns why a way was not timed."""
+    return next(str(result[key]).partition("\n")[0] for key in ("wrong", "failed", "left out") if key in result)
 
 
 def _seconds(worker: Worker, _: int) -> float:
@@ -125,14 +151,18 @@ def _seconds(worker: Worker, _: int) -> float:
 
 def _table(by_vocabulary: Mapping[int, Any]) -> Table:
     rows: list[tuple[Any, ...]] = []
+    left_out = {}
     for vocabulary, ways in by_vocabulary.items():
-        full = ways[WAYS[0]].get("seconds")
+        full = ways[FULL].get("seconds")
         for way, measured in ways.items():
+            if "left out" in measured:
+                left_out[way] = measured["left out"]
+                continue
             seconds = measured.get("seconds")
             rows.append(
                 (
                     *(vocabulary, way),
-                    measured["failed"].partition("\n")[0] if seconds is None else 1e3 * statistics.median(seconds),
+                    _reason(measured) if seconds is None else 1e3 * statistics.median(seconds),
                     speed_up(full, seconds) if full and seconds else "",
                     *(gib(measured.get(key)) for key in ("extra_bytes", "temporary_bytes")),
                 )
@@ -140,69 +170,11 @@ def _table(by_vocabulary: Mapping[int, Any]) -> Table:
     columns = ("vocabulary", "way", "ms", "speed-up over full", "memory", "temporaries")
     note = (
         "Memory: the most that the process held beyond its inputs (on a GPU, the most that was allocated). "
-        "Temporaries: the memory that the compiled program states beside inputs and results."
+        "Temporaries: the memory that a compiled program of JAX states beside inputs and results."
     )
+    note += "".join(f" Not timed here: {way} ({reason})." for way, reason in left_out.items())
     return Table("Forward and backward", columns, rows, note)
 
 
-def _worker(way: str, vocabulary: int, width: int, targets: int, dtype: str) -> None:
-    requests = Requests()
-    keep = 2**62 if way == WAYS[2] else 0
-
-    import jax
-    import jax.numpy as jnp
-
-    from benchmarks.steps import device_name
-    from benchmarks.timing import seconds_of
-    from jax_simpo.ops.logprobs import target_logps
-    from jax_simpo.ops.numerics import matmul_precision
-
-    keys = jax.random.split(jax.random.key(0), 3)
-    hidden = jax.random.normal(keys[0], (1, targets, width), jnp.dtype(dtype))
-    head = 0.02 * jax.random.normal(keys[1], (vocabulary, width))
-    token = jax.random.randint(keys[2], (1, targets), 0, vocabulary)
-    index = jnp.arange(targets)[None]
-
-    def full(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        weights = head.astype(hidden.dtype)
-        logits = jnp.einsum("bnd,vd->bnv", hidden, weights, precision=matmul_precision(hidden.dtype))
-        logps = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        return jnp.take_along_axis(logps, token[..., None], -1).mean()
-
-    def tiled(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        return target_logps(hidden, head, index, token, keep_bytes=keep).mean()
-
-    gradient = jax.jit(jax.grad(full if way == WAYS[0] else tiled, argnums=(0, 1)))
-    compiled = gradient.lower(hidden, head).compile()
-
-    def run() -> None:
-        jax.block_until_ready(compiled(hidden, head))
-
-    def peak_bytes() -> int:
-        stats = jax.devices()[0].memory_stats()
-        return stats["peak_bytes_in_use"] if stats else peak_resident_bytes()
-
-    def handle(request: dict[str, Any]) -> dict[str, Any]:
-        if request.get("do") != "warm":
-            return {"seconds": seconds_of(run)}
-        jax.block_until_ready((hidden, head))
-        stats = jax.devices()[0].memory_stats()
-        if stats is None:
-            forget_peak()
-        before = stats["bytes_in_use"] if stats else peak_resident_bytes()
-        run()
-        memory: Any = compiled.memory_analysis()
-        return {
-            "extra_bytes": peak_bytes() - before,
-            "temporary_bytes": memory.temp_size_in_bytes,
-            "device": device_name(),
-        }
-
-    requests.serve(handle)
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        _worker(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), sys.argv[6])
-    else:
-        run(main)
+    run(main)

