@@ -19,7 +19,7 @@ from jax_simpo.config.objectives import code_of
 from jax_simpo.config.yaml_files import read_file
 from jax_simpo.data import sources
 from jax_simpo.data.packing import measure
-from jax_simpo.data.prompts import Prompt, make_prompts
+from jax_simpo.data.prompts import Prompt, make_prompts, unused_columns
 from jax_simpo.data.selection import Selection
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.errors import ConfigError
@@ -187,8 +187,9 @@ def generate(
 
     Args:
         model: from `load_model`.
-        prompts: texts, lists of messages, or dicts with a `prompt` and perhaps `tools`. The chat template writes them,
-            and the header of an answer after them.
+        prompts: texts, lists of messages, or dicts in any form that a row of a data file may have, with answers or
+            without. The chat template writes them, and the header of an answer after them. A line on stderr names the
+            columns that are not used.
         samples: answers to each prompt.
         max_new_tokens: the most tokens of an answer.
         temperature: divides the logits before a token is drawn; 0 takes the most likely token.
@@ -198,15 +199,18 @@ def generate(
         batch_size: answers that are computed at once.
 
     Returns:
-        One dict per prompt, in order: `prompt` as it was given, and `answers`, each with its `text`, the number of its
-        `tokens` (without the one that ended it) and `finished`, False where it was cut at `max_new_tokens`.
+        One dict per prompt, in order: `prompt` as it was given (its messages, if several columns make it up), and
+        `answers`, each with its `text`, the number of its `tokens` (without the one that ended it) and `finished`,
+        False where it was cut at `max_new_tokens`.
 
     Raises:
         DataError: a prompt cannot be used; the message names its row.
         ConfigError: a number is out of its range.
     """
     asked = asked_for(model.setup, samples, max_new_tokens, temperature, top_k, top_p, seed)
-    return answer_prompts(model, make_prompts("prompts", prompts, model.setup.prompt_encoder), asked, batch_size)
+    read = make_prompts("prompts", prompts, model.setup.prompt_encoder)
+    print_unused(read, open_console(quiet=not launch.is_first()))
+    return answer_prompts(model, read, asked, batch_size)
 
 
 def _ask(callbacks: Sequence[Callback]) -> Callable[[dict[str, Any]], bool]:
@@ -325,6 +329,12 @@ def asked_for(
     """Returns what `generate` asks for of a model."""
     sampling = Sampling(float(temperature), top_k, None if top_p is None else float(top_p))
     return Generation(max_new_tokens, setup.end_ids, samples, sampling, seed)
+
+
+def print_unused(prompts: Sequence[Prompt], console: Console) -> None:
+    """Prints which columns of the prompts' rows are not read."""
+    if unused := unused_columns(prompts):
+        console.print(f"note: {unused}", style="yellow")
 
 
 def answer_prompts(

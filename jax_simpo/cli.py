@@ -300,8 +300,9 @@ def generate(
     prompts: Annotated[
         Path,
         typer.Argument(
-            metavar="PROMPTS.jsonl",
-            help="JSONL file whose rows have a `prompt`: a text or a list of messages. Pairs have one too.",
+            metavar="PROMPTS",
+            help="File of prompts (.jsonl, .json, .csv, also with .gz, or .parquet). Its rows are read as those of "
+            "training data; they may have answers or none.",
             show_default=False,
         ),
     ],
@@ -329,6 +330,7 @@ def generate(
         setup = api.model_setup(model, settings)
         asked = api.asked_for(setup, samples, max_new_tokens, temperature, top_k, top_p, seed)
         read = read_prompts(prompts, setup.prompt_encoder)
+        api.print_unused(read, console)
         for record in api.answer_prompts(api.load_setup(setup), read, asked, batch_size, console):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     console.print(f"{len(read)} prompts answered: {output}")

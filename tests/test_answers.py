@@ -150,12 +150,21 @@ def test_generate_returns_what_the_command_writes(model: js.LoadedModel, run: js
 
 
 def test_what_may_surprise_is_noted(run: js.TrainRun, user: User) -> None:
-    user.writes("prompts.jsonl", GOOD)
+    user.writes("prompts.jsonl", [{"prompt": "Tea?", "id": 1}])
     options = "--samples 2 --max_new_tokens 125"
     status, _, err = user.types(f"generate {run.model_path} prompts.jsonl --output answers.jsonl {options}")
     assert status == 0, err
     assert "note: with `temperature` 0 all 2 answers to a prompt are equal" in err
     assert "note: 1 of 1 prompts and their answers may be longer than the 128 tokens" in err
+    assert "note: 1 column of the prompts' rows is not used: id (in 1 of 1)" in err
+
+
+def test_python_is_told_of_columns_that_are_not_used(
+    model: js.LoadedModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "answer_prompts", lambda model, prompts, *_: [prompt.given for prompt in prompts])
+    assert js.generate(model, [{"question": PROMPTS[0], "answer": "Tea."}]) == [PROMPTS[0]]
+    assert capsys.readouterr().err == "note: 1 column of the prompts' rows is not used: answer (in 1 of 1)\n"
 
 
 def test_pairs_are_prompts_too_and_messages_read_as_their_text(model: js.LoadedModel) -> None:

@@ -28,7 +28,7 @@ class Question:
 
 
 QUESTIONS = (
-    Question("model", "Model to start from (hub id or folder)", "Qwen/Qwen2.5-0.5B-Instruct"),
+    Question("model", "Model to start from (hub id, folder or GGUF file)", "Qwen/Qwen2.5-0.5B-Instruct"),
     Question("data", "Preference data (file, folder or hub id)", "trl-lib/ultrafeedback_binarized"),
     Question("objective", f"Objective ({', '.join(objectives.OBJECTIVE_KEYS)})", "simpo"),
     Question("method", f"What is trained: the whole model or an adapter ({', '.join(METHODS)})", "full"),

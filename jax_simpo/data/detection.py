@@ -127,7 +127,7 @@ class Reader:
         for name in _PICTURES:
             if value.get(name):
                 raise BadRow("not text", f"the row has `{name}`; only text can be trained on")
-        row = _by_role(value, self._used)
+        row = by_role(value, self._used)
         # Formats that may be mixed convert nothing that another one of them reads.
         for entry in self.formats:
             row = entry.convert(row)
@@ -156,10 +156,10 @@ def detect(label: str, rows: Sequence[Mapping[str, Any]], names: Iterable[str], 
         DataError: no format fits, or several do, or a column that the config names is missing.
     """
     names = sorted(names)
-    columns = _find_columns(label, rows, names, reading)
+    columns = find_columns(label, rows, names, reading)
     if reading.format is not None:
         named = BY_NAME[reading.format]
-        if not _has_needed(named, columns):
+        if not has_needed(named, columns):
             raise DataError(
                 f"{label}: has the columns {', '.join(names) or '(none)'}; `dataset_format: {named.name}` needs "
                 f"{named.summary}. Say with `dataset_columns` which columns these are, or name another format"
@@ -167,14 +167,14 @@ def detect(label: str, rows: Sequence[Mapping[str, Any]], names: Iterable[str], 
         return Reader([named], columns)
     fitting: Counter[tuple[str, ...]] = Counter()
     for value in rows:
-        row = _by_role(value, columns)
+        row = by_role(value, columns)
         fitting[tuple(entry.name for entry in FORMATS if entry.fits(row))] += 1
     for several in (found for found in fitting if len(found) > 1):
         raise DataError(_ambiguous(label, several, f"{fitting[several]:,} of its first {len(rows):,} rows fit"))
     found = [entry for entry in FORMATS if (entry.name,) in fitting]
     others = [entry for entry in found if entry.name != "implicit_text"]
     found = others or found  # texts without a prompt are bad rows among others, and a format only by themselves
-    found = [entry for entry in found if _has_needed(entry, columns)]
+    found = [entry for entry in found if has_needed(entry, columns)]
     if not found or (found[0].name == "implicit_text" and not _begin_alike(rows, columns)):
         raise DataError(_no_format(label, rows, names, columns))
     if len(found) > 1 and not _MIXABLE.issuperset(entry.name for entry in found):
@@ -182,9 +182,20 @@ def detect(label: str, rows: Sequence[Mapping[str, Any]], names: Iterable[str], 
     return Reader(found, columns)
 
 
-def _find_columns(
+def find_columns(
     label: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str], reading: Reading
 ) -> dict[str, str]:
+    """Finds the column of each role.
+
+    Args:
+        label: the split, for messages.
+        rows: its first rows.
+        names: the names of all its columns.
+        reading: what the config says of them.
+
+    Raises:
+        DataError: a column that the config names is missing.
+    """
     given = dict(reading.columns or {})
     if missing := [column for column in given.values() if column not in names]:
         raise DataError(
@@ -211,17 +222,19 @@ def _find_columns(
     return columns
 
 
-def _has_needed(entry: Format, columns: Mapping[str, str]) -> bool:
+def has_needed(entry: Format, columns: Mapping[str, str]) -> bool:
+    """Returns True if there are columns without which no row can be of a format."""
     return any(columns.keys() >= set(roles) for roles in entry.needs)
 
 
-def _by_role(value: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
+def by_role(value: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
+    """Returns the values of a row by role, without those that are missing."""
     return {role: item for role, column in columns.items() if (item := value.get(column)) is not None}
 
 
 def _begin_alike(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> bool:
     """Returns True if all rows that are two texts begin with the same words: by chance a few do."""
-    texts = [row for value in rows if fits_implicit_text(row := _by_role(value, columns))]
+    texts = [row for value in rows if fits_implicit_text(row := by_role(value, columns))]
     for row in texts:
         try:
             from_implicit_text(row)
@@ -242,7 +255,7 @@ def _ambiguous(label: str, names: Sequence[str], why: str) -> str:
 def _no_format(label: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str], columns: Mapping[str, str]) -> str:
     """Says why rows are in no format, as exactly as their columns allow."""
     there = f"{label}: has the columns {', '.join(names) or '(none)'}"
-    if rows and not any(_by_role(row, columns) for row in rows) and not {"chosen", "rejected"}.isdisjoint(names):
+    if rows and not any(by_role(row, columns) for row in rows) and not {"chosen", "rejected"}.isdisjoint(names):
         return f"{there}, without a value in its first {len(rows):,} rows"
     has_label = any(isinstance(row.get(name), bool | int | str) for row in rows for name in _LABELS)
     if "chosen" in columns and "rejected" in columns:

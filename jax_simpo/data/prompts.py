@@ -1,25 +1,27 @@
 """Reads prompts that a model is to answer, and writes them as the chat template does: the prompt and the header of an
 answer.
 
-A prompt is text, or a list of messages whose last one is not the assistant's. Prompts come from Python, or from a JSONL
-file whose rows have a `prompt`, or `messages`, and perhaps `tools`. A row of preference pairs is one too: its prompt is
-answered and its answers are left alone.
+A prompt is text, or a list of messages whose last one is not the assistant's, or a row in any format in which training
+reads prompts (`prompt_rows`). A row of preference pairs is one too: its prompt is answered and its answers are left
+alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jax_simpo.data import template_limits
 from jax_simpo.data.chat import TOO_MUCH, reason_of
-from jax_simpo.data.conversations import Conversation, Row, read_row
+from jax_simpo.data.conversations import Conversation
 from jax_simpo.data.in_context import once, write
-from jax_simpo.data.messages import BadRow, Message, read_turns, short
+from jax_simpo.data.messages import BadRow, Message, short
 from jax_simpo.data.notes import SpecialTokensInMessages
-from jax_simpo.data.readers import json_lines
+from jax_simpo.data.prompt_rows import PromptRow, read_prompt_row
+from jax_simpo.data.readers import RawRow, raw_rows
 from jax_simpo.data.rendering import choose_rendering
 from jax_simpo.data.special_text import SpecialTokens, StandIns
 from jax_simpo.errors import DataError
@@ -27,7 +29,6 @@ from jax_simpo.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_NAMES = ("prompt", "instruction", "messages")
 _SHOWN = 10  # bad prompts that a message lists
 
 
@@ -36,29 +37,31 @@ class Prompt:
     """A prompt as it was given, and as the model reads it.
 
     Attributes:
-        given: the text or the messages.
+        given: the text or the messages; its turns if several columns make it up, or it was found in the answers.
         turns: its turns.
         tools: the tools that the model may call.
         ids: the tokens of the rendered turns and of the header of an answer, int.
+        unused: the columns of its row that have a value and are not read, but for those of answers.
     """
 
     given: Any
     turns: list[Message]
     tools: list[Any] | None
     ids: list[int]
+    unused: tuple[str, ...] = ()
 
 
 def read_prompts(path: Path, encoder: PromptEncoder) -> list[Prompt]:
-    """Reads the prompts of a JSONL file.
+    """Reads the prompts of a file, by its extension; lines of JSON if that is none of a data file.
 
     Args:
         path: the file.
         encoder: makes token ids of them.
 
     Raises:
-        DataError: the file cannot be read, is empty or is no JSONL, or a row cannot be used.
+        DataError: the file cannot be read, is empty or broken, or a row cannot be used.
     """
-    return _make(str(path), _lines(path), encoder)
+    return _make(str(path), _rows_of(path), encoder)
 
 
 def make_prompts(name: str, prompts: Iterable[Any], encoder: PromptEncoder) -> list[Prompt]:
@@ -71,10 +74,7 @@ def make_prompts(name: str, prompts: Iterable[Any], encoder: PromptEncoder) -> l
     """
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         raise DataError(f"{name}: {short(prompts)} is no list of prompts; give a list of texts or of lists of messages")
-    rows = (
-        (f"row {number}", dict(row) if isinstance(row, Mapping) else {"prompt": row})
-        for number, row in enumerate(prompts)
-    )
+    rows = (RawRow(dict(row) if isinstance(row, Mapping) else {"prompt": row}) for row in prompts)
     return _make(name, rows, encoder)
 
 
@@ -127,12 +127,21 @@ class PromptEncoder:
         return ids if bos is None or ids[0] == bos else [int(bos), *ids]  # as in training
 
 
-def _make(name: str, rows: Iterable[tuple[str, Mapping[str, Any]]], encoder: PromptEncoder) -> list[Prompt]:
+def _make(name: str, rows: Iterable[RawRow], encoder: PromptEncoder) -> list[Prompt]:
+    read: list[tuple[str, PromptRow | BadRow]] = []
+    for number, row in enumerate(rows):
+        place = f"row {number}" + ("" if row.line is None else f" (line {row.line})")
+        try:
+            read.append((place, read_prompt_row(row.value, row.names)))
+        except BadRow as error:
+            read.append((place, error))
+    # As in training, where two texts that begin alike hold a prompt only if all rows of a split are such.
+    implicit = all(isinstance(found, PromptRow) and found.implicit for _, found in read)
     prompts, bad = [], []
     with template_limits.prepared():
-        for place, values in rows:
+        for place, found in read:
             try:
-                prompts.append(_make_one(values, encoder))
+                prompts.append(_make_one(found, implicit, encoder))
             except BadRow as error:
                 bad.append(f"  {name}, {place}: {error}")
     if bad:
@@ -144,36 +153,34 @@ def _make(name: str, rows: Iterable[tuple[str, Mapping[str, Any]]], encoder: Pro
     return prompts
 
 
-def _make_one(values: Mapping[str, Any], encoder: PromptEncoder) -> Prompt:
-    given = next((values[name] for name in _NAMES if values.get(name) is not None), None)
-    row = _read(given, values)
-    if row.prompt[-1]["role"] == "assistant":
+def _make_one(row: PromptRow | BadRow, implicit: bool, encoder: PromptEncoder) -> Prompt:
+    if isinstance(row, BadRow):
+        raise row
+    if row.implicit and not implicit:
+        raise BadRow("no prompt", "the row has two answers and no prompt, unlike others")
+    if row.turns[-1]["role"] == "assistant":
         raise BadRow("nothing to answer", "the last turn of the prompt is the assistant's: end with a turn of the user")
-    ids = encoder.encode(row.prompt, row.tools)
-    return Prompt(row.prompt if given is None else given, row.prompt, row.tools, ids)
+    return Prompt(row.given, row.turns, row.tools, encoder.encode(row.turns, row.tools), row.unused)
 
 
-def _read(given: Any, values: Mapping[str, Any]) -> Row:
-    """Reads a prompt by the rules for pairs; where there is no pair, beside two answers that nobody gets to see."""
-    if given is None:
-        if values.get("chosen") is None:
-            raise BadRow("no prompt", f"the row has none of {', '.join(f'`{name}`' for name in _NAMES)}")
-        return read_row(values)
-    turns = read_turns(given, "prompt")
-    if not turns or (isinstance(turns, str) and not turns.strip()):
-        raise BadRow("no prompt", "the prompt is empty")
-    return read_row({"prompt": turns, "tools": values.get("tools"), "chosen": "a", "rejected": "b"})
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the place and the values of each row of a JSONL file."""
+def _rows_of(path: Path) -> Iterator[RawRow]:
+    """Yields the rows of a file of prompts."""
     try:
-        for row, (line, values) in enumerate(json_lines(str(path), path)):
-            if not isinstance(values, dict):
-                raise DataError(
-                    f'{path}, line {line}: {short(values)} is no object: write {{"prompt": ...}} on each line'
-                )
-            yield f"row {row} (line {line})", values
+        for number, row in enumerate(raw_rows(str(path), path)):
+            if not isinstance(row.value, dict):
+                place = f"row {number}" if row.line is None else f"line {row.line}"
+                raise DataError(f'{path}, {place}: {short(row.value)} is no object: write {{"prompt": ...}}')
+            yield row
     except OSError as error:
         reason = error.strerror or str(error)
-        raise DataError(f"{path}: cannot be read ({reason}): give a JSONL file of prompts") from error
+        raise DataError(f"{path}: cannot be read ({reason}): give a file of prompts") from error
+
+
+def unused_columns(prompts: Sequence[Prompt]) -> str:
+    """Says which columns of rows are not read, and of how many rows, in one line; empty if all are."""
+    counts = Counter(name for prompt in prompts for name in prompt.unused)
+    if not counts:
+        return ""
+    named = ", ".join(f"{name} (in {count:,} of {len(prompts):,})" for name, count in sorted(counts.items()))
+    some = "1 column of the prompts' rows is" if len(counts) == 1 else f"{len(counts)} columns of the prompts' rows are"
+    return f"{some} not used: {named}"

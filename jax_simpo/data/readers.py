@@ -14,11 +14,11 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -84,12 +84,23 @@ def stem(path: Path) -> str:
     return Path(name).stem
 
 
+class RawRow(NamedTuple):
+    """A row as a file has it.
+
+    Attributes:
+        value: an object, unless the file is at fault.
+        line: its line, from 1; None where the file has no lines.
+        names: the columns of the file where `value` does not show them all, otherwise empty.
+    """
+
+    value: Any
+    line: int | None = None
+    names: Sequence[str] = ()
+
+
 def from_rows(label: str, rows: Iterable[Any], reading: Reading | None = None) -> Source:
     """Reads rows that are Python objects. Raises `DataError` for rows that are in no format, or in several."""
-    builder = _TableBuilder(label, reading or Reading())
-    for row in rows:
-        builder.add(row, None)
-    return builder.source()
+    return _build(label, map(RawRow, rows), reading or Reading())
 
 
 def read_file(label: str, path: Path, reading: Reading | None = None) -> Source:
@@ -97,15 +108,30 @@ def read_file(label: str, path: Path, reading: Reading | None = None) -> Source:
     reading = reading or Reading()
     if path.stat().st_size == 0:
         raise DataError(f"{label}: the file is empty")
+    return _build(label, raw_rows(label, path, reading), reading)
+
+
+def raw_rows(label: str, path: Path, reading: Reading | None = None) -> Iterator[RawRow]:
+    """Yields the rows of a file, read by its extension, as they are; lines of JSON if the extension is none of ours.
+
+    Of a parquet file only the columns that may be read are read.
+
+    Raises:
+        DataError: the file is broken.
+        OSError: it cannot be read.
+    """
+    reading = reading or Reading()
     suffix = file_type(path)
     if suffix == ".parquet":
-        return _read_parquet(label, path, reading)
+        yield from _parquet_rows(label, path, reading)
+        return
     with _unpacked(label, path):
         if suffix == ".csv":
-            return _read_csv(label, path, reading)
-        if suffix == ".json" and not _is_jsonl(path):
-            return _read_json(label, path, reading)
-        return _read_jsonl(label, path, reading)
+            yield from _csv_rows(label, path, reading)
+        elif suffix == ".json" and not _is_jsonl(path):
+            yield from _json_rows(label, path)
+        else:
+            yield from _jsonl_rows(label, path)
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -135,24 +161,8 @@ def _is_jsonl(path: Path) -> bool:
     return True
 
 
-def _read_jsonl(label: str, path: Path, reading: Reading) -> Source:
-    builder = _TableBuilder(label, reading)
-    for line, value in json_lines(label, path):
-        builder.add(value, line)
-    return builder.source()
-
-
-def json_lines(label: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields the number and the value of each line of JSON of a file, which may be packed; blank lines are none.
-
-    Args:
-        label: what the file is called in messages.
-        path: the file.
-
-    Raises:
-        DataError: a line is no JSON.
-        OSError: the file cannot be read.
-    """
+def _jsonl_rows(label: str, path: Path) -> Iterator[RawRow]:
+    """Yields the value of each line of JSON; blank lines are none."""
     with _open(path) as stream:
         for line, data in enumerate(stream, start=1):
             if data.isspace():
@@ -163,11 +173,11 @@ def json_lines(label: str, path: Path) -> Iterator[tuple[int, Any]]:
                 raise DataError(
                     f"{label}, line {line}: broken JSON ({_json_fault(error)}): each line must be one JSON object"
                 ) from error
-            yield line, value
+            yield RawRow(value, line)
 
 
-def _read_json(label: str, path: Path, reading: Reading) -> Source:
-    """Reads one JSON list of objects."""
+def _json_rows(label: str, path: Path) -> Iterator[RawRow]:
+    """Yields the objects of one JSON list."""
     with _open(path) as stream:
         data = stream.read()
     if not data.strip():
@@ -188,7 +198,7 @@ def _read_json(label: str, path: Path, reading: Reading) -> Source:
         raise DataError(
             f"{label}: holds {_type_name(values)}: a .json file must be one list of objects, or one object per line"
         )
-    return from_rows(label, values, reading)
+    yield from map(RawRow, values)
 
 
 # Columns of CSV files whose cells are JSON, since text cannot be meant; in others text may begin with a bracket.
@@ -198,9 +208,8 @@ _JSON_CELLS = (
 )
 
 
-def _read_csv(label: str, path: Path, reading: Reading) -> Source:
-    """Reads a table with a line of column names; cells may be quoted and hold line ends. An empty cell is no value."""
-    builder = _TableBuilder(label, reading)
+def _csv_rows(label: str, path: Path, reading: Reading) -> Iterator[RawRow]:
+    """Yields the rows of a table with a line of column names; cells may be quoted and hold line ends."""
     columns = reading.columns or {}
     json_cells = {columns.get(name, name) for name in _JSON_CELLS} | {reading.weights}
     with _open(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
@@ -223,15 +232,14 @@ def _read_csv(label: str, path: Path, reading: Reading) -> Source:
                         "with commas"
                     )
                 row = {name: _read_cell(cell, name in json_cells) for name, cell in zip(names, cells, strict=True)}
-                builder.add({name: value for name, value in row.items() if value is not None}, line, names)
+                yield RawRow(row, line)
         except (csv.Error, UnicodeDecodeError) as error:
             reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
             raise DataError(f"{label}, line {lines.line_num}: not a readable CSV file ({reason})") from error
-    return builder.source()
 
 
 def _read_cell(cell: str, as_json: bool) -> Any:
-    """Reads a cell: JSON where text cannot be meant, a message list where it is one, else text."""
+    """Reads a cell: JSON where text cannot be meant, a message list where it is one, else text; None if it is empty."""
     if not cell:
         return None
     if as_json or cell.startswith(('[{"', '{"role"', '{"from"')):
@@ -245,14 +253,14 @@ def _read_cell(cell: str, as_json: bool) -> Any:
     return cell
 
 
-def _read_parquet(label: str, path: Path, reading: Reading) -> Source:
+def _parquet_rows(label: str, path: Path, reading: Reading) -> Iterator[RawRow]:
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             table = file.read(columns=[name for name in reading.names if name in names])
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{label}: not a readable parquet file ({error})") from error
-    return _from_arrow(label, [table], names, reading)
+    yield from _arrow_rows([table], names, reading)
 
 
 def read_saved(label: str, folder: Path, reading: Reading | None = None) -> Source:
@@ -289,19 +297,25 @@ def read_hub(name: str, split: str, config: str | None, reading: Reading | None 
 def _from_dataset(label: str, dataset: Any, reading: Reading) -> Source:
     names = dataset.column_names
     pairs = dataset.select_columns([name for name in reading.names if name in names])
-    return _from_arrow(label, pairs.with_format("arrow").iter(batch_size=1000), names, reading)
+    tables = pairs.with_format("arrow").iter(batch_size=1000)
+    return _build(label, _arrow_rows(tables, names, reading), reading)
 
 
-def _from_arrow(label: str, tables: Iterable[pa.Table], names: list[str], reading: Reading) -> Source:
-    """Reads Arrow tables that hold those of the columns `names` which may be read."""
-    builder = _TableBuilder(label, reading)
+def _arrow_rows(tables: Iterable[pa.Table], names: list[str], reading: Reading) -> Iterator[RawRow]:
+    """Yields the rows of Arrow tables that hold those of the columns `names` which may be read."""
     if set(reading.names).isdisjoint(names):  # a table without columns has no rows either
-        builder.add({}, None, names)
-        return builder.source()  # which says what is missing
+        yield RawRow({}, None, names)  # of which the reader of rows says what is missing
+        return
     for table in tables:
         for batch in table.to_batches(max_chunksize=1000):
             for row in batch.to_pylist():
-                builder.add(row, None, names)
+                yield RawRow(row, None, names)
+
+
+def _build(label: str, rows: Iterable[RawRow], reading: Reading) -> Source:
+    builder = _TableBuilder(label, reading)
+    for row in rows:
+        builder.add(row)
     return builder.source()
 
 
@@ -316,8 +330,8 @@ class _TableBuilder:
         self.texts: dict[str, list[str | None]] = {name: [] for name in (*COLUMNS, "weight")}
         self.lines: list[int | None] = []
 
-    def add(self, value: Any, line: int | None, names: Iterable[str] = ()) -> None:
-        """Adds a row; `names` are the columns of the source where a row does not show them all."""
+    def add(self, row: RawRow) -> None:
+        value, line, names = row
         if not isinstance(value, dict):
             place = f"line {line}" if line is not None else f"row {len(self.lines)}"
             raise DataError(f"{self.label}, {place}: {_type_name(value)}, not an object with `chosen` and `rejected`")

@@ -39,7 +39,7 @@ def choose_rendering(
 
     `auto` takes the original's rendering if both give the same tokens for all of them. A template that ends an answer
     with EOS and a line end is an exception, because the original then adds a second EOS: only where it writes what a
-    template of the published runs writes, the original's rendering is kept to reproduce them.
+    template of the published runs writes, the original's rendering is kept to reproduce them, and a reason says so.
 
     Args:
         tokenizer: as `load_tokenizer` returns it.
@@ -60,6 +60,13 @@ def choose_rendering(
         reason = next(filter(None, found), "")
         if reason:
             reasons.append(f"answers are rendered in context, unlike in the original SimPO, because {reason}")
+        elif after := _after_eos(tokenizer, _try_to_write(tokenizer, [_ANSWER]) or ""):
+            eos = short(tokenizer.eos_token)
+            reasons.append(
+                f"the chat template ends answers with {eos} and {short(after)}, and the original SimPO puts a second "
+                f"{eos} after that: both are trained, since the template is one of the published runs'; "
+                "`chat_rendering: in_context` trains one"
+            )
         return Rendering(bool(reason), not reason, takes_system, tuple(reasons))
     return Rendering(chat_rendering == "in_context", False, takes_system, tuple(reasons))
 
@@ -108,10 +115,16 @@ def _difference(tokenizer: PreTrainedTokenizerBase, prompt: list[Message]) -> st
         return "the chat template writes an answer by itself otherwise than after its prompt"
     if whole != once(whole, bos):
         return f"the chat template begins with {short(bos)} twice"
-    eos, dialogues = tokenizer.eos_token, (prompt, [*prompt, _ANSWER], [_ANSWER])
-    if eos and answer.rstrip() != answer and answer.rstrip().endswith(eos) and not _is_published(tokenizer, dialogues):
-        return f"it would put a second {short(eos)} after the {short(answer.rpartition(eos)[2])} that ends them"
+    after = _after_eos(tokenizer, answer)
+    if after and not _is_published(tokenizer, (prompt, [*prompt, _ANSWER], [_ANSWER])):
+        return f"it would put a second {short(tokenizer.eos_token)} after the {short(after)} that ends them"
     return ""
+
+
+def _after_eos(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
+    """Returns the white space that an answer has after EOS; empty if it has none, or does not end with EOS."""
+    text, eos = answer.rstrip(), tokenizer.eos_token
+    return answer.removeprefix(text) if eos and text.endswith(eos) else ""
 
 
 def _is_published(tokenizer: PreTrainedTokenizerBase, dialogues: Iterable[list[Message]]) -> bool:

@@ -58,12 +58,30 @@ def plain() -> str:
     return str(backend.to_str())
 
 
-def tokenizer_of(public: Public, variant: str) -> PreTrainedTokenizerFast:
+@cache
+def merging(name: str) -> str:
+    """A tokenizer that makes one token of the last letter of a template's header and the first of an answer."""
+    tokenizer = tokenizer_of(PUBLIC[name], "as published")
+    asked = write(tokenizer, [ASKS], add_generation_prompt=True)
+    wholes = [write(tokenizer, [ASKS, turn("assistant", answer)]) for answer in ANSWERS]
+    backend = json.loads(train(special={}).backend_tokenizer.to_str())
+    model: dict[str, Any] = backend["model"]
+    pairs: list[list[str]] = []
+    for whole in wholes:
+        assert asked is not None and whole is not None
+        pair = [{" ": "Ġ", "\n": "Ċ"}.get(letter, letter) for letter in whole[len(asked) - 1 :][:2]]
+        pairs += [pair] * (pair not in pairs)
+        model["vocab"].setdefault("".join(pair), len(model["vocab"]))
+    model["merges"] = pairs + [merge for merge in model["merges"] if merge not in pairs]
+    return json.dumps(backend)
+
+
+def tokenizer_of(public: Public, variant: str, backend: str | None = None) -> PreTrainedTokenizerFast:
     template = VARIANTS[variant] + public.template
     if variant == "a line end after EOS":
         template += "{% if not add_generation_prompt %}{{ '\\n' }}{% endif %}"
     made = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(plain()),
+        tokenizer_object=Tokenizer.from_str(backend or plain()),
         bos_token=None if variant == "no BOS in the tokenizer" else public.bos,
         eos_token=public.eos,
         additional_special_tokens=list(public.special),
@@ -91,8 +109,10 @@ class Made(NamedTuple):
     prompt: list[dict[str, str]]
 
 
-def make(name: str, variant: str, dialogue: str, *, insert: bool, mode: Any = "auto") -> Made | None:
-    tokenizer, prompt = tokenizer_of(PUBLIC[name], variant), DIALOGUES[dialogue]
+def make(
+    name: str, variant: str, dialogue: str, *, insert: bool, mode: Any = "auto", backend: str | None = None
+) -> Made | None:
+    tokenizer, prompt = tokenizer_of(PUBLIC[name], variant, backend), DIALOGUES[dialogue]
     if write(tokenizer, prompt) is None:
         return None
     rendering = choose_rendering(tokenizer, mode, insert)
@@ -155,6 +175,36 @@ def test_what_is_trained_is_the_answer_in_context(name: str, variant: str) -> No
             assert response.targets.tolist().count(tokenizer.eos_token_id) == 1 + published
 
 
+def begun(text: str | None, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Returns a text with BOS once before it."""
+    assert text is not None
+    return tokenizer.bos_token + text.removeprefix(tokenizer.bos_token)
+
+
+MERGED = ("llama-2-chat", "llama-3-8b-instruct", "mistral-v1", "zephyr-7b-beta", "tulu-2", "deepseek-v2-chat")
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_a_token_that_reaches_over_the_end_of_the_prompt_is_trained_with_the_answer(name: str) -> None:
+    """The tokens are those of the text at once; of the prompt only what its last token held is trained besides."""
+    made = [
+        make(name, "as published", dialogue, insert=False, mode="in_context", backend=merging(name))
+        for dialogue in DIALOGUES
+    ]
+    assert any(made)
+    for group, tokenizer, _, prompt in filter(None, made):
+        asked = begun(write(tokenizer, prompt, add_generation_prompt=True), tokenizer)
+        own = tokenizer(asked, add_special_tokens=False)["input_ids"]
+        for answer, response in zip(ANSWERS, group.responses, strict=True):
+            ids, start = response.ids.tolist(), response.prompt_length
+            text = begun(write(tokenizer, [*prompt, turn("assistant", answer)]), tokenizer).rstrip()
+            assert ids == tokenizer(text, add_special_tokens=False)["input_ids"] and ids[-1] == tokenizer.eos_token_id
+            assert ids[: len(own)] != own  # they merge
+            trained = tokenizer.decode(response.targets.tolist())
+            assert response.targets.tolist() == ids[start:] and trained.endswith(text.removeprefix(asked))
+            assert tokenizer.decode(ids[:start]) == tokenizer.decode(own[:-1])
+
+
 @pytest.mark.parametrize("dialogue", DIALOGUES)
 @pytest.mark.parametrize("name", PUBLIC)
 def test_in_context_the_assistants_header_is_not_trained_where_the_template_can_ask_for_an_answer(
@@ -200,7 +250,8 @@ def test_a_line_says_why_answers_are_rendered_in_context() -> None:
     def reason(name: str, mode: Any = "auto") -> str:
         return "; ".join(choose_rendering(tokenizer_of(PUBLIC[name], "as published"), mode, False).reasons)
 
-    assert reason("llama-3-8b-instruct") == reason("zephyr-7b-beta") == ""
+    assert reason("llama-3-8b-instruct") == reason("zephyr-7b-beta", "original") == ""
+    assert reason("zephyr-7b-beta").startswith("the chat template ends answers with '</s>' and '\\n', and the original")
     assert reason("smollm2-instruct", "original") == reason("smollm2-instruct", "in_context") == ""
     start = "answers are rendered in context, unlike in the original SimPO, because "
     told = {

@@ -23,7 +23,7 @@ from jax_simpo.run.reference_cache import model_digest
 from jax_simpo.sharding import make_mesh
 from tests.gguf_models import gguf, tensors_of, write
 
-# One block of Q8_0 has 32 numbers. llama.cpp knows Gemma 2's attention scale by its size alone, see `_gemma2`.
+# One block of Q8_0 and Q4_1 has 32 numbers. llama.cpp knows Gemma 2's attention scale by its size alone, see `_gemma2`.
 SIZES = {"intermediate_size": 128, "query_pre_attn_scalar": 16}
 FAMILIES = (
     *("llama2", "llama3_tied", "llama3.1", "linear_rope", "biases", "wide_heads", "gemma2", "qwen2", "qwen3"),
@@ -66,7 +66,7 @@ def as_stored(model: PreTrainedModel, kind: str) -> PreTrainedModel:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_the_parameters_of_its_hugging_face_folder(family: str, make: MakeHf, tmp_path: Path) -> None:
     model = make(family)
-    for kind in ("F32", "F16", "BF16", "Q8_0"):
+    for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_1"):
         path = write(model, tmp_path / f"{kind}.gguf", kind)
         params, read = load(path)
         as_stored(model, kind).save_pretrained(tmp_path / kind)
