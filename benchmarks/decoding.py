@@ -70,11 +70,14 @@ def main(
         "rounds of the ratio within a round, to the way that recomputes."
     )
     tables = [Table(f"{new} tokens an answer", columns, rows, note)]
+    device = device_name()
     about = (
         "How fast answers are generated with stored keys and values, and by a loop that recomputes the whole sequence "
-        "for each token. Answers to the same prompt are the same tokens."
+        "for each token. Answers to the same prompt are the same tokens. Each way ran "
+        f"{'once' if rounds == 1 else f'{rounds} times'}, on {device}, with a model of "
+        f"{forward.model.parameter_count / 1e6:.1f} million parameters; the ratios hold for nothing else."
     )
-    Result(name, "Decoding", about, machine_facts(device_name()), tables, {"measured": measured}).write(output)
+    Result(name, "Decoding", about, machine_facts(device), tables, {"measured": measured}).write(output)
 
 
 def _measure(

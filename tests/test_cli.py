@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.main import get_command
 
 from jax_simpo import cli
 from jax_simpo.config import load_config
@@ -207,6 +208,21 @@ def test_paths_are_printed_as_they_are_however_long_and_odd(user: User, monkeypa
     file = f"[bold]/{'long ' * 20}.jsonl"
     status, _, err = user.types(f"inspect config.yaml --json '{file}'")
     assert status == 0 and err.endswith(f"written: {file}\n")
+
+
+def test_the_help_of_every_command_fits_80_columns_with_its_titles_whole(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    commands: Any = get_command(cli.app)
+    panels = set()
+    for name, command in commands.commands.items():
+        titles = {getattr(parameter, "rich_help_panel", None) for parameter in command.params} - {None}
+        status, out, _ = user.types(f"{name} --help")
+        assert status == 0 and max(map(len, out.splitlines())) <= 80, name
+        assert [title for title in titles if f" {title} " not in out] == [], name
+        panels |= titles
+    assert panels
 
 
 def test_text_of_the_data_and_names_of_files_cannot_steer_the_terminal(user: User) -> None:

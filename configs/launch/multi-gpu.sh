@@ -6,12 +6,13 @@
 #   CUDA_VISIBLE_DEVICES=0,1,2,3 configs/launch/multi-gpu.sh       # some of the GPUs
 #
 #   docker build --target gpu -t jax-simpo:gpu .                   # the same in a container:
-#   docker run --gpus all --shm-size=8g -v "$PWD:/work" --entrypoint configs/launch/multi-gpu.sh jax-simpo:gpu
+#   docker run --gpus all --shm-size=8g -v "$PWD:/work" \
+#     --entrypoint /opt/jax-simpo/configs/launch/multi-gpu.sh jax-simpo:gpu my-run.yaml
 #
 # docs/launch.md explains it.
 set -euo pipefail
 
-CONFIG="${1:-configs/llama-3-8b-instruct-v2.yaml}"
+CONFIG="${1:-builtin:llama-3-8b-instruct-v2}"
 
 # JAX takes this share of each GPU's memory at the start. Its default is 0.75; the rest is left to NCCL.
 export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"

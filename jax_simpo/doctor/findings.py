@@ -122,7 +122,8 @@ def _versions(facts: Facts) -> Iterator[Finding]:
             "registers between warpgroups, which makes them spill. Whether it does so with a GPU is not known",
             "Compare the time of `pallas` above with that under jax 0.10 or 0.11",
         )
-    if facts.platform in ("gpu", "tpu") and facts.python.startswith("3.11."):
+    # On Hopper an older jax is the better one, see above.
+    if facts.platform in ("gpu", "tpu") and not hopper and facts.python.startswith("3.11."):
         advice = "Use Python 3.12 or later to get the newest jax"
         yield Finding("note", f"Python 3.11 gets jax up to 0.10; this is jax {facts.versions.get('jax')}", advice)
 

@@ -38,6 +38,11 @@ def test_a_sound_machine_has_no_findings() -> None:
     assert find(H100) == []
 
 
+def test_a_hopper_gpu_is_not_sent_to_the_jax_that_it_is_warned_of() -> None:
+    versions = with_versions(jax="0.10.2", jaxlib="0.10.2", jax_cuda12_plugin="0.10.2", flax="0.12.8")
+    assert find(replace(H100, python="3.11.7", **versions)) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "level", "text", "advice"),
     [
@@ -134,7 +139,7 @@ def test_a_sound_machine_has_no_findings() -> None:
             "this is Darwin: the extras `gpu` and `tpu` add nothing here",
             "a machine with Linux, or WSL2",
         ),
-        ({"python": "3.11.7"}, "note", "Python 3.11 gets jax up to 0.10", "Python 3.12"),
+        ({"python": "3.11.7", "capability": (8, 0)}, "note", "Python 3.11 gets jax up to 0.10", "Python 3.12"),
     ],
 )
 def test_each_fault_is_found_with_advice(changes: dict[str, Any], level: str, text: str, advice: str) -> None:

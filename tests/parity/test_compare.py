@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ import pytest
 
 from jax_simpo.data.groups import GroupLengths
 from jax_simpo.errors import UserError
+from parity import __main__ as program
+from parity import processes
 from parity.cases import Cell, Job
 from parity.compare import Comparison, Figure, Outcome, relative_distances, token_figure, worst_tensor
 from parity.processes import SideFailed, run_process, users_job
@@ -83,6 +86,29 @@ def test_a_failed_side_says_where_its_output_is(tmp_path) -> None:
     job = Job(str(tmp_path), {}, {"tiny": {}}, [], [], 1, 1, 1, 1)
     with pytest.raises(SideFailed, match=r"jax ended with status 3.*jax\.log(.|\n)*what went wrong"):
         run_process(job, "jax", ["sh", "-c", "echo what went wrong; exit 3"], lambda _: None)
+
+
+def test_parity_says_that_it_needs_torch_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(program, "find_spec", lambda name: None)
+    assert program.main(["--output", str(tmp_path / "compared")]) == 2
+    said = "error: parity needs PyTorch, which is not installed here: pip install 'jax-simpo[torch]'\n"
+    assert capsys.readouterr() == ("", said) and list(tmp_path.iterdir()) == []
+
+
+def test_parity_says_what_it_runs_and_now_and_then_how_many_cells_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_SECONDS_BETWEEN_LINES", 0.05)
+    cells = [Cell("llama3", "shared + packed", "float32", backend) for backend in ("torch", "jax, 1 device")]
+    job = Job(str(tmp_path), {}, {"tiny": {}}, cells, [], 1, 1, 1, 1)
+    job.results_folder(cells[0]).mkdir(parents=True)
+    (job.results_folder(cells[0]) / "results.npz").touch()
+    said: list[str] = []
+    run_process(job, "jax", ["sleep", "0.1"], said.append)
+    assert said[0] == "running jax" and len(said) > 1
+    assert all(re.fullmatch(r"running jax: 1 of 2 cells done, 0:\d\d", line) for line in said[1:]), said
 
 
 def test_what_parity_started_ends_when_parity_is_killed(tmp_path: Path) -> None:

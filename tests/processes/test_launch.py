@@ -13,7 +13,7 @@ import yaml
 from typer.main import get_command
 
 from jax_simpo import cli
-from jax_simpo.config import load_config
+from jax_simpo.config import builtin, load_config
 from jax_simpo.errors import LaunchError
 from jax_simpo.processes import launch
 from jax_simpo.processes.launch import Join, Launch, find
@@ -110,9 +110,15 @@ def in_shell(path: Path) -> list[str]:
     return [values.get(word, word) for word in words if word != "${@:2}"]
 
 
-def in_jobset(path: Path) -> list[str]:
+def the_container(path: Path) -> dict[str, Any]:
+    """Returns the one container of a JobSet's pods."""
     (job,) = yaml.safe_load(path.read_text())["spec"]["replicatedJobs"]
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    return container
+
+
+def in_jobset(path: Path) -> list[str]:
+    container = the_container(path)
     return [*container["command"], *container["args"]]
 
 
@@ -124,7 +130,21 @@ def test_a_launch_file_uses_options_and_keys_that_are_there(name: str) -> None:
     click: Any = get_command(cli.app)
     options = {o for parameter in click.commands[command].params for o in (*parameter.opts, *parameter.secondary_opts)}
     overrides = [word for word in arguments if word.partition("=")[0] not in options]
-    load_config(ROOT / config, overrides)
+    load_config(config, overrides)
+
+
+def test_the_jobset_names_only_what_its_image_or_its_volume_has() -> None:
+    """A pod starts in an empty folder, and what it writes elsewhere than on the volume is lost with it."""
+    container = the_container(FILES / "gke-tpu.yaml")
+    volumes = tuple(f"{mount['mountPath']}/" for mount in container["volumeMounts"])
+    assert all(volume.startswith("/") for volume in volumes)
+    _, config, *overrides = container["args"]
+    assert config.startswith((builtin.PREFIX, *volumes))
+    values = dict(override.split("=", 1) for override in overrides)
+    values |= {variable["name"]: variable["value"] for variable in container["env"] if "value" in variable}
+    paths = {values[name] for name in ("--output_dir", "HF_HOME", "JAX_COMPILATION_CACHE_DIR")}
+    paths |= {value for value in values.values() if "/" in value}
+    assert [path for path in paths if not path.startswith(volumes)] == []
 
 
 def test_the_scripts_are_shell() -> None:
