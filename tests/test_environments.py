@@ -1,4 +1,4 @@
-"""The Dockerfile, the conda environment and the extras give the versions that the tests have run with."""
+"""The images, the conda environment, the extras and the wheel give what was tested, and GitHub's jobs check that."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_wheel_has_every_file_of_the_packages_and_the_configs() -> None:
     assert "deepspeed_zero3.json" in named and {f"{CONFIGS[1]}/{name}" for name in named} <= inside
 
 
-def test_what_pages_say_of_cuda_and_libtpu_is_so() -> None:
+def test_the_tested_versions_name_nothing_of_cuda_and_no_libtpu_as_the_dockerfile_says() -> None:
     for python in PYTHONS:
         named = pins(python)
         assert [name for name in named if name.startswith(("nvidia", "jax-cuda", "libtpu"))] == []
