@@ -17,6 +17,7 @@ from jax_simpo.config import foreign, shown, yaml_files
 from jax_simpo.config.checks import Contradictions
 from jax_simpo.config.convert.trainers import known_elsewhere
 from jax_simpo.config.objectives import OwnObjective
+from jax_simpo.redact import HIDDEN
 
 _SIGNS = {annotated_types.Gt: "gt", annotated_types.Ge: "ge", annotated_types.Lt: "lt", annotated_types.Le: "le"}
 _SYMBOLS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -132,7 +133,7 @@ def explain(
     place = places.get(top, path)
     if error["type"] == "extra_forbidden":
         dotted = shown.one_line(".".join(location))
-        said = shown.HIDDEN if shown.is_secret(location[-1]) else shown.value(error["input"])
+        said = HIDDEN if shown.is_secret(location[-1]) else shown.value(error["input"])
         return f"{place}: unknown key `{dotted}` (value {said}).{did_you_mean(dotted, model)}"
     if error["type"] == "missing":
         return f"{path}: the key `{top}` is required"
