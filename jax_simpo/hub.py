@@ -15,7 +15,8 @@ from rich.console import Console
 
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError, ConfigError, HubError, words_of
-from jax_simpo.run import files
+from jax_simpo.redact import redact
+from jax_simpo.run import files, quiet
 from jax_simpo.run.lock import locked
 from jax_simpo.run.manifest import check_free
 from jax_simpo.run.model_card import is_hub_id
@@ -135,6 +136,7 @@ def find_repository(config: TrainConfig, output: Path) -> str:
             "uploading to the hub needs a login: run `hf auth login`, or set the environment variable HF_TOKEN. Else "
             "set `push_to_hub: false`; `jax-simpo push` with this config uploads the model afterwards"
         )
+    quiet.hide_secrets()
     api, name = HfApi(), config.hub_model_id or output.resolve().name
     try:
         if "/" not in name:
@@ -172,8 +174,8 @@ def upload(folder: Path, repository: str, message: str) -> None:
 
 
 def address(repository: str) -> str:
-    """Returns the address of a repository's page."""
-    return f"{HfApi().endpoint}/{repository}"
+    """Returns the address of a repository's page, without what HF_ENDPOINT may hold of a login."""
+    return redact(f"{HfApi().endpoint}/{repository}")
 
 
 def _add_licence(card: Path, base: str | None) -> None:

@@ -9,7 +9,7 @@
 #   docker run --gpus all --shm-size=8g -v "$PWD:/work" \
 #     --entrypoint /opt/jax-simpo/configs/launch/multi-gpu.sh jax-simpo:gpu my-run.yaml
 #
-# docs/launch.md explains it.
+# https://jax-simpo.github.io/jax-simpo/launch.html explains it.
 set -euo pipefail
 
 CONFIG="${1:-builtin:llama-3-8b-instruct-v2}"
@@ -17,7 +17,7 @@ CONFIG="${1:-builtin:llama-3-8b-instruct-v2}"
 # JAX takes this share of each GPU's memory at the start. Its default is 0.75; the rest is left to NCCL.
 export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
 
-# jax-simpo sets XLA options that overlap communication with computation (docs/performance.md). What you set in XLA_FLAGS
+# jax-simpo sets XLA options that overlap communication with computation (performance.html there). What you set in XLA_FLAGS
 # stays; JAX_SIMPO_XLA_FLAGS=false sets none.
 export JAX_SIMPO_XLA_FLAGS="${JAX_SIMPO_XLA_FLAGS:-true}"
 

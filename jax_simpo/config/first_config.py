@@ -10,6 +10,7 @@ from typing import Any
 from jax_simpo.config import help, objectives, yaml_files
 from jax_simpo.config.schema import TrainConfig
 from jax_simpo.errors import ConfigError
+from jax_simpo.pages import page_url
 
 # Peak learning rates to begin with, of whole models; adapters take ten times as much. SimPO: the published runs have
 # 3e-7 to 1e-6. DPO: 5e-7, as Zephyr and Tulu 3. ORPO: 5e-6, as the alignment handbook's recipes.
@@ -58,12 +59,14 @@ def write_config(answers: Answers) -> str:
     if answers.objective not in objectives.OBJECTIVE_KEYS:
         raise ConfigError(
             f"--objective {answers.objective}: expected one of {', '.join(objectives.OBJECTIVE_KEYS)} "
-            "(docs/objectives.md)"
+            f"({page_url('objectives')})"
         )
     sections = list(_sections(answers))
     values: dict[str, Any] = {key: value for _, keys in sections for key, value in keys.items()}
     TrainConfig(**values)  # raises what is wrong before anything is written
-    lines = ["# Made by `jax-simpo init`. docs/config.md lists all keys; `jax-simpo inspect` shows what is trained on."]
+    lines = [
+        f"# Made by `jax-simpo init`. All keys: {page_url('config')}; `jax-simpo inspect` shows what is trained on."
+    ]
     for comment, keys in sections:
         lines += ["", f"# {comment}", yaml_files.dump(keys).rstrip("\n")]
     return "\n".join(lines) + "\n"

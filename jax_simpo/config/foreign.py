@@ -14,6 +14,7 @@ from typing import Any
 
 from jax_simpo.config import shown
 from jax_simpo.errors import ConfigError
+from jax_simpo.redact import HIDDEN
 
 # A value that asks for nothing is accepted without a notice, whatever its key.
 _NOTHING = (None, False, 0, 0.0, "", "no", "none", "None", "off")
@@ -178,7 +179,7 @@ def translate(values: dict[str, Any], place: Callable[[str], str]) -> tuple[dict
                 notices.append(f"{place(key)}: `{key}` has no effect here: {WITHOUT_MEANING[key]}")
         elif key in NOT_SUPPORTED:
             if not asks_for_nothing(value):
-                said = shown.HIDDEN if shown.is_secret(key) else _show(value)
+                said = HIDDEN if shown.is_secret(key) else _show(value)
                 mistakes.append(f"{place(key)}: `{key}: {said}` cannot be honoured: {NOT_SUPPORTED[key]}")
         elif key == "optim":
             result[key] = OPTIMIZERS.get(value, value) if isinstance(value, str) else value

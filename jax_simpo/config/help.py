@@ -17,6 +17,8 @@ from jax_simpo.config import foreign, shown, yaml_files
 from jax_simpo.config.checks import Contradictions
 from jax_simpo.config.convert.trainers import known_elsewhere
 from jax_simpo.config.objectives import OwnObjective
+from jax_simpo.pages import SITE
+from jax_simpo.redact import HIDDEN
 
 _SIGNS = {annotated_types.Gt: "gt", annotated_types.Ge: "ge", annotated_types.Lt: "lt", annotated_types.Le: "le"}
 _SYMBOLS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -132,7 +134,7 @@ def explain(
     place = places.get(top, path)
     if error["type"] == "extra_forbidden":
         dotted = shown.one_line(".".join(location))
-        said = shown.HIDDEN if shown.is_secret(location[-1]) else shown.value(error["input"])
+        said = HIDDEN if shown.is_secret(location[-1]) else shown.value(error["input"])
         return f"{place}: unknown key `{dotted}` (value {said}).{did_you_mean(dotted, model)}"
     if error["type"] == "missing":
         return f"{path}: the key `{top}` is required"
@@ -277,7 +279,8 @@ def reference_page(model: type[BaseModel]) -> str:
         ("Errors, unless they ask for nothing (false, null, 0):", "why", foreign.NOT_SUPPORTED),
     ):
         lines += ["", title, "", f"| key | {column} |", "|---|---|", *(f"| `{k}` | {v} |" for k, v in table.items())]
-    return "\n".join(lines) + "\n"
+    # The page lies beside those that it names, so it reads well in a clone and on the site.
+    return re.sub(rf"{re.escape(SITE)}([\w/-]+)\.html", r"[\1.md](\1.md)", "\n".join(lines)) + "\n"
 
 
 def extras(field: FieldInfo) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from jax_simpo.config import foreign, help, shown, yaml_files
 from jax_simpo.errors import ConfigError
+from jax_simpo.redact import HIDDEN
 
 _MOST_LEVELS = 50
 
@@ -47,7 +48,7 @@ def apply(overrides: Sequence[str], to: Values, model: type[BaseModel]) -> None:
 
 def _apply(override: str, to: Values, model: type[BaseModel]) -> None:
     key, equals, text = override.removeprefix("--").partition("=")
-    place = f"--{key}={shown.HIDDEN}" if shown.is_secret(key) else shown.one_line(override)
+    place = f"--{key}={HIDDEN}" if shown.is_secret(key) else shown.one_line(override)
     if not override.startswith("--") or not equals or not key:
         form = shown.one_line(f"--{key.lstrip('-') or 'key'}={text or 'VALUE'}")
         raise ConfigError(f"{place}: not an override; write `--key=value` as one argument, here `{form}`")

@@ -24,6 +24,7 @@ from jax_simpo.config import checks, foreign, help, kinds, objectives, yaml_file
 from jax_simpo.config.kinds import HubStrategy, Name, Number, Text, Trackers, Whole
 from jax_simpo.config.objectives import OwnObjective
 from jax_simpo.errors import ConfigError
+from jax_simpo.pages import page_url
 
 
 def _key(
@@ -126,8 +127,8 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     dataset_format: Text | dict[Name, Text] | None = _key(
         None,
         "Format of the rows, or of each source's (`{source: format}`): `pairs`, `dialogues`, `hh`, `implicit_text`, "
-        "`alpaca`, `conversation`, `ranked` or `scored` (docs/data-formats.md). Default: found from the first rows; "
-        "`jax-simpo inspect` shows it.",
+        f"`alpaca`, `conversation`, `ranked` or `scored` ({page_url('data-formats')}). Default: found from the first "
+        "rows; `jax-simpo inspect` shows it.",
         identity=True,
         entries="source to format",
     )
@@ -168,7 +169,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         "auto",
         "How answers are written with the chat template: `in_context`, after their prompts, or each by itself as in "
         "the `original` SimPO. `auto` takes the original's way where both give the same tokens, and a line says where "
-        "not and why (docs/chat-templates.md).",
+        f"not and why ({page_url('chat-templates')}).",
         identity=True,
     )
     special_tokens_in_messages: Literal["text", "tokens"] = _key(
@@ -269,7 +270,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     # --- objective. The defaults of its keys depend on it: `_derive` fills them in. What it does not read stays null.
     objective: Annotated[str | dict[str, Number] | OwnObjective, AfterValidator(kinds.text)] = _key(
         "simpo",
-        "What is minimised: an objective (docs/objectives.md lists all), several of them with weights "
+        f"What is minimised: an objective (all of them: {page_url('objectives')}), several of them with weights "
         "(`{dpo: 1.0, sft: 0.1}`), or a class of your own (`my_file.py:MyObjective`, with `--allow_code`).",
         section="Objective",
         identity=True,
@@ -510,7 +511,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
         True,
         "Recognises known ways in which runs fail (labels swapped, chosen log-probs falling, lengths exploding, an "
         "accuracy that stays at 50 %, and others) and says so while training, with the key to change "
-        "(docs/healthy-runs.md). Not in `torch_ref`.",
+        f"({page_url('healthy-runs')}). Not in `torch_ref`.",
     )
     save_total_limit: Whole | None = _key(
         None, "Checkpoints to keep, newest first; the best one is kept besides. Default: all.", ge=1
@@ -561,7 +562,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     report_to: Trackers = _key(
         list,
         "Trackers that get every record of metrics.jsonl, under the same names, with the config and the report: one, "
-        "or a list. Each is an extra, as in `pip install 'jax-simpo[wandb]'` (docs/tracking.md). Default: none.",
+        f"or a list. Each is an extra, as in `pip install 'jax-simpo[wandb]'` ({page_url('tracking')}). Default: none.",
         section="Trackers and the hub",
     )
     project: Text | None = _key(
@@ -572,7 +573,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", strict=True, arbitrary
     push_to_hub: bool = _key(
         False,
         "Uploads the exported model and its card to the Hugging Face hub. Log in with `hf auth login`, or set HF_TOKEN "
-        "(docs/tracking.md).",
+        f"({page_url('tracking')}).",
     )
     hub_model_id: Name | None = _key(
         None, "Repository to upload to: `OWNER/NAME`, or `NAME` of your own. Default: the name of `output_dir`."

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from jax_simpo.redact import redact
+
 _SECRET = frozenset({"hub_token", "hf_token", "hf_hub_token", "token", "wandb_api_key", "swanlab_api_key", "api_key"})
-HIDDEN = "***"
+
+_READ = 5000  # characters of a text of any length, of which far fewer are shown
 
 
 def one_line(text: str, most: int = 120) -> str:
-    """Returns a text without line ends and other characters that do not print, cut to `most` characters."""
+    """Returns a text without secrets, line ends and other characters that do not print, cut to `most` characters."""
+    text = redact(text[:_READ])
     cut = text if len(text) <= most else text[: most - 3] + "..."
     return cut if cut.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 

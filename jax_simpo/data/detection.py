@@ -24,6 +24,7 @@ from jax_simpo.data.formats import (
 )
 from jax_simpo.data.messages import BadRow
 from jax_simpo.errors import DataError
+from jax_simpo.pages import page_url
 
 SAMPLE = 1000
 """Rows from which a format is found."""
@@ -279,7 +280,7 @@ def _no_format(label: str, rows: Sequence[Mapping[str, Any]], names: Sequence[st
     return (
         f"{there} but not {missing}: rename them, or say which they are with `dataset_columns`, such as "
         f"`dataset_columns: {{{missing.split()[0]}: COLUMN}}`. Needed are `chosen` and `rejected`, or `responses` with "
-        "`scores` or `ranks`, and `prompt` if the answers stand alone (docs/data-formats.md lists all formats)"
+        f"`scores` or `ranks`, and `prompt` if the answers stand alone (all formats: {page_url('data-formats')})"
     )
 
 

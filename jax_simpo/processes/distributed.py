@@ -30,6 +30,7 @@ import jax
 from jax._src.distributed import global_state  # the store has no public name; Orbax uses this one too
 
 from jax_simpo.errors import CheckpointError, LaunchError, UserError
+from jax_simpo.redact import redact
 from jax_simpo.terminal import visible
 
 T = TypeVar("T")
@@ -253,7 +254,7 @@ def fail(error: BaseException) -> None:
     if isinstance(error, UserError):
         reason = f"error: {error}"
     else:
-        reason = visible(f"{type(error).__name__}: {error}")
+        reason = visible(redact(f"{type(error).__name__}: {error}"))
         traceback.print_exception(error)
     print(f"{name}: {reason}", file=sys.stderr, flush=True)
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 
 from jax_simpo.run.metrics import ANSWERS
+from jax_simpo.run.prose import pieces
 from jax_simpo.terminal import visible
 
 Columns = dict[str, list[float | None]]
@@ -103,6 +104,7 @@ def render(template: str, data: Mapping[str, Any], *, live: bool = False, **valu
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; {own}"
         "base-uri 'none'; form-action 'none'"
     )
+    environment.filters["pieces"] = pieces
     # These are ours, or hold no markup, and the template must not escape them.
     as_it_is = {"policy": policy, "style": part("style.css"), "script": script, "data": _as_json(data)}
     return environment.get_template(template).render(**values, **as_it_is, live=live)

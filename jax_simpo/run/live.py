@@ -19,6 +19,7 @@ from jax_simpo.run import charts, files
 from jax_simpo.run.facts import read_facts
 from jax_simpo.run.follow import RunFollower, check_runs, folder_names, is_running
 from jax_simpo.run.health import read_findings
+from jax_simpo.run.prose import pieces
 from jax_simpo.run.report import Run, duration
 from jax_simpo.terminal import visible
 
@@ -58,7 +59,7 @@ class WatchedRun:
                 train = evals = 0
             try:
                 run = self._run()
-                findings = [{"step": one.step, "sentence": visible(one.sentence)} for one in run.latest_findings]
+                findings = [{"step": one.step, "said": pieces(visible(one.sentence))} for one in run.latest_findings]
             except (UserError, ValueError, OSError) as error:
                 return self._unread(followed.generation, str(error))
             first = {"starts_as_reference": run.starts_as_reference}

@@ -20,6 +20,7 @@ from jax_simpo.run.facts import PACKAGES
 from jax_simpo.run.manifest import CARD_SENTENCE, claim
 from jax_simpo.run.markdown import code, escape, one_line, table
 from jax_simpo.run.objective_texts import texts_of
+from jax_simpo.run.origin import Origin, gguf_origin
 from jax_simpo.run.report import MEASURES, Run, epochs, read_run
 from jax_simpo.run.whole import write_text
 
@@ -59,8 +60,12 @@ def write(output: Path, config: TrainConfig, *, global_batch_size: int | None = 
     run = read_run(output)
     base = config.model_name_or_path
     adapter = _is_adapter(config)
+    origin = _origin(base)
     data = ModelCardData(
-        base_model=base if base is not None and is_hub_id(base) else None,
+        base_model=_one_or_all(origin.base_models),
+        license=origin.license,
+        license_name=origin.license_name,
+        license_link=origin.license_link,
         datasets=[source for source in config.dataset_mixer if is_hub_id(source)] or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
@@ -167,6 +172,17 @@ def _settings(config: TrainConfig, global_batch_size: int | None) -> list[list[s
     return rows + [
         [f"`{key}`", str(value) if isinstance(value, int | float) else code(str(value))] for key, value in shown.items()
     ]
+
+
+def _origin(base: str | None) -> Origin:
+    """Returns what is known of the start model. The licence of one on the hub is asked for at an upload."""
+    if base is None:
+        return Origin()
+    return gguf_origin(base) if means_gguf(base) else Origin((base,) if is_hub_id(base) else ())
+
+
+def _one_or_all(names: tuple[str, ...]) -> str | list[str] | None:
+    return names[0] if len(names) == 1 else list(names) or None
 
 
 def _is_adapter(config: TrainConfig) -> bool:

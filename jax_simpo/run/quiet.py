@@ -1,4 +1,4 @@
-"""Keeps libraries from printing again, or as tracebacks, what this program tells in its own words.
+"""Keeps libraries from printing again, or as tracebacks, what this program tells itself, and from printing secrets.
 
 Nothing is dropped that is not also raised, or printed once already.
 """
@@ -10,12 +10,20 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
+
+from jax_simpo.redact import redact
 
 _CLOSED_LOOP = "Event loop is closed"
 _NEVER_RETRIEVED = "exception was never retrieved"
 # They print their warnings themselves. Orbax gives the root logger a handler, which would print each of them again.
 _PRINT_THEMSELVES = ("huggingface_hub", "datasets")
+# They log the addresses that they ask, with the login of HF_ENDPOINT, MLFLOW_TRACKING_URI or a proxy, or signed ones.
+_LOG_ADDRESSES = (
+    *("huggingface_hub", "datasets", "transformers", "mlflow", "trackio", "wandb"),
+    *("urllib3", "httpx", "httpx2", "httpcore"),
+)
 
 
 def quieten() -> None:
@@ -24,6 +32,28 @@ def quieten() -> None:
     logging.getLogger("asyncio").addFilter(_is_no_failed_save)
     for name in _PRINT_THEMSELVES:
         logging.getLogger(name).propagate = False
+    hide_secrets()
+
+
+def hide_secrets() -> None:
+    """Takes the secrets out of what libraries log from now on, whoever prints it."""
+    former = logging.getLogRecordFactory()
+    if not isinstance(former, _Redacting):
+        logging.setLogRecordFactory(_Redacting(former))
+
+
+class _Redacting:
+    """Makes log records as the former factory does; those of `_LOG_ADDRESSES` without secrets."""
+
+    def __init__(self, former: Callable[..., logging.LogRecord]) -> None:
+        self._former = former
+
+    def __call__(self, *arguments: Any, **more: Any) -> logging.LogRecord:
+        record = self._former(*arguments, **more)
+        if record.name.partition(".")[0] in _LOG_ADDRESSES:
+            with suppress(TypeError, ValueError):  # arguments that do not fit the text: logging tells of them itself
+                record.msg, record.args = redact(record.getMessage()), None
+        return record
 
 
 def quieten_saves() -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
+from jax_simpo.redact import redact
 from jax_simpo.tracking.tracker import PROJECT, Ending, Start
 
 rewinds = False
@@ -43,7 +45,7 @@ class Mlflow:
             params = list(_params(start.config))
             for first in range(0, len(params), _PARAMS):
                 self._client.log_batch(self.run, params=params[first : first + _PARAMS])
-        self.place = f"run {self.run} at {self._client.tracking_uri}"
+        self.place = f"run {self.run} at {redact(self._client.tracking_uri)}"
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         now = time.time_ns() // 1_000_000
@@ -57,7 +59,8 @@ class Mlflow:
             self._client.log_artifact(self.run, str(path))
 
     def close(self, ending: Ending) -> None:
-        self._client.set_terminated(self.run, _STATUS[ending])
+        with redirect_stdout(io.StringIO()):  # it prints the server's address whole, and stdout is for results
+            self._client.set_terminated(self.run, _STATUS[ending])
 
 
 begin = Mlflow

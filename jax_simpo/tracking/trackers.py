@@ -20,7 +20,7 @@ from rich.console import Console
 
 from jax_simpo.config import TrainConfig
 from jax_simpo.errors import CheckpointError, ConfigError, StoppedError, UserError, words_of
-from jax_simpo.run import files
+from jax_simpo.run import files, quiet
 from jax_simpo.run.lock import locked
 from jax_simpo.run.manifest import check_free, write_file
 from jax_simpo.run.metrics import read_metrics
@@ -47,6 +47,7 @@ class Trackers:
         self._others: dict[str, _State] = {}  # trackers of former parts of this run, which get none of its records now
         self._write, self._told = write, set[str]()
         self._finished = False
+        quiet.hide_secrets()
 
     def check(self) -> None:
         """Makes sure that every tracker could begin now.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import wandb
 
+from jax_simpo.redact import redact
 from jax_simpo.tracking.tracker import PROJECT, Ending, Start
 
 rewinds = False
@@ -44,7 +45,7 @@ class WeightsAndBiases:
         self._run.define_metric("*", step_metric="step")
         self.run = self._run.id
         folder = Path(self._run.dir).parent
-        self.place = f"wandb sync {folder}" if _offline() else str(self._run.url)
+        self.place = f"wandb sync {folder}" if _offline() else redact(str(self._run.url))
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         # A row holds all that is logged under its number, so an evaluation stands beside the training of its step.

@@ -17,6 +17,7 @@ from jax_simpo.data.packing import measure
 from jax_simpo.data.sources import RawSplit
 from jax_simpo.data.tokenize import GroupDataset
 from jax_simpo.hub import Publisher
+from jax_simpo.pages import page_url
 from jax_simpo.processes import distributed
 from jax_simpo.run import files, model_card, report, signals
 from jax_simpo.run.best import BestRule
@@ -299,7 +300,7 @@ def _print_start(setup: Setup, console: Console) -> None:
     config, mesh = setup.config, setup.mesh
     console.print(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())} ({mesh.devices.flat[0]})")
     if options := step_options(mesh):
-        console.print(f"XLA options of the step: {', '.join(options)} (docs/performance.md)")
+        console.print(f"XLA options of the step: {', '.join(options)} ({page_url('performance')})")
     notes = []
     if hosts_share_tensor(mesh):
         notes.append(

@@ -346,6 +346,12 @@ SECRET = "hf_" + "planted" * 5
             ["wandb", "tensorboard"],
             {"project": "p", "push_to_hub": True, "hub_model_id": "o/n"},
         ),
+        (
+            "axolotl",
+            AXOLOTL | {"rl": "dpo", "use_mlflow": True, "mlflow_tracking_uri": f"https://ann:{SECRET}@h.example/"},
+            ["mlflow"],
+            {},
+        ),
         ("open-instruct", OPEN | OPEN_LOSS | {"with_tracking": True}, ["wandb"], {}),
         ("open-instruct", OPEN | OPEN_LOSS | {"report_to": "wandb"}, [], {}),
         (

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from jax_simpo.cli import app
 from jax_simpo.config import TrainConfig, load_config
 from jax_simpo.errors import CheckpointError, ConfigError, HubError
-from jax_simpo.hub import push_run
+from jax_simpo.hub import address, push_run
 from tests.hub.stand_in import TOKEN, Hub, serving
 from tests.training.runs import config_of, run, run_printing
 from tests.whole_runs import quick_runs
@@ -114,6 +114,17 @@ def test_what_cannot_be_uploaded_is_found_before_training(
     with pytest.raises(ConfigError, match="needs a login: run `hf auth login`"):
         run(config_of(tmp_path, push_to_hub=True))
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_login_in_the_address_of_the_hub_is_not_repeated(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_login = hub.address.replace("//", "//ann:planted@")  # it takes the place of the token, which the hub asks for
+    monkeypatch.setattr(constants, "ENDPOINT", with_login)
+    with pytest.raises(ConfigError, match="the repository org/x cannot be used: ") as refused:
+        run(config_of(tmp_path, push_to_hub=True, hub_model_id="org/x"))
+    assert hub.calls and "planted" not in str(refused.value)
+    assert address("org/x") == f"{hub.address}/org/x"
 
 
 def test_a_run_without_a_model_has_nothing_to_upload(hub: Hub, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 
 from jax_simpo.cli import _run_folders
 from jax_simpo.errors import CheckpointError, ConfigError
+from jax_simpo.pages import SITE, page_url
 from jax_simpo.run import curves, files
 from jax_simpo.run.comparison import write_comparison
 from jax_simpo.run.facts import write_facts
@@ -146,12 +147,14 @@ def test_the_data_of_the_page_grow_with_the_run_and_only_what_is_new_is_sent(tmp
         assert run["standing"][:2] == ["not running", "1 of 64"] and run["findings"] == []
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write(line(evaluation_record(1, 0.75)) + line(training_record(2)) + '{"step": 3, "lo')
-        write_findings(tmp_path, [Finding("gamma", 0, "Large", "Less.")])
+        write_findings(tmp_path, [Finding("gamma", 0, "`beta` is large", "Less.")])
         with locked(tmp_path):
             (run,) = data(server, "0:1:0")
         assert run["train"]["step"] == [2] and run["eval"]["rewards/accuracies"] == [0.75]
         assert run["standing"][0] == "training" and run["standing"][4] == "75.0%"
-        assert run["findings"] == [{"step": 0, "sentence": "Large. Less. (docs/healthy-runs.md#gamma)"}]
+        link = ["link", "healthy-runs#gamma", page_url("healthy-runs", "gamma")]
+        said = [["code", "beta"], ["text", " is large. Less. ("], link, ["text", ")"]]
+        assert run["findings"] == [{"step": 0, "said": said}]
         (run,) = data(server, "0:2:1")
         assert run["train"] == {} and run["eval"] == {}
         (run,) = data(server, "5:2:1")  # of another generation: all of it
@@ -225,7 +228,8 @@ def two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     for number, folder in enumerate(folders, start=1):
         folder.mkdir()
         make_run(folder, *(training_record(step, loss=float(number)) for step in (1, 2)), evaluation_record(2, 0.9))
-        write_findings(folder, [Finding("gamma", 0, f"</script><script>x</script>{STEERING}", "Less.")])
+        hostile = f"</script><script>x</script>{STEERING} `<em>` https://evil.example/ {SITE}'onload='x"
+        write_findings(folder, [Finding("gamma", 0, hostile, "Less.")])
     return folders
 
 
@@ -251,8 +255,10 @@ def test_names_and_findings_of_the_runs_stay_text(two_runs: list[Path], tmp_path
     assert page.tags.count("script") == 2 and not re.search(r"<b>two|<script>x", text)
     name = visible(two_runs[1].name)
     assert page.text.count(name) >= 3 and page.data["runs"][1]["name"] == name
-    assert "</script><script>x</script>" in page.text and visible(page.text) == page.text
-    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert "</script><script>x</script>" in page.text and "<em>" in page.text and visible(page.text) == page.text
+    links = [address for address in page.addresses if not address.startswith("data:image/png;base64,")]
+    assert links == [page_url("healthy-runs", "gamma")] * 2 and page.tags.count("code") == 2
+    assert "https://evil.example/" in page.text and "em" not in page.tags
 
 
 def test_only_a_page_that_is_served_may_ask_and_it_may_ask_its_own_server_alone(two_runs: list[Path]) -> None:

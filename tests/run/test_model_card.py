@@ -57,6 +57,11 @@ def test_a_local_model_is_no_base_model_of_the_hub(output: Path, tmp_path: Path)
     assert str(tmp_path) not in card.text
 
 
+def test_a_model_of_a_gguf_file_has_the_base_and_the_licence_of_the_model_in_it(output: Path) -> None:
+    card = ModelCard.load(model_card.write(output, config("builtin:smollm2", "builtin:manners")))
+    assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct" and card.data.license == "apache-2.0"
+
+
 def test_the_card_tells_settings_results_and_the_citation(output: Path) -> None:
     path = model_card.write(output, config("a/b", "c/d"), global_batch_size=128)
     card = ModelCard.load(path)

@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 
 from jax_simpo.errors import CheckpointError
+from jax_simpo.pages import page_url
 from jax_simpo.run import curves, report
 from jax_simpo.run.facts import write_facts
 from jax_simpo.run.health import Finding, write_findings
@@ -220,9 +221,12 @@ def test_findings_stand_on_the_page_and_in_the_summary_and_the_best_step_of_an_o
     assert "i" not in page.tags and "It rises" not in page.text  # the later one stands for both
     out = io.StringIO()
     report.print_summary(Console(file=out, width=2000), run_folder)
-    for shown in (page.text, out.getvalue()):
-        assert "It <i>rises</i> more. Stop. (docs/healthy-runs.md#overfitting)" in shown and "Large. Less." in shown
+    address = page_url("healthy-runs", "overfitting")
+    assert address in page.addresses
+    for shown, link in ((page.text, "healthy-runs#overfitting"), (out.getvalue(), address)):
+        assert f"It <i>rises</i> more. Stop. ({link})" in shown and "Large. Less." in shown
         assert "The best evaluation was that of step 20: its loss was 0.4000, and 90.0% were right" in shown
+    assert "; load_best_model_at_end: true would export it." in page.text and "code" in page.tags
 
 
 def test_a_single_split_has_no_table_of_splits(run_folder: Path) -> None:
@@ -297,7 +301,7 @@ def test_what_the_program_noted_of_the_run_is_shown(run_folder: Path) -> None:
     assert "1,234,567" in text
     assert "data=1, fsdp=8, tensor=1" in text
     assert re.search(r"jax +0\.", text)
-    assert "`max_length: 64` cuts 9 of 9 pairs." in text
+    assert "max_length: 64 cuts 9 of 9 pairs." in text
 
 
 def test_groups_of_more_answers_are_called_so(run_folder: Path) -> None:

@@ -6,6 +6,8 @@ import json
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -191,8 +193,8 @@ class Flaky:
     kept: list[tuple[int, Mapping[str, float]]]
     rewinds = False
 
-    def __init__(self, takes: int) -> None:
-        self.kept, self.takes, self.endings = [], takes, []
+    def __init__(self, takes: int, says: str = "no route to host\nmore") -> None:
+        self.kept, self.takes, self.says, self.endings = [], takes, says, []
         self.run, self.place = "flaky", "nowhere"
 
     def check(self, output: Path) -> None:
@@ -204,7 +206,7 @@ class Flaky:
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         if len(self.kept) >= self.takes:
-            raise ConnectionError("no route to host\nmore")
+            raise ConnectionError(self.says)
         self.kept.append((step, figures))
 
     def flush(self) -> None:
@@ -240,6 +242,80 @@ def test_a_tracker_that_fails_is_told_once_and_what_it_lacks_is_sent_later(
     assert [figures for _, figures in flaky.kept] == [figures_of(record) for record in RECORDS]
     assert flaky.started.run == "flaky" and flaky.endings == ["finished"] * 3
     assert set(flaky.attached) == set()  # a run that was only written has neither config nor report
+
+
+def test_neither_what_is_printed_nor_what_is_written_repeats_the_secrets_of_a_tracker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:planted1@mlflow.example/?key=planted2")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "planted3")
+    flaky = Flaky(takes=2, says="401 for https://ann:planted1@mlflow.example/api?key=planted2: `planted3` is no token")
+    monkeypatch.setattr(trackers, "_library", lambda name: flaky)
+    config = config_of(tmp_path, report_to="mlflow")
+    printed = written(config, RECORDS, step=0, last=5)
+    assert "no more of this run: 401 for https://mlflow.example/api: `***` is no token. Training goes on" in printed
+    files_written = [path.read_text() for path in Path(config.output_dir).iterdir()]
+    assert len(files_written) > 2 and not [text for text in (printed, *files_written) if "planted" in text]
+
+    monkeypatch.setattr(flaky, "check", lambda output: flaky.log(0, {}))
+    with pytest.raises(ConfigError, match=r"cannot begin: 401 for https://mlflow\.example/api: ") as refused:
+        trackers.Trackers(config, tmp_path, Console(file=StringIO())).check()
+    assert "planted" not in str(refused.value)
+
+
+@pytest.mark.skipif("mlflow" not in INSTALLED, reason="mlflow is not installed")
+def test_mlflow_itself_tells_nobody_the_password_of_its_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with mlflow_server() as port:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ann:planted@127.0.0.1:{port}")
+        config = config_of(tmp_path, report_to="mlflow")
+        with Trackers(config, tmp_path, Console(file=StringIO())) as tracked:
+            tracked.check()
+        printed = written(config, RECORDS, step=0, last=8)
+        assert f"mlflow: run 7 at http://127.0.0.1:{port}\n" in printed and "warning" not in printed
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ConfigError, match="`mlflow`, which cannot begin") as refused:  # the server has ended
+        Trackers(config, tmp_path, Console(file=StringIO())).check()
+    told = [printed, str(refused.value), *capfd.readouterr(), (Path(config.output_dir) / files.TRACKING).read_text()]
+    assert not [text for text in told if "planted" in text]
+
+
+@contextmanager
+def mlflow_server() -> Iterator[int]:
+    """Serves the few calls of MLflow's REST API that a run makes; yields the port."""
+    run = {"info": {"run_id": "7", "experiment_id": "1", "run_name": "a run", "status": "RUNNING"}, "data": {}}
+    answers = {
+        "experiments/search": {"experiments": []},
+        "experiments/get-by-name": {"experiment": {"experiment_id": "1", "name": "jax-simpo"}},
+        "runs/create": {"run": run},
+        "runs/update": {"run_info": run["info"]},
+        "runs/get": {"run": run},
+    }
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            data = json.dumps(answers.get(self.path.partition("/mlflow/")[2].partition("?")[0], {})).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_run_that_is_continued_twice_from_one_step_sends_none_twice(

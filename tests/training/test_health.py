@@ -35,7 +35,7 @@ def test_a_spoilt_run_is_told_of_in_words_and_a_killed_one_of_each_finding_once(
     for finding in findings:
         times = 2 if finding.step == 9 and finding in before else 1  # that step was taken twice
         assert during.count(f"warning: step {finding.step}: {finding.sentence}\n") == times
-        assert f"docs/healthy-runs.md#{finding.name}" in summary and f"docs/healthy-runs.md#{finding.name}" in page
+        assert finding.docs in summary and f'href="{finding.docs}"' in page
 
 
 def test_a_run_that_goes_well_is_told_of_nothing(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from jax_simpo.config.convert.rules import (
     merged,
     shown_pair,
 )
+from jax_simpo.pages import page_url
 
 # Its template -> one that comes with this program.
 TEMPLATES = {
@@ -244,7 +245,7 @@ def _dataset_info(draft: Draft, folder: str, names: list[str]) -> dict[str, Any]
             draft.refuse(
                 "dataset",
                 f"its names stand in dataset_info.json, which is not in {places[0]}; give the data with --data SOURCE "
-                "(docs/data-formats.md: its formats are read)",
+                f"(its formats are read: {page_url('data-formats')})",
             )
         return None if names else {}
     try:

@@ -11,6 +11,7 @@ from typing import Any
 
 from jax_simpo.config.convert.common import beside
 from jax_simpo.config.convert.rules import Draft
+from jax_simpo.pages import page_url
 
 # `loss_type` of DPOTrainer -> the objective and its loss_type.
 DPO_LOSSES: dict[str, tuple[str, str | None]] = {
@@ -82,7 +83,8 @@ def set_dpo(
     names: Sequence[Any] = value if isinstance(value, list) else [value]
     unknown = [name for name in names if name not in DPO_LOSSES and name != "sft"]
     if unknown or set(names) == {"sft"}:
-        draft.refuse(key, f"there is no {', '.join(map(str, unknown)) or 'preference'} loss here (docs/objectives.md)")
+        missing = ", ".join(map(str, unknown)) or "preference"
+        draft.refuse(key, f"there is no {missing} loss here ({page_url('objectives')})")
         return
     shares = weights[1] if weights[1] is not None else [1.0] * len(names)
     if not isinstance(shares, list) or len(shares) != len(names):

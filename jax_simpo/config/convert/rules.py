@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jax_simpo.config import shown
+from jax_simpo.redact import HIDDEN
 
 
 class CannotKeepError(Exception):
@@ -128,7 +129,7 @@ class Draft:
 
 def shown_pair(key: str, value: Any) -> str:
     """Returns a key and its value in one short line."""
-    return f"{shown.one_line(key)}: {shown.HIDDEN if shown.is_secret(key) and value else shown_value(value)}"
+    return f"{shown.one_line(key)}: {HIDDEN if shown.is_secret(key) and value else shown_value(value)}"
 
 
 def shown_value(value: Any) -> str:

@@ -15,22 +15,23 @@ from jax_simpo.errors import ConfigError
 from jax_simpo.ops.attention.backends import BACKENDS, Place, load_backend
 
 # By kind of device, the backends that `auto` tries in turn, and the reason for each preference. The last runs anywhere.
+# docs/decisions/ has what was measured (004) and what was designed (003 and 007).
 PREFERENCES: dict[str, tuple[tuple[str, str], ...]] = {
-    "CPU": (("blockwise", "fastest measured there, docs/decisions/004-attention-choice.md"),),
+    "CPU": (("blockwise", "fastest measured there"),),
     "TPU": (
         ("splash", "not measured yet: by design, the TPU's own kernel that skips dead blocks"),
         ("blockwise", "the only other one whose memory is linear in the row length"),
     ),
     "Hopper GPU": (
-        ("pallas", "not measured yet: by design, docs/decisions/003-attention-on-gpu.md"),
-        ("triton", "not measured yet: has no kernels for Hopper alone, docs/decisions/007-attention-on-other-gpus.md"),
+        ("pallas", "not measured yet: by design, kernels made for Hopper"),
+        ("triton", "not measured yet: has no kernels for Hopper alone"),
         ("cudnn", "not measured yet: the vendor's kernels, on rows that are taken apart"),
         ("banded", "not measured yet: runs anywhere, without making the host wait"),
         ("blockwise", "not measured yet: runs anywhere, computes less than banded"),
     ),
     # The kernels of `pallas` use instructions that Hopper alone has; Blackwell is one of the others.
     "GPU": (
-        ("triton", "not measured yet: by design, docs/decisions/007-attention-on-other-gpus.md"),
+        ("triton", "not measured yet: by design, kernels for NVIDIA GPUs from Ampere on"),
         ("cudnn", "not measured yet: the vendor's kernels, on rows that are taken apart"),
         ("banded", "not measured yet: runs anywhere, without making the host wait"),
         ("blockwise", "not measured yet: runs anywhere, computes less than banded"),

@@ -13,12 +13,12 @@ from statistics import fmean, median
 from typing import Any
 
 from jax_simpo.data.token_signs import TokenSigns
+from jax_simpo.pages import page_url
 from jax_simpo.run.health.published import MOST_GAMMA_BETA_RATIO, Trainee, rate
 from jax_simpo.run.metrics import ANSWERS
 
 OVERFITTING = "overfitting"  # the report names the best step where this was found
 
-_PAGE = "docs/healthy-runs.md"
 _CLEAR = 4.0  # standard errors beyond which a share is not chance: one run in 30,000, looked at once
 
 
@@ -42,8 +42,8 @@ class Finding:
 
     @property
     def docs(self) -> str:
-        """The page and the heading that explain it."""
-        return f"{_PAGE}#{self.name}"
+        """The address of the page and the heading that explain it."""
+        return page_url("healthy-runs", self.name)
 
     @property
     def sentence(self) -> str:

@@ -322,14 +322,26 @@
     Object.assign(run, rest);
   }
 
+  // `run/prose.py` cuts sentences into pieces: text, code, and links to our own pages.
+  function shownPiece([kind, text, address]) {
+    if (kind === "code") return element("code", {}, text);
+    return kind === "link" ? element("a", { href: address, rel: "noreferrer" }, text) : text;
+  }
+
   function tell() {
     for (const [number, run] of runs.entries()) {
       const row = document.querySelectorAll("#standing tbody tr")[number];
       for (const [cell, text] of run.standing.entries()) row.children[cell + 1].textContent = text;
     }
     const found = runs.flatMap((run) =>
-      run.findings.map(({ step, sentence }) =>
-        element("p", {}, element("b", {}, `${several() ? `${run.name}, step` : "Step"} ${step}.`), ` ${sentence}`),
+      run.findings.map(({ step, said }) =>
+        element(
+          "p",
+          {},
+          element("b", {}, `${several() ? `${run.name}, step` : "Step"} ${step}.`),
+          " ",
+          ...said.map(shownPiece),
+        ),
       ),
     );
     const findings = document.getElementById("findings");
