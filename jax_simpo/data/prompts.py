@@ -136,7 +136,7 @@ def _make(name: str, rows: Iterable[RawRow], encoder: PromptEncoder) -> list[Pro
         except BadRow as error:
             read.append((place, error))
     # As in training, where two texts that begin alike hold a prompt only if all rows of a split are such.
-    implicit = all(isinstance(found, PromptRow) and found.implicit for _, found in read)
+    implicit = not any(isinstance(found, PromptRow) and not found.implicit for _, found in read)
     prompts, bad = [], []
     with template_limits.prepared():
         for place, found in read:

@@ -174,3 +174,5 @@ def test_a_row_without_one_prompt_is_told(row: dict[str, Any], told: str) -> Non
 def test_texts_that_begin_alike_hold_a_prompt_if_all_rows_are_such() -> None:
     row = {"chosen": "Name a tea. Darjeeling.", "rejected": "Name a tea. Espresso."}
     assert [one.turns for one in make_prompts("prompts", [row, row], ENCODER)] == [[USER], [USER]]
+    with pytest.raises(DataError, match=r"1 of 2 prompts cannot be used:\n  prompts, row 1: no prompt"):
+        make_prompts("prompts", [row, {"chosen": "Tea is good.", "rejected": "A tea is bad."}], ENCODER)
