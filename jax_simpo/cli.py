@@ -323,6 +323,8 @@ def generate(
     """Writes the answers of a model to every prompt of a file, in file order."""
     launch.join(launch.Launch(coordinator_address, num_processes, process_id, distributed))
     settings, console = _settings(context.args)
+    if unread := sorted({"dataset_columns", "dataset_format"} & settings.keys()):
+        raise ConfigError(f"`{unread[0]}`: generate finds prompts by the names of columns; rename those of {prompts}")
     signals.keeping(lambda: f"{output} was not written")
     with writing(output if launch.is_first() else os.devnull) as file:
         from jax_simpo import api

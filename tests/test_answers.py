@@ -236,6 +236,7 @@ def test_a_mistake_in_prompts_names_file_and_row_and_leaves_no_answers(
         ("--batch_size=0", "`batch_size` is 0; expected a whole number >= 1"),
         ("--dtyp=float32", "unknown key `dtyp`"),
         ("--mesh.tensor=3", "mesh"),
+        ("--dataset_columns='{prompt: ask}'", "`dataset_columns`: generate finds prompts by the names of columns"),
     ],
 )
 def test_a_wrong_option_is_told(options: str, told: str, run: js.TrainRun, user: User) -> None:
