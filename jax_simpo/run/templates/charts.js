@@ -257,7 +257,7 @@
     });
     chart.values.replaceChildren(...entries);
     const { trained, evaluated } = found.find((curve) => curve.trained || curve.evaluated);
-    const steps = [trained && `step ${trained[0]}`, evaluated && `evaluation ${evaluated[0]}`].filter(Boolean);
+    const steps = [trained && `step ${trained[0]}`, evaluated && `eval ${evaluated[0]}`].filter(Boolean);
     chart.step.textContent = pointed === null ? "" : steps.join(" · ");
   }
 
