@@ -42,10 +42,10 @@ test: lint ## lint, type check and the quick tests
 # A second, small environment: constraints.txt names another jax, flax and tokamax for Python 3.12 and later. It is made anew
 # when that file changes, so that nothing of former versions stays.
 NEWEST := .venv-newest
-NEWEST_TESTS := tests/ops tests/models tests/objectives tests/plan/test_hlo.py \
-  tests/training/test_attention.py tests/training/test_optim.py tests/training/test_step.py
+NEWEST_TESTS := tests/ops tests/models tests/objectives tests/plan/test_hlo.py tests/doctor \
+  $(addprefix tests/training/test_,$(addsuffix .py,attention capacity host loss_head optim step xla_options))
 
-test-newest: $(NEWEST)/.installed ## the tests of arrays, models and the step, with the newest jax (Python 3.12, no torch)
+test-newest: $(NEWEST)/.installed ## the tests of arrays, models, the step and doctor, with the newest jax (Python 3.12, no torch)
 	$(TEST_ENV) $(NEWEST)/bin/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(NEWEST_TESTS)
 
 test-slow: $(VENV)/.installed-dev ## the tests that take longer

@@ -114,8 +114,10 @@ def named_hosts(environment: Mapping[str, str]) -> int:
 
 def _tpu_hosts(environment: Mapping[str, str]) -> int:
     """Returns the number of TPU hosts, over all slices."""
-    hosts = next((environment[name] for name in _TPU_HOSTS if name in environment), "")
-    return len(hosts.split(",")) * int(environment.get("MEGASCALE_NUM_SLICES") or 1)
+    text = next((environment[name] for name in _TPU_HOSTS if name in environment), "")
+    # Where libtpu finds no TPU, it leaves a sentence in the variable, with commas in it.
+    hosts = [host for host in text.split(",") if " " not in host.strip()]
+    return max(1, len(hosts)) * int(environment.get("MEGASCALE_NUM_SLICES") or 1)
 
 
 def _kubernetes(environment: Mapping[str, str]) -> Join | None:
