@@ -34,6 +34,7 @@ _LARGE = Shape("bfloat16", 32, 8, 128, (None,), 128**-0.5, None, 1, 8192, remain
 _LARGE_HEAD = HeadShape("bfloat16", states=4096, width=4096, vocabulary=128256, softcap=None)
 _SMALL = Shape("float32", 8, 2, 64, (None,), 64**-0.5, None, 1, 1024, remainder=128)
 _SMALL_HEAD = HeadShape("float32", states=512, width=512, vocabulary=32000, softcap=None)
+_CPU_STATES = 128  # of a config's loss head, whose width and dtype stay
 _LONGEST_DENSE = 4096  # tokens of a row; `dense` holds all scores at once, and longer rows would not fit
 
 
@@ -181,11 +182,13 @@ def _shapes(config: TrainConfig | None, facts: Facts) -> tuple[Shape, HeadShape,
     if facts.platform != "cpu":
         return shape, head, ""
     small = replace(shape, rows=1, row_length=min(shape.row_length, _SMALL.row_length))
-    small_head = replace(head, states=min(head.states, _SMALL_HEAD.states))
+    vocabulary = min(head.vocabulary, _SMALL_HEAD.vocabulary)
+    small_head = replace(head, states=min(head.states, _CPU_STATES), vocabulary=vocabulary)
     if (small, small_head) == (shape, head):
         return shape, head, ""
     words = (
-        f"shortened for a CPU from {shape.rows} x {shape.row_length} tokens, the loss head from {head.states} states"
+        f"shortened for a CPU from {shape.rows} x {shape.row_length} tokens, "
+        f"the loss head from {head.states} states x {head.vocabulary}"
     )
     return small, small_head, words
 

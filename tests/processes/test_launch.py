@@ -97,7 +97,10 @@ def test_a_place_that_is_none_is_an_error(options: dict[str, Any], message: str)
         ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, 4),
         ({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "2"}, 4),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
-        ({"TPU_WORKER_HOSTNAMES": "WARNING: could not determine hostnames, please set them, otherwise libtpu fails"}, 1),
+        (
+            {"TPU_WORKER_HOSTNAMES": "WARNING: could not determine hostnames, please set them, otherwise libtpu fails"},
+            1,
+        ),
     ],
 )
 def test_the_environment_says_how_many_hosts_there_are(environment: dict[str, str], hosts: int) -> None:
