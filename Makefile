@@ -39,12 +39,13 @@ dev: $(VENV)/.installed-dev ## install everything the tests need into .venv
 test: lint ## lint, type check and the quick tests
 	$(TEST_ENV) $(BIN)/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-# A second, small environment: constraints.txt names another jax, flax and tokamax for Python 3.12 and later.
+# A second, small environment: constraints.txt names another jax, flax and tokamax for Python 3.12 and later. It is made anew
+# when that file changes, so that nothing of former versions stays.
 NEWEST := .venv-newest
-NEWEST_TESTS := tests/ops tests/models tests/objectives tests/plan/test_hlo.py \
-  tests/training/test_attention.py tests/training/test_optim.py tests/training/test_step.py
+NEWEST_TESTS := tests/ops tests/models tests/objectives tests/plan/test_hlo.py tests/doctor \
+  $(addprefix tests/training/test_,$(addsuffix .py,attention capacity host loss_head optim step xla_options))
 
-test-newest: $(NEWEST)/.installed ## the tests of arrays, models and the step, with the newest jax (Python 3.12, no torch)
+test-newest: $(NEWEST)/.installed ## the tests of arrays, models, the step and doctor, with the newest jax (Python 3.12, no torch)
 	$(TEST_ENV) $(NEWEST)/bin/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(NEWEST_TESTS)
 
 test-slow: $(VENV)/.installed-dev ## the tests that take longer
@@ -88,7 +89,7 @@ $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
 $(NEWEST)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON_NEWEST) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
 	  { echo "$$($(PYTHON_NEWEST) --version) gets no newer jax than 0.10; try make test-newest PYTHON_NEWEST=python3.13"; exit 1; }
-	$(PYTHON_NEWEST) -m venv $(NEWEST)
+	$(PYTHON_NEWEST) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c constraints.txt -e '.[test]'
 	@touch $@
 

@@ -90,6 +90,15 @@ def slice_count(devices: list[jax.Device]) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
 
 
+def platform_of(device: jax.Device) -> str:
+    """Returns what kind of device computes: cpu, gpu or tpu.
+
+    Devices that are here say "gpu", NVIDIA's and AMD's alike. Those of a topology, which are not here, and the names
+    that users give to jax say "cuda" or "rocm".
+    """
+    return "gpu" if device.platform in ("cuda", "rocm") else str(device.platform)
+
+
 def spec(*logical_axes: str | None) -> P:
     """Returns the mesh axes of an array whose axes have these logical names (`None`: not split)."""
     return P(*(RULES[axis] for axis in logical_axes))

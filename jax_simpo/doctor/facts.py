@@ -12,13 +12,17 @@ from pathlib import Path
 import jax
 
 from jax_simpo.ops.attention import place_of
-from jax_simpo.training.capacity import host_memory
+from jax_simpo.ops.attention.evidence import told
+from jax_simpo.processes.launch import named_hosts
+from jax_simpo.training.host import host_cores, host_memory
 from jax_simpo.training.installed import COMPILERS, versions_of
+from jax_simpo.training.xla_options import SWITCH, Options, choose_options
 
 _PACKAGES = ("jax-simpo", "flax", "optax", "orbax-checkpoint", "transformers", "torch", "numpy")
 _VARIABLES = (
     *("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"),
     *("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE", "JAX_COMPILATION_CACHE_DIR"),
+    *(SWITCH, "SLURM_JOB_NUM_NODES", "SLURM_NNODES", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"),
 )
 
 
@@ -38,10 +42,13 @@ class Facts:
         nvidia_gpus: names of the NVIDIA GPUs that the driver lists, whether or not JAX uses them.
         nvidia_driver: the driver's version; None without one.
         tpu_chips: TPU chips that the system lists, whether or not JAX uses them.
-        cores: CPU cores that this process may use.
-        host_memory: bytes of the host's memory that this process may use.
+        hosts: hosts that the environment names, as SLURM and GKE do; 1 where it names none.
+        cores: CPU cores that this process may use, within the limits of its container or job.
+        host_memory: bytes of the host's memory that this process may use, within those limits.
         environment: the variables that steer JAX and are set.
         compilation_cache: the folder that keeps compiled programs; None where they are not kept.
+        xla_options: options that a step on several such devices is compiled with, with their values.
+        xla_options_left_out: by name of each other option that the program knows for them, why it is left out.
     """
 
     system: str
@@ -55,10 +62,13 @@ class Facts:
     nvidia_gpus: list[str]
     nvidia_driver: str | None
     tpu_chips: int
+    hosts: int
     cores: int
     host_memory: int
     environment: dict[str, str]
     compilation_cache: str | None
+    xla_options: dict[str, str | bool]
+    xla_options_left_out: dict[str, str]
 
     def version(self, package: str) -> tuple[int, ...]:
         """Returns the numbers of a package's version, such as (0, 10, 2); () where it is not installed."""
@@ -74,6 +84,7 @@ def gather_facts() -> Facts:
     device = devices[0] if devices else None
     place = None if device is None else place_of(device)
     gpus, driver = _nvidia()
+    options = Options({}, {}) if place is None or device is None else _options(place.platform, device)
     return Facts(
         system=platform.system(),
         python=platform.python_version(),
@@ -86,11 +97,22 @@ def gather_facts() -> Facts:
         nvidia_gpus=gpus,
         nvidia_driver=driver,
         tpu_chips=_tpu_chips(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        hosts=named_hosts(os.environ),
+        cores=host_cores(),
         host_memory=host_memory(),
         environment={name: os.environ[name] for name in _VARIABLES if os.environ.get(name)},
         compilation_cache=jax.config.jax_compilation_cache_dir,  # type: ignore[attr-defined]
+        xla_options=options.taken,
+        xla_options_left_out=options.left_out,
     )
+
+
+def _options(platform: str, device: jax.Device) -> Options:
+    """Returns XLA's options for the step; where the compiler fails when it is asked for them, that is their reason."""
+    try:
+        return choose_options(platform, device)
+    except jax.errors.JaxRuntimeError as error:
+        return Options({}, {"any of its XLA options": f"the compiler {told(error)}"})
 
 
 def _nvidia() -> tuple[list[str], str | None]:

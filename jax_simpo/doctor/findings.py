@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jax_simpo.doctor.facts import Facts
+from jax_simpo.pages import page_url
 
 _PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 _OLDEST_DRIVERS = {"jax-cuda12-plugin": 525, "jax-cuda13-plugin": 580}  # of the CUDA version, by NVIDIA's release notes
@@ -73,6 +74,13 @@ def _devices(facts: Facts) -> Iterator[Finding]:
             "error",
             f"JAX_PLATFORMS is {wanted}, and the driver lists no such device",
             "Unset JAX_PLATFORMS, or install the driver and the extra `gpu` or `tpu`",
+        )
+    if facts.platform == "gpu" and facts.capability is None:
+        yield Finding(
+            "note",
+            f"{facts.device_kind} has no CUDA compute capability, so it is not NVIDIA's. It runs what XLA compiles: "
+            "`banded`, `blockwise` and `dense`, and of the loss head `xla`. This program has never run on such a GPU",
+            "The tables above say what is right and how fast; please report what this command prints with --json",
         )
     if facts.platform in ("gpu", "tpu") and facts.cores < _FEW_CORES * facts.devices:
         share = facts.cores / facts.devices
@@ -142,3 +150,20 @@ def _settings(facts: Facts) -> Iterator[Finding]:
             "compiled programs are not kept: there is no home that can be written to, so every start compiles again",
             "export JAX_COMPILATION_CACHE_DIR=/a/folder, on a file system that all hosts share",
         )
+    elif facts.hosts > 1 and "JAX_COMPILATION_CACHE_DIR" not in facts.environment:
+        yield Finding(
+            "note",
+            f"the environment names {facts.hosts} hosts, and each keeps compiled programs in its own "
+            f"{facts.compilation_cache}, unless they share that folder",
+            "export JAX_COMPILATION_CACHE_DIR=/a/folder, on a file system that all hosts share",
+        )
+    if facts.devices > 1 or facts.hosts > 1:
+        reasons: dict[str, list[str]] = {}
+        for option, reason in facts.xla_options_left_out.items():
+            reasons.setdefault(reason, []).append(option)
+        for reason, options in reasons.items():
+            yield Finding(
+                "note",
+                f"the step is compiled without {', '.join(options)}: {reason}",
+                f"{page_url('performance')} says what they do, and what decides",
+            )

@@ -30,10 +30,11 @@ from jax_simpo.training.compilation import keep_compiled_programs
 from jax_simpo.training.setup import Setup
 
 # What is tried where no config is given: the shapes of an 8B model on an accelerator, small ones on a CPU.
-_LARGE = Shape("bfloat16", 32, 8, 128, (None,), 128**-0.5, None, 1, 8192)
+_LARGE = Shape("bfloat16", 32, 8, 128, (None,), 128**-0.5, None, 1, 8192, remainder=128)
 _LARGE_HEAD = HeadShape("bfloat16", states=4096, width=4096, vocabulary=128256, softcap=None)
-_SMALL = Shape("float32", 8, 2, 64, (None,), 64**-0.5, None, 1, 1024)
+_SMALL = Shape("float32", 8, 2, 64, (None,), 64**-0.5, None, 1, 1024, remainder=128)
 _SMALL_HEAD = HeadShape("float32", states=512, width=512, vocabulary=32000, softcap=None)
+_CPU_STATES = 128  # of a config's loss head, whose width and dtype stay
 _LONGEST_DENSE = 4096  # tokens of a row; `dense` holds all scores at once, and longer rows would not fit
 
 
@@ -45,6 +46,7 @@ class Examination:
         facts: what is here.
         findings: what to mend, errors first.
         shape: of the attention that was tried.
+        shortened: what of the config's shapes was too large to try here, in words; empty if nothing was.
         peaks: the most that the chip did.
         attention: a verdict on every backend that can run here, and on its variants (`pallas+overlap`).
         obstacles: by name of each other backend, why it cannot.
@@ -60,6 +62,7 @@ class Examination:
     facts: Facts
     findings: Sequence[Finding]
     shape: Shape
+    shortened: str
     peaks: Peaks
     attention: Sequence[Verdict]
     obstacles: dict[str, str]
@@ -104,7 +107,7 @@ def examine_machine(config: TrainConfig | None, console: Console) -> Examination
     if not facts.devices:
         advice = " ".join(f"{finding.text}. {finding.advice}." for finding in find(facts))
         raise ConfigError(f"JAX cannot use its devices: {facts.device_kind}. {advice}")
-    shape, head_shape = _shapes(config, facts)
+    shape, head_shape, shortened = _shapes(config, facts)
     device = jax.local_devices()[0]
     console.print("measuring the peaks of the chip")
     try:
@@ -121,7 +124,9 @@ def examine_machine(config: TrainConfig | None, console: Console) -> Examination
             obstacles[name] = obstacle
             continue
         console.print(f"trying attention: {name}")
-        own = replace(shape, row_length=min(shape.row_length, _LONGEST_DENSE)) if name == "dense" else shape
+        own = shape
+        if name == "dense":  # it has no blocks
+            own = replace(shape, row_length=min(shape.row_length, _LONGEST_DENSE), remainder=0)
         names = [name, *(f"{name}+{variant}" for variant in variants_of(name))]
         tried += verdicts.of_backends(names, own, device, anew=True)
     heads, head_obstacles = _try_heads(head_shape, device, console)
@@ -134,6 +139,7 @@ def examine_machine(config: TrainConfig | None, console: Console) -> Examination
         facts,
         findings,
         shape,
+        shortened,
         peaks,
         tried,
         obstacles,
@@ -167,14 +173,24 @@ def _choose(key: str, tried: Sequence[Verdict], device: jax.Device, work: str) -
     return choice.backend, choice.reason
 
 
-def _shapes(config: TrainConfig | None, facts: Facts) -> tuple[Shape, HeadShape]:
+def _shapes(config: TrainConfig | None, facts: Facts) -> tuple[Shape, HeadShape, str]:
+    """Returns the shapes to try, and what was shortened for a CPU, which would take long for those of a large model."""
     if config is None:
-        return (_SMALL, _SMALL_HEAD) if facts.platform == "cpu" else (_LARGE, _LARGE_HEAD)
+        return *((_SMALL, _SMALL_HEAD) if facts.platform == "cpu" else (_LARGE, _LARGE_HEAD)), ""
     setup = Setup(config, any_mesh=True)
-    head = loss_head.shape_of(setup.model, setup.mesh)
-    if facts.platform == "cpu":
-        head = replace(head, states=_SMALL_HEAD.states)
-    return setup.attention_shape(), head
+    shape, head = setup.attention_shape(), loss_head.shape_of(setup.model, setup.mesh)
+    if facts.platform != "cpu":
+        return shape, head, ""
+    small = replace(shape, rows=1, row_length=min(shape.row_length, _SMALL.row_length))
+    vocabulary = min(head.vocabulary, _SMALL_HEAD.vocabulary)
+    small_head = replace(head, states=min(head.states, _CPU_STATES), vocabulary=vocabulary)
+    if (small, small_head) == (shape, head):
+        return shape, head, ""
+    words = (
+        f"shortened for a CPU from {shape.rows} x {shape.row_length} tokens, "
+        f"the loss head from {head.states} states x {head.vocabulary}"
+    )
+    return small, small_head, words
 
 
 def _of_verdicts(tried: Sequence[Verdict], preferred: Mapping[str, str]) -> list[Finding]:
@@ -217,6 +233,7 @@ def show(examination: Examination, console: Console) -> None:
         ("Python", facts.python),
         ("packages", ", ".join(f"{name} {version}" for name, version in facts.versions.items())),
         ("settings", ", ".join(f"{name}={value}" for name, value in facts.environment.items()) or "none"),
+        ("XLA options", ", ".join(f"{name}={value}" for name, value in facts.xla_options.items()) or "none"),
         ("compiled programs", facts.compilation_cache or "not kept"),
         (
             "peaks",
@@ -228,7 +245,7 @@ def show(examination: Examination, console: Console) -> None:
         table.add_row(name, text)
     console.print(table)
     console.print()
-    for line in _shape_lines(shape):
+    for line in _shape_lines(shape, examination.shortened):
         console.print(line)
     _show_tried(examination.attention, examination.obstacles, peaks, console)
     _show_chosen("attention", examination.chosen, examination.reason, console)
@@ -259,12 +276,12 @@ def _show_chosen(name: str, chosen: str | None, reason: str, console: Console) -
     console.print()
 
 
-def _shape_lines(shape: Shape) -> list[str]:
+def _shape_lines(shape: Shape, shortened: str) -> list[str]:
     windows = ", ".join("none" if window is None else str(window) for window in shape.windows)
     return [
         f"Attention of a layer, forward and backward, on {shape.rows} x {shape.row_length} tokens of packed pairs",
         f"({shape.heads}/{shape.kv_heads} heads of {shape.head_dim} in {shape.dtype}, window: {windows}, "
-        f"soft cap: {shape.softcap or 'none'}; dense on at most {_LONGEST_DENSE} tokens):",
+        f"soft cap: {shape.softcap or 'none'}; {shortened or f'dense on at most {_LONGEST_DENSE} tokens'}):",
     ]
 
 

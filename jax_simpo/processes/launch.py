@@ -17,6 +17,7 @@ from jax_simpo.errors import LaunchError
 # The variables of a SLURM job step that JAX reads. `sbatch` alone does not set the node list: a program that is started
 # without `srun` is one process, whatever the number of tasks of the job.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+_SLURM_NODES = ("SLURM_STEP_NUM_NODES", "SLURM_JOB_NUM_NODES", "SLURM_NNODES")
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # set by GKE
 _PLACE_OPTIONS = "`--coordinator_address HOST:PORT --num_processes N --process_id I`"
 
@@ -105,10 +106,18 @@ def _slurm(environment: Mapping[str, str]) -> Join | None:
     return Join(local_device_ids=tuple(range(int(gpus))) if one_task_per_node else None)
 
 
+def named_hosts(environment: Mapping[str, str]) -> int:
+    """Returns the number of hosts that SLURM's variables, or a TPU's, name; 1 where they name none."""
+    slurm = next((environment[name] for name in _SLURM_NODES if environment.get(name, "").isdecimal()), "1")
+    return max(int(slurm), _tpu_hosts(environment))
+
+
 def _tpu_hosts(environment: Mapping[str, str]) -> int:
     """Returns the number of TPU hosts, over all slices."""
-    hosts = next((environment[name] for name in _TPU_HOSTS if name in environment), "")
-    return len(hosts.split(",")) * int(environment.get("MEGASCALE_NUM_SLICES") or 1)
+    text = next((environment[name] for name in _TPU_HOSTS if name in environment), "")
+    # Where libtpu finds no TPU, it leaves a sentence in the variable, with commas in it.
+    hosts = [host for host in text.split(",") if " " not in host.strip()]
+    return max(1, len(hosts)) * int(environment.get("MEGASCALE_NUM_SLICES") or 1)
 
 
 def _kubernetes(environment: Mapping[str, str]) -> Join | None:

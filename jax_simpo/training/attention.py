@@ -12,10 +12,10 @@ import jax
 from jax.sharding import Mesh
 
 from jax_simpo.config import TrainConfig
-from jax_simpo.data.packing import StepPlan
+from jax_simpo.data.packing import ROW_MULTIPLE, StepPlan
 from jax_simpo.models.transformer import Model
 from jax_simpo.ops.attention.choice import candidates, choose, place_of
-from jax_simpo.ops.attention.evidence import Shape
+from jax_simpo.ops.attention.evidence import LARGEST_BLOCK, Shape
 from jax_simpo.ops.attention.mask import Room
 from jax_simpo.training import verdicts
 from jax_simpo.training.backend_choice import BackendChoice, choose_fastest, keep_named, try_on_first
@@ -30,7 +30,8 @@ def shape_of(config: TrainConfig, model: Model, mesh: Mesh, longest_row: int, pl
     """Returns the part of a run's shapes that its attention depends on.
 
     Lengths are rounded to powers of two, rows down and what is in them up, so that runs on similar data share what was
-    seen.
+    seen. What rows have beyond a whole number of a kernel's blocks stays as it is; where their length is not known yet,
+    it is `ROW_MULTIPLE`.
 
     Args:
         config: the settings of the run.
@@ -42,11 +43,14 @@ def shape_of(config: TrainConfig, model: Model, mesh: Mesh, longest_row: int, pl
     sizes, tensor = model.config, mesh.shape["tensor"]
     if plan is None:
         rows, room = least_rows(config), None
-        length = min(_TYPICAL_ROW, longest_row) if config.row_length == "auto" else config.row_length
+        whole = min(_TYPICAL_ROW, longest_row) if config.row_length == "auto" else config.row_length
     else:
         rows = plan.rows_per_micro_batch // (mesh.shape["data"] * mesh.shape["fsdp"])
-        length = plan.shape.length
-    length = max(128, 1 << max(length, 1).bit_length() - 1)
+        whole = plan.shape.length
+    length = max(128, 1 << max(whole, 1).bit_length() - 1)
+    remainder = (whole - length) % LARGEST_BLOCK
+    if plan is None and config.row_length == "auto":
+        remainder = ROW_MULTIPLE
     if plan is not None:
         longest, span = (min(length, 1 << (n - 1).bit_length()) for n in (plan.longest, plan.span))
         room = Room(1 << (plan.shape.responses - 1).bit_length(), longest, span)
@@ -60,6 +64,7 @@ def shape_of(config: TrainConfig, model: Model, mesh: Mesh, longest_row: int, pl
         softcap=sizes.attention_softcap,
         rows=rows,
         row_length=length,
+        remainder=remainder,
         room=room,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from jax_simpo.data.rows import RowShape
 from jax_simpo.errors import ConfigError
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
+from jax_simpo.training.host import host_memory
 
 if TYPE_CHECKING:
     from jax_simpo.config import TrainConfig
@@ -28,15 +28,10 @@ _LOGITS = 0.125  # share of the remaining memory that a micro-batch's logits may
 
 
 def device_memory(mesh: Mesh) -> int:
-    """Returns the bytes of memory of one device; for a CPU device its share of the machine's."""
+    """Returns the bytes of memory of one device; for a CPU device its share of the host's."""
     device = mesh.local_devices[0]
     stats = device.memory_stats() or {}
     return int(stats.get("bytes_limit", host_memory() // len(jax.local_devices())))
-
-
-def host_memory() -> int:
-    """Returns the bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def least_rows(config: TrainConfig) -> int:

@@ -12,9 +12,12 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
+
+from jax_simpo.sharding import platform_of
 
 SWITCH = "JAX_SIMPO_XLA_FLAGS"  # `false` in the environment: set none of the options below
 
@@ -37,16 +40,45 @@ def step_options(mesh: Mesh, environment: Mapping[str, str] | None = None) -> di
         mesh: the mesh.
         environment: the environment variables, with the user's `XLA_FLAGS`; None takes those of this process.
     """
-    environment = os.environ if environment is None else environment
-    if mesh.shape["fsdp"] == 1 or environment.get(SWITCH, "").lower() in ("false", "0", "off", "no"):
+    if mesh.shape["fsdp"] == 1:
         return {}
-    device = mesh.devices.flat[0]
-    platform = "gpu" if device.platform == "cuda" else device.platform  # jax has both names for them
+    return choose_options(platform_of(mesh.devices.flat[0]), _own(mesh), environment).taken
+
+
+class Options(NamedTuple):
+    """Holds what was decided about the options of a platform.
+
+    Attributes:
+        taken: the options, with their values.
+        left_out: by name of each other option, why it is not set.
+    """
+
+    taken: dict[str, str | bool]
+    left_out: dict[str, str]
+
+
+def choose_options(platform: str, device: jax.Device, environment: Mapping[str, str] | None = None) -> Options:
+    """Decides which options the step takes on a platform, where it gathers parameters.
+
+    Args:
+        platform: of `sharding.platform_of`.
+        device: that this process compiles for; its compiler is asked which options it knows.
+        environment: as for `step_options`.
+    """
+    environment = os.environ if environment is None else environment
+    switch = environment.get(SWITCH, "")
     given = _user_flags(environment.get("XLA_FLAGS", ""))
-    options: dict[str, str | bool] = {}
+    options = Options({}, {})
     for names in _OPTIONS.get(platform, ()):
-        if not given & set(names):
-            options |= next(({name: value} for name, value in names.items() if is_known(name, value, _own(mesh))), {})
+        newest = next(iter(names))
+        if switch.lower() in ("false", "0", "off", "no"):
+            options.left_out[newest] = f"{SWITCH} is {switch}"
+        elif set_by_user := given & set(names):
+            options.left_out[min(set_by_user)] = "XLA_FLAGS sets it"
+        elif known := [name for name in names if is_known(name, names[name], device)]:
+            options.taken[known[0]] = names[known[0]]
+        else:
+            options.left_out[newest] = "the installed XLA does not know it"
     return options
 
 

@@ -26,7 +26,8 @@ from tests.ops.attention.planted import PLANTED, plant
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures small things only, and keeps its verdicts apart."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(report, "_SMALL", replace(report._SMALL, heads=2, kv_heads=1, head_dim=16, row_length=256))
+    small = replace(report._SMALL, heads=2, kv_heads=1, head_dim=16, row_length=256, remainder=0)
+    monkeypatch.setattr(report, "_SMALL", small)
     monkeypatch.setattr(report, "_SMALL_HEAD", HeadShape("float32", 64, 32, 500, None))
     for name, value in (("_TARGETS", 60), ("_COUNTS", (60, 41)), ("_LENGTH", 70), ("_VOCABULARY", 300)):
         monkeypatch.setattr(evidence, name, value)
@@ -95,13 +96,14 @@ def test_the_shapes_are_those_of_the_config(tmp_path: Path) -> None:
                 "model_config": model,
                 "tokenizer_name_or_path": "builtin:cafe",
                 "dataset_mixer": {"builtin:cafe": 1.0},
-                "row_length": 256,
+                "row_length": 1024,
             }
         )
     )
     status, printed = doctor(str(file), "--dtype=float32", "--json")
-    shape = json.loads(printed)["shape"]
-    assert status == 0
+    examination = json.loads(printed)
+    shape = examination["shape"]
+    assert status == 0 and examination["shortened"].startswith("shortened for a CPU from 1 x 1024 tokens")
     assert (shape["heads"], shape["kv_heads"], shape["head_dim"], shape["row_length"]) == (4, 2, 16, 256)
     assert shape["windows"] == [128, None] and shape["softcap"] == 50.0 and shape["scale"] == 0.125
 

@@ -22,11 +22,15 @@ H100 = Facts(
     nvidia_gpus=["NVIDIA H100 80GB HBM3"],
     nvidia_driver="580.65.06",
     tpu_chips=0,
+    hosts=1,
     cores=16,
     host_memory=128 << 30,
     environment={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"},
     compilation_cache="/home/user/.cache/jax-simpo/xla",
+    xla_options={"xla_gpu_enable_latency_hiding_scheduler": True},
+    xla_options_left_out={},
 )
+SWITCHED_OFF = {"xla_gpu_a": "JAX_SIMPO_XLA_FLAGS is false", "xla_gpu_b": "JAX_SIMPO_XLA_FLAGS is false"}
 CPU_OF_GPU = {"platform": "cpu", "capability": None, "device_memory": None}
 
 
@@ -139,6 +143,35 @@ def test_a_hopper_gpu_is_not_sent_to_the_jax_that_it_is_warned_of() -> None:
             "this is Darwin: the extras `gpu` and `tpu` add nothing here",
             "a machine with Linux, or WSL2",
         ),
+        (
+            {
+                "device_kind": "AMD Instinct MI300X",
+                "capability": None,
+                "nvidia_gpus": [],
+                **with_versions(jax="0.11.2"),
+            },
+            "note",
+            "AMD Instinct MI300X has no CUDA compute capability",
+            "report",
+        ),
+        (
+            {"devices": 4, "xla_options_left_out": SWITCHED_OFF},
+            "note",
+            "compiled without xla_gpu_a, xla_gpu_b: JAX_SIMPO_XLA_FLAGS is false",
+            "performance.html",
+        ),
+        (
+            {"hosts": 2, "xla_options_left_out": {"xla_gpu_a": "the installed XLA does not know it"}},
+            "note",
+            "compiled without xla_gpu_a: the installed XLA does not know it",
+            "what decides",
+        ),
+        (
+            {"hosts": 4},
+            "note",
+            "the environment names 4 hosts, and each keeps compiled programs in its own /home/user/.cache",
+            "JAX_COMPILATION_CACHE_DIR",
+        ),
         ({"python": "3.11.7", "capability": (8, 0)}, "note", "Python 3.11 gets jax up to 0.10", "Python 3.12"),
     ],
 )
@@ -152,8 +185,18 @@ def test_each_fault_is_found_with_advice(changes: dict[str, Any], level: str, te
     )
 
 
-def test_the_facts_of_this_machine() -> None:
+def test_hosts_that_share_a_cache_and_single_gpus_without_options_are_sound() -> None:
+    shared = {**H100.environment, "JAX_COMPILATION_CACHE_DIR": "/shared/xla"}
+    assert find(replace(H100, hosts=4, environment=shared)) == []
+    assert find(replace(H100, xla_options_left_out=SWITCHED_OFF)) == []
+
+
+def test_the_facts_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
+    monkeypatch.setenv("JAX_SIMPO_XLA_FLAGS", "false")
     facts = gather_facts()
+    assert facts.hosts == 3 and facts.xla_options == facts.xla_options_left_out == {}  # there are none for CPUs
+    assert facts.environment["SLURM_JOB_NUM_NODES"] == "3" and facts.environment["JAX_SIMPO_XLA_FLAGS"] == "false"
     assert facts.platform == "cpu" and facts.devices >= 1 and facts.cores >= 1 and facts.host_memory > 1 << 30
     assert facts.version("jax") >= (0, 10, 2) and facts.version("no such package") == ()
     assert facts.environment["JAX_PLATFORMS"] == "cpu"

@@ -16,7 +16,7 @@ from jax_simpo import cli
 from jax_simpo.config import builtin, load_config
 from jax_simpo.errors import LaunchError
 from jax_simpo.processes import launch
-from jax_simpo.processes.launch import Join, Launch, find
+from jax_simpo.processes.launch import Join, Launch, find, named_hosts
 
 ROOT = Path(__file__).parents[2]
 FILES = ROOT / "configs" / "launch"
@@ -86,6 +86,25 @@ def test_processes_are_found_by_options_or_by_the_environment(
 def test_a_place_that_is_none_is_an_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(LaunchError, match=message):
         find(Launch(**options), {})
+
+
+@pytest.mark.parametrize(
+    ("environment", "hosts"),
+    [
+        ({}, 1),
+        ({"SLURM_JOB_NUM_NODES": "4"}, 4),
+        ({"SLURM_JOB_NUM_NODES": "4", "SLURM_STEP_NUM_NODES": "2"}, 2),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, 4),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "2"}, 4),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
+        (
+            {"TPU_WORKER_HOSTNAMES": "WARNING: could not determine hostnames, please set them, otherwise libtpu fails"},
+            1,
+        ),
+    ],
+)
+def test_the_environment_says_how_many_hosts_there_are(environment: dict[str, str], hosts: int) -> None:
+    assert named_hosts(environment) == hosts
 
 
 def test_a_pod_that_cannot_find_the_others_does_not_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:

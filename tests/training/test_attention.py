@@ -15,6 +15,7 @@ from jax_simpo.errors import ConfigError
 from jax_simpo.ops.attention.evidence import Distance, Shape, Speed, Verdict
 from jax_simpo.training import attention, verdicts
 from jax_simpo.training.attention import choose_attention
+from jax_simpo.training.setup import Setup
 from tests.ops.attention.planted import plant
 from tests.ports import free_port
 from tests.training.runs import config_of, losses, run, run_printing
@@ -160,6 +161,25 @@ def test_a_named_backend_that_is_wrong_is_refused(tmp_path: Path, monkeypatch: p
         choose_attention(config, SHAPE, device)
     unchecked = config.model_copy(update={"attention_check": False})
     assert choose_attention(unchecked, SHAPE, device).backend == "nan"
+
+
+@pytest.mark.parametrize(
+    ("row_length", "expected"),
+    [(9344, (8192, 128)), (1920, (1024, 384)), (384, (256, 128)), (4096, (4096, 0)), ("auto", (8192, 128))],
+)
+def test_rows_are_tried_at_a_power_of_two_and_what_is_left_over(
+    row_length: int | str, expected: tuple[int, int], tmp_path: Path
+) -> None:
+    shape = Setup(config_of(tmp_path, row_length=row_length), any_mesh=True).attention_shape()
+    assert (shape.row_length, shape.remainder) == expected
+
+
+def test_auto_passes_over_a_backend_that_is_wrong_in_the_last_block_of_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, "wrong_in_the_last_block")
+    choice = choose_attention(config_of(tmp_path), replace(SHAPE, row_length=1024, remainder=128), jax.devices()[0])
+    assert choice.backend == "dense" and "ends within a block" in choice.warnings[0]
 
 
 def test_no_right_backend_is_an_error_that_names_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import create_autospec
 
 import jax
 import numpy as np
@@ -17,13 +18,13 @@ import pytest
 
 from jax_simpo.plan.topology import Topology
 from jax_simpo.training import xla_options
-from jax_simpo.training.xla_options import is_known, step_options
+from jax_simpo.training.xla_options import choose_options, is_known, step_options
 from tests.training.support import mesh_of
 
 
 def gpus(fsdp: int = 8, platform: str = "gpu") -> Any:
     """A mesh of eight GPUs, as far as the choice of options looks at one."""
-    devices = [SimpleNamespace(platform=platform, process_index=0) for _ in range(8)]
+    devices = [create_autospec(jax.Device, instance=True, platform=platform, process_index=0)] * 8
     return SimpleNamespace(shape={"data": 8 // fsdp, "fsdp": fsdp, "tensor": 1}, devices=np.array(devices))
 
 
@@ -34,7 +35,8 @@ def _every_option_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_options_are_set_on_gpus_that_gather_parameters_and_nowhere_else() -> None:
     assert len(step_options(gpus(), {})) == 3
-    assert step_options(gpus(platform="cuda"), {}) == step_options(gpus(fsdp=2), {}) == step_options(gpus(), {})
+    for others in (gpus(platform="cuda"), gpus(platform="rocm"), gpus(fsdp=2)):
+        assert step_options(others, {}) == step_options(gpus(), {})
     assert step_options(gpus(fsdp=1), {}) == step_options(mesh_of((1, 8, 1)), {}) == {}
 
 
@@ -46,6 +48,18 @@ def test_what_the_user_has_set_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "flags").write_text(flags)  # XLA_FLAGS may name a file of flags
     assert step_options(gpus(), {"XLA_FLAGS": str(tmp_path / "flags")}) == expected
     assert step_options(gpus(), {"JAX_SIMPO_XLA_FLAGS": "false"}) == {}
+
+
+def test_what_is_left_out_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = gpus().devices[0]
+    taken, left_out = choose_options("gpu", device, {"XLA_FLAGS": "--xla_gpu_enable_pipelined_all_gather=false"})
+    assert len(taken) == 2 and left_out == {"xla_gpu_enable_pipelined_all_gather": "XLA_FLAGS sets it"}
+    taken, left_out = choose_options("gpu", device, {"JAX_SIMPO_XLA_FLAGS": "off"})
+    assert not taken and set(left_out.values()) == {"JAX_SIMPO_XLA_FLAGS is off"} and len(left_out) == 3
+    monkeypatch.setattr(xla_options, "is_known", lambda name, value, device: "buffering" not in name)
+    taken, left_out = choose_options("gpu", device, {})
+    assert left_out == {"xla_gpu_enable_while_loop_double_buffering": "the installed XLA does not know it"}
+    assert choose_options("cpu", device, {}) == ({}, {})
 
 
 def test_an_option_that_the_compiler_does_not_know_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jax_simpo.errors import ConfigError
 from jax_simpo.ops.attention.backends import BACKENDS, Place, load_backend
+from jax_simpo.sharding import platform_of
 
 # By kind of device, the backends that `auto` tries in turn, and the reason for each preference. The last runs anywhere.
 # docs/decisions/ has what was measured (004) and what was designed (003 and 007).
@@ -55,10 +56,9 @@ def place_of(
         softcap: the model's cap on attention scores, `None` for none.
     """
     device = jax.devices()[0] if device is None else device
-    platform = "gpu" if device.platform in ("gpu", "cuda") else device.platform
     capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
-    major, minor = map(int, capability.groups()) if capability else (0, 0)  # AMD's have names instead
-    return Place(platform, (major, minor), jnp.dtype(dtype).name, head_dim, softcap is not None)
+    major, minor = map(int, capability.groups()) if capability else (0, 0)  # AMD's have names instead, such as gfx942
+    return Place(platform_of(device), (major, minor), jnp.dtype(dtype).name, head_dim, softcap is not None)
 
 
 class Candidates(NamedTuple):

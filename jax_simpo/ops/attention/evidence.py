@@ -1,8 +1,9 @@
 """Tries a backend on the device at hand: are its numbers right, and how fast is it?
 
 A kernel can be wrong on one chip only: by a compiler that nobody has tried it with, or by a race that no other chip
-shows. So its results and gradients on small rows are compared with float64 (`oracle.py`), and then it is timed on rows
-as long as the run's. What comes out is a verdict; nothing here decides anything.
+shows. So its results and gradients on small rows, one of which ends within a kernel's block as the run's rows do, are
+compared with float64 (`oracle.py`), and then it is timed on rows as long as the run's. What comes out is a verdict;
+nothing here decides anything.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from jaxtyping import Array
 from jax_simpo.ops.attention.backends import ScoreRule
 from jax_simpo.ops.attention.dispatch import attention, prepare_mask
 from jax_simpo.ops.attention.mask import Mask, Room
-from jax_simpo.ops.attention.oracle import Results, RowMask, exact_attention, packed_pairs, small_rows
+from jax_simpo.ops.attention.oracle import Results, RowMask, exact_attention, full_row, packed_pairs, small_rows
 from jax_simpo.ops.clock import seconds_per_call
 from jax_simpo.sharding import make_mesh
 
+LARGEST_BLOCK = 512  # tokens of the largest block that a kernel works in (`splash`, in rows of 4,096 and more)
+_LONG = 4096  # tokens of a row in which kernels take their largest blocks
 _LONGEST_REASON = 300  # characters of a compiler's message
 
 
@@ -66,6 +69,8 @@ class Shape:
         softcap: cap on the scores, `None` for none.
         rows: rows that a device computes at a time.
         row_length: tokens of a row.
+        remainder: tokens by which the run's rows are longer than a multiple of `LARGEST_BLOCK`, or than `row_length`
+            where that is less; 0 if they are not.
         room: bounds of what a row of the run may hold; `None` takes those of the rows that are timed.
     """
 
@@ -78,6 +83,7 @@ class Shape:
     softcap: float | None
     rows: int
     row_length: int
+    remainder: int = 0
     room: Room | None = None
 
 
@@ -127,8 +133,9 @@ class Verdict:
 def examine(backend: str, shape: Shape, device: jax.Device, *, timed: bool = True) -> Verdict:
     """Tries a backend on a device. Whatever it raises becomes a verdict.
 
-    It is tried as a run calls it, under a mesh, though of one device. With `timed` its numbers are also compared on
-    rows as long as the run's, because a kernel may take other blocks there.
+    It is tried as a run calls it, under a mesh, though of one device. Where the run's rows end within a block, so does
+    one of the rows that its numbers are compared on. With `timed` they are also compared on rows as long as the run's,
+    because a kernel may take other blocks there.
 
     Args:
         backend: one of `backends.BACKENDS`.
@@ -144,6 +151,11 @@ def examine(backend: str, shape: Shape, device: jax.Device, *, timed: bool = Tru
                 window = None if window is None else min(window, 300)
                 if problem := _complaint(_small_distances(backend, shape, window), seen, shape.dtype):
                     return Verdict(backend, problem, seen)
+                if not shape.remainder:
+                    continue
+                length = min(shape.row_length, _LONG) + shape.remainder
+                if problem := _complaint(_last_distances(backend, shape, window, length), seen, shape.dtype):
+                    return Verdict(backend, f"{problem}, in a row of {length}, which ends within a block", seen)
             if not timed:
                 return Verdict(backend, None, seen)
             speed = Speed(0.0, 0.0, 0.0, 0)
@@ -172,6 +184,14 @@ def _small_case(shape: Shape, window: int | None) -> tuple[Inputs, Results]:
     return inputs, exact_attention(*inputs, rows, ScoreRule(shape.scale, window, shape.softcap))
 
 
+def _last_distances(backend: str, shape: Shape, window: int | None, length: int) -> dict[str, Distance]:
+    """Compares the last pair of a row that it fills to the end."""
+    rows, rule = full_row(length), ScoreRule(shape.scale, window, shape.softcap)
+    on_host = _random_inputs(replace(shape, rows=1, row_length=length))
+    found = _Attend(backend, rows, rule).compiled(_with_gradients, _on_device(on_host, shape.dtype))()
+    return _distances_of_last_group([_on_host(x) for x in found], on_host, rows, rule)
+
+
 def _at_length(backend: str, shape: Shape, window: int | None) -> tuple[dict[str, Distance], Speed]:
     """Times a backend on rows of packed pairs, filled as a run's are, and compares the last pair of each row.
 
@@ -186,7 +206,16 @@ def _at_length(backend: str, shape: Shape, window: int | None) -> tuple[dict[str
     forward_seconds = seconds_per_call(attend.compiled(_forward, inputs))
     both = attend.compiled(_with_gradients, inputs)
     seconds = seconds_per_call(both)
-    found = [_on_host(x) for x in both()]
+    distances = _distances_of_last_group([_on_host(x) for x in both()], on_host, rows, rule)
+    # Two products in the forward pass, five in the backward pass (FlashAttention-2, section 4.1).
+    operations = 7 * 2 * rows.live_area(window) * shape.heads * shape.head_dim
+    return distances, Speed(forward_seconds, seconds, operations / seconds / 1e12, both.temporary_bytes)
+
+
+def _distances_of_last_group(
+    found: list[np.ndarray], on_host: Inputs, rows: RowMask, rule: ScoreRule
+) -> dict[str, Distance]:
+    """Compares the last group of every row; the others have to be finite."""
     last = rows.last_group()
     q, k, v, dout = (x[:, last] for x in on_host)
     exact = exact_attention(q, k, v, dout, rows.part(last), rule)
@@ -194,9 +223,7 @@ def _at_length(backend: str, shape: Shape, window: int | None) -> tuple[dict[str
     for name, array in zip(Results._fields, found, strict=True):
         if not np.isfinite(array).all():
             distances[name] = Distance(float("inf"), float("inf"))
-    # Two products in the forward pass, five in the backward pass (FlashAttention-2, section 4.1).
-    operations = 7 * 2 * rows.live_area(window) * shape.heads * shape.head_dim
-    return distances, Speed(forward_seconds, seconds, operations / seconds / 1e12, both.temporary_bytes)
+    return distances
 
 
 def _distances(found: Iterable[np.ndarray], exact: Results) -> dict[str, Distance]:

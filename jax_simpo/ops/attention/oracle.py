@@ -101,6 +101,13 @@ def packed_pairs(rows: int, length: int, room: Room | None = None) -> RowMask:
     return write_rows([[pair] * min(most, length // tokens)] * rows, length)
 
 
+def full_row(length: int) -> RowMask:
+    """Returns one row of pairs of 1,024 tokens, the last of which takes the rest and ends with the row."""
+    sizes = [1024] * max(1, length // 1024)
+    sizes[-1] += length - sum(sizes)
+    return write_rows([[Node(n // 2, (Node(n // 4), Node(n - n // 2 - n // 4))) for n in sizes]], length)
+
+
 def write_rows(rows: list[list[Node]], length: int) -> RowMask:
     """Lays the trees of each row out one after the other, depth first; the rest of a row is padding."""
     key_end = np.zeros((len(rows), length), np.int32)

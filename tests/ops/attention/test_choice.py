@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest.mock import create_autospec
 
 import jax
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from jax_simpo.errors import ConfigError
 from jax_simpo.ops.attention import choose, place_of
 from jax_simpo.ops.attention.backends import Place
+from jax_simpo.ops.attention.choice import candidates
 
 CPU = Place("cpu", (0, 0), "float32", 64, False)
 H100 = Place("gpu", (9, 0), "bfloat16", 128, False)
@@ -67,6 +69,15 @@ def test_auto_on_a_tpu_is_splash_where_tokamax_is_installed(installed: bool, mon
 def test_a_backend_that_cannot_run_here_is_an_error_with_the_choices(name: str, place: Place, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose(name, place)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "rocm"])
+def test_an_amd_gpu_is_a_gpu_on_which_xla_alone_computes(platform: str) -> None:
+    """jax calls AMD's devices "gpu", as NVIDIA's; "rocm" is its name for their platform."""
+    device = create_autospec(jax.Device, instance=True, platform=platform, compute_capability="gfx942")
+    place = place_of(device)
+    assert place == AMD and place.kind == "GPU"
+    assert list(candidates(place).reasons) == ["banded", "blockwise"]
 
 
 def test_the_choice_knows_the_device_at_hand() -> None:

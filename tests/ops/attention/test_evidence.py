@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax_simpo.ops.attention import Mask, Room, attention, dense, prepare_mask
 from jax_simpo.ops.attention.backends import ScoreRule
 from jax_simpo.ops.attention.evidence import Shape, examine
-from jax_simpo.ops.attention.oracle import Results, exact_attention, packed_pairs, small_rows
+from jax_simpo.ops.attention.oracle import Results, exact_attention, full_row, packed_pairs, small_rows
 from jax_simpo.sharding import make_mesh
 from tests.ops.attention.planted import plant
 
@@ -70,6 +70,14 @@ def test_packed_pairs_fill_a_row() -> None:
     rows = packed_pairs(2, 4096)
     assert (rows.key_end > 0).all() and rows.room == (8, 768, 1024)
     assert packed_pairs(1, 256).room == (2, 192, 256)
+
+
+@given(length=st.integers(128, 5000))
+def test_the_last_pair_of_a_full_row_ends_with_it(length: int) -> None:
+    rows = full_row(length)
+    assert (rows.key_end > 0).all() and rows.key_end.shape == (1, length)
+    last = rows.last_group()
+    assert last.stop == length and min(length, 1024) <= last.stop - last.start < 2048
 
 
 @given(
@@ -133,6 +141,16 @@ def test_a_fault_that_only_long_rows_show_is_found(monkeypatch: pytest.MonkeyPat
     plant(monkeypatch, "wrong_in_long_rows")
     verdict = examine("wrong_in_long_rows", replace(SHAPE, row_length=1024), jax.devices()[0])
     assert verdict.problem is not None and "in rows of 1024" in verdict.problem
+
+
+def test_a_fault_in_the_last_block_of_a_row_is_found_where_rows_end_within_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, "wrong_in_the_last_block")
+    found = []
+    for remainder in (0, 128):
+        shape = replace(SHAPE, row_length=1024, remainder=remainder)
+        found.append(examine("wrong_in_the_last_block", shape, jax.devices()[0], timed=remainder == 0).problem)
+    assert found[0] is None  # nothing else would have found it
+    assert found[1] is not None and re.search("is wrong: .*, in a row of 1152, which ends within a block", found[1])
 
 
 def test_a_backend_is_tried_on_one_device_whatever_the_mesh(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def arrays(  # type: ignore[no-untyped-def]
 @functools.partial(jax.jit, static_argnames=("window", "softcap", "switches"))
 def kernels(q, k, v, dout, key_end, positions, window=None, softcap=None, switches=DEFAULTS):  # type: ignore[no-untyped-def]
     """Returns the output and the gradients of q, k and v by the kernels."""
-    lists = bounds.find_block_bounds(key_end, positions, window, BLOCK, heavy_first=switches.heavy_first)
+    lists = bounds.find_block_bounds(key_end, positions, window, BLOCK, **switches.of_lists)
     rule = ScoreRule(SCALE, window, softcap)
 
     def attend(q, k, v):  # type: ignore[no-untyped-def]
@@ -179,7 +179,7 @@ def test_no_warpgroup_reads_what_a_copy_may_be_writing(switches: Switches, monke
 PACKED_KEY_END = [31] * 12 + [24] * 4 + [20] * 4 + [24] * 4 + [31] * 7 + [42] * 11 + [0] * 2
 PACKED_POSITIONS = [*range(20), *range(16, 20), *range(12, 19), *range(11), 0, 0]
 VARIANTS = {
-    "all at tiles in order": Switches(heavy_first=False, ping_pong=True, overlap=True),
+    "all at tiles in order": Switches(heavy_first=False, half_lists=False, ping_pong=True, overlap=True),
     "ping-pong": Switches(ping_pong=True),
     "overlap": Switches(overlap=True),
 }
@@ -189,7 +189,7 @@ VARIANTS = {
 def test_every_variant_of_the_forward_kernel_equals_dense_on_trees_and_packed_sequences(switches: Switches) -> None:
     key_end, positions = (jnp.asarray([x], jnp.int32) for x in (PACKED_KEY_END, PACKED_POSITIONS))
     q, k, v, _ = arrays(13)
-    lists = bounds.find_block_bounds(key_end, positions, 9, BLOCK, heavy_first=switches.heavy_first)
+    lists = bounds.find_block_bounds(key_end, positions, 9, BLOCK, **switches.of_lists)
     rule = ScoreRule(SCALE, 9, 2.0)
     result = jax.jit(
         lambda *a: kernel.attention(*a, key_end, positions, lists, rule, switches=switches, block=BLOCK, interpret=True)
@@ -329,14 +329,20 @@ def test_queries_that_see_nothing_give_zeros(
         np.testing.assert_array_equal(whole_block[:, DEAD], 0.0)
 
 
-find_block_bounds = jax.jit(bounds.find_block_bounds, static_argnums=(2, 3), static_argnames="heavy_first")
+find_block_bounds = jax.jit(
+    bounds.find_block_bounds, static_argnums=(2, 3), static_argnames=("heavy_first", "half_lists")
+)
 
 
 @settings(max_examples=30)
-@given(layout=layouts(length=64), window=st.sampled_from([None, 1, 7, 30]), heavy_first=st.booleans())
-def test_block_lists_are_exact(layout: tuple[np.ndarray, np.ndarray], window: int | None, heavy_first: bool) -> None:
+@given(
+    layout=layouts(length=64),
+    window=st.sampled_from([None, 1, 7, 30]),
+    switches=st.sampled_from([DEFAULTS, Switches(heavy_first=False, half_lists=False)]),
+)
+def test_block_lists_are_exact(layout: tuple[np.ndarray, np.ndarray], window: int | None, switches: Switches) -> None:
     key_end, positions = (jnp.asarray(x)[None] for x in layout)
-    lists = find_block_bounds(key_end, positions, window, 16, heavy_first=heavy_first)
+    lists = find_block_bounds(key_end, positions, window, 16, **switches.of_lists)
     mask = np.asarray(prepare_mask(key_end, positions, (window,), "dense").visible(window))[0]
     for visible, (tiles, blocks), count in (
         (mask, lists.queries, 4),
@@ -344,11 +350,13 @@ def test_block_lists_are_exact(layout: tuple[np.ndarray, np.ndarray], window: in
         (mask.T, lists.keys_halves, 8),
     ):
         by_block = visible.reshape(4, 16, count, -1)
+        if count == 8 and not switches.half_lists:  # each half counts as its whole block
+            by_block = visible.reshape(4, 16, 4, -1).repeat(2, axis=2)
         some, every = by_block.any((1, 3)), by_block.all((1, 3))
         places = [int(place) for place, _, _ in tiles[0]]
         work = [int(live) for _, _, live in tiles[0]]
         assert sorted(places) == [0, 1, 2, 3]
-        assert work == sorted(work, reverse=True) if heavy_first else places == [0, 1, 2, 3]
+        assert work == sorted(work, reverse=True) if switches.heavy_first else places == [0, 1, 2, 3]
         for listed, (place, full, live) in zip(blocks[0].tolist(), tiles[0].tolist(), strict=True):
             assert sorted(listed[:full]) == [j for j in range(count) if every[place, j]]
             assert sorted(listed[full:live]) == [j for j in range(count) if some[place, j] and not every[place, j]]

@@ -27,7 +27,7 @@ def make_backend(switches: Switches) -> Backend:
 
     def prepare(mask: Mask, window: int | None) -> BlockBounds:
         """Lists the live blocks of the batch; see `Backend.prepare`."""
-        return find_block_bounds(mask.key_end, mask.positions, window, heavy_first=switches.heavy_first)
+        return find_block_bounds(mask.key_end, mask.positions, window, **switches.of_lists)
 
     def attend(
         q: Float[Array, "B L H Dh"],
@@ -58,4 +58,5 @@ VARIANTS = {
     "overlap": make_backend(DEFAULTS._replace(overlap=True)),
     "ping_pong+overlap": make_backend(DEFAULTS._replace(ping_pong=True, overlap=True)),
     "row_order": make_backend(DEFAULTS._replace(heavy_first=False)),
+    "whole_lists": make_backend(DEFAULTS._replace(half_lists=False)),
 }

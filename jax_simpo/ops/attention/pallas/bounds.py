@@ -29,10 +29,18 @@ def find_block_bounds(
     block: int = BLOCK,
     *,
     heavy_first: bool = True,
+    half_lists: bool = True,
 ) -> BlockBounds:
-    """Returns the lists of a batch. A row whose length is no multiple of the block ends with keys that none sees."""
+    """Returns the lists of a batch. A row whose length is no multiple of the block ends with keys that none sees.
+
+    `switches.py` says what `heavy_first` and `half_lists` are.
+    """
     live, full = live_and_full(whole_blocks(key_end, block), whole_blocks(positions, block), window, block // 2)
     rows, halves, _ = live.shape
+    if not half_lists:
+        by_block = rows, halves // 2, 2, halves // 2, 2
+        live = live.reshape(by_block).any((2, 4)).repeat(2, axis=1).repeat(2, axis=2)
+        full = full.reshape(by_block).all((2, 4)).repeat(2, axis=1).repeat(2, axis=2)
 
     def lists(query_halves: int, key_halves: int, by_keys: bool = False) -> BlockLists:
         shape = rows, halves // query_halves, query_halves, halves // key_halves, key_halves
