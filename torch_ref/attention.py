@@ -119,11 +119,19 @@ def dense_attention(
 
 
 def flex_attention(
-    query: Float[Tensor, "B H L Dh"], key: Tensor, value: Tensor, block_mask: Any, scale: float, softcap: float | None
+    query: Float[Tensor, "B H L Dh"],
+    key: Float[Tensor, "B K L Dh"],
+    value: Float[Tensor, "B K L Dh"],
+    block_mask: Any,
+    scale: float,
+    softcap: float | None,
 ) -> Float[Tensor, "B H L Dh"]:
-    """Computes attention with FlexAttention, which skips masked blocks in both passes. CUDA only (no CPU backward)."""
+    """Computes attention with FlexAttention, which skips masked blocks in both passes. CUDA only (no CPU backward).
+
+    Query heads may share keys and values; the kernel reads these once for each of them and stores no copies.
+    """
     return _compiled_flex(query.device.type)(
-        query, key, value, score_mod=_soft_cap(softcap), block_mask=block_mask, scale=scale
+        query, key, value, score_mod=_soft_cap(softcap), block_mask=block_mask, scale=scale, enable_gqa=True
     )
 
 
@@ -131,7 +139,8 @@ def flex_attention(
 def _compiled_flex(device: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention as flex
 
-    return torch.compile(flex, dynamic=False) if device == "cuda" else flex
+    # With `fullgraph`, what cannot be compiled raises. Uncompiled it would run too, and hold all scores in memory.
+    return torch.compile(flex, dynamic=False, fullgraph=True) if device == "cuda" else flex
 
 
 @lru_cache  # one function per cap, so that FlexAttention is compiled once for it
@@ -165,8 +174,9 @@ def _attend(implementation: str) -> Any:
         if attention_mask is not None or dropout:
             raise ValueError("rows have their own mask, and the prefix they share allows no dropout")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        if implementation != "flex":
+            groups = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         if implementation == "flex":
             out = flex_attention(query, key, value, rows.block_mask(sliding_window), scale, softcap)
         elif implementation == "dense" or softcap is not None:
