@@ -69,6 +69,12 @@ def accelerator() -> str:
 
 
 @cache
+def has_gpu() -> bool:
+    """Returns True if a process may use a GPU."""
+    return bool(_of_gpus("name"))
+
+
+@cache
 def driver() -> str:
     """Returns the version of the GPUs' driver, or nothing where there is none."""
     return ", ".join(dict.fromkeys(_of_gpus("driver_version")))

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from benchmarks.cells import CELLS_HELP, WRONG, Cells, failed, first_line
-from benchmarks.facts import installed_versions, machine_facts
+from benchmarks.facts import has_gpu, installed_versions, machine_facts
 from benchmarks.loss_head_sides import COMPILED_HERE, FULL, SEQUENCE, TILES, WAYS, Numbers, Sizes
 from benchmarks.options import Option, run
 from benchmarks.results import Result, Table, can_draw, gib, picture
@@ -36,7 +36,7 @@ from benchmarks.timing import in_turns, speed_up
 from benchmarks.workers import Worker, WorkerFailed
 
 VOCABULARIES = (32000, 64000, 128256, 256000)
-LIMIT = 120.0  # seconds of an answer, compilation included
+GPU_LIMIT, CPU_LIMIT = 120.0, 1800.0  # seconds of an answer, compilation included
 CONTEXT = 2**30  # bytes that a process takes of a GPU beside what its framework counts
 SHARE = 0.9  # of the device's memory that processes may take together
 
@@ -118,6 +118,10 @@ def _start(work: Path, way: str, sizes: Sizes) -> Worker:
     return Worker(["benchmarks.loss_head_sides", way, *sizes.arguments()], work / f"{way}.log", environment)
 
 
+def _limit() -> float:
+    return GPU_LIMIT if has_gpu() else CPU_LIMIT
+
+
 def _measure(store: Cells, start: Start, sizes: Sizes, rounds: int) -> dict[str, Any]:
     """Measures each way, alone and in turns; one that fails, is wrong or is not here gets the reason instead."""
     liger = installed_versions(("liger-kernel",))
@@ -149,13 +153,13 @@ def _alone(start: Start, way: str, sizes: Sizes) -> dict[str, Any]:
         WorkerFailed: it failed.
     """
     with start(way, sizes) as worker:
-        answer = worker.ask(LIMIT, do="check")
+        answer = worker.ask(_limit(), do="check")
         if "left out" in answer:
             return answer
-        memory = worker.ask(LIMIT, do="memory")
+        memory = worker.ask(_limit(), do="memory")
     if memory == COMPILED_HERE:  # the next process finds the program
         with start(way, sizes) as worker:
-            memory = worker.ask(LIMIT, do="memory")
+            memory = worker.ask(_limit(), do="memory")
     if memory == COMPILED_HERE:
         memory = {"memory unknown": "jax kept no compiled program"}
     return {**answer, **memory}
@@ -192,7 +196,7 @@ def _turns(start: Start, group: Sequence[str], sizes: Sizes, rounds: int) -> dic
             if way in reasons:
                 return 0.0
             try:
-                return float(running[way].ask(LIMIT, do="time")["seconds"])
+                return float(running[way].ask(_limit(), do="time")["seconds"])
             except WorkerFailed as error:
                 reasons[way] = {"failed": first_line(error)}
                 return 0.0

@@ -138,7 +138,7 @@ class Process:
         self.way, self.dying, self.turns = way, dying, 0
 
     def ask(self, limit: float, do: str) -> dict[str, Any]:
-        assert limit == loss_head.LIMIT and do == "time"
+        assert limit == loss_head.CPU_LIMIT and do == "time"
         self.turns += 1
         if self.way == self.dying and self.turns == 2:
             raise WorkerFailed("did not answer within 120 s\nthe log")
