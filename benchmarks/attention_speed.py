@@ -382,6 +382,11 @@ def _jax_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
         if name == CONTENDERS:
             names, missing = contenders()
             return {"contenders": names, "missing": "; ".join(missing)}
+        if request.get("turn"):
+            return turns.take(name, lambda: passes(name)["both"]())
+        return _sample(passes(name), jax.block_until_ready)
+
+    def passes(name: str) -> dict[str, Callable[[], Callable[[], Any]]]:
         mask = prepared(key_end, positions, name)
 
         @jax.jit
@@ -396,14 +401,11 @@ def _jax_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
             out, pull = jax.vjp(partial(forward, mask), q, k, v)
             return out, pull(dout)
 
-        passes: dict[str, Callable[[], Callable[[], Any]]] = {
+        return {
             "forward": lambda: partial(forward, mask, q, k, v),
             "backward": lambda: partial(backward, with_residuals(mask, q, k, v)[1], dout),
             "both": lambda: partial(both, mask, q, k, v, dout),
         }
-        if request.get("turn"):
-            return turns.take(name, passes["both"])
-        return _sample(passes, jax.block_until_ready)
 
     turns = _Turns(jax.block_until_ready)
     return handle
@@ -491,6 +493,14 @@ def _torch_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
         if name == CONTENDERS:
             there = [own for own, (package, _) in known.items() if installed(package)]
             return {"contenders": there, "missing": ", ".join(own for own in known if own not in there)}
+        if request.get("turn"):
+            return turns.take(name, lambda: passes(name)["both"]())
+        if name.startswith(FLEX) and not gpu:
+            reason = {"left out": f"{FLEX} has no backward pass on a CPU"}
+            return {**_sample({"forward": passes(name)["forward"]}, wait), "backward": reason, "both": reason}
+        return _sample(passes(name), wait)
+
+    def passes(name: str) -> dict[str, Callable[[], Callable[[], Any]]]:
         attend = known[name][1]()
         inputs = [a.detach().requires_grad_() for a in arrays]
 
@@ -505,12 +515,7 @@ def _torch_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def both() -> Any:
             return torch.autograd.grad(attend(*inputs), inputs, dout)
 
-        if request.get("turn"):
-            return turns.take(name, lambda: both)
-        if name.startswith(FLEX) and not gpu:
-            reason = {"left out": f"{FLEX} has no backward pass on a CPU"}
-            return {**_sample({"forward": lambda: forward}, wait), "backward": reason, "both": reason}
-        return _sample({"forward": lambda: forward, "backward": backward, "both": lambda: both}, wait)
+        return {"forward": lambda: forward, "backward": backward, "both": lambda: both}
 
     turns = _Turns(wait)
     return handle

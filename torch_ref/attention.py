@@ -26,6 +26,8 @@ from torch import Tensor, nn
 ROW_ATTENTION = {"sdpa": "rows_sdpa", "flex": "rows_flex", "dense": "rows_dense"}
 """Name of an implementation in the config -> name under which it is registered."""
 
+_SHAPES = 64  # that FlexAttention may be compiled for in a process
+
 
 @dataclass
 class RowMask:
@@ -139,8 +141,17 @@ def flex_attention(
 def _compiled_flex(device: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention as flex
 
-    # With `fullgraph`, what cannot be compiled raises. Uncompiled it would run too, and hold all scores in memory.
-    return torch.compile(flex, dynamic=False, fullgraph=True) if device == "cuda" else flex
+    if device != "cuda":
+        return flex
+    import torch._dynamo
+
+    # With `fullgraph`, what cannot be compiled raises. Uncompiled it would run too, and hold all scores in memory. That
+    # also counts for one shape more than the limit, which is 8: rows of training and evaluation, with and without
+    # gradients, times the layers' windows.
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, limit, max(getattr(config, limit), _SHAPES))
+    return torch.compile(flex, dynamic=False, fullgraph=True)
 
 
 @lru_cache  # one function per cap, so that FlexAttention is compiled once for it
