@@ -29,7 +29,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -386,6 +386,7 @@ def _jax_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
             return turns.take(name, lambda: passes(name)["both"]())
         return _sample(passes(name), jax.block_until_ready)
 
+    @cache  # what a contender has compiled on its own is compiled when it takes turns
     def passes(name: str) -> dict[str, Callable[[], Callable[[], Any]]]:
         mask = prepared(key_end, positions, name)
 
@@ -500,6 +501,7 @@ def _torch_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
             return {**_sample({"forward": passes(name)["forward"]}, wait), "backward": reason, "both": reason}
         return _sample(passes(name), wait)
 
+    @cache
     def passes(name: str) -> dict[str, Callable[[], Callable[[], Any]]]:
         attend = known[name][1]()
         inputs = [a.detach().requires_grad_() for a in arrays]
