@@ -132,7 +132,7 @@ Handle = Callable[[dict[str, Any]], dict[str, Any]]
 # --- JAX
 
 
-def jax_functions(way: str, targets: np.ndarray) -> dict[str, Callable[..., Any]]:
+def jax_functions(way: str, targets: Any) -> dict[str, Callable[..., Any]]:
     """Returns by name of a function `hidden [1, N, D], head [V, D] -> loss, values`, in one of our ways."""
     import jax
     import jax.numpy as jnp

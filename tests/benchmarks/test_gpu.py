@@ -94,13 +94,13 @@ def test_a_part_that_needs_more_time_than_is_left_lets_the_others_run(
 def test_what_failed_is_told_and_tried_again_when_all_else_is_measured(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "PARTS", {"bad": part("fails"), "stuck": part("hangs", limit=2)})
+    monkeypatch.setattr(gpu, "PARTS", {"bad": part("fails"), "dead": part("killed")})
     assert call(folder) == 1
     assert "bad: ok, 3 cells, 1 of them failed" in (folder / "summary.txt").read_text()
     capfd.readouterr()
     assert call(folder, "--resume") == 0
     shown = capfd.readouterr().out
-    assert shown.index("== stuck: ok") < shown.index("== bad: ok")
+    assert shown.index("== dead: ok") < shown.index("== bad: ok")
     assert "bad: ok, 3 cells," in (folder / "summary.txt").read_text()
     assert numbers(folder, "bad") == [0, {"failed": "no kernel"}, 2, 1]
 

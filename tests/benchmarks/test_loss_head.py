@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,17 @@ def arrays(dtype: str) -> Arrays:
     return jnp.asarray(hidden, dtype)[None], jnp.asarray(8 * head), targets
 
 
+@cache
+def program(way: str, function: str) -> Callable[..., Any]:
+    def values_and_gradients(hidden: Any, head: Any, targets: Any) -> Any:
+        return jax.value_and_grad(jax_functions(way, targets)[function], argnums=(0, 1), has_aux=True)(hidden, head)
+
+    return jax.jit(values_and_gradients)
+
+
 def run(way: str, function: str, given: Arrays) -> tuple[Any, Any]:
     """Returns the values and the gradients of a way."""
-    hidden, head, targets = given
-    program = jax.jit(jax.value_and_grad(jax_functions(way, targets)[function], argnums=(0, 1), has_aux=True))
-    (_, values), gradients = program(hidden, head)
+    (_, values), gradients = program(way, function)(*given)
     return values, gradients
 
 
