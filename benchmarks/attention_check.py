@@ -136,15 +136,15 @@ def _row(result: dict[str, Any]) -> tuple[Any, ...]:
 
 def _serve() -> None:
     requests = Requests()
-    import jax
 
     from benchmarks.layers_sides import RUNS_ON
     from benchmarks.steps import device_name
+    from jax_simpo.ops.attention import place_of
 
     def handle(request: dict[str, Any]) -> dict[str, Any]:
         case = Case(*request["case"])
         if request["backend"] == "backends":
-            candidates = [name for name in RUNS_ON[jax.default_backend()] if name != "dense"]
+            candidates = [name for name in RUNS_ON[place_of().platform] if name != "dense"]
             return {"device": device_name(), "backends": [name for name in candidates if _runs(name, case)]}
         return distances(case, request["backend"])
 

@@ -2,17 +2,19 @@
 
 Times our backends and PyTorch's on the same rows: one causal sequence, packed pairs with each prompt once and twice,
 and one pair with a long prompt. Masks are prepared before, on both sides. Each shape has a process for JAX and one for
-PyTorch; each measurement dispatches many calls and waits at the end. Contenders do not take turns: each is measured on
-its own, one after another, and after a resume the figures of one table may come from several calls. `forward` computes
-the result alone, `backward` the three gradients from what the forward pass left, `both` goes through the two in one
-call. The first call, which compiles, has a time of its own.
+PyTorch; each measurement dispatches many calls and waits at the end. `forward` computes the result alone, `backward`
+the three gradients from what the forward pass left, `both` goes through the two in one call. The first call, which
+compiles, has a time of its own. First each contender is measured on its own, one after another, and after a resume
+these figures may come from several calls. Then all that could run `both` take turns in it, in one go; what is said
+of our backends beside FlexAttention is the median of the ratios within these rounds.
 
 Operations are counted over the live area, the pairs of a query and a key that it sees: for each head of size D, 4 D a
 pair forward and 10 D backward, where the scores are computed a second time. They are compared with a matrix product of
 the same side and shape.
 
-Expected on an H100: our kernels reach 60 to 70 % of the matrix product forward and 40 to 48 % backward on long rows.
-Not measured yet.
+Expected on an H100: our kernels reach 60 to 70 % of the matrix product forward and 40 to 48 % backward on long rows;
+`pallas` is no slower than FlexAttention in `both` on any layout, and 1.2 times as fast on packed pairs with each prompt
+once. Not measured yet.
 
 Takes about two minutes a head size on two CPU cores with `--quick`. On a GPU it has not run yet.
 """
@@ -24,27 +26,34 @@ import statistics
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 
-from benchmarks.cells import CELLS_HELP, Cells, failed, first_line
-from benchmarks.facts import machine_facts
+from benchmarks.cells import CELLS_HELP, Cells, failed, failures_in, first_line
+from benchmarks.facts import installed_versions, machine_facts
 from benchmarks.lengths import PROFILES, draw_lengths
 from benchmarks.masks import fill_row, live_area
 from benchmarks.options import Option, run
 from benchmarks.results import Result, Table, percent
-from benchmarks.timing import sampled
+from benchmarks.timing import calls_a_window, in_turns, sampled, speed_up, window_seconds
 from benchmarks.workers import Requests, RestartedWorker, WorkerFailed
 
 LAYOUTS = ("causal", "separate", "shared", "long prompt")
 PASSES = {"forward": 4, "backward": 10, "both": 14}  # operations a visible pair and feature of a head
-PROFILE = PROFILES["capybara"]
 CELL_LIMIT = 120.0  # seconds of a contender, compilation included
+ROUNDS = 5
+FLEX = "FlexAttention"
+# How many times as fast as FlexAttention `pallas` is to be in `both`: on packed pairs that share prompts; elsewhere.
+BOUND_SHARED, BOUND = 1.2, 1.0
+# The packages that add contenders: of FlashAttention 2, 3 and 4.
+ADDED = ("flash-attn", "flash-attn-3", "flash-attn-4")
 QUICK = {"rows": 1, "length": 256, "heads": 4, "kv_heads": 2}
 PRODUCT, CONTENDERS = "matrix product", "names of contenders"  # requests beside the contenders themselves
 QUICK_SCALE = 16  # the pairs are so many times shorter
@@ -61,8 +70,9 @@ class Shape:
         length: tokens of a row.
         heads: query heads.
         kv_heads: key/value heads.
-        scale: the pairs are so many times shorter than those of `PROFILE`.
+        scale: the pairs are so many times shorter than those of the profile.
         dtype: of all arrays.
+        profile: lengths of the pairs; a name of `lengths.PROFILES`.
     """
 
     layout: str
@@ -73,10 +83,21 @@ class Shape:
     kv_heads: int = 8
     scale: int = 1
     dtype: str = "bfloat16"
+    profile: str = "capybara"
+
+    @property
+    def name(self) -> str:
+        pairs = f" {self.profile}" if self.layout in ("separate", "shared") else ""
+        return f"head {self.width}, {self.layout}{pairs}"
+
+    @property
+    def bound(self) -> float:
+        """How many times as fast as FlexAttention `pallas` is to be."""
+        return BOUND_SHARED if self.layout == "shared" else BOUND
 
     def masks(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns `key_end` and positions, [B, L]."""
-        pairs = np.maximum(1, draw_lengths(PROFILE, 64 * self.rows) // self.scale).tolist()
+        pairs = np.maximum(1, draw_lengths(PROFILES[self.profile], 64 * self.rows) // self.scale).tolist()
         made = []
         for row in range(self.rows):
             if self.layout == "causal":
@@ -101,22 +122,31 @@ def main(
     cells: Annotated[Path | None, Option(CELLS_HELP)] = None,
     width: Annotated[list[int] | None, Option("Features of a head (repeatable). Default: 128 and 64.")] = None,
     layout: Annotated[list[str] | None, Option("Layouts (repeatable). Default: all.", LAYOUTS)] = None,
+    profile: Annotated[list[str] | None, Option("Lengths of pairs (repeatable).", list(PROFILES))] = None,
     dtype: Annotated[str, Option("Of all arrays.")] = "bfloat16",
     quick: Annotated[bool, Option("Short rows, to see that it runs.")] = False,
 ) -> None:
     """Times every contender on every shape."""
     extra: dict[str, Any] = {**QUICK, "scale": QUICK_SCALE} if quick else {}
     store = Cells(cells)
-    measured = []
-    for features in width or (128, 64):
-        for own_layout in layout or LAYOUTS:
-            shape = Shape(own_layout, features, dtype=dtype, **extra)
-            for side in SIDES:
-                measured += _measure(store, shape, side)
+    measured: list[dict[str, Any]] = []
+    turns: list[dict[str, Any]] = []
+    for features, own_layout, pairs in product(width or (128, 64), layout or LAYOUTS, profile or ("capybara",)):
+        shape = Shape(own_layout, features, dtype=dtype, profile=pairs, **extra)
+        with tempfile.TemporaryDirectory() as logs, ExitStack() as stack:
+            workers = {side: stack.enter_context(_worker(side, shape, Path(logs))) for side in SIDES}
+            of_shape = [result for side in SIDES for result in _measure(store, shape, side, workers[side])]
+            measured += of_shape
+            ours = [m["contender"] for m in of_shape if m["attention"] == "jax" and "passes" in m]
+            turns.append({**asdict(shape), "ours": ours, "turns": _take_turns(store, shape, of_shape, workers)})
+        for line in _beside_flex(turns[-1]):
+            print(*line, sep=", ", flush=True)
     device = next((m["device"] for m in measured if "device" in m), "none that could be used")
-    about = f"{dtype}; pairs of {PROFILE.name}'s lengths. " + __doc__.split("\n\n")[1].replace("\n", " ")
-    tables = [_speeds(measured), _sides(measured)]
-    Result(name, "Attention alone", about, machine_facts(device), tables, {"cells": measured}).write(output)
+    about = f"{dtype}; pairs in the lengths of {', '.join(profile or ['capybara'])}. "
+    about += __doc__.split("\n\n")[1].replace("\n", " ")
+    tables = [_beside(turns), _speeds(measured), _sides(measured)]
+    data = {"cells": measured, "turns": turns}
+    Result(name, "Attention alone", about, machine_facts(device), tables, data).write(output)
     unable = [f"{m['attention']}: {m['failed']}" for m in measured if m["contender"] == PRODUCT and failed(m)]
     if unable:
         sys.exit(f"not even a matrix product runs, so nothing is measured: {'; '.join(unable)}")
@@ -124,40 +154,113 @@ def main(
         sys.exit("no contender could be measured")
 
 
-def _measure(cells: Cells, shape: Shape, side: str) -> list[dict[str, Any]]:
-    """Measures all contenders of a side on a shape, in a process that is started if a cell is missing."""
+def _worker(side: str, shape: Shape, logs: Path) -> RestartedWorker:
+    """Returns the process of a side, which is started when a cell is missing."""
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     arguments = ["benchmarks.attention_speed", "--worker", side, json.dumps(asdict(shape))]
+    return RestartedWorker(arguments, logs / side, environment)
+
+
+def _measure(cells: Cells, shape: Shape, side: str, worker: RestartedWorker) -> list[dict[str, Any]]:
+    """Measures all contenders of a side on a shape, each on its own."""
     settings = {"attention": side, **asdict(shape)}
-    with tempfile.TemporaryDirectory() as logs, RestartedWorker(arguments, Path(logs) / "log", environment) as worker:
-        product = {**settings, "contender": PRODUCT}
-        facts = cells.measure(product, partial(worker.ask, CELL_LIMIT, contender=PRODUCT), always=True)
-        results = [{**product, **facts}]
-        if failed(facts):
-            return results
-        # Asked anew each time and not kept, so that a package that is installed later is timed too.
-        try:
-            there = worker.ask(CELL_LIMIT, contender=CONTENDERS)
-        except WorkerFailed as error:
-            there = {"failed": first_line(error)}
-        results[0] |= there
-        for contender in there.get("contenders", ()):
-            own = {**settings, "contender": contender}
-            data = cells.measure(own, partial(worker.ask, CELL_LIMIT, contender=contender))
-            results.append({**own, "peak": facts["flops_per_second"], "passes": data})
-            print(_line(shape, results[-1]), flush=True)
-            if any(failed(of_pass) for of_pass in _passes(results[-1]).values()):
-                worker.close()  # the next contender gets a new process: after an error a GPU may refuse this one
+    product_cell = {**settings, "contender": PRODUCT}
+    facts = cells.measure(product_cell, partial(worker.ask, CELL_LIMIT, contender=PRODUCT), always=True)
+    results = [{**product_cell, **facts}]
+    if failed(facts):
+        return results
+    # Asked anew when a package is installed that adds a contender. No other measurement depends on it.
+    listed = {**settings, "contender": CONTENDERS, "packages": installed_versions(ADDED)}
+    there = cells.measure(listed, partial(worker.ask, CELL_LIMIT, contender=CONTENDERS), always=True)
+    results[0] |= there
+    for contender in there.get("contenders", ()):
+        own = {**settings, "contender": contender}
+        data = cells.measure(own, partial(_ask, worker, contender))
+        results.append({**own, "peak": facts["flops_per_second"], "passes": data})
+        print(_line(shape, results[-1]), flush=True)
     return results
+
+
+def _ask(worker: RestartedWorker, contender: str) -> dict[str, Any]:
+    """Returns a contender's passes. After a failure the next one gets a new process: a GPU may refuse this one."""
+    data = worker.ask(CELL_LIMIT, contender=contender)
+    if failures_in(data):
+        worker.close()
+    return data
+
+
+def _take_turns(
+    cells: Cells, shape: Shape, measured: list[dict[str, Any]], workers: Mapping[str, RestartedWorker]
+) -> dict[str, Any]:
+    """Returns, for every contender of both sides that could run `both`, its seconds in turns, or why there are none."""
+    sides = {
+        result["contender"]: result["attention"]
+        for result in measured
+        if "passes" in result and "seconds" in _passes(result)["both"]
+    }
+
+    def run() -> dict[str, Any]:
+        reasons: dict[str, Any] = {}
+
+        def window(contender: str, _: int) -> float:
+            if contender in reasons:
+                return 0.0
+            try:
+                answer = workers[sides[contender]].ask(CELL_LIMIT, contender=contender, turn=True)
+            except WorkerFailed as error:
+                answer = {"failed": first_line(error)}
+            if failed(answer):
+                reasons[contender] = answer
+                return 0.0
+            return float(answer["seconds"])
+
+        seconds = in_turns({contender: partial(window, contender) for contender in sides}, ROUNDS)
+        return {contender: reasons.get(contender, {"seconds": seconds[contender]}) for contender in sides}
+
+    settings = {"attention": "turns", **asdict(shape), "contenders": sides, "rounds": ROUNDS}
+    taken: dict[str, Any] = cells.measure(settings, run) if sides else {}
+    return taken
+
+
+def _beside_flex(result: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Returns a row for each of our backends: its time and FlexAttention's, the ratio, and if the bound is met."""
+    shape = Shape(**{name: result[name] for name in Shape.__dataclass_fields__})
+    turns = result["turns"]
+    flex = turns.get(FLEX, {"failed": f"{FLEX} did not run `both`"})
+    rows: list[tuple[Any, ...]] = []
+    for contender in result["ours"]:
+        own = turns.get(contender, {"failed": "did not run `both`"})
+        place = shape.width, shape.layout, shape.profile, contender
+        if "seconds" not in own or "seconds" not in flex:
+            reason = own["failed"] if "failed" in own else flex["failed"]
+            rows.append((*place, "", "", reason, shape.bound, "not known"))
+            continue
+        ratio = speed_up(flex["seconds"], own["seconds"])
+        times = (1e3 * statistics.median(seconds) for seconds in (own["seconds"], flex["seconds"]))
+        rows.append((*place, *times, ratio, shape.bound, "yes" if ratio >= shape.bound else "no"))
+    return rows
+
+
+def _beside(turns: list[dict[str, Any]]) -> Table:
+    rows = [row for result in turns for row in _beside_flex(result)]
+    columns = ("head", "layout", "pairs", "backend", "ms", "FlexAttention, ms", "times as fast", "bound", "met")
+    note = (
+        f"Forward and backward in one call. All contenders of a shape, ours and PyTorch's, took turns in {ROUNDS} "
+        "rounds; milliseconds are medians, the ratio is the median of those within a round. The bound is what `pallas` "
+        f"is to reach: {BOUND_SHARED} on packed pairs that share their prompts, {BOUND} elsewhere."
+    )
+    return Table("Beside FlexAttention, in turns", columns, rows, note)
 
 
 def _line(shape: Shape, result: dict[str, Any]) -> str:
     """Returns a line about a contender's passes."""
-    name = f"head {shape.width}, {shape.layout}, {result['contender']}"
+    name = f"{shape.name}, {result['contender']}"
     parts = []
     for of_pass, data in _passes(result).items():
         if failed(data):
             parts.append(f"{of_pass} failed: {data['failed']}")
+        elif "left out" in data:
+            parts.append(f"{of_pass} left out: {data['left out']}")
         else:
             seconds = statistics.median(data["seconds"])
             speed = shape.flops(of_pass) / seconds
@@ -179,9 +282,9 @@ def _speeds(measured: list[dict[str, Any]]) -> Table:
             continue
         shape = Shape(**{name: result[name] for name in Shape.__dataclass_fields__})
         for of_pass, data in _passes(result).items():
-            place = shape.width, shape.layout, result["contender"], of_pass
-            if failed(data):
-                rows.append((*place, data["failed"], *[""] * 4))
+            place = shape.width, shape.layout, shape.profile, result["contender"], of_pass
+            if reason := data.get("failed") or data.get("left out"):
+                rows.append((*place, reason, *[""] * 4))
                 continue
             seconds = statistics.median(data["seconds"])
             spread = f"{1e3 * min(data['seconds']):.3g} to {1e3 * max(data['seconds']):.3g}"
@@ -189,15 +292,16 @@ def _speeds(measured: list[dict[str, Any]]) -> Table:
             share = percent(speed / result["peak"])
             rows.append((*place, 1e3 * seconds, spread, speed / 1e12, share, data["first_seconds"]))
     columns = (
-        *("head", "layout", "contender", "pass", "ms", "from, to", "TFLOP/s", "of matrix product"),
+        *("head", "layout", "pairs", "contender", "pass", "ms", "from, to", "TFLOP/s", "of matrix product"),
         "first call, s",
     )
     note = (
-        "Milliseconds are medians of five windows. Operations are those of the live area, 4 D a pair forward and 10 D "
-        "backward, whatever a contender computes beyond that. `backward` starts from what a forward pass left: a "
-        "jitted function of the residuals in JAX, `autograd.grad` with a retained graph in PyTorch."
+        "Each contender on its own, one after another. Milliseconds are medians of five windows. Operations are those "
+        "of the live area, 4 D a pair forward and 10 D backward, whatever a contender computes beyond that. `backward` "
+        "starts from what a forward pass left: a jitted function of the residuals in JAX, `autograd.grad` with a "
+        "retained graph in PyTorch."
     )
-    return Table("Passes", columns, rows, note)
+    return Table("Passes, not in turns", columns, rows, note)
 
 
 def _sides(measured: list[dict[str, Any]]) -> Table:
@@ -205,8 +309,9 @@ def _sides(measured: list[dict[str, Any]]) -> Table:
     for result in measured:
         if "passes" not in result:
             speed = result["failed"] if failed(result) else f"{result['flops_per_second'] / 1e12:.4g} TFLOP/s"
-            rows.append((result["width"], result["layout"], result["attention"], speed, result.get("missing", "")))
-    return Table("Each process", ("head", "layout", "side", "matrix product", "not here"), rows)
+            place = result["width"], result["layout"], result["profile"]
+            rows.append((*place, result["attention"], speed, result.get("missing", "")))
+    return Table("Each process", ("head", "layout", "pairs", "side", "matrix product", "not here"), rows)
 
 
 def _sample(passes: dict[str, Callable[[], Callable[[], Any]]], wait: Callable[[Any], object]) -> dict[str, Any]:
@@ -219,6 +324,23 @@ def _sample(passes: dict[str, Callable[[], Callable[[], Any]]], wait: Callable[[
             traceback.print_exc()
             data[of_pass] = {"failed": first_line(error)}
     return data
+
+
+class _Turns:
+    """Keeps the calls that take turns, ready to run, and times a window of one."""
+
+    def __init__(self, wait: Callable[[Any], object]) -> None:
+        self._wait = wait
+        self._ready: dict[str, tuple[Callable[[], Any], int]] = {}
+
+    def take(self, name: str, make: Callable[[], Callable[[], Any]]) -> dict[str, float]:
+        """Returns the seconds of a call. The first time it is made and compiled before."""
+        if name not in self._ready:
+            start = make()
+            window_seconds(start, self._wait, 1)
+            self._ready[name] = start, calls_a_window(start, self._wait)
+        start, calls = self._ready[name]
+        return {"seconds": window_seconds(start, self._wait, calls)}
 
 
 def _jax_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -241,8 +363,9 @@ def _jax_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
     def contenders() -> tuple[list[str], list[str]]:
         run, missing = [], []
-        for name in RUNS_ON[jax.default_backend()]:
-            if name == "dense" and shape.rows * shape.heads * shape.length**2 > DENSE_LIMIT[jax.default_backend()]:
+        platform = place_of().platform
+        for name in RUNS_ON[platform]:
+            if name == "dense" and shape.rows * shape.heads * shape.length**2 > DENSE_LIMIT[platform]:
                 continue
             try:
                 choose(name, place_of(dtype=shape.dtype, head_dim=shape.width))
@@ -259,6 +382,12 @@ def _jax_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
         if name == CONTENDERS:
             names, missing = contenders()
             return {"contenders": names, "missing": "; ".join(missing)}
+        if request.get("turn"):
+            return turns.take(name, lambda: passes(name)["both"]())
+        return _sample(passes(name), jax.block_until_ready)
+
+    @cache  # what a contender has compiled on its own is compiled when it takes turns
+    def passes(name: str) -> dict[str, Callable[[], Callable[[], Any]]]:
         mask = prepared(key_end, positions, name)
 
         @jax.jit
@@ -273,13 +402,13 @@ def _jax_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
             out, pull = jax.vjp(partial(forward, mask), q, k, v)
             return out, pull(dout)
 
-        passes: dict[str, Callable[[], Callable[[], Any]]] = {
+        return {
             "forward": lambda: partial(forward, mask, q, k, v),
             "backward": lambda: partial(backward, with_residuals(mask, q, k, v)[1], dout),
             "both": lambda: partial(both, mask, q, k, v, dout),
         }
-        return _sample(passes, jax.block_until_ready)
 
+    turns = _Turns(jax.block_until_ready)
     return handle
 
 
@@ -340,7 +469,7 @@ def _torch_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
     # What there may be: name -> (the package that it needs, the function that makes it).
     flash4 = {"kernel_options": {"BACKEND": "FLASH"}}
-    known: dict[str, tuple[str, Callable[[], Callable[..., Any]]]] = {"FlexAttention": ("torch", flex_forward)}
+    known: dict[str, tuple[str, Callable[[], Callable[..., Any]]]] = {FLEX: ("torch", flex_forward)}
     if gpu:
         known["FlexAttention on FlashAttention-4"] = "flash_attn.cute", partial(flex_forward, **flash4)
     if shape.layout == "causal":
@@ -365,8 +494,16 @@ def _torch_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
         if name == CONTENDERS:
             there = [own for own, (package, _) in known.items() if installed(package)]
             return {"contenders": there, "missing": ", ".join(own for own in known if own not in there)}
-        attend = known[name][1]()
+        if request.get("turn"):
+            return turns.take(name, lambda: passes(name)["both"]())
+        if name.startswith(FLEX) and not gpu:
+            reason = {"left out": f"{FLEX} has no backward pass on a CPU"}
+            return {**_sample({"forward": passes(name)["forward"]}, wait), "backward": reason, "both": reason}
+        return _sample(passes(name), wait)
 
+    @cache
+    def passes(name: str) -> dict[str, Callable[[], Callable[[], Any]]]:
+        attend = known[name][1]()
         inputs = [a.detach().requires_grad_() for a in arrays]
 
         def forward() -> Any:
@@ -380,11 +517,9 @@ def _torch_side(shape: Shape) -> Callable[[dict[str, Any]], dict[str, Any]]:
         def both() -> Any:
             return torch.autograd.grad(attend(*inputs), inputs, dout)
 
-        if name.startswith("FlexAttention") and not gpu:
-            reason = {"failed": "FlexAttention has no backward pass on a CPU"}
-            return {**_sample({"forward": lambda: forward}, wait), "backward": reason, "both": reason}
-        return _sample({"forward": lambda: forward, "backward": backward, "both": lambda: both}, wait)
+        return {"forward": lambda: forward, "backward": backward, "both": lambda: both}
 
+    turns = _Turns(wait)
     return handle
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
@@ -23,7 +23,6 @@ _GPU_PACKAGES = (
 )
 # CUTLASS comes with FlashAttention 4, and is in nothing else that is measured.
 _COMPUTING = re.compile(r"jax|jaxlib|jax-cuda.*|torch|triton|nvidia-(?!cutlass).*")
-_SOURCES = ("jax_simpo", "torch_ref", "parity", "benchmarks")
 
 
 def machine_facts(device: str) -> dict[str, str]:
@@ -57,14 +56,10 @@ def commit() -> str:
         return "unknown (no git checkout)"
 
 
-@cache
-def code_digest() -> str:
-    """Returns a short checksum of the Python sources. It tells two states of a checkout apart, also without git."""
-    digest = hashlib.sha256()
-    for package in _SOURCES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+def main_module() -> str:
+    """Returns the name of the script that Python was started with."""
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec is not None else Path(sys.argv[0]).stem
 
 
 @cache
@@ -74,21 +69,33 @@ def accelerator() -> str:
 
 
 @cache
+def has_gpu() -> bool:
+    """Returns True if a process may use a GPU."""
+    return bool(_of_gpus("name"))
+
+
+@cache
 def driver() -> str:
     """Returns the version of the GPUs' driver, or nothing where there is none."""
     return ", ".join(dict.fromkeys(_of_gpus("driver_version")))
 
 
 def _of_gpus(field: str) -> list[str]:
-    """Returns what `nvidia-smi` says of each GPU that a process may use."""
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
+    """Returns what `nvidia-smi` says of each GPU that a process may use, by `CUDA_VISIBLE_DEVICES` too."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or visible == "":
         return []
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--query-gpu=index,uuid,{field}", "--format=csv,noheader"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [line.strip() for line in listed.strip().splitlines()]
+    gpus = [[part.strip() for part in line.split(",", 2)] for line in listed.strip().splitlines()]
+    if visible is None:
+        return [value for _, _, value in gpus]
+    found = [v for name in visible.split(",") for index, uuid, v in gpus if name == index or uuid.startswith(name)]
+    # A slice of a GPU has a name of its own, which this list does not have: then the name says where it was measured.
+    return found or [f"{value} ({visible})" for value in dict.fromkeys(value for _, _, value in gpus)]
 
 
 @cache

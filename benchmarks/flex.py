@@ -13,6 +13,19 @@ from typing import Any
 _SHAPES = 512
 
 
+def compile_or_raise(shapes: int = _SHAPES) -> None:
+    """Makes an error of whatever lets FlexAttention run uncompiled. Called once a process, before anything is compiled.
+
+    Args:
+        shapes: the most shapes that a function is compiled for; one more raises, if it is compiled with `fullgraph`.
+    """
+    import torch._dynamo
+
+    config = torch._dynamo.config
+    setattr(config, "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit", shapes)
+    warnings.filterwarnings("error", message="(?s).*unfused")
+
+
 def compiled_flex(backend: str = "inductor", shapes: int = _SHAPES) -> Any:
     """Returns `flex_attention`, compiled anew for every shape. Called once a process, before anything is compiled.
 
@@ -20,10 +33,8 @@ def compiled_flex(backend: str = "inductor", shapes: int = _SHAPES) -> Any:
         backend: the compiler.
         shapes: the most shapes; one more raises.
     """
-    import torch._dynamo
+    compile_or_raise(shapes)
+    import torch
     from torch.nn.attention.flex_attention import flex_attention
 
-    config = torch._dynamo.config
-    setattr(config, "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit", shapes)
-    warnings.filterwarnings("error", message="(?s).*unfused")
     return torch.compile(flex_attention, dynamic=False, fullgraph=True, backend=backend)

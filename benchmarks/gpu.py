@@ -16,19 +16,22 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from benchmarks.cells import WRONG, Cells
+from benchmarks.cells import NOT_AGAIN_YET, SHORT_OF_TIME, WRONG, Cells
 from benchmarks.facts import ROOT, accelerator, commit
+from benchmarks.lengths import PROFILES
 
 CALL_MINUTES = 9.0
 ENDING = 15.0  # seconds of a call that are kept for ending it
-LEAST = 45.0  # a part is not begun with fewer seconds left: they would hardly be enough for one measurement
+LEAST = 45.0  # seconds that are enough for one measurement of most parts
 MEASURED_WRONG = "done, and something is WRONG"  # how a part ended that exits with WRONG
+STOPPED = "stopped"  # how a part ended that was not done in its time
 TORCH_REF = ("pydantic", "pyarrow")
 PARITY = (*TORCH_REF, "matplotlib")
 
@@ -43,6 +46,7 @@ class Part:
         module: the script.
         arguments: its arguments, beside where it writes.
         needs: packages that it needs beside jax, flax, optax, torch and transformers.
+        least: seconds; the part is not begun with fewer, which would hardly be enough for its longest measurement.
     """
 
     about: str
@@ -50,6 +54,7 @@ class Part:
     module: str
     arguments: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    least: float = LEAST
 
 
 def _throughput(*arguments: str) -> tuple[str, ...]:
@@ -67,28 +72,42 @@ _LAYERS = (
 )
 _8B = _throughput("--model", "llama-3-8b", "--layers", "4", "--profiles", "capybara", "--rounds", "2")
 _1B = _throughput("--model", "llama-3.2-1b", "--remat", "full", "--rounds", "3")
+_SPEED = "benchmarks.attention_speed"
+_SIX = "--layout", "shared", *(word for name in PROFILES for word in ("--profile", name))
+# A measurement of steps has all layouts of some pairs and their compilation; one of the peers a start, and the trials
+# of the backends or the compilation of FlexAttention.
+_STEPS, _STARTS = 150.0, 240.0
 # In the order of what matters.
 PARTS = {
     "facts": Part("the machine, and the peaks of its matrix products and its memory", 60, "benchmarks.peaks"),
     "correct": Part("bfloat16 with heads of 128 and 64", 120, "benchmarks.attention_check", ("--first",)),
-    "speed_128": Part("attention alone, heads of 128", 420, "benchmarks.attention_speed", ("--width", "128")),
-    "speed_64": Part("attention alone, heads of 64", 420, "benchmarks.attention_speed", ("--width", "64")),
-    "layers": Part("the parts of a layer with the shapes of 8B", 420, "benchmarks.layers", _LAYERS),
-    "layers_dots": Part("steps of 4 layers of 8B, remat dots", 180, "benchmarks.throughput", (*_8B, "--remat", "dots")),
-    "layers_full": Part("the same with remat full", 180, "benchmarks.throughput", (*_8B, "--remat", "full")),
-    "step_1b": Part("steps of 1B on one profile", 180, "benchmarks.throughput", (*_1B, "--profiles", "capybara")),
-    "peers_1b": Part("a step of 1B beside torch_ref", 300, "benchmarks.peers", _peers("tldr"), TORCH_REF),
+    "speed_128": Part("attention alone, heads of 128", 420, _SPEED, ("--width", "128")),
+    "speed_profiles": Part("attention alone on packed pairs of six profiles", 420, _SPEED, ("--width", "128", *_SIX)),
+    "speed_64": Part("attention alone, heads of 64", 420, _SPEED, ("--width", "64")),
+    "layers": Part("the parts of a layer with the shapes of 8B", 420, "benchmarks.layers", _LAYERS, least=120),
+    "layers_dots": Part(
+        "steps of 4 layers of 8B, remat dots", 300, "benchmarks.throughput", (*_8B, "--remat", "dots"), least=_STEPS
+    ),
+    "layers_full": Part(
+        "the same with remat full", 300, "benchmarks.throughput", (*_8B, "--remat", "full"), least=_STEPS
+    ),
+    "step_1b": Part(
+        "steps of 1B on one profile", 300, "benchmarks.throughput", (*_1B, "--profiles", "capybara"), least=_STEPS
+    ),
+    "peers_1b": Part("a step of 1B beside torch_ref", 480, "benchmarks.peers", _peers("tldr"), TORCH_REF, _STARTS),
     "loss_head": Part(
         "the loss head with vocabularies of 32k to 256k",
-        240,
+        420,
         "benchmarks.loss_head",
         ("--width", "2048", "--targets", "8192", "--dtype", "bfloat16"),
     ),
-    "parity": Part("both sides' numbers, trained on the GPU", 480, "benchmarks.parity_gpu", (), PARITY),
+    "parity": Part("both sides' numbers, trained on the GPU", 480, "benchmarks.parity_gpu", (), PARITY, 300),
     "correct_rest": Part("windows, caps, heads of 256, float32", 420, "benchmarks.attention_check", ("--no-first",)),
-    "profiles_1b": Part("steps of 1B on all six profiles", 480, "benchmarks.throughput", _1B),
+    "profiles_1b": Part("steps of 1B on all six profiles", 480, "benchmarks.throughput", _1B, least=_STEPS),
     **{
-        f"peers_{profile}": Part(f"1B beside torch_ref, {profile}", 300, "benchmarks.peers", _peers(profile), TORCH_REF)
+        f"peers_{profile}": Part(
+            f"1B beside torch_ref, {profile}", 480, "benchmarks.peers", _peers(profile), TORCH_REF, _STARTS
+        )
         for profile in ("capybara", "hh-rlhf", "metamath-dpo", "tulu-helpsteer", "ultrafeedback")
     },
 }
@@ -101,12 +120,20 @@ class Folder:
     path: Path
 
     @property
-    def state(self) -> Path:
-        """The cells that say how parts ended."""
+    def state_file(self) -> Path:
+        """The file of the cells that say how parts ended."""
         return self.path / "state.jsonl"
 
-    def cells(self, part: str) -> Path:
+    def state(self, part: str) -> Cells:
+        """Opens the cells that say how a part ended. Like its measurements they hold for its own code."""
+        return Cells(self.state_file, PARTS[part].module)
+
+    def cells_file(self, part: str) -> Path:
         return self.path / "cells" / f"{part}.jsonl"
+
+    def cells(self, part: str) -> Cells:
+        """Opens a part's measurements."""
+        return Cells(self.cells_file(part), PARTS[part].module)
 
     def log(self, part: str) -> Path:
         return self.path / "logs" / f"{part}.log"
@@ -137,29 +164,31 @@ def main(arguments: list[str] | None = None) -> int:
     else:  # without its CUDA plugin jax must fail, and not compute for hours on the processor
         os.environ["JAX_PLATFORMS"] = "cuda,cpu"
     folder = Folder(options.folder.resolve())
-    if folder.state.exists() and not options.resume:
+    if folder.state_file.exists() and not options.resume:
         print(f"{folder.path} has measurements already: give --resume to go on with them, or another folder")
         return 2
     folder.path.mkdir(parents=True, exist_ok=True)
     parts = {name: PARTS[name] for name in options.part or PARTS}
-    state = Cells(folder.state)
     print(f"{accelerator()}, commit {commit()}, at most {options.minutes:g} minutes")
-    if state.elsewhere:
-        print(f"{folder.path} has measurements of other code or another machine: they are kept, and made again here")
+    if elsewhere := [name for name in parts if folder.cells(name).elsewhere]:
+        print(
+            f"{folder.path} has measurements of other code or another machine: they are kept, and made again here. "
+            f"They are of {', '.join(elsewhere)}"
+        )
     _tell_what_is_missing(parts)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` is reached
     try:
-        _run_parts(parts, folder, state, options, ends)
+        _run_parts(parts, folder, options, ends)
     finally:
-        print(write_summary(folder, state, options.device), end="")
+        print(write_summary(folder, options.device), end="")
         write_archive(folder)
         print(f"everything is in {folder.archive}")
         signal.signal(signal.SIGTERM, before)
-    left = [
-        name for name, part in parts.items() if not _missing(part) and not _nothing_left(folder, state, name, options)
-    ]
+    left = [name for name, part in parts.items() if not _missing(part) and not _nothing_left(folder, name, options)]
     if left:
         print(f"not done: {', '.join(left)}; go on with: {_go_on(options)}")
+        if too_long := [name for name in left if PARTS[name].least > 60 * options.minutes - ENDING]:
+            print(f"{', '.join(too_long)} cannot begin in {options.minutes:g} minutes: give more with --minutes")
         return 1
     cannot = [name for name, part in parts.items() if _missing(part)]
     print("nothing is left" + (f", but {', '.join(cannot)} cannot run here" if cannot else ""))
@@ -174,33 +203,47 @@ def _go_on(options: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def _nothing_left(folder: Folder, state: Cells, name: str, options: argparse.Namespace) -> bool:
+def _status(folder: Folder, name: str, device: str) -> dict[str, Any] | None:
+    """Returns how a part ended last, or None."""
+    ended: dict[str, Any] | None = folder.state(name).measured(_settings(name, PARTS[name], device))
+    return ended
+
+
+def _nothing_left(folder: Folder, name: str, options: argparse.Namespace) -> bool:
     """Returns True if a part has ended, and none of its measurements is to be tried again."""
-    return (
-        is_done(state.measured(_settings(name, PARTS[name], options.device)))
-        and not Cells(folder.cells(name)).to_try_again()
-    )
+    return is_done(_status(folder, name, options.device)) and not folder.cells(name).to_try_again()
 
 
-def _run_parts(parts: dict[str, Part], folder: Folder, state: Cells, options: argparse.Namespace, ends: float) -> None:
-    """Runs the parts that are not done, one after another, until the call's time is over."""
-    for name, part in parts.items():
-        if _nothing_left(folder, state, name, options):
+def _run_parts(parts: dict[str, Part], folder: Folder, options: argparse.Namespace, ends: float) -> None:
+    """Runs the parts that are not done, one after another, until the call's time is over.
+
+    Those that have ended, and of which something failed, come last: what failed is tried again when all else is
+    measured.
+    """
+    ended = {name: is_done(_status(folder, name, options.device)) for name in parts}
+    for name in sorted(parts, key=lambda name: ended[name]):
+        part = parts[name]
+        if _nothing_left(folder, name, options):
             continue
-        settings = _settings(name, part, options.device)
+        settings, state = _settings(name, part, options.device), folder.state(name)
         if missing := _missing(part):
             state.put(settings, {"status": f"not run: {', '.join(missing)} missing", "seconds": 0.0})
             continue
         left = ends - time.monotonic()
-        if left < LEAST:
-            return
+        if left < part.least:
+            continue  # a later part may need less
+        limit = part.limit * options.slower
+        environment = {SHORT_OF_TIME: "1"} if left < limit else {}
+        former = _status(folder, name, options.device)
+        if former is None or former["status"].startswith(STOPPED):
+            environment[NOT_AGAIN_YET] = "1"
         print(f"== {name}: {part.about}", flush=True)
         started = time.monotonic()
         command = _command(name, part, folder, options.device)
-        status = run_part(command, folder.log(name), min(part.limit * options.slower, left))
+        status = run_part(command, folder.log(name), min(limit, left), environment)
         state.put(settings, {"status": status, "seconds": time.monotonic() - started})
         print(f"== {name}: {status}, {time.monotonic() - started:.0f} s", flush=True)
-        write_summary(folder, state, options.device)
+        write_summary(folder, options.device)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -241,14 +284,14 @@ def _tell_what_is_missing(parts: dict[str, Part]) -> None:
 
 
 def _command(name: str, part: Part, folder: Folder, device: str) -> list[str]:
-    written = ["--output", str(folder.path), "--name", name, "--cells", str(folder.cells(name))]
+    written = ["--output", str(folder.path), "--name", name, "--cells", str(folder.cells_file(name))]
     on_device = ["--device", device] if part.module == "benchmarks.peers" else []
     quick = ["--quick"] if device == "cpu" else []
     script = [part.module, *part.arguments, *on_device, *written, *quick]
     return [sys.executable, "-m", "benchmarks.child", str(os.getpid()), *script]
 
 
-def run_part(command: list[str], log: Path, limit: float) -> str:
+def run_part(command: list[str], log: Path, limit: float, environment: Mapping[str, str]) -> str:
     """Runs a part in a process group of its own, shows and keeps its output, and ends all of it at its limit.
 
     Returns:
@@ -261,6 +304,7 @@ def run_part(command: list[str], log: Path, limit: float) -> str:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
+            env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -280,7 +324,7 @@ def run_part(command: list[str], log: Path, limit: float) -> str:
             code = process.wait()
             process.stdout.close()
     if not in_time:
-        return f"stopped after {limit:.0f} s"
+        return f"{STOPPED} after {limit:.0f} s"
     if code == 0:
         return "ok"
     last = _last_line(log)
@@ -315,16 +359,18 @@ def is_done(result: dict[str, Any] | None) -> bool:
     return result is not None and result["status"].startswith(("ok", MEASURED_WRONG))
 
 
-def write_summary(folder: Folder, state: Cells, device: str) -> str:
+def write_summary(folder: Folder, device: str) -> str:
     """Writes how every part ended, and returns it."""
     lines = [f"{accelerator()}, commit {commit()}"]
-    for name, part in PARTS.items():
-        result = state.measured(_settings(name, part, device))
+    for name in PARTS:
+        result = _status(folder, name, device)
         if result is None:
             lines.append(f"{name}: not begun")
             continue
-        count, failures = Cells(folder.cells(name)).counts() if folder.cells(name).exists() else (0, 0)
-        cells = f"{count} cells" + (f", {failures} of them failed" if failures else "")
+        counts = folder.cells(name).counts()
+        cells = f"{counts.cells} cells"
+        cells += f", {counts.failed} of them failed" if counts.failed else ""
+        cells += f", {counts.partly} with parts that failed" if counts.partly else ""
         lines.append(f"{name}: {result['status']}, {cells}, {result['seconds']:.0f} s in the last call")
     text = "".join(f"{line}\n" for line in lines)
     temporary = folder.summary.with_suffix(".part")

@@ -24,22 +24,22 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from benchmarks.cells import CELLS_HELP, Cells, failed
+from benchmarks.cells import CELLS_HELP, Cells, failed, first_line
 from benchmarks.facts import machine_facts
 from benchmarks.flops import attention_ideal, attention_layer_ideal, linear_ideal, part_flops
 from benchmarks.models import model_mapping
 from benchmarks.options import Option, run
 from benchmarks.results import Result, Table, can_draw, percent, picture
 from benchmarks.timing import speed_up
-from benchmarks.workers import RestartedWorker
+from benchmarks.workers import RestartedWorker, WorkerFailed
 from jax_simpo.hf.config import read_model_config
 from jax_simpo.models.config import ModelConfig
 
 Ideal = Callable[[str, int, int], float]  # part, prefix length, response length -> ideal speed-up
 PARTS = ("mlp", "attention", "attention layer")
-# Seconds of a side in a cell, for each try that leaves one run out. On a CPU long prefixes take minutes. On a GPU a run
-# that hangs must not take the time of the other cells, and most of a cell is compilation.
-CPU_LIMIT, GPU_LIMIT = 1800.0, 120.0
+# Seconds of a run, compilation included. On a CPU long prefixes take minutes. On a GPU a run that hangs must not take
+# the time of the others.
+CPU_LIMIT, GPU_LIMIT = 1800.0, 90.0
 FACTS_LIMIT = 120.0
 _ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
@@ -119,14 +119,21 @@ def main(
 
 
 def _ask(worker: RestartedWorker, limit: float, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a side's timings of a cell. A run that raises gets the reason, and a new process times the others.
+    """Returns a side's timings of a cell.
+
+    A run that raises, hangs or ends its process gets the reason, and a new process times the others.
 
     Raises:
-        RuntimeError: every run raised.
+        RuntimeError: every run failed, or the process did before it began one.
     """
     reasons: dict[str, Any] = {}
     while True:
-        answer = worker.ask(limit, **request, without=list(reasons))
+        try:
+            answer = worker.ask(limit, **request, without=list(reasons))
+        except WorkerFailed as error:
+            if error.doing is None or error.doing in reasons:
+                raise
+            answer = {"run": error.doing, "failed": first_line(error)}
         if not failed(answer):
             break
         reasons[answer["run"]] = {"failed": answer["failed"]}

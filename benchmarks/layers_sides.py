@@ -3,8 +3,9 @@
 A request names a cell (prefix and response lengths). The answer has the seconds of forward plus backward of every part
 and implementation that runs on the device, separate and shared, in turns. Short runs are started many times before the
 process waits for them. If a run raises, the answer says which one and why, and the process is of no more use: a GPU may
-refuse whatever it asks for next. The request to a new process then names that run in `without`. Masks and rotary
-tables, which a model makes once for all layers, are made before.
+refuse whatever it asks for next. The request to a new process then names that run in `without`. Each run is named when
+it begins, so that one that hangs or ends the process is known too. Masks and rotary tables, which a model makes once
+for all layers, are made before.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ RUNS_ON = {
 DENSE_LIMIT = {"cpu": 2**28, "gpu": 2**30, "tpu": 2**28}
 
 
+Handle = Callable[[dict[str, Any]], dict[str, Any]]
+
+
 def layouts(prefix: int, response: int) -> dict[str, list[np.ndarray]]:
     """Returns `key_end` and positions [1, L] of one pair as two sequences in a row, and with its prefix shared."""
     length = prefix + response
@@ -42,7 +46,10 @@ def layouts(prefix: int, response: int) -> dict[str, list[np.ndarray]]:
 
 
 def time_all(
-    runs: Mapping[str, Callable[[], Any]], wait: Callable[[Any], object], request: Mapping[str, Any]
+    runs: Mapping[str, Callable[[], Any]],
+    wait: Callable[[Any], object],
+    request: Mapping[str, Any],
+    begin: Callable[[str], None],
 ) -> dict[str, Any]:
     """Times each run after one that compiles.
 
@@ -50,6 +57,7 @@ def time_all(
         runs: functions that start a computation.
         wait: waits for what such a function returns.
         request: has `rounds`, the number of windows of each run, in turns, and `without`, the runs to leave out.
+        begin: is told the name of each run that begins (`Requests.begin`).
 
     Returns:
         `first_seconds`, `calls` and `seconds` of each run; if one raises, its name (`run`) and why (`failed`).
@@ -59,6 +67,7 @@ def time_all(
     for name, run in runs.items():
         if name in request["without"]:
             continue
+        begin(name)
         try:
             first = window_seconds(run, wait, 1)
             calls = calls_a_window(run, wait)
@@ -66,18 +75,21 @@ def time_all(
             traceback.print_exc()
             return {"run": name, "failed": first_line(error)}
         timings[name] = {"first_seconds": first, "calls": calls}
-        working[name] = partial(_window, run, wait, calls)
+        working[name] = partial(_window, partial(begin, name), run, wait, calls)
     if working:
         for name, seconds in in_turns(working, request["rounds"]).items():
             timings[name]["seconds"] = seconds
     return timings
 
 
-def _window(run: Callable[[], Any], wait: Callable[[Any], object], calls: int, _: int) -> float:
+def _window(
+    begin: Callable[[], None], run: Callable[[], Any], wait: Callable[[Any], object], calls: int, _: int
+) -> float:
+    begin()
     return window_seconds(run, wait, calls)
 
 
-def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def jax_side(mapping: dict[str, Any], dtype: str, begin: Callable[[str], None]) -> Handle:
     """Times our MLP, our attention implementations, and a layer's attention with its projections around each."""
     import jax
     import jax.numpy as jnp
@@ -88,12 +100,13 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
     from jax_simpo.hf.config import read_model_config
     from jax_simpo.models.rope import rope_tables
     from jax_simpo.models.transformer import MLP, Attention, attend_under
-    from jax_simpo.ops.attention import BACKENDS, attention
+    from jax_simpo.ops.attention import BACKENDS, attention, place_of
 
+    platform = place_of().platform
     config = read_model_config(mapping)
     mlp, mlp_params = nnx.split(MLP(config, nnx.Rngs(0)))
     layer, layer_params = nnx.split(Attention(config, nnx.Rngs(0)))
-    implementations = [name for name in BACKENDS if name in RUNS_ON[jax.default_backend()]]
+    implementations = [name for name in BACKENDS if name in RUNS_ON[platform]]
 
     def random(*shape: int) -> Any:
         return jax.random.normal(jax.random.key(len(shape)), shape, jnp.dtype(dtype))
@@ -133,17 +146,17 @@ def jax_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], 
             rope = rope_tables(config.rope, config.head_dim, jnp.asarray(positions), x.dtype)
             runs[f"mlp/jax-simpo/{name}"] = gradient(apply_mlp, None, x, mlp_params)
             for which in request["implementations"]:
-                if which == "dense" and config.num_heads * length**2 > DENSE_LIMIT[jax.default_backend()]:
+                if which == "dense" and config.num_heads * length**2 > DENSE_LIMIT[platform]:
                     continue
                 mask = prepared(key_end, positions, which)
                 runs[f"attention/{which}/{name}"] = gradient(attend, mask, q, k, v)
                 runs[f"attention layer/{which}/{name}"] = gradient(attention_layer, (mask, rope), x, layer_params)
-        return time_all(runs, jax.block_until_ready, request)
+        return time_all(runs, jax.block_until_ready, request, begin)
 
     return handle
 
 
-def torch_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def torch_side(mapping: dict[str, Any], dtype: str, begin: Callable[[str], None]) -> Handle:
     """Times FlexAttention under the same masks, PyTorch's SDPA (flash kernel on a GPU), and flash-attn if installed."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -213,7 +226,7 @@ def torch_side(mapping: dict[str, Any], dtype: str) -> Callable[[dict[str, Any]]
             transposed = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
             call = lambda q, k, v: flash_attn_func(q, k, v, causal=True, softmax_scale=scale)  # noqa: E731
             runs["attention/flash-attn/separate"] = gradient(call, *transposed)
-        return time_all(runs, wait, request)
+        return time_all(runs, wait, request, begin)
 
     return handle
 
@@ -223,7 +236,7 @@ def main() -> None:
     side, model, dtype = sys.argv[1:4]
     from benchmarks.models import model_mapping
 
-    requests.serve({"jax": jax_side, "torch": torch_side}[side](model_mapping(model, 1), dtype))
+    requests.serve({"jax": jax_side, "torch": torch_side}[side](model_mapping(model, 1), dtype, requests.begin))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Which machine is this, and how fast are its matrix products and its memory?
 
-Writes what `nvidia-smi` says, the versions, and for JAX and PyTorch the floating-point operations a second of a large
-matrix product and the bytes a second of a copy, from many calls in a window. Every other page of a GPU states its
-figures beside such a product of its own.
+Writes what `nvidia-smi` says, the versions, and for JAX and PyTorch, each in a process of its own, the floating-point
+operations a second of a large matrix product and the bytes a second of a copy, from many calls in a window. Every other
+page of a GPU states its figures beside such a product of its own.
 
 Expected on an H100 SXM: 600 to 800 TFLOP/s in bfloat16, and 2.8 to 3.1 TB/s. Not measured yet.
 
@@ -14,7 +14,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,10 +26,12 @@ from benchmarks.facts import machine_facts
 from benchmarks.options import Option, run
 from benchmarks.results import Result, Table
 from benchmarks.timing import sampled
+from benchmarks.workers import Requests, RestartedWorker
 
 DTYPE = "bfloat16"
 COPIED = 2**30  # bytes of the array that is copied
 QUICK_WIDTH, QUICK_COPIED = 256, 2**20
+LIMIT = 60.0  # seconds of a measurement
 
 
 def main(
@@ -44,16 +48,20 @@ def main(
     print(said, flush=True)
     rows = []
     measured = {"nvidia-smi": smi}
-    frameworks: dict[str, Callable[..., dict[str, Any]]] = {"jax": _jax, "torch": _torch}
-    for framework, measure in frameworks.items():
-        for what in ("device", "matmul", "copy"):
-            size = {"device": None, "matmul": width, "copy": copied}[what]
-            data = store.measure(
-                {"facts": framework, "what": what, "size": size}, partial(measure, what, size), always=True
+    with tempfile.TemporaryDirectory() as logs, ExitStack() as workers:
+        for framework in _SIDES:
+            worker = workers.enter_context(
+                RestartedWorker(["benchmarks.peaks", "--worker", framework], Path(logs) / framework)
             )
-            measured[f"{framework} {what}"] = data
-            rows.append((framework, what, data["failed"] if failed(data) else data["text"]))
-            print(*rows[-1], sep=": ", flush=True)
+            for what, size in {"device": None, "matmul": width, "copy": copied}.items():
+                data = store.measure(
+                    {"facts": framework, "what": what, "size": size},
+                    partial(worker.ask, LIMIT, what=what, size=size),
+                    always=True,
+                )
+                measured[f"{framework} {what}"] = data
+                rows.append((framework, what, data["failed"] if failed(data) else data["text"]))
+                print(*rows[-1], sep=": ", flush=True)
     tables = [Table("The machine", ("framework", "", ""), rows, "The best of five windows of many calls.")]
     device = measured["jax device"].get("text", "none that jax can use")
     about = f"Peaks of {DTYPE}. What `nvidia-smi` said:\n\n```\n{said}\n```"
@@ -119,5 +127,16 @@ def _copy(size: int, times: dict[str, Any]) -> dict[str, Any]:
     return {"bytes_per_second": speed, "text": f"{speed / 1e12:.3g} TB/s, read and written"}
 
 
+_SIDES: dict[str, Callable[[str, int | None], dict[str, Any]]] = {"jax": _jax, "torch": _torch}
+
+
+def _serve(framework: str) -> None:
+    requests = Requests()
+    requests.serve(lambda request: _SIDES[framework](request["what"], request["size"]), keep_on=True)
+
+
 if __name__ == "__main__":
-    run(main)
+    if sys.argv[1:2] == ["--worker"]:
+        _serve(*sys.argv[2:])
+    else:
+        run(main)

@@ -24,7 +24,7 @@ from benchmarks.facts import machine_facts
 from benchmarks.lengths import PROFILES, profile_pairs
 from benchmarks.models import model_mapping
 from benchmarks.options import Option, run
-from benchmarks.results import Result, Table, gib, picture
+from benchmarks.results import Result, Table, can_draw, gib, picture
 from benchmarks.steps import Trainee, device_name, one_device, step_plan, steps_in_turns
 from benchmarks.timing import speed_up
 from jax_simpo.hf.config import read_model_config
@@ -88,14 +88,16 @@ def main(
         f"{model}, {parameters / 1e6:.0f} M parameters, {dtype}, {batch} pairs of {profile} a step in rows of "
         f"{row_length}; medians of {rounds} rounds in turns."
     )
-    _draw(output, name, seconds, {policy: step_bytes[policy] - 8 * parameters for policy in POLICIES})
+    pictures = [f"{name}.png"] if can_draw() else []
+    for picture_name in pictures:
+        _draw(output, picture_name, seconds, {policy: step_bytes[policy] - 8 * parameters for policy in POLICIES})
     data = {"seconds": seconds, "bytes": step_bytes, "parameters": parameters, "compiled_only_bytes": compiled}
-    Result(name, "Rematerialisation", about, machine_facts(device_name()), tables, data, [f"{name}.png"]).write(output)
+    Result(name, "Rematerialisation", about, machine_facts(device_name()), tables, data, pictures).write(output)
 
 
 def _draw(output: Path, name: str, seconds: Mapping[str, list[float]], activations: Mapping[str, int]) -> None:
     points = {policy: (activations[policy] / 2**30, statistics.median(seconds[policy])) for policy in POLICIES}
-    with picture(output, f"{name}.png") as axes:
+    with picture(output, name) as axes:
         for policy, point in points.items():
             axes.plot(*point, "o")
             axes.annotate(policy, point, xytext=(6, 4), textcoords="offset points")

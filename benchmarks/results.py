@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.facts import main_module
+
 
 @dataclass(frozen=True)
 class Table:
@@ -52,7 +54,7 @@ class Result:
     def write(self, folder: Path) -> None:
         """Writes `name.json` and `name.md` and prints the tables."""
         folder.mkdir(parents=True, exist_ok=True)
-        command = " ".join(["python -m", _module(), *_shown(sys.argv[1:])])
+        command = " ".join(["python -m", main_module(), *_shown(sys.argv[1:])])
         content = {"command": command, "facts": dict(self.facts), "data": self.data}
         content["tables"] = [asdict(table) for table in self.tables]
         (folder / f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -121,8 +123,3 @@ def _cell(value: Any) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _module() -> str:
-    spec = sys.modules["__main__"].__spec__
-    return spec.name if spec is not None else Path(sys.argv[0]).stem

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from benchmarks.backends import Backends, backends_of_a_run
 from benchmarks.contenders.job import LEARNING_RATE, OBJECTIVES
 from benchmarks.lengths import Pairs
 from benchmarks.timing import in_turns, sampled, seconds_of
@@ -22,13 +23,14 @@ from jax_simpo.data.packing import StepPlan, make_step_plan
 from jax_simpo.models.policy import Forward
 from jax_simpo.models.transformer import Model
 from jax_simpo.objectives import Objective, make_objective
-from jax_simpo.ops.attention import choose, place_of
+from jax_simpo.ops.attention import place_of
 from jax_simpo.sharding import make_mesh, put_rows
 from jax_simpo.training import capacity
 from jax_simpo.training.evaluate import GROUPS_PER_PLAN, ScoreFunction, score_groups
 from jax_simpo.training.optim import run_optimizer
 from jax_simpo.training.step import (
     TrainFunctions,
+    accumulate_step,
     make_score_function,
     make_train_functions,
     run_step,
@@ -116,7 +118,8 @@ class Trainee:
         plan: the step plan.
         pairs: the pairs.
         mesh: a mesh of one device.
-        attention: the config key `attention`; `auto` takes the first of the table of preferences, untried.
+        attention: the config key `attention`; `auto` is what a run takes on these rows (`benchmarks/backends.py`).
+        loss_head: the same for the config key `loss_head`.
         chunk: the config key `logprob_chunk`.
         objective: the objective.
         reference: the sum of each response under the reference (`ReferencePass.sums`), for an objective that needs one.
@@ -127,21 +130,27 @@ class Trainee:
     pairs: Pairs
     mesh: Mesh
     attention: str = "auto"
+    loss_head: str = "auto"
     chunk: int | Literal["auto"] = "auto"
     objective: Objective = SIMPO
     reference: Float[np.ndarray, " R"] | None = None
 
     @cached_property
-    def attention_name(self) -> str:
-        """The implementation that `attention` stands for here; a run on a GPU tries candidates first."""
-        config = self.model.config
-        settings = {"dtype": self.model.dtype, "head_dim": config.head_dim, "softcap": config.attention_softcap}
-        return choose(self.attention, place_of(self.mesh.devices.flat[0], **settings))[0]
+    def backends(self) -> Backends:
+        """The implementations that `attention` and `loss_head` stand for here."""
+        return backends_of_a_run(self.model, self.plan, self.mesh, self.attention, self.loss_head)
 
     @property
     def scoring_forward(self) -> Forward:
         """The forward pass of scoring."""
-        return Forward(self.model, self.attention_name, self.chunk, longest=self.plan.longest, span=self.plan.span)
+        return Forward(
+            self.model,
+            self.backends.attention,
+            self.chunk,
+            longest=self.plan.longest,
+            span=self.plan.span,
+            loss_head=self.backends.loss_head,
+        )
 
     @property
     def forward(self) -> Forward:
@@ -164,6 +173,11 @@ class Trainee:
     def build(self, step: int) -> StepBatch:
         """Builds the rows of a step; steps go round the pairs as often as needed."""
         return build_step(self.plan, self.pairs, step, known=Known(self.reference))
+
+    def first_loss(self, weights: Weights) -> float:
+        """Returns the loss of the first step, and leaves the weights as they are."""
+        metrics = accumulate_step(self.functions, weights.params, self.build(0)).metrics
+        return float(jax.device_get(metrics["loss"]))
 
     def compute(self, weights: Weights, batch: StepBatch) -> dict[str, float]:
         """Makes an optimizer step, waits for it and returns its metrics."""
@@ -252,7 +266,7 @@ def matmul_peak(dtype: str, width: int | None = None) -> float:
         dtype: of the matrices.
         width: of the square matrices; a size that suits the kind of device when not given.
     """
-    width = width or _MATMUL[jax.default_backend()]
+    width = width or _MATMUL[place_of().platform]
     a = jax.random.normal(jax.random.key(0), (width, width), jnp.dtype(dtype))
     product = jax.jit(lambda a, b: a @ b)
     return 2.0 * width**3 / min(sampled(partial(product, a, a), jax.block_until_ready)["seconds"])

@@ -2,7 +2,9 @@
 
 Repeats Tables 1 and 2 of the prefix-sharing paper: six length profiles, and real HH-RLHF pairs if there are any, each
 in the layouts separate, shared, separate+packed and shared+packed. All layouts make optimizer steps on the same pairs
-in turns; the times include planning, building and sending rows.
+in turns; the times include planning, building and sending rows. Attention and loss head are those that a run would
+take on the first pairs, packed and shared; on an accelerator they are tried before. Layouts that make a step of the
+same pairs must have the same first loss; if one has not, the exit status is 3.
 
 A second part (`benchmarks/dpo.py`) sets steps of DPO beside steps of SimPO, with the reference pass counted and not
 counted. It takes few of the profiles and more rounds, because it looks for a difference of per cents. `--rounds 0` or
@@ -27,11 +29,12 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 
-from benchmarks.cells import CELLS_HELP, Cells, failed
+from benchmarks.cells import CELLS_HELP, WRONG, Cells, failed
 from benchmarks.dpo import compare_dpo, dpo_table
 from benchmarks.facts import machine_facts
 from benchmarks.flops import linear_ideal
 from benchmarks.lengths import PROFILES, Pairs, profile_pairs, read_pairs
+from benchmarks.losses import TOLERANCE, disagreement
 from benchmarks.models import model_mapping
 from benchmarks.options import Option, run
 from benchmarks.results import Result, Table, can_draw, gib, percent, picture
@@ -57,7 +60,7 @@ def main(
     layers: Annotated[int | None, Option("Fewer layers than the model has.")] = None,
     dtype: Annotated[str, Option("Compute dtype.")] = "float32",
     remat: Annotated[str, Option("As the config key; `dots` is the fastest on a CPU.")] = "dots",
-    attention: Annotated[str, Option("As the config key.")] = "auto",
+    attention: Annotated[str, Option("As the config key; `auto` is tried as a run tries it.")] = "auto",
     batch: Annotated[int, Option("Pairs a step when packed.")] = 64,
     unpacked_batch: Annotated[int, Option("Pairs a step when not packed; 0 leaves those variants out.")] = 4,
     rounds: Annotated[int, Option("Steps of each layout; 0 leaves the layouts out.")] = 2,
@@ -86,7 +89,7 @@ def main(
     def trainee(label: str, variant: str) -> Trainee:
         own_pairs, row_length = data[label]
         plan = step_plan(policy, own_pairs, variant, batch=batches[variant], row_length=row_length)
-        return Trainee(policy, plan, own_pairs, mesh, attention)
+        return Trainee(policy, plan, own_pairs, mesh, *taken)
 
     store = Cells(cells)
     settings = {"model": model, "layers": layers, "dtype": dtype, "remat": remat, "attention": attention, "pool": pool}
@@ -101,7 +104,16 @@ def main(
     measured: dict[str, Any] = {}
     compared: dict[str, Any] = {}
     reasons: dict[str, str] = {}
+    taken = attention, "auto"
     with jax.set_mesh(mesh):
+        first = next(iter(data))
+        choice = store.measure(
+            {**settings, "part": "backends", "pairs": first}, lambda: trainee(first, PACKED[1]).backends.as_cell()
+        )
+        if failed(choice):
+            sys.exit(f"no attention or no loss head can be used: {choice.get('details', choice['failed'])}")
+        taken = choice["attention"], choice["loss_head"]
+        print(choice["reason"], flush=True)
         peak = store.measure({"peak": dtype}, lambda: matmul_peak(dtype), always=True)
         if failed(peak):
             sys.exit(f"not even a matrix product runs: {peak['failed']}")
@@ -129,7 +141,7 @@ def main(
     facts = machine_facts(device_name())
     about = (
         f"The model is {model}{'' if layers is None else f' with {layers} layers'} ({policy.parameter_count / 1e6:.1f} "
-        f"M parameters), with {dtype}, remat {remat} and attention {attention}. A step has {batch} pairs when packed, "
+        f"M parameters), with {dtype}, remat {remat}, {choice['reason']} A step has {batch} pairs when packed, "
         f"in rows of {MEDIANS_A_ROW} medians, and {unpacked_batch} when not. Matrix products reach "
         f"{peak / 1e12:.3g} TFLOP/s. The layouts of a profile took turns; profiles may "
         "come from several calls."
@@ -144,8 +156,22 @@ def main(
     if reasons:
         tables.append(Table("Could not run", ("what", "why"), list(reasons.items())))
     everything = {"matmul_flops_per_second": peak, "measured": measured, "fill": fills, "dpo": compared}
-    everything |= {"failed": reasons}
+    everything |= {"failed": reasons, "backends": choice}
     Result(name, "Throughput", about, facts, tables, everything, pictures).write(output)
+    if wrong := _disagreements(measured, dtype):
+        print(f"WRONG: {'; '.join(wrong)}")
+        sys.exit(WRONG)
+
+
+def _disagreements(measured: Mapping[str, Any], dtype: str) -> list[str]:
+    """Returns what is wrong with the first losses of the layouts that make steps of the same pairs."""
+    wrong = []
+    for label, variants in measured.items():
+        for pair in (PACKED, ("separate", "shared")):
+            losses = {variant: variants[variant]["first_loss"] for variant in pair if variant in variants}
+            if text := disagreement(losses, dtype):
+                wrong.append(f"{label}: {text}")
+    return wrong
 
 
 def _data(
@@ -189,9 +215,13 @@ def measure_steps(trainees: Mapping[str, Trainee], rounds: int) -> dict[str, Any
     """Times steps of all variants in turns, on the same weights, after a step that compiles."""
     weights = next(iter(trainees.values())).fresh_weights()
     compiled_bytes = {variant: trainee.compiled_bytes() for variant, trainee in trainees.items()}
+    losses = {variant: trainee.first_loss(weights) for variant, trainee in trainees.items()}
     seconds = steps_in_turns(trainees, weights, rounds)
     return {
-        variant: {**_counts(trainee, rounds), "seconds": seconds[variant], "bytes": compiled_bytes[variant]}
+        variant: {
+            **_counts(trainee, rounds),
+            **{"seconds": seconds[variant], "bytes": compiled_bytes[variant], "first_loss": losses[variant]},
+        }
         for variant, trainee in trainees.items()
     }
 
@@ -234,15 +264,18 @@ def _table(measured: Mapping[str, Any], peak: float) -> Table:
                     percent(counts["useful_flops"] / time / peak),
                     percent(counts["input_tokens"] / counts["computed_tokens"]),
                     gib(counts["bytes"]),
+                    f"{counts['first_loss']:.5f}",
                 )
             )
     note = (
         "Tokens are the computed ones without padding. Useful FLOPs are those of each layout's own tokens, without "
         "padding and recomputation, against those matrix products. Memory is that of the compiled program of "
         "a micro-batch: parameters, gradients, temporaries; the optimizer's state comes on top. Without packing a row "
-        "is as long as the longest pair of all, as in the trainer."
+        "is as long as the longest pair of all, as in the trainer. Packed layouts make their first step of the same "
+        f"pairs, and so do the others: their first losses may be {TOLERANCE['float32']:g} apart in float32, "
+        f"{TOLERANCE['bfloat16']:g} in bfloat16."
     )
-    columns = ("pairs", "layout", "pairs/s", "tokens/s", "useful FLOPs", "filled", "memory")
+    columns = ("pairs", "layout", "pairs/s", "tokens/s", "useful FLOPs", "filled", "memory", "first loss")
     return Table("Optimizer steps", columns, rows, note)
 
 

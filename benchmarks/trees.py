@@ -28,7 +28,7 @@ from benchmarks.facts import machine_facts
 from benchmarks.lengths import CUT, SIGMA, Pairs
 from benchmarks.models import model_mapping
 from benchmarks.options import Option, run
-from benchmarks.results import Result, Table, gib, percent, picture
+from benchmarks.results import Result, Table, can_draw, gib, percent, picture
 from benchmarks.steps import Trainee, device_name, matmul_peak, one_device, step_plan, steps_in_turns
 from benchmarks.timing import total_speed_up
 from jax_simpo.data.groups import Group, Response
@@ -135,7 +135,7 @@ def main(
         "steps."
     )
     everything = {"matmul_flops_per_second": peak, "measured": measured}
-    pictures = [draw(output, f"{name}.png", measured)]
+    pictures = [draw(output, f"{name}.png", measured)] if can_draw() else []
     facts = machine_facts(device_name())
     Result(name, "Trees", about, facts, [table_of(measured)], everything, pictures).write(output)
 

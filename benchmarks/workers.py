@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,11 +24,20 @@ from typing import Any
 from benchmarks.facts import ROOT
 
 _LAST_LINES = 15
+_BEGINS = "begins"  # the key of a line that is no answer yet
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class WorkerFailed(RuntimeError):
-    """A worker's process ended before it answered, or took too long. The message has the end of the worker's log."""
+    """A worker's process ended before it answered, or took too long. The message has the end of the worker's log.
+
+    Attributes:
+        doing: what the worker had begun last (`Requests.begin`) since it was asked; None if it named nothing.
+    """
+
+    def __init__(self, message: str, doing: str | None = None) -> None:
+        super().__init__(message)
+        self.doing = doing
 
 
 class Worker:
@@ -51,33 +61,61 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                text=True,
             )
+        self._read = b""  # of its answers, up to the end of the pipe so far
 
     def ask(self, limit: float | None = None, **request: Any) -> dict[str, Any]:
         """Sends a request and waits for the answer.
 
         Args:
-            limit: the most seconds to wait; the process is killed when they are over.
+            limit: the most seconds to wait, from the request or from the last thing that the worker said it begins; the
+                process is killed when they are over.
             request: the request.
 
         Raises:
             WorkerFailed: the process ended before it answered, or did not answer in time.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        answer = ""
+        assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended already; its status and its log say why
-            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-            if limit is not None and not select.select([self._process.stdout], [], [], limit)[0]:
+        doing: str | None = None
+        while True:
+            try:
+                line = self._line(limit)
+            except TimeoutError:
                 self._process.kill()
                 self._process.wait()
-                raise WorkerFailed(f"did not answer within {limit:g} s{self._log_tail()}")
-            answer = self._process.stdout.readline()
-        if not answer.endswith("\n"):  # a process that is killed may leave half an answer
-            raise WorkerFailed(f"ended with {_status(self._process.wait())}{self._log_tail()}")
-        values: dict[str, Any] = json.loads(answer)
-        return values
+                raise self._failed(f"did not answer within {limit:g} s", doing) from None
+            if line is None:
+                raise self._failed(f"ended with {_status(self._process.wait())}", doing)
+            values: dict[str, Any] = json.loads(line)
+            if _BEGINS not in values:
+                return values
+            doing = values[_BEGINS]
+
+    def _failed(self, what: str, doing: str | None) -> WorkerFailed:
+        return WorkerFailed(f"{f'{doing}: ' if doing else ''}{what}{self._log_tail()}", doing)
+
+    def _line(self, limit: float | None) -> bytes | None:
+        """Returns the next line of the worker's answers; None if it ended, perhaps in the middle of one.
+
+        Raises:
+            TimeoutError: the line did not end within the limit.
+        """
+        assert self._process.stdout is not None
+        pipe = self._process.stdout.fileno()
+        ends = None if limit is None else time.monotonic() + limit
+        while b"\n" not in self._read:
+            left = None if ends is None else max(0.0, ends - time.monotonic())
+            if not select.select([pipe], [], [], left)[0]:
+                raise TimeoutError
+            chunk = os.read(pipe, 1 << 16)
+            if not chunk:
+                return None
+            self._read += chunk
+        line, _, self._read = self._read.partition(b"\n")
+        return line
 
     def _log_tail(self) -> str:
         """Returns the last line of the log, which as a rule names the error, and below it the last few."""
@@ -153,6 +191,10 @@ class Requests:
         """Waits for the next request; returns None when there are no more."""
         line = sys.stdin.readline()
         return json.loads(line) if line else None
+
+    def begin(self, what: str) -> None:
+        """Says what comes next in the work on a request. The limit of the request counts from here on."""
+        self.answer({_BEGINS: what})
 
     def answer(self, values: Mapping[str, Any]) -> None:
         """Answers a request."""

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 ROW_ATTENTION = {"sdpa": "rows_sdpa", "flex": "rows_flex", "dense": "rows_dense"}
 """Name of an implementation in the config -> name under which it is registered."""
 
+_SHAPES = 64  # that FlexAttention may be compiled for in a process
+
 
 @dataclass
 class RowMask:
@@ -119,11 +121,19 @@ def dense_attention(
 
 
 def flex_attention(
-    query: Float[Tensor, "B H L Dh"], key: Tensor, value: Tensor, block_mask: Any, scale: float, softcap: float | None
+    query: Float[Tensor, "B H L Dh"],
+    key: Float[Tensor, "B K L Dh"],
+    value: Float[Tensor, "B K L Dh"],
+    block_mask: Any,
+    scale: float,
+    softcap: float | None,
 ) -> Float[Tensor, "B H L Dh"]:
-    """Computes attention with FlexAttention, which skips masked blocks in both passes. CUDA only (no CPU backward)."""
+    """Computes attention with FlexAttention, which skips masked blocks in both passes. CUDA only (no CPU backward).
+
+    Query heads may share keys and values; the kernel reads these once for each of them and stores no copies.
+    """
     return _compiled_flex(query.device.type)(
-        query, key, value, score_mod=_soft_cap(softcap), block_mask=block_mask, scale=scale
+        query, key, value, score_mod=_soft_cap(softcap), block_mask=block_mask, scale=scale, enable_gqa=True
     )
 
 
@@ -131,7 +141,17 @@ def flex_attention(
 def _compiled_flex(device: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention as flex
 
-    return torch.compile(flex, dynamic=False) if device == "cuda" else flex
+    if device != "cuda":
+        return flex
+    import torch._dynamo
+
+    # With `fullgraph`, what cannot be compiled raises. Uncompiled it would run too, and hold all scores in memory. That
+    # also counts for one shape more than the limit, which is 8: rows of training and evaluation, with and without
+    # gradients, times the layers' windows.
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, limit, max(getattr(config, limit), _SHAPES))
+    return torch.compile(flex, dynamic=False, fullgraph=True)
 
 
 @lru_cache  # one function per cap, so that FlexAttention is compiled once for it
@@ -165,8 +185,9 @@ def _attend(implementation: str) -> Any:
         if attention_mask is not None or dropout:
             raise ValueError("rows have their own mask, and the prefix they share allows no dropout")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        if implementation != "flex":
+            groups = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         if implementation == "flex":
             out = flex_attention(query, key, value, rows.block_mask(sliding_window), scale, softcap)
         elif implementation == "dense" or softcap is not None:

@@ -50,7 +50,7 @@ def main(file: str, dtype: str, chunk: str = "auto") -> None:
     plan = step_plan(model, pairs, "shared+packed", batch=job.pairs)
     objective = make_objective({job.objective: 1.0}, OBJECTIVES[job.objective])
     trainee = Trainee(model, plan, pairs, mesh, chunk="auto" if chunk == "auto" else int(chunk), objective=objective)
-    print(f"rows: {plan.shape}, {plan.step(0).micro_batches} micro-batches, attention {trainee.attention_name}")
+    print(f"rows: {plan.shape}, {plan.step(0).micro_batches} micro-batches, {trainee.backends.reason}")
 
     def peak() -> int:
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or peak_resident_bytes()
@@ -71,7 +71,10 @@ def main(file: str, dtype: str, chunk: str = "auto") -> None:
                 weights.params, weights.state = fresh.params, fresh.state
                 return {}
             metrics, seconds = timed(lambda: trainee.compute(weights, trainee.build(request["step"])))
-            return {"seconds": seconds, "loss": metrics["loss"], "peak_bytes": peak()}
+            return {
+                **{"seconds": seconds, "loss": metrics["loss"], "peak_bytes": peak()},
+                "backends": trainee.backends.reason,
+            }
 
         requests.serve(handle)
 

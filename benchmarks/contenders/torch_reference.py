@@ -1,7 +1,8 @@
 """Runs torch_ref's step: `python -m benchmarks.contenders.torch_reference JOB.json DTYPE LAYOUT`.
 
 LAYOUT `separate` stacks chosen and rejected along the batch, as the original SimPO code does. `shared+packed` lays them
-out in rows, with FlexAttention on a GPU and SDPA with a dense mask on a CPU. For an objective with a reference the
+out in rows, with FlexAttention on a GPU, compiled or not at all (`benchmarks/flex.py`), and SDPA with a dense mask on
+a CPU. For an objective with a reference the
 trainer's own pass computes the log-probs under it first, and frees its weights.
 """
 
@@ -22,6 +23,7 @@ def main(file: str, dtype: str, layout: str) -> None:
     from benchmarks.contenders.job import LEARNING_RATE, MAX_LENGTH, OBJECTIVES, Job
     from benchmarks.contenders.torch_memory import forget_peak, peak_bytes
     from benchmarks.facts import cores
+    from benchmarks.flex import compile_or_raise
     from benchmarks.timing import timed
     from jax_simpo.config import TrainConfig
     from torch_ref.batches import RankStep, build_rank_step
@@ -31,6 +33,7 @@ def main(file: str, dtype: str, layout: str) -> None:
     from torch_ref.trainer import batch_part, make_engine
 
     torch.set_num_threads(cores())
+    compile_or_raise()
     job = Job.load(file)
     rows = layout == "shared+packed"
     config = TrainConfig(

@@ -22,6 +22,19 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "hangs":
                 time.sleep(600)
+            case "hangs in the second":
+                requests.begin("the first")
+                requests.begin("the second")
+                time.sleep(600)
+            case "is killed in the second":
+                requests.begin("the first")
+                requests.begin("the second")
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "takes its time for each":
+                for number in range(2):
+                    requests.begin(str(number))
+                    time.sleep(0.6)
+                requests.answer({})
             case "answers and ends":
                 requests.answer({})
                 print("after the answer", file=sys.stderr)

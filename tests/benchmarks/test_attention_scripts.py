@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,10 +13,13 @@ import pytest
 
 from benchmarks import attention_check
 from benchmarks.attention_check import MOST, Case, cases, distances, faults, verdict
-from benchmarks.attention_speed import LAYOUTS, PASSES, QUICK, QUICK_SCALE, Shape
+from benchmarks.attention_speed import FLEX, LAYOUTS, PASSES, QUICK, QUICK_SCALE, Shape, _beside_flex, _take_turns
+from benchmarks.cells import Cells
 from benchmarks.flops import attention_layer_ideal, linear_ideal, part_flops
+from benchmarks.lengths import PROFILES
 from benchmarks.masks import Lengths, fill_row, live_area
 from benchmarks.models import model_mapping
+from benchmarks.workers import WorkerFailed
 from jax_simpo.data.groups import Group, Response
 from jax_simpo.data.rows import RowShape, build_rows
 from jax_simpo.hf.config import read_model_config
@@ -56,9 +60,51 @@ def test_the_live_area_counts_every_query_and_key_that_see_each_other(layout: st
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rows_of_the_speed_measurement_are_well_filled(layout: str) -> None:
-    key_end, _ = Shape(layout, 128).masks()
+@pytest.mark.parametrize("profile", PROFILES)
+def test_rows_of_the_speed_measurement_are_well_filled(layout: str, profile: str) -> None:
+    key_end, _ = Shape(layout, 128, profile=profile).masks()
     assert (key_end > 0).mean() > 0.8
+
+
+class Side:
+    """A side's process: a contender's seconds are its number in each round; it dies of a name."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds, self.asked = seconds, 0
+
+    def ask(self, limit: float, contender: str, turn: bool) -> dict[str, Any]:
+        self.asked += 1
+        assert turn
+        if contender == "dies":
+            raise WorkerFailed("did not answer")
+        return {"seconds": self.seconds[contender]}
+
+
+def test_our_backends_are_set_beside_flex_attention_in_turns() -> None:
+    shape = Shape("shared", 128, profile="tldr", **QUICK)
+    sides: Any = {"jax": Side({"pallas": 1.0, "triton": 2.0}), "torch": Side({FLEX: 1.3})}
+    measured = [{"attention": "jax", "contender": "matrix product"}]
+    for name in ("pallas", "triton", "dies", "cudnn", FLEX):
+        both = {"failed": "no memory"} if name == "cudnn" else {"seconds": [1.0]}
+        side = "torch" if name == FLEX else "jax"
+        measured.append({"attention": side, "contender": name, "passes": {**dict.fromkeys(PASSES), "both": both}})
+    turns = _take_turns(Cells(None), shape, measured, sides)
+    assert turns["pallas"] == {"seconds": [1.0] * 5} and turns["dies"]["failed"].endswith("did not answer")
+    ours = ["pallas", "triton", "dies", "cudnn"]
+    rows = _beside_flex({**asdict(shape), "ours": ours, "turns": turns})
+    assert [row[3:] for row in rows] == [
+        ("pallas", 1000.0, 1300.0, pytest.approx(1.3), 1.2, "yes"),
+        ("triton", 2000.0, 1300.0, pytest.approx(0.65), 1.2, "no"),
+        ("dies", "", "", "WorkerFailed: did not answer", 1.2, "not known"),
+        ("cudnn", "", "", "did not run `both`", 1.2, "not known"),
+    ]
+    assert sides["torch"].asked == 5
+    without = _beside_flex({**asdict(shape), "ours": ["pallas"], "turns": {"pallas": turns["pallas"]}})
+    assert without[0][-3:] == ("FlexAttention did not run `both`", 1.2, "not known")
+
+
+def test_the_bound_beside_flex_attention_is_higher_on_packed_pairs_that_share() -> None:
+    assert {layout: Shape(layout, 64).bound for layout in LAYOUTS} == {**dict.fromkeys(LAYOUTS, 1.0), "shared": 1.2}
 
 
 def test_flops_of_a_layer_s_parts_give_its_ideals() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import cells as module
-from benchmarks.cells import MOST_STARTS, Cells, failed
+from benchmarks.cells import MOST_STARTS, NOT_AGAIN_YET, SHORT_OF_TIME, Cells, Counts, failed
 
 # Measures three cells and notes each; the process is killed in the middle of the second one the first time.
 KILLED = """
@@ -57,9 +57,9 @@ def test_a_cell_is_known_by_its_settings_its_code_and_its_place(
     assert measure(path, {"width": 128, "of": [1]}, 2.5) == (2.5, True)
     for name in ("code_digest", "accelerator", "driver", "computing_versions"):
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, lambda: "another")
+            patch.setattr(module, name, lambda *_: "another")
             assert measure(path, {"width": 64, "of": [1]}, 3.5) == (3.5, True)
-            assert Cells(path).counts() == (1, 0) and Cells(path).elsewhere
+            assert Cells(path).counts() == Counts(1, 0, 0) and Cells(path).elsewhere
     with monkeypatch.context() as patch:
         patch.setenv("XLA_FLAGS", "--xla_another=true")
         assert measure(path, {"width": 64, "of": [1]}, 3.5) == (3.5, True)
@@ -91,11 +91,11 @@ def test_a_measurement_that_raises_is_tried_again_by_the_next_process_three_time
         data = cells.measure({}, run)
         assert failed(data) and data["failed"] == "ValueError: no kernel" and "details" in data["details"]
         assert cells.measure({}, run) == data and len(runs) == tries, "tried once a process"
-        assert Cells(path).measured({}) is None and Cells(path).counts() == (1, 1)
+        assert Cells(path).measured({}) is None and Cells(path).counts() == Counts(1, 1, 0)
         assert Cells(path).to_try_again() == (tries < MOST_STARTS)
     assert measure(path, {}, 1) == (data, False)
     assert Cells(path).measure({}, lambda: 5, always=True) == 5, "what all else depends on is never given up"
-    assert measure(path, {}, 1) == (5, False) and Cells(path).counts() == (1, 0)
+    assert measure(path, {}, 1) == (5, False) and Cells(path).counts() == Counts(1, 0, 0)
 
 
 def test_a_cell_that_never_comes_to_an_end_is_given_up(tmp_path: Path) -> None:
@@ -107,4 +107,43 @@ def test_a_cell_that_never_comes_to_an_end_is_given_up(tmp_path: Path) -> None:
             Cells(tmp_path / "cells.jsonl").measure({}, run)
     data, measured = measure(tmp_path / "cells.jsonl", {}, 1)
     assert failed(data) and not measured
-    assert Cells(tmp_path / "cells.jsonl").counts() == (1, 1) and not Cells(tmp_path / "cells.jsonl").to_try_again()
+    assert Cells(tmp_path / "cells.jsonl").counts() == Counts(1, 1, 0)
+    assert not Cells(tmp_path / "cells.jsonl").to_try_again()
+
+
+def test_a_measurement_that_was_cut_off_for_want_of_time_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv(SHORT_OF_TIME, "1")
+    for _ in range(MOST_STARTS + 1):
+        with pytest.raises(KeyboardInterrupt):
+            Cells(tmp_path / "cells.jsonl").measure({}, run)
+    assert measure(tmp_path / "cells.jsonl", {}, 1) == (1, True)
+
+
+def test_a_failure_inside_good_data_is_counted_and_tried_again_and_the_best_data_are_kept(tmp_path: Path) -> None:
+    path, bad = tmp_path / "cells.jsonl", {"failed": "no memory"}
+    one, two = {"a": 1, "b": {"c": bad}}, {"a": bad, "b": [bad]}
+    assert measure(path, {}, two) == (two, True)
+    assert Cells(path).counts() == Counts(1, 0, 1) and Cells(path).to_try_again() == 1
+    assert measure(path, {}, one) == (one, True), "the next process tries again"
+    assert measure(path, {}, two) == (one, True), "and what is worse does not count"
+    assert Cells(path).counts() == Counts(1, 0, 1) and not Cells(path).to_try_again()
+    assert measure(path, {}, {}) == (one, False), "three times at most"
+    assert measure(path, {"n": 2}, two) == (two, True) and measure(path, {"n": 2}, {"a": 2}) == ({"a": 2}, True)
+    assert Cells(path).counts() == Counts(2, 0, 1) and not Cells(path).to_try_again()
+
+
+def test_what_failed_waits_until_a_part_has_come_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, bad = tmp_path / "cells.jsonl", {"failed": "no memory"}
+    measure(path, {"n": 1}, bad)
+    measure(path, {"n": 2}, {"a": bad})
+    with monkeypatch.context() as patch:
+        patch.setenv(NOT_AGAIN_YET, "1")
+        assert measure(path, {"n": 1}, 1) == (bad, False)
+        assert measure(path, {"n": 2}, 1) == ({"a": bad}, False)
+        assert measure(path, {"n": 3}, 1) == (1, True)
+    assert measure(path, {"n": 1}, 1) == measure(path, {"n": 2}, 1) == (1, True)

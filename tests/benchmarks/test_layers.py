@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import layers
+from benchmarks.workers import WorkerFailed
 
 RUNS = ("dense, mlp", "pallas, mlp")
 
@@ -15,14 +16,18 @@ RUNS = ("dense, mlp", "pallas, mlp")
 class Side:
     """A side's process in which some runs raise."""
 
-    def __init__(self, failing: set[str]) -> None:
+    def __init__(self, failing: set[str], ending: tuple[str | None, ...] = ()) -> None:
         self.failing = failing
+        self.ending = ending
         self.asked: list[list[str]] = []
 
     def ask(self, limit: float, *, without: list[str] = (), do: str = "time", **_: Any) -> dict[str, Any]:  # type: ignore[assignment]
         if do == "facts":
             return {"device": "cpu (test)", "implementations": ["dense"], "matmul_flops_per_second": 1e9}
         self.asked.append(list(without))
+        for run in self.ending:
+            if run is None or run not in without:
+                raise WorkerFailed(f"{run}: did not answer within 1 s\nthe log", run)
         for run in RUNS:
             if run in self.failing and run not in without:
                 return {"failed": f"{run} has no kernel", "run": run}
@@ -40,6 +45,21 @@ def test_a_run_that_fails_is_left_out_with_its_reason_and_the_others_are_timed()
     times = layers._ask(side, 1.0, {"prefix": 8})
     assert times == {RUNS[0]: {"failed": f"{RUNS[0]} has no kernel"}, RUNS[1]: {"seconds": [1.0, 2.0]}}
     assert side.asked == [[], [RUNS[0]]]
+
+
+def test_a_run_that_hangs_or_ends_its_process_is_left_out_too() -> None:
+    side: Any = Side(set(), ending=RUNS[:1])
+    times = layers._ask(side, 1.0, {"prefix": 8})
+    assert times[RUNS[0]] == {"failed": f"WorkerFailed: {RUNS[0]}: did not answer within 1 s"}
+    assert times[RUNS[1]] == {"seconds": [1.0, 2.0]}
+    assert side.asked == [[], [RUNS[0]]]
+
+
+def test_a_process_that_ends_before_it_begins_a_run_fails_the_cell() -> None:
+    side: Any = Side(set(), ending=(None,))
+    with pytest.raises(WorkerFailed):
+        layers._ask(side, 1.0, {})
+    assert len(side.asked) == 1
 
 
 def test_a_cell_fails_if_every_run_does() -> None:

@@ -29,13 +29,15 @@ sys.modules.update({name: import_module(name) for name in ("jaxtyping", "xxhash"
 sys.meta_path.insert(0, Absent())
 for name in modules:
     import_module(name)
+import_module("benchmarks.backends").choosers()
 """
 
 
 def test_scripts_and_sides_are_imported_without_the_packages_of_the_config_and_the_data() -> None:
     modules = {part.module for part in PARTS.values() if not part.needs}
     # What their workers import when they start.
-    modules |= {"benchmarks.steps", "benchmarks.layers_sides", "benchmarks.flex", "torch_ref.attention"}
+    modules |= {"benchmarks.steps", "benchmarks.layers_sides", "benchmarks.loss_head_sides", "benchmarks.flex"}
+    modules |= {"benchmarks.backends", "torch_ref.attention"}
     modules |= {"jax_simpo.hf.config", "jax_simpo.ops.attention.pallas.backend", "jax_simpo.ops.logprobs"}
     arguments = [str(ROOT / "benchmarks" / "stand_ins"), ",".join(ABSENT), ",".join(sorted(modules))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

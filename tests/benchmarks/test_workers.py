@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import facts
 from benchmarks.facts import forget_peak, machine_facts, peak_resident_bytes
 from benchmarks.workers import RestartedWorker, Worker, WorkerFailed
 
@@ -36,6 +37,21 @@ def test_a_worker_that_gives_no_answer_is_told_with_the_reason(how: str, reason:
         assert worker.ask(how="answers")
         with pytest.raises(WorkerFailed, match=reason):
             worker.ask(2.0, how=how)
+
+
+@pytest.mark.parametrize("how", ["hangs", "is killed"])
+def test_the_last_thing_that_a_worker_began_is_known(how: str, tmp_path: Path) -> None:
+    with Worker(DYING, tmp_path / "log") as worker:
+        assert worker.ask(how="answers")
+        with pytest.raises(WorkerFailed, match="the second: ") as failure:
+            worker.ask(1.0, how=f"{how} in the second")
+    assert failure.value.doing == "the second"
+
+
+def test_a_limit_counts_from_the_last_thing_that_a_worker_began(tmp_path: Path) -> None:
+    with Worker(DYING, tmp_path / "log") as worker:
+        assert worker.ask(how="answers")
+        assert worker.ask(1.0, how="takes its time for each") == {}
 
 
 def test_closing_a_dead_worker_hides_no_error(tmp_path: Path) -> None:
@@ -83,8 +99,38 @@ def test_peak_memory_sees_what_was_given_back() -> None:
     assert peak_resident_bytes() >= before + (32 << 20)
 
 
+GPUS = """0, GPU-aa11, NVIDIA H100 80GB HBM3
+1, GPU-bb22, NVIDIA L4
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "named"),
+    [
+        (None, ["NVIDIA H100 80GB HBM3", "NVIDIA L4"]),
+        ("1", ["NVIDIA L4"]),
+        ("1,0", ["NVIDIA L4", "NVIDIA H100 80GB HBM3"]),
+        ("GPU-aa", ["NVIDIA H100 80GB HBM3"]),
+        ("", []),
+        ("MIG-1", ["NVIDIA H100 80GB HBM3 (MIG-1)", "NVIDIA L4 (MIG-1)"]),
+    ],
+)
+def test_the_accelerator_is_that_which_a_process_may_use(
+    visible: str | None, named: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\ncat <<END\n{GPUS}END\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert facts._of_gpus("name") == named
+
+
 def test_facts_name_machine_versions_date_and_commit() -> None:
-    facts = machine_facts("cpu")
-    assert facts["device"] == "cpu"
-    assert "cores" in facts["machine"] and "jax " in facts["versions"]
-    assert len(facts["date"]) == 10 and facts["commit"]
+    told = machine_facts("cpu")
+    assert told["device"] == "cpu"
+    assert "cores" in told["machine"] and "jax " in told["versions"]
+    assert len(told["date"]) == 10 and told["commit"]

@@ -151,6 +151,15 @@ def test_sdpa_and_flex_are_dense(window: int | None) -> None:
 
 
 @UNCOMPILED
+def test_query_heads_of_flex_share_keys_and_values_that_dense_is_given_copies_of() -> None:
+    mask, _ = _row()
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 256, 8, generator=rng) for heads in (4, 2, 2))
+    dense = dense_attention(q, *(x.repeat_interleave(2, dim=1) for x in (k, v)), mask.visible(7), 0.4)
+    torch.testing.assert_close(flex_attention(q, k, v, mask.block_mask(7), 0.4, None), dense, atol=1e-6, rtol=1e-5)
+
+
+@UNCOMPILED
 def test_flex_caps_scores_as_dense_does() -> None:
     mask, _ = _row()
     rng = torch.Generator().manual_seed(0)
