@@ -163,6 +163,7 @@ STAGES = {
     "real-model.md": Stage(
         instead={
             "make ": f"make -n -C {ROOT} ",
+            "--max_steps=48 ": "",
             "builtin:quickstart-real --dataset_mixer='{my": f"{_REAL} --output_dir=outputs/own --dataset_mixer='{{my",
             "builtin:quickstart-real --dataset_mixer='{your-pairs": f"{_REAL} --dataset_mixer='{{pairs",
             "builtin:quickstart-real\n": f"{_REAL}\n",
