@@ -66,7 +66,6 @@ def made_quick() -> Iterator[None]:
         for module in (trainer, reference):
             patch.setattr(module, "make_score_function", _make_score_function)
         patch.setattr(Model, "init", _shared_init)
-        patch.setattr(curves, "draw_curves", lambda *_, **__: _PICTURE)
         patch.setattr(curves, "draw_curves", lambda *_, **__: PICTURE)
         yield
 

@@ -26,6 +26,7 @@ from jax_simpo.data.synthetic import make_rows
 from jax_simpo.run.facts import read_facts
 from jax_simpo.run.metrics import read_metrics
 from jax_simpo.run.samples import read_samples
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
