@@ -111,6 +111,7 @@ _ORIGINAL, _PUBLISHED = "training_configs/llama-3-8b-instruct-simpo-v2.yaml", "b
 STAGES = {
     "../README.md": Stage(
         files={
+            "my-run.yaml": lambda: _my_run(save_steps=1),
             "theirs.yaml": _factory,
             "dataset_info.json": _factory_data,
             "prompts.jsonl": lambda: '{"prompt": "Name a tea."}\n',
