@@ -11,7 +11,8 @@ there are several groups, each with the tiles in it.
 Expected: the temporaries of the tiled head do not grow with targets x vocabulary, while those of full logits do,
 several times over. The tiled head is no slower, though it computes the logits twice, and no slower than Liger's.
 
-Takes about 12 minutes on two CPU cores (`--quick`: half a minute). On a GPU it has not run yet.
+Takes about half a minute on two CPU cores with `--quick`. The whole has not been timed since Liger and the checks of
+gradients joined. On a GPU it has not run yet.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ run. A plan that fails is named on the page with its error, and the exit status 
 Expected: every step fits with one row a device.
 
 Needs the compilers: libtpu and `jax[cuda12]` (CONTRIBUTING.md says how to keep them out of the environment).
-Takes about twenty minutes on two CPU cores.
+Takes about twenty minutes on two CPU cores for the first two tables; the third has not been made yet.
 """
 
 from __future__ import annotations
@@ -80,10 +80,9 @@ def main(
         "[plan.md](../plan.md) explains the columns.",
         facts=machine_facts("none") | {"compilers": _versions()},
         tables=[
-            Table(
+            _memory_table(
                 "Memory of a device, GiB",
-                ["model", "topology", "attention", "row", *PARTS],
-                [[model, place, *_memory(plan)] for model, place, plan in plans],
+                plans,
                 "Every step is one micro-batch with one row a device. A row is at least as long as the longest pair, "
                 "2048 tokens.",
             ),
@@ -94,10 +93,9 @@ def main(
                 "Each compiler reduces gradients in its own way: by reduce-scatters, by all-reduces, or by "
                 "collective-permutes.",
             ),
-            Table(
+            _memory_table(
                 "Memory of a device by the size of the model, GiB",
-                ["model", "topology", "attention", "row", *PARTS],
-                [[model, place, *_memory(plan)] for model, place, plan in sized],
+                sized,
                 "The settings of plan/llama-3-8b with another model; LoRA has rank 16 on all linear layers but the "
                 "head. One row a device in a micro-batch.",
             ),
@@ -132,6 +130,11 @@ def _plan(model: str, topology: str, overrides: Sequence[str]) -> dict[str, Any]
         plan = {"error": " ".join(done.stderr.split())[-300:]}
         print(plan["error"], flush=True)
     return plan
+
+
+def _memory_table(title: str, plans: Sequence[tuple[str, str, Mapping[str, Any]]], note: str) -> Table:
+    columns = ["model", "topology", "attention", "row", *PARTS]
+    return Table(title, columns, [[model, place, *_memory(plan)] for model, place, plan in plans], note)
 
 
 def _memory(plan: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the commands of each page of the documentation find when a test runs them.
+"""Sets the stage for the commands of each page of the documentation when a test runs them.
 
 A reader has models of the hub, GPUs and hours; a test has a model of a few thousand parameters, two cores and seconds.
 A page says here which of its words become others for that, and nothing else of its commands is changed.

@@ -186,13 +186,7 @@ def detect(label: str, rows: Sequence[Mapping[str, Any]], names: Iterable[str], 
 def find_columns(
     label: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str], reading: Reading
 ) -> dict[str, str]:
-    """Finds the column of each role.
-
-    Args:
-        label: the split, for messages.
-        rows: its first rows.
-        names: the names of all its columns.
-        reading: what the config says of them.
+    """Finds the column of each role. Arguments: those of `detect`.
 
     Raises:
         DataError: a column that the config names is missing.

@@ -45,7 +45,7 @@ CALLERS: dict[Any, tuple[str, ...]] = {
 }
 # These benchmarks time an operation of the step by itself, so they differentiate it themselves.
 ONE_OPERATION = (
-    *("attention_check.py", "attention_cpu.py", "attention_speed.py", "gpu_attention.py", "kernel_report.py"),
+    *("attention_check.py", "attention_cpu.py", "attention_speed_sides.py", "gpu_attention.py", "kernel_report.py"),
     *("layers_sides.py", "loss_head_sides.py", "loss_head_kernels.py", "masks.py"),
 )
 # Parts of the step and of its forward pass: whoever puts them together has a copy.

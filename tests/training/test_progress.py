@@ -1,4 +1,4 @@
-"""What a run says of its speed while it trains."""
+"""Tests what a run prints of its speed while it trains."""
 
 from __future__ import annotations
 
