@@ -233,9 +233,13 @@ def _csv_rows(label: str, path: Path, reading: Reading) -> Iterator[RawRow]:
                     )
                 row = {name: _read_cell(cell, name in json_cells) for name, cell in zip(names, cells, strict=True)}
                 yield RawRow(row, line)
-        except (csv.Error, UnicodeDecodeError) as error:
-            reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
-            raise DataError(f"{label}, line {lines.line_num}: not a readable CSV file ({reason})") from error
+        except UnicodeDecodeError as error:  # raised when a block of several lines is read, so its line is not known
+            raise DataError(
+                f"{label}: the byte {error.object[error.start]:02x} after line {lines.line_num} is not UTF-8 text: "
+                "save the table as UTF-8 (a spreadsheet offers it as `CSV UTF-8`)"
+            ) from error
+        except csv.Error as error:
+            raise DataError(f"{label}, line {lines.line_num}: not a readable CSV file ({error})") from error
 
 
 def _read_cell(cell: str, as_json: bool) -> Any:

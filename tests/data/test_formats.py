@@ -282,13 +282,14 @@ def test_cells_of_a_table_may_hold_messages_scores_and_line_ends(tmp_path: Path)
     [
         ("prompt,chosen,rejected\nq,a,b\nq,a,b,c\n", r"line 3: 4 cells for 3 columns: put quotes"),
         ("prompt,chosen,chosen\nq,a,b\n", r"line 1: the first line must name every column once"),
-        ('prompt,chosen,rejected\nq,a,"b', r"not a readable CSV file"),
+        ('prompt,chosen,rejected\nq,a,"b', r"line 2: not a readable CSV file"),
+        ("prompt,chosen,rejected\nq,a,b\nq,caf\xe9,b\n", r"the byte e9 after line \d is not UTF-8 text: save"),
         ("prompt,chosen,rejected\n", r"there are no rows in it"),
     ],
 )
 def test_a_broken_table_is_an_error_that_names_the_line(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "pairs.csv"
-    file.write_text(text)
+    file.write_text(text, encoding="latin-1")
     with pytest.raises(DataError, match=message):
         load_split({str(file): 1.0}, "train")
 
