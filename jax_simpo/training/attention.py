@@ -43,7 +43,9 @@ def shape_of(config: TrainConfig, model: Model, mesh: Mesh, longest_row: int, pl
     sizes, tensor = model.config, mesh.shape["tensor"]
     if plan is None:
         rows, room = least_rows(config), None
-        whole = min(_TYPICAL_ROW, longest_row) if config.row_length == "auto" else config.row_length
+        # A row holds the longest pair, whether memory is large enough for it or not.
+        auto = min(_TYPICAL_ROW, max(longest_row, config.max_length))
+        whole = auto if config.row_length == "auto" else config.row_length
     else:
         rows = plan.rows_per_micro_batch // (mesh.shape["data"] * mesh.shape["fsdp"])
         whole = plan.shape.length

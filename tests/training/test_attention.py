@@ -174,6 +174,13 @@ def test_rows_are_tried_at_a_power_of_two_and_what_is_left_over(
     assert (shape.row_length, shape.remainder) == expected
 
 
+def test_rows_to_try_hold_the_longest_pair_on_a_device_that_is_too_small_for_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Setup, "device_memory", 0)
+    assert Setup(config_of(tmp_path, max_length=2048), any_mesh=True).attention_shape().row_length == 2048
+
+
 def test_auto_passes_over_a_backend_that_is_wrong_in_the_last_block_of_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
