@@ -8,7 +8,7 @@ run. A plan that fails is named on the page with its error, and the exit status 
 Expected: every step fits with one row a device.
 
 Needs the compilers: libtpu and `jax[cuda12]` (CONTRIBUTING.md says how to keep them out of the environment).
-Takes 46 minutes of processor time; on two CPU cores that other work shared it took 84 minutes.
+Takes about 46 minutes of processor time; on two CPU cores that other work shared it took 84 minutes.
 """
 
 from __future__ import annotations
